@@ -1,0 +1,229 @@
+"""LoRA weights and configuration: initialise, remove, freeze, save, restore."""
+
+import hashlib
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+
+from axolotl_layersel import engines
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import LayerStack, find_lora_modules
+from axolotl_layersel.plan import write_atomically
+
+# PEFT's own initialisations that draw nothing but A: those that look at the base weights keep PEFT's result.
+SEEDED_INITIALISATIONS = (True, "gaussian")
+
+
+def get_adapter_name(model: PeftModel) -> str:
+    """Return the name of the adapter in training.
+
+    Raises:
+        LayerselError: if there are several.
+    """
+    names = model.active_adapters
+    if len(names) != 1:
+        raise LayerselError(f"adapter: {names} are active together; layer selection needs exactly one.")
+    return names[0]
+
+
+def get_config(model: PeftModel) -> LoraConfig:
+    """Return the LoRA configuration of the adapter in training."""
+    return model.peft_config[get_adapter_name(model)]
+
+
+def make_row_generator(seed: int, module: str, row: int) -> torch.Generator:
+    """Return a CPU generator for one rank component of one module; it shares no state with any other."""
+    digest = hashlib.sha256(f"{seed}\0{module}\0{row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+@torch.no_grad()
+def initialize_lora(model: PeftModel, seed: int) -> bool:
+    """Draw the initial LoRA weights from ``seed``, in PEFT's distribution.
+
+    PEFT draws them from the process's unseeded stream. Here each row of A comes from (seed, module name, row)
+    alone: the same on every engine and number of processes, whatever other layers carry LoRA. The global
+    random state is not touched.
+
+    Returns:
+        Whether the weights were drawn; False where the initialisation depends on the base weights (PiSSA,
+        OLoRA, LoftQ, ...), whose result PEFT's is kept.
+    """
+    config, adapter = get_config(model), get_adapter_name(model)
+    method = config.init_lora_weights
+    method = method.lower() if isinstance(method, str) else method
+    if method not in SEEDED_INITIALISATIONS:
+        return False
+    for name, module in find_lora_modules(model.get_base_model()).items():
+        if adapter in module.lora_A:
+            weight = module.lora_A[adapter].weight
+            rows = [draw_row(weight[i], method, seed, name, i, module.r[adapter]) for i in range(weight.shape[0])]
+            weight.copy_(torch.stack(rows))
+            nn.init.zeros_(module.lora_B[adapter].weight)
+        elif adapter in module.lora_embedding_A:
+            weight = module.lora_embedding_B[adapter]
+            generators = [make_row_generator(seed, name, i) for i in range(weight.shape[1])]
+            columns = [torch.randn(weight.shape[0], generator=generator) for generator in generators]
+            weight.copy_(torch.stack(columns, dim=1))
+            nn.init.zeros_(module.lora_embedding_A[adapter])
+    return True
+
+
+def draw_row(like: torch.Tensor, method: bool | str, seed: int, module: str, row: int, rank: int) -> torch.Tensor:
+    """Return one row of A in fp32, of the shape of ``like``.
+
+    ``True``: Kaiming-uniform with a = √5, U(−1/√fan_in, 1/√fan_in); ``"gaussian"``: N(0, 1/r²). Both are PEFT's.
+    """
+    generator = make_row_generator(seed, module, row)
+    if method == "gaussian":
+        return torch.randn(like.shape, generator=generator) / rank
+    bound = 1 / math.sqrt(like.numel())
+    return torch.rand(like.shape, generator=generator) * (2 * bound) - bound
+
+
+def remove_unselected(model: PeftModel, stack: LayerStack, selected: list[int]) -> None:
+    """Put the base modules back in place of the LoRA modules of the layers not ``selected``.
+
+    The configuration then names exactly the LoRA modules that exist, so that stock PEFT rebuilds them.
+    """
+    base = model.get_base_model()
+    removed = [name for layer, names in stack.lora_modules.items() if layer not in selected for name in names]
+    for name in removed:
+        parent, _, child = name.rpartition(".")
+        module = base.get_submodule(name)
+        while isinstance(module, BaseTunerLayer):
+            module = module.base_layer
+        setattr(base.get_submodule(parent), child, module)
+    model.base_model.targeted_module_names = [
+        name for name in model.base_model.targeted_module_names if name not in set(removed)
+    ]
+    name_exactly(get_config(model), base)
+
+
+def name_exactly(config: LoraConfig, base: nn.Module) -> None:
+    """Make ``config.target_modules`` name exactly the LoRA modules of ``base``, by their full names."""
+    present = set(find_lora_modules(base))
+    config.target_modules = sorted(present)
+    config.layers_to_transform = None
+    config.layers_pattern = None
+    # PEFT also matches a full name as the end of a longer one; where that would hit another module, use a regex.
+    inside_lora = tuple(f"{name}." for name in present)
+    matched = {
+        name
+        for name, _ in base.named_modules()
+        if not name.startswith(inside_lora) and check_target_module_exists(config, name) is True
+    }
+    if matched != present:
+        config.target_modules = "|".join(name.replace(".", r"\.") for name in sorted(present))
+
+
+def freeze_unselected(model: PeftModel, stack: LayerStack, selected: list[int]) -> None:
+    """Stop the LoRA weights of the layers not ``selected`` from training; their values stay."""
+    base = model.get_base_model()
+    for layer, names in stack.lora_modules.items():
+        for name in names if layer not in selected else []:
+            for parameter in lora_parameters(base.get_submodule(name)):
+                parameter.requires_grad_(False)
+
+
+def lora_parameters(module: LoraLayer) -> list[nn.Parameter]:
+    """Return the adapter's own parameters of a LoRA module, without the base layer's."""
+    return [parameter for name, parameter in module.named_parameters() if not name.startswith("base_layer.")]
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Return the parameters that an adapter file holds, by their name in that file (PEFT's naming)."""
+    return get_peft_model_state_dict(
+        model,
+        state_dict=dict(model.named_parameters()),
+        adapter_name=get_adapter_name(model),
+        save_embedding_layers=False,
+    )
+
+
+def save_adapter(trainer: Trainer, folder: str | Path) -> None:
+    """Write the adapter in training to ``folder`` as plain PEFT files; every rank must call this.
+
+    Each file appears at once and complete. Sharded weights are gathered one at a time, the adapter's alone.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    parameters = adapter_parameters(model)
+    writes = engines.get_rank() == 0
+    tensors = {}
+    for name, parameter in parameters.items():
+        tensor = engines.gather_parameter(parameter)
+        if writes:
+            tensors[name] = tensor.contiguous()
+    if not writes:
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config, inference_mode = get_config(model), get_config(model).inference_mode
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".layersel-") as temporary:
+        save_file(tensors, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.inference_mode = True
+        config.save_pretrained(temporary)
+        config.inference_mode = inference_mode
+        for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            with open(Path(temporary) / file, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(Path(temporary) / file, folder / file)
+
+
+def restore_fsdp_adapter(trainer: Trainer, folder: str | Path) -> None:
+    """Write the adapter saved in ``folder`` into an FSDP2 model in training; every rank must call this.
+
+    Raises:
+        LayerselError: if the file's tensors are not those of the model.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    parameters = adapter_parameters(model)
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+
+    def read_names() -> list[str]:
+        if not path.exists():
+            raise LayerselError(f"resume_from_checkpoint: {path} is missing, so the adapter cannot be restored.")
+        names = sorted(load_file(path))
+        if names != sorted(parameters):
+            raise LayerselError(
+                f"resume_from_checkpoint: {path} does not hold this run's adapter "
+                f"(differs in {sorted(set(names) ^ set(parameters))[0]})."
+            )
+        return names
+
+    engines.decide_on_rank_zero(read_names)
+    tensors = load_file(path) if engines.get_rank() == 0 else {}
+    for name, parameter in parameters.items():
+        value = tensors.get(name, torch.empty(parameter.shape, dtype=parameter.dtype))
+        engines.set_fsdp_parameter(parameter, value)
+
+
+def save_with_adapter(trainer: Trainer, plan_json: bytes) -> None:
+    """Make every ``trainer.save_model`` leave a complete adapter and the plan, on every engine.
+
+    It is the one writer that checkpoints, the best model and the final save go through, and it runs before a
+    checkpoint is pushed to a hub, which ``on_save`` does not.
+    """
+    upstream_save_model = trainer.save_model
+
+    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        upstream_save_model(output_dir, _internal_call=True)
+        folder = Path(output_dir or trainer.args.output_dir)
+        if not engines.upstream_writes_adapter(trainer):
+            save_adapter(trainer, folder)
+        if engines.get_rank() == 0:
+            write_atomically(folder / "layersel" / "plan.json", plan_json)
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+    trainer.save_model = save_model

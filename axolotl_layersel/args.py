@@ -1,0 +1,252 @@
+"""The ``layersel`` block of an Axolotl YAML file, and what in the rest of the file contradicts it.
+
+Axolotl merges ``LayerselArgs`` into its own schema. Only what is wrong whatever the command is refused
+here: the same file also goes through ``preprocess``, ``evaluate``, ``inference`` and ``merge-lora``.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from axolotl_layersel.errors import suggest
+
+DATA_FREE_METHODS = ("random", "first", "last", "explicit")
+METHODS = ("cka", "cosine", "fisher", *DATA_FREE_METHODS)
+TOKENS = ("auto", "last", "mean", "cls")
+UNSELECTED = ("remove", "freeze")
+DEFAULT_RATIO = 0.5
+
+LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+PARALLELISM = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
+
+
+class Block(BaseModel):
+    """A YAML mapping in which an unknown key is an error that suggests the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{cls.path}: {data!r} is not a mapping. Write its keys on lines of their own below it.")
+        for key in data:
+            if key not in cls.model_fields:
+                raise ValueError(f"{cls.path}.{key} is not a setting: {suggest(str(key), cls.model_fields)}")
+        return dict(data)
+
+
+class SelectionArgs(Block):
+    """``layersel.selection``: which layers keep their adapter."""
+
+    path: ClassVar[str] = "layersel.selection"
+
+    method: str = Field(description=f"How layers are chosen: {', '.join(METHODS)}.")
+    ratio: float | None = Field(
+        default=None,
+        description=f"Share of the candidate layers that is kept, in (0, 1]. Default {DEFAULT_RATIO}, "
+        "unless `num_layers` or `layers` is given.",
+    )
+    num_layers: int | None = Field(default=None, description="Number of layers kept, instead of `ratio`.")
+    layers: list[int] | None = Field(default=None, description="With `method: explicit`: the layers kept, from 0.")
+    candidates: list[int] | None = Field(
+        default=None,
+        description="Layers that may be chosen. Default: every layer of the language model that carries LoRA.",
+    )
+    unselected: str | None = Field(
+        default=None,
+        description="`remove` (default): the other layers get no adapter; `freeze`: they keep it, untrained.",
+    )
+    num_samples: int = Field(default=128, description="Training rows that the scores are computed from.")
+    token: str = Field(
+        default="auto",
+        description="cka: the token that stands for a row. `auto`: the last one before the ending that all rows "
+        "share; `last`, `mean` (of the row's tokens), `cls` (the first).",
+    )
+    seed: int | None = Field(default=None, description="Seed of the calibration sample. Default: the run's seed.")
+    plan: str | None = Field(
+        default=None, description="Path of a saved plan.json: it is checked and applied, nothing is scored."
+    )
+
+    @field_validator("method", "token", "unselected", mode="before")
+    @classmethod
+    def check_choice(cls, value: Any, info: Any) -> Any:
+        known = {"method": METHODS, "token": TOKENS, "unselected": UNSELECTED}[info.field_name]
+        if value is not None and value not in known:
+            raise ValueError(f"{cls.path}.{info.field_name}: {value!r} is not known: {suggest(str(value), known)}")
+        return value
+
+    @field_validator("ratio")
+    @classmethod
+    def check_ratio(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{cls.path}.ratio: {value} is outside (0, 1]. Set the share to keep, such as 0.5.")
+        return value
+
+    @field_validator("num_layers")
+    @classmethod
+    def check_num_layers(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{cls.path}.num_layers: {value} keeps no layer. Set 1 or more.")
+        return value
+
+    @field_validator("num_samples")
+    @classmethod
+    def check_num_samples(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(f"{cls.path}.num_samples: {value} is too few to compare rows. Set 2 or more.")
+        return value
+
+    @field_validator("layers", "candidates")
+    @classmethod
+    def check_layers(cls, value: list[int] | None, info: Any) -> list[int] | None:
+        if value is None:
+            return None
+        key = f"{cls.path}.{info.field_name}"
+        if not value:
+            raise ValueError(f"{key}: [] names no layer. List at least one, counted from 0.")
+        negative = [layer for layer in value if layer < 0]
+        if negative:
+            raise ValueError(f"{key}: {negative} are negative. Layers are counted from 0, the lowest.")
+        repeated = sorted({layer for layer in value if value.count(layer) > 1})
+        if repeated:
+            raise ValueError(f"{key}: {repeated} are listed more than once. List each layer once.")
+        return value
+
+    @model_validator(mode="after")
+    def check_together(self) -> "SelectionArgs":
+        if self.method == "explicit" and self.layers is None:
+            raise ValueError(f"{self.path}.layers is missing: method explicit keeps just the layers listed there.")
+        if self.method != "explicit" and self.layers is not None:
+            raise ValueError(
+                f"{self.path}.layers: {self.layers} has no effect with method {self.method}. "
+                "Set `method: explicit`, or use `candidates` to limit the choice."
+            )
+        given = [key for key in ("ratio", "num_layers", "layers") if getattr(self, key) is not None]
+        if len(given) > 1:
+            shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
+            raise ValueError(f"{self.path}: {shown} both say how many layers are kept. Keep one of them.")
+        if self.candidates is not None:
+            outside = sorted(set(self.layers or []) - set(self.candidates))
+            if outside:
+                raise ValueError(f"{self.path}.layers: {outside} are not among `candidates`. Add them or drop the key.")
+            if (self.num_layers or 0) > len(self.candidates):
+                raise ValueError(
+                    f"{self.path}.num_layers: {self.num_layers} is more than the {len(self.candidates)} candidates."
+                )
+        return self
+
+
+class LayerselBlock(Block):
+    """``layersel``: the settings of this plugin."""
+
+    path: ClassVar[str] = "layersel"
+
+    selection: SelectionArgs = Field(description="Choose the layers that get an adapter, before training.")
+
+
+class LayerselArgs(BaseModel):
+    """What Axolotl's schema gains when the plugin is listed."""
+
+    layersel: LayerselBlock | None = Field(default=None, description="Layer selection for LoRA.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_run(cls, data: Any) -> Any:
+        """Refuse what the plugin cannot honour in the rest of the file.
+
+        Raises:
+            ValueError: with the key, its value and the way out.
+        """
+        # Axolotl keeps the plugins of earlier files in one process: judge only files that list this one.
+        if not isinstance(data, Mapping) or not any("axolotl_layersel" in name for name in data.get("plugins") or []):
+            return data
+        if data.get("layersel") is None:
+            raise ValueError(missing_block(data))
+        check_adapter(data)
+        check_engine(data)
+        selection = data["layersel"].get("selection") if isinstance(data["layersel"], Mapping) else None
+        if isinstance(selection, Mapping):
+            check_layers_to_transform(data, selection)
+            check_dataset(data, selection)
+        return data
+
+
+def missing_block(data: Mapping[str, Any]) -> str:
+    """Return the message for a file that lists the plugin without its block."""
+    near = difflib.get_close_matches("layersel", set(map(str, data)) - {"layersel"}, n=1)
+    if near:
+        return f"{near[0]}: is not a setting, and the plugin finds no `layersel` block. Rename the key to `layersel`."
+    return (
+        "layersel: the plugin is listed but its block is missing or empty, so it would do nothing. Add\n"
+        "layersel:\n  selection:\n    method: cka\n    ratio: 0.5\nor remove axolotl_layersel from `plugins`."
+    )
+
+
+def check_adapter(data: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the run trains LoRA in a way that layers can be left out of."""
+    adapter = data.get("adapter")
+    if adapter not in ("lora", "qlora"):
+        raise ValueError(
+            f"adapter: {adapter!r} has no LoRA layers to choose from (full fine-tuning is not supported). "
+            "Set `adapter: lora` or `adapter: qlora`, or remove axolotl_layersel from `plugins`."
+        )
+    if data.get("relora") or data.get("relora_steps"):
+        key = "relora" if data.get("relora") else "relora_steps"
+        raise ValueError(
+            f"{key}: {data[key]!r} merges and restarts the adapter, which the plugin does not support. Remove {key}."
+        )
+    if data.get("lora_target_parameters"):
+        raise ValueError(
+            f"lora_target_parameters: {data['lora_target_parameters']!r} puts LoRA on expert parameters, which cannot "
+            "be selected by layer yet. Use `lora_target_modules`."
+        )
+
+
+def check_engine(data: Mapping[str, Any]) -> None:
+    """Raise ValueError for a way of distributing the model that the plugin does not support."""
+    for key in PARALLELISM:
+        value = data.get(key)
+        if isinstance(value, int) and value > 1:
+            raise ValueError(f"{key}: {value} splits layers over devices, which is not supported. Set it to 1.")
+    fsdp_config = data.get("fsdp_config") or {}
+    if data.get("fsdp") or fsdp_config:
+        version = data.get("fsdp_version") or fsdp_config.get("fsdp_version") or fsdp_config.get("version")
+        if str(version) != "2":
+            raise ValueError(f"fsdp_version: {version!r} is not supported by the plugin. Set `fsdp_version: 2`.")
+
+
+def check_layers_to_transform(data: Mapping[str, Any], selection: Mapping[str, Any]) -> None:
+    """Raise ValueError where ``peft_layers_to_transform`` leaves no room for the selection."""
+    allowed = data.get("peft_layers_to_transform")
+    if allowed is None:
+        return
+    allowed = [allowed] if isinstance(allowed, int) else list(allowed)
+    for key in ("layers", "candidates"):
+        outside = sorted(set(selection.get(key) or []) - set(allowed))
+        if outside:
+            raise ValueError(
+                f"peft_layers_to_transform: {allowed} contradicts layersel.selection.{key}: layers {outside} would "
+                "carry no LoRA. Remove peft_layers_to_transform (the plugin decides the layers), or add them to it."
+            )
+    if (selection.get("num_layers") or 0) > len(allowed):
+        raise ValueError(
+            f"peft_layers_to_transform: {allowed} contradicts layersel.selection.num_layers: "
+            f"{selection['num_layers']}. Remove peft_layers_to_transform, or lower num_layers."
+        )
+
+
+def check_dataset(data: Mapping[str, Any], selection: Mapping[str, Any]) -> None:
+    """Raise ValueError where the method needs rows that cannot be drawn at random."""
+    if selection.get("method") in DATA_FREE_METHODS or selection.get("plan"):
+        return
+    streamed = next((key for key in ("streaming", "pretraining_dataset") if data.get(key)), None)
+    if streamed:
+        raise ValueError(
+            f"{streamed}: {data[streamed]!r} cannot be sampled for layersel.selection.method: "
+            f"{selection.get('method')!r}. Use a dataset that is loaded whole, give a saved `plan`, or one of the "
+            f"methods that need no data: {', '.join(DATA_FREE_METHODS)}."
+        )

@@ -1,0 +1,74 @@
+"""The command ``axolotl-layersel``."""
+
+import subprocess
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from axolotl_layersel.errors import LayerselError
+
+app = typer.Typer(
+    help="Choose the layers that get a LoRA adapter.", add_completion=False, pretty_exceptions_enable=False
+)
+
+
+class Launcher(str, Enum):
+    """How the processes are started, as in ``axolotl train``."""
+
+    accelerate = "accelerate"
+    torchrun = "torchrun"
+    python = "python"
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")],
+    launcher: Annotated[Launcher, typer.Option(help="What starts the processes.")] = Launcher.accelerate,
+) -> None:
+    """Select layers and write the plan, without training. Arguments after -- go to the launcher."""
+    if not config.is_file():
+        fail(f"{config} does not exist. Give the path of an Axolotl YAML file.")
+    commands = {
+        Launcher.accelerate: ["accelerate", "launch", *context.args, "-m"],
+        Launcher.torchrun: ["torchrun", *context.args, "-m"],
+        Launcher.python: [sys.executable, *context.args, "-m"],
+    }
+    command = [*commands[launcher], "axolotl_layersel.planning", str(config)]
+    raise typer.Exit(subprocess.run(command).returncode)
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A plan.json, or the folder of a run or checkpoint.")],
+) -> None:
+    """Print a plan: layer, score, bar, chosen."""
+    from axolotl_layersel.plan import plan_path, read_plan
+    from axolotl_layersel.report import print_plan
+
+    try:
+        print_plan(read_plan(plan_path(path) if path.is_dir() else path, key="PATH"))
+    except LayerselError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Print one message and leave with exit code 1."""
+    typer.echo(f"axolotl-layersel: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def describe(error: Exception) -> str:
+    """Return an error as sentences for a person: ours as they are, pydantic's with the key they are about."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        lines.append(message if problem["type"] == "value_error" or not where else f"{where}: {message}")
+    return "\n".join(dict.fromkeys(lines))

@@ -1,0 +1,45 @@
+"""Ctrl-C: finish the micro-batch, save on all ranks together, leave with an error code."""
+
+import signal
+import threading
+from types import FrameType
+
+from axolotl_layersel import engines
+
+EXIT_CODE = 130  # 128 + SIGINT, as a shell reports it
+
+
+class InterruptFlag:
+    """Remembers a SIGINT until all ranks can act on it.
+
+    A handler that saves at once, as Axolotl's does on one rank, cannot gather sharded weights: no
+    collective call is safe there. Ranks agree by one flag after every micro-batch.
+    """
+
+    def __init__(self) -> None:
+        self.raised = False
+        self.previous: object = None
+        self.group = None
+        self.installed = False
+
+    def install(self) -> None:
+        """Take SIGINT over; every rank must call this."""
+        self.group = engines.make_flag_group()
+        # Signals reach the main thread only; a trainer run in another one keeps its owner's handling.
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self.remember)
+            self.installed = True
+
+    def remember(self, signum: int, frame: FrameType | None) -> None:
+        """Note the signal; launchers may send it more than once."""
+        self.raised = True
+
+    def is_raised_anywhere(self) -> bool:
+        """Return whether any rank was interrupted; a collective call."""
+        return engines.share_flag(self.raised, self.group)
+
+    def restore(self) -> None:
+        """Give SIGINT back to whoever had it."""
+        if self.installed:
+            signal.signal(signal.SIGINT, self.previous)
+            self.installed = False

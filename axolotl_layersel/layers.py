@@ -1,0 +1,70 @@
+"""Find the stack of layers of a model's language model, and the LoRA modules in it."""
+
+from dataclasses import dataclass
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from axolotl_layersel.errors import LayerselError
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The layers of the language model.
+
+    Attributes:
+        name: where they are in the base model, such as ``model.layers``.
+        layers: the layers, lowest first.
+        owner: the module that runs them and ends in the final norm, if the model has one.
+        lora_modules: names in the base model of the LoRA modules of each layer that carries any, by layer.
+    """
+
+    name: str
+    layers: nn.ModuleList
+    owner: nn.Module
+    lora_modules: dict[int, list[str]]
+
+
+def find_lora_modules(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return the LoRA modules of ``model`` by name, in the order of ``named_modules``."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def find_layer_stack(model: PeftModel) -> LayerStack:
+    """Return the language model's layers that carry LoRA; a vision or audio tower is never taken for them.
+
+    Raises:
+        LayerselError: if no stack, or more than one, could be meant.
+    """
+    base = model.get_base_model()
+    text_config = base.config.get_text_config()
+    # BERT-like models call it so too; GPT-2's `n_layer` is mapped to this name by its configuration.
+    expected = getattr(text_config, "num_hidden_layers", None)
+    lora_names = list(find_lora_modules(base))
+    found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    carrying = {
+        name: module
+        for name, module in found.items()
+        if len(module) == expected and any(lora.startswith(f"{name}.") for lora in lora_names)
+    }
+    # A mixture of experts may have as many experts as layers: the outer list is the stack.
+    outermost = [name for name in carrying if not any(name.startswith(f"{other}.") for other in carrying)]
+    if len(outermost) > 1:
+        inside = {id(module) for module in base.get_decoder().modules()} if hasattr(base, "get_decoder") else set()
+        outermost = [name for name in outermost if id(carrying[name]) in inside] or outermost
+    if len(outermost) != 1:
+        lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
+        problem = "more than one stack of layers carries LoRA" if outermost else "no stack of layers that carries LoRA"
+        raise LayerselError(
+            f"lora_target_modules: {problem} was found in {type(base).__name__}, whose configuration says "
+            f"{expected} layers (lists of modules in it: {lists}). Target linear modules inside the language "
+            "model's layers, such as q_proj and v_proj; other architectures are not supported."
+        )
+    name = outermost[0]
+    modules: dict[int, list[str]] = {}
+    for lora in lora_names:
+        if lora.startswith(f"{name}."):
+            modules.setdefault(int(lora[len(name) + 1 :].split(".", 1)[0]), []).append(lora)
+    owner = base.get_submodule(name.rpartition(".")[0])
+    return LayerStack(name=name, layers=carrying[name], owner=owner, lora_modules=modules)

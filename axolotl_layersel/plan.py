@@ -1,0 +1,162 @@
+"""The plan: which layers were chosen, why, and on what. Read, checked and written here."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.errors import LayerselError
+
+SCHEMA_VERSION = 1
+FOLDER = "layersel"
+FILE = "plan.json"
+
+
+class LayerChoice(BaseModel):
+    """One layer of the stack. ``score`` is its importance (higher is kept), ``None`` where it has none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    layer: int
+    score: float | None
+    selected: bool
+
+
+class Plan(BaseModel):
+    """What was decided, and everything needed to check it against another run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    method: str
+    layers: list[LayerChoice]
+    unselected: Literal["remove", "freeze"]
+    unscored: dict[int, str] = Field(default_factory=dict, description="why a layer has no score, by layer")
+    stack: str = Field(description="where the layers are in the base model, such as model.layers")
+    modules: list[str] = Field(description="LoRA modules of the selected layers, by their name in the base model")
+    settings: dict[str, Any] = Field(description="the selection block that produced this plan")
+    seed: int
+    calibration_rows: list[int] = Field(description="rows of the training set that were scored, in the order drawn")
+    dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens")
+    base_model: str | None
+    versions: dict[str, str]
+    engine: str
+    processes: int
+    seconds: float
+
+    @property
+    def selected(self) -> list[int]:
+        """The selected layers, ascending."""
+        return [choice.layer for choice in self.layers if choice.selected]
+
+
+def plan_path(run_folder: str | Path) -> Path:
+    """Return where the plan of a run or checkpoint in ``run_folder`` lies."""
+    return Path(run_folder) / FOLDER / FILE
+
+
+def read_plan(path: str | Path, key: str = "layersel.selection.plan") -> Plan:
+    """Return the plan in the file ``path``.
+
+    Raises:
+        LayerselError: naming ``key`` if the file is missing, not JSON, or not of this schema.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LayerselError(
+            f"{key}: {path} cannot be read ({error.strerror}). Give the path of a plan.json, "
+            "or remove the key to select layers anew."
+        ) from error
+    except ValueError as error:
+        raise LayerselError(
+            f"{key}: {path} is not valid JSON, truncated or damaged ({error}). Make the plan anew."
+        ) from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise LayerselError(
+            f"{key}: {path} has schema_version {version!r}, this version of axolotl-layersel reads {SCHEMA_VERSION}. "
+            "Make the plan anew with `axolotl-layersel plan`."
+        )
+    try:
+        plan = Plan.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise LayerselError(
+            f"{key}: {path} is not a plan: {where}: {first['msg']} ({error.error_count()} problems). Make it anew."
+        ) from error
+    if not plan.selected or [choice.layer for choice in plan.layers] != list(range(len(plan.layers))):
+        raise LayerselError(f"{key}: {path} does not list every layer once, or selects none. Make the plan anew.")
+    return plan
+
+
+def write_plan(plan: Plan, path: str | Path) -> None:
+    """Write ``plan`` to the file ``path``, which appears at once and complete."""
+    write_atomically(path, (plan.model_dump_json(indent=2) + "\n").encode("utf-8"))
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write ``content`` to a temporary file beside ``path``, flush it to disk and rename it to ``path``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
+    """Check that a plan that is reused is the one that the YAML block asks for.
+
+    Keys left at their default do not contradict a plan: with ``plan:`` they need not be repeated.
+
+    Raises:
+        LayerselError: naming the first key whose value differs.
+    """
+    for key, field in SelectionArgs.model_fields.items():
+        value, made_with = getattr(settings, key), plan.settings.get(key)
+        if key == "unselected":
+            made_with = plan.unselected
+        if key != "plan" and value != field.default and value != made_with:
+            raise LayerselError(
+                f"layersel.selection.{key}: {value!r} contradicts the plan from {source}, which was made with "
+                f"{made_with!r}. Restore the value, or make a new plan."
+            )
+
+
+def check_model(plan: Plan, stack: str, num_layers: int, modules: dict[int, list[str]], source: str) -> None:
+    """Check that ``plan`` fits a model with ``num_layers`` layers at ``stack`` and these LoRA ``modules`` by layer.
+
+    Raises:
+        LayerselError: saying what differs.
+    """
+
+    def refuse(difference: str) -> None:
+        raise LayerselError(
+            f"layersel.selection.plan: the plan from {source} does not fit this model: {difference}. "
+            "Make a new plan for this model, or restore the model and `lora_target_modules` it was made for."
+        )
+
+    if len(plan.layers) != num_layers:
+        refuse(f"the plan has {len(plan.layers)} layers, the model {num_layers}")
+    if plan.stack != stack:
+        refuse(f"the plan's layers are at {plan.stack!r}, the model's at {stack!r}")
+    present = {name for layer in plan.selected for name in modules.get(layer, [])}
+    missing, extra = sorted(set(plan.modules) - present), sorted(present - set(plan.modules))
+    if missing:
+        refuse(f"the model has no LoRA on {missing[0]} ({len(missing)} such modules)")
+    if extra:
+        refuse(f"the model has LoRA on {extra[0]}, unknown to the plan ({len(extra)} such modules)")

@@ -1,0 +1,49 @@
+"""Selection alone, in the processes that ``axolotl-layersel plan`` launches."""
+
+import os
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from axolotl_layersel.cli import describe
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.plan import plan_path
+
+
+def make_plan(config: str) -> Path:
+    """Run Axolotl up to its trainer, where the plugin selects, and return the path of the plan."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets, load_preference_datasets
+    from axolotl.integrations.base import PluginManager
+    from axolotl.train import setup_model_and_trainer
+    from axolotl.utils.distributed import cleanup_distributed
+
+    cfg = load_cfg(config, resume_from_checkpoint=None, auto_resume_from_checkpoints=False)
+    if cfg.layersel is None:
+        raise LayerselError(f"plugins: {config} does not list axolotl_layersel.LayerSelectionPlugin. Add it.")
+    dataset_meta = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+    if dataset_meta is None:
+        load = load_preference_datasets if cfg.rl else load_datasets
+        dataset_meta = load(cfg=cfg, cli_args=TrainerCliArgs())
+    setup_model_and_trainer(cfg, dataset_meta)
+    cleanup_distributed()
+    return plan_path(cfg.output_dir)
+
+
+def main(config: str) -> None:
+    """Make the plan and print where it is, or the error's sentence alone."""
+    main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        path = make_plan(config)
+    except (LayerselError, ValidationError) as error:
+        if main_process:
+            print(f"axolotl-layersel: {describe(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if main_process:
+        print(f"plan: {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,269 @@
+"""Layer selection: decide which layers keep their adapter, and apply it before the real engine is built."""
+
+import importlib.metadata
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import ParamWrapper
+from transformers import Trainer
+
+from axolotl_layersel import adapters, engines
+from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_RATIO, SelectionArgs
+from axolotl_layersel.callback import LayerSelectionCallback
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import LayerStack, find_layer_stack, find_lora_modules
+from axolotl_layersel.plan import LayerChoice, Plan, check_model, check_settings, plan_path, read_plan, write_plan
+from axolotl_layersel.report import print_plan
+from axolotl_layersel.selection import cka, controls, cosine, fisher, passes
+from axolotl_layersel.selection.calibration import Sample, find_token_positions, fingerprint, read_samples
+
+LOG = logging.getLogger("axolotl.layersel")
+
+
+def select_layers(
+    trainer: Trainer, settings: SelectionArgs, resume_from: str | None = None, continues_adapter: bool = False
+) -> Plan:
+    """Choose layers, apply the choice to the trainer's model, and arrange for the run to keep to it.
+
+    Call it once, after the trainer was built and before it trains.
+
+    Args:
+        trainer: a Trainer whose model is a PEFT model with one LoRA adapter.
+        settings: the ``selection`` block.
+        resume_from: the checkpoint that the run resumes from; its plan is used, nothing is selected again.
+        continues_adapter: the LoRA weights are a trained adapter's, and stay as they are.
+
+    Returns:
+        The plan, which lies in ``<output_dir>/layersel/plan.json`` too.
+
+    Raises:
+        LayerselError: on every rank, where something cannot be honoured.
+    """
+    started = time.monotonic()
+    engine = engines.name_engine(trainer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        raise LayerselError(f"adapter: the trainer's model is a {type(model).__name__}, not a PEFT model with LoRA.")
+    stack = find_layer_stack(model)
+    if any(isinstance(module, ParamWrapper) for module in find_lora_modules(model.get_base_model()).values()):
+        raise LayerselError(
+            "lora_target_modules: PEFT put LoRA on this model's expert parameters, which cannot be selected by layer "
+            "yet. Target the attention modules alone, such as q_proj and v_proj."
+        )
+    seeded = not continues_adapter and adapters.initialize_lora(model, trainer.args.seed)
+    LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
+
+    if continues_adapter:
+        check_continuing(settings)
+    reused = engines.decide_on_rank_zero(lambda: find_plan(settings, resume_from))
+    if reused is None:
+        plan = make_plan(trainer, model, stack, settings, engine, started)
+        if engines.get_rank() == 0:
+            write_plan(plan, plan_path(trainer.args.output_dir))
+    else:
+        plan, source = reused
+        check_model(plan, stack.name, len(stack.layers), stack.lora_modules, source)
+        LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
+        if engines.get_rank() == 0:
+            write_plan(plan, plan_path(trainer.args.output_dir))
+    apply_plan(trainer, model, stack, plan)
+    if engines.get_rank() == 0:
+        print_plan(plan)
+    trainer.add_callback(LayerSelectionCallback(trainer, stack, plan, resume_from))
+    return plan
+
+
+def check_continuing(settings: SelectionArgs) -> None:
+    """Raise LayerselError where the default would delete the weights of the adapter that is continued."""
+    if settings.unselected is None:
+        raise LayerselError(
+            "layersel.selection.unselected: lora_model_dir continues a trained adapter, and `remove`, the default, "
+            "would delete its weights in the layers that are not selected. Set `unselected: freeze` to keep them "
+            "untrained, or write `unselected: remove` to delete them."
+        )
+
+
+def find_plan(settings: SelectionArgs, resume_from: str | None) -> tuple[Plan, str] | None:
+    """Return the plan that the run must use and where it is from, or None where layers are to be selected.
+
+    A resumed run uses the plan of its checkpoint; else ``settings.plan`` is used.
+
+    Raises:
+        LayerselError: if that plan is missing or damaged, or the YAML block asks for another.
+    """
+    if resume_from is not None:
+        places = [plan_path(resume_from), plan_path(Path(resume_from).parent)]
+        source = next((place for place in places if place.exists()), None)
+        if source is None:
+            raise LayerselError(
+                f"resume_from_checkpoint: {resume_from} holds no layersel plan ({places[0]}): it is not a checkpoint "
+                "of a run with layer selection. Resume another checkpoint, or start without resuming."
+            )
+        key = "resume_from_checkpoint"
+    elif settings.plan is not None:
+        source, key = Path(settings.plan), "layersel.selection.plan"
+    else:
+        return None
+    plan = read_plan(source, key)
+    check_settings(plan, settings, str(source))
+    return plan, str(source)
+
+
+def make_plan(
+    trainer: Trainer, model: PeftModel, stack: LayerStack, settings: SelectionArgs, engine: str, started: float
+) -> Plan:
+    """Return a plan made from ``settings``: score the layers, where the method does, and choose."""
+    seed = trainer.args.seed if settings.seed is None else settings.seed
+    candidates = engines.decide_on_rank_zero(lambda: find_candidates(settings, stack))
+    keep = engines.decide_on_rank_zero(lambda: count_kept(settings, len(candidates)))
+    scores: list[float | None] = [None] * len(stack.layers)
+    unscored: dict[int, str] = {}
+    samples: list[Sample] = []
+    if settings.method in DATA_FREE_METHODS:
+        selected = controls.choose_without_data(settings.method, candidates, keep, seed, settings.layers)
+    else:
+        samples = read_samples(trainer.train_dataset, settings.num_samples, seed)
+        scores, unscored = score(trainer, model, stack, settings, samples)
+        selected = engines.decide_on_rank_zero(lambda: choose(scores, unscored, candidates, keep, settings.method))
+    layers = [LayerChoice(layer=layer, score=value, selected=layer in selected) for layer, value in enumerate(scores)]
+    plan = Plan(
+        method=settings.method,
+        layers=layers,
+        unselected=settings.unselected or "remove",
+        unscored=unscored,
+        stack=stack.name,
+        modules=[name for layer in selected for name in stack.lora_modules[layer]],
+        settings=settings.model_dump(exclude={"plan"}),
+        seed=seed,
+        calibration_rows=[sample.row for sample in samples],
+        dataset_fingerprint=fingerprint(samples) if samples else None,
+        base_model=adapters.get_config(model).base_model_name_or_path,
+        versions={
+            name: importlib.metadata.version(name)
+            for name in ("axolotl-layersel", "axolotl", "torch", "transformers", "peft")
+        },
+        engine=engine,
+        processes=trainer.args.world_size,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    # All ranks have computed the same; rank 0's word is what counts.
+    return engines.decide_on_rank_zero(lambda: plan)
+
+
+def find_candidates(settings: SelectionArgs, stack: LayerStack) -> list[int]:
+    """Return the layers that may be chosen, ascending.
+
+    Raises:
+        LayerselError: if a layer named in the settings does not exist or carries no LoRA.
+    """
+    last = len(stack.layers) - 1
+    for key in ("layers", "candidates"):
+        named = getattr(settings, key) or []
+        outside = [layer for layer in named if layer > last]
+        if outside:
+            raise LayerselError(
+                f"layersel.selection.{key}: {outside} are out of range: the model's layers are 0 to {last}."
+            )
+        bare = [layer for layer in named if layer not in stack.lora_modules]
+        if bare:
+            raise LayerselError(
+                f"layersel.selection.{key}: layers {bare} carry no LoRA under these lora_target_modules. "
+                "Remove them from the list, or target modules in them."
+            )
+    return sorted(settings.candidates or stack.lora_modules)
+
+
+def count_kept(settings: SelectionArgs, candidates: int) -> int:
+    """Return how many layers are kept: floor(ratio × candidates + 1e-9), for 0.29 × 100 is 28.999….
+
+    Raises:
+        LayerselError: if that is none, or more than there are.
+    """
+    if settings.layers is not None:
+        return len(settings.layers)
+    if settings.num_layers is not None:
+        if settings.num_layers > candidates:
+            raise LayerselError(
+                f"layersel.selection.num_layers: {settings.num_layers} is more than the {candidates} layers that can "
+                f"be chosen. Set it to at most {candidates}."
+            )
+        return settings.num_layers
+    ratio = DEFAULT_RATIO if settings.ratio is None else settings.ratio
+    keep = math.floor(ratio * candidates + 1e-9)
+    if keep == 0:
+        raise LayerselError(
+            f"layersel.selection.ratio: {ratio} of {candidates} layers keeps none. Set at least {1 / candidates:.3f}, "
+            "or `num_layers: 1`."
+        )
+    return keep
+
+
+def score(
+    trainer: Trainer, model: PeftModel, stack: LayerStack, settings: SelectionArgs, samples: list[Sample]
+) -> tuple[list[float | None], dict[int, str]]:
+    """Return the importance of every layer by ``settings.method``, and why a layer has none."""
+    rows = [sample.row for sample in samples]
+    if settings.method == "cka":
+        positions = find_token_positions(samples, settings.token)
+        states = passes.measure_token_states(trainer, model, stack, samples, positions)
+        check_finite(states.flatten(2).sum(-1), rows)
+        return cka.score_layers(states)
+    if settings.method == "cosine":
+        turns = passes.measure_turns(trainer, model, stack, samples)
+        check_finite(turns, rows)
+        return list(cosine.score_layers(turns, torch.tensor([len(s.input_ids) for s in samples]))), {}
+    squares = passes.measure_squared_gradients(trainer, model, stack, samples)
+    check_finite(squares, rows)
+    return fisher.score_layers(squares, passes.count_target_weights(model, stack))
+
+
+def check_finite(measured: torch.Tensor, rows: list[int]) -> None:
+    """Raise LayerselError naming the layer and the training row of the first number that is not finite.
+
+    Args:
+        measured: (samples, places); place 0 of cka's are the embeddings, elsewhere layer 0.
+        rows: the samples' training rows.
+    """
+    bad = (~measured.isfinite()).nonzero()
+    if len(bad):
+        place, sample = min((int(place), int(sample)) for sample, place in bad)
+        raise LayerselError(
+            f"layersel.selection.method: NaN or infinity in layer {place} for training row {rows[sample]}. "
+            "Look at that row and at the base model's precision (fp16 overflows; try bf16)."
+        )
+
+
+def choose(
+    scores: list[float | None], unscored: dict[int, str], candidates: list[int], keep: int, method: str
+) -> list[int]:
+    """Return the ``keep`` candidates of the highest scores, ascending; ties go to the lower layer.
+
+    Raises:
+        LayerselError: if too few are scored, or all scores are equal.
+    """
+    scored = [layer for layer in candidates if scores[layer] is not None]
+    if len(scored) < keep:
+        reasons = "; ".join(f"layer {layer}: {reason}" for layer, reason in sorted(unscored.items()))
+        raise LayerselError(
+            f"layersel.selection.method: {method} could score only {len(scored)} of {len(candidates)} layers, {keep} "
+            f"are to be kept ({reasons}). Use `token: auto` or `mean`, or keep fewer layers."
+        )
+    if keep < len(scored) and len({scores[layer] for layer in scored}) == 1:
+        raise LayerselError(
+            f"layersel.selection.method: {method} gives every layer the score {scores[scored[0]]}, so there is "
+            "nothing to choose by. Use other data, more `num_samples`, or another method."
+        )
+    return sorted(sorted(scored, key=lambda layer: (-scores[layer], layer))[:keep])  # type: ignore[operator]
+
+
+def apply_plan(trainer: Trainer, model: PeftModel, stack: LayerStack, plan: Plan) -> None:
+    """Remove or freeze the LoRA modules of the layers that ``plan`` does not select, and keep the plan at hand."""
+    change = adapters.remove_unselected if plan.unselected == "remove" else adapters.freeze_unselected
+    change(model, stack, plan.selected)
+    adapters.save_with_adapter(trainer, (plan.model_dump_json(indent=2) + "\n").encode())
+    trainable = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad)
+    LOG.info("layersel: %s trainable parameters in %d layers", f"{trainable:,}", len(plan.selected))

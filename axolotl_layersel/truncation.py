@@ -1,0 +1,66 @@
+"""Stop the backward pass at the lowest layer that trains, instead of at the embeddings."""
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from axolotl_layersel import engines
+from axolotl_layersel.layers import LayerStack
+
+
+def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
+    """Return the lowest layer below which no parameter trains; 0 where the backward pass cannot be cut.
+
+    Whatever trains outside the layers must come after them (the owner's final norm, the head): trained
+    embeddings or a trained vision tower need the gradient of the lowest layer's input.
+    """
+    base = model.get_base_model()
+    lowest = next(
+        (i for i, layer in enumerate(stack.layers) if any(p.requires_grad for p in layer.parameters())),
+        len(stack.layers),
+    )
+    inside = {id(parameter) for parameter in stack.layers.parameters()}
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    after = {id(parameter) for module in (head,) if module is not None for parameter in module.parameters()}
+    tied = {id(parameter) for parameter in base.get_input_embeddings().parameters()}
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in inside and id(parameter) not in after - tied:
+            return 0
+    return min(lowest, len(stack.layers) - 1)
+
+
+class TruncatedBackward:
+    """The backward pass of a model in training, cut below the lowest layer that trains.
+
+    Gradients above are unchanged. Works without and with gradient checkpointing, reentrant or not: layers
+    below keep no graph, so nothing of them is computed again.
+    """
+
+    def __init__(self, model: PeftModel, stack: LayerStack) -> None:
+        self.model = model
+        self.stack = stack
+        self.lowest = find_lowest_trained(model, stack)
+        self.handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def install(self) -> None:
+        """Cut the backward pass; call it when the trainer has set up checkpointing, at ``on_train_begin``."""
+        if self.lowest == 0:
+            return
+        engines.remove_embedding_hooks(self.model)
+        for layer in self.stack.layers[: self.lowest]:
+            if hasattr(layer, "gradient_checkpointing"):
+                layer.gradient_checkpointing = False
+        self.handle = self.stack.layers[self.lowest - 1].register_forward_hook(start_graph)
+
+    def remove(self) -> None:
+        """Take the cut away again."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+
+def start_graph(layer: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+    """Make a layer's output the leaf that gradients end in; reentrant checkpointing needs one above."""
+    hidden = output if isinstance(output, torch.Tensor) else output[0]
+    if torch.is_grad_enabled() and hidden.is_leaf:
+        hidden.requires_grad_(True)

@@ -1,0 +1,71 @@
+"""Run Axolotl's real distributed engines (DDP, ZeRO-1/2/3, FSDP2) on a machine without a GPU.
+
+Listed first under ``plugins:`` in the tests' YAML files only; does nothing where CUDA is available.
+Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, accelerate 1.13.0):
+
+* accelerate picks no backend on a machine without a GPU unless ``ACCELERATE_USE_CPU`` is set, and with
+  that variable a DeepSpeed run silently becomes DDP: the variable stays unset and gloo is named here.
+* accelerate would ask ``torch.cuda`` for a device index, and Axolotl for a "cuda" mesh under FSDP2.
+* gloo refuses to write into the autograd views that ZeRO-1/2 hand it; detached tensors share memory.
+* Axolotl's ``device_map`` names a GPU in every run with several processes.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from axolotl.integrations.base import BasePlugin
+
+
+def _name_gloo(self, cpu=False, sagemaker_dp=False, backend=None):
+    if int(os.environ.get("LOCAL_RANK", -1)) == -1:
+        return None, None
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return "gloo", DistributedType.MULTI_GPU if fsdp else DistributedType.MULTI_CPU
+
+
+def _patch() -> None:
+    PartialState._prepare_backend = _name_gloo
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+    build_device_mesh = ParallelismConfig.build_device_mesh
+    ParallelismConfig.build_device_mesh = lambda self, device_type: build_device_mesh(self, "cpu")
+
+    from deepspeed.comm.torch import TorchBackend
+
+    all_gather = TorchBackend.all_gather_into_tensor
+
+    def all_gather_detached(self, output_tensor, input_tensor, group=None, async_op=False):
+        return all_gather(self, output_tensor.detach(), input_tensor.detach(), group=group, async_op=async_op)
+
+    TorchBackend.all_gather_into_tensor = all_gather_detached
+
+
+if not torch.cuda.is_available():
+    _patch()
+
+
+class CpuEnginesPlugin(BasePlugin):
+    """Lets a YAML file written for GPUs run on CPU processes, and records which engine ran."""
+
+    def load_datasets(self, cfg, preprocess=False):
+        if not torch.cuda.is_available():
+            cfg.device_map = None
+            cfg.ddp = False
+
+    def post_trainer_create(self, cfg, trainer):
+        from axolotl_layersel.engines import name_engine
+
+        accelerator = trainer.accelerator
+        if accelerator.is_main_process:
+            record = {
+                "distributed_type": accelerator.distributed_type.value,
+                "engine": name_engine(trainer),
+                "processes": accelerator.num_processes,
+            }
+            Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(cfg.output_dir) / "engine.json").write_text(json.dumps(record))

@@ -1,0 +1,91 @@
+"""Fork training processes from one that has imported Axolotl already.
+
+An ``axolotl`` process spends most of its time on imports. This server imports once, then forks one child
+a rank for every job, with the environment that torchrun would set, so that a test pays for the run alone.
+The children run Axolotl's own entry points; nothing of it is replaced.
+
+Jobs come as JSON lines on standard input, ``{"id", "target", "args", "world", "env", "log", "port"}``;
+answers go to standard output: ``{"id", "pids"}`` once started and ``{"id", "codes"}`` at the end.
+"""
+
+import importlib
+import json
+import os
+import sys
+import threading
+import traceback
+
+REPLY = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # what libraries print must not mix with the answers
+LOCK = threading.Lock()
+
+
+def reply(**message) -> None:
+    with LOCK:
+        REPLY.write(json.dumps(message) + "\n")
+
+
+def run_child(job: dict, rank: int) -> None:
+    """Run the target in this forked process and leave with its exit code."""
+    os.setpgid(0, 0)
+    log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(job["env"])
+    if job["world"] > 1:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(job["world"]),
+            LOCAL_WORLD_SIZE=str(job["world"]),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(job["port"]),
+        )
+    sys.argv = [job["target"]]
+    module, _, function = job["target"].partition(":")
+    code = 1
+    try:
+        getattr(importlib.import_module(module), function)(**job["args"])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait(job: dict, pids: list[int]) -> None:
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    reply(id=job["id"], codes=codes)
+
+
+def main() -> None:
+    import accelerate  # noqa: F401
+    import axolotl.cli.config
+    import axolotl.cli.train
+    import axolotl.common.datasets
+    import axolotl.core.builders
+    import axolotl.train  # noqa: F401
+    import bitsandbytes  # noqa: F401
+    import deepspeed  # noqa: F401
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401
+
+    reply(ready=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        pids = []
+        for rank in range(job["world"]):
+            pid = os.fork()
+            if pid == 0:
+                run_child(job, rank)
+            pids.append(pid)
+        reply(id=job["id"], pids=pids)
+        threading.Thread(target=wait, args=(job, pids), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()
