@@ -7,6 +7,8 @@ Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, a
   that variable a DeepSpeed run silently becomes DDP: the variable stays unset and gloo is named here.
 * accelerate would ask ``torch.cuda`` for a device index, and Axolotl for a "cuda" mesh under FSDP2.
 * gloo refuses to write into the autograd views that ZeRO-1/2 hand it; detached tensors share memory.
+* DeepSpeed gathers several ZeRO-3 parameters at once and waits for the last only, which is right on NCCL,
+  where operations end in order. On gloo it then reads weights that have not arrived: each is waited for.
 * Axolotl's ``device_map`` names a GPU in every run with several processes.
 """
 
@@ -40,7 +42,10 @@ def _patch() -> None:
     all_gather = TorchBackend.all_gather_into_tensor
 
     def all_gather_detached(self, output_tensor, input_tensor, group=None, async_op=False):
-        return all_gather(self, output_tensor.detach(), input_tensor.detach(), group=group, async_op=async_op)
+        work = all_gather(self, output_tensor.detach(), input_tensor.detach(), group=group, async_op=async_op)
+        if work is not None:
+            work.wait()
+        return work
 
     TorchBackend.all_gather_into_tensor = all_gather_detached
 

@@ -11,9 +11,13 @@ answers go to standard output: ``{"id", "pids"}`` once started and ``{"id", "cod
 import importlib
 import json
 import os
+import random
 import sys
 import threading
 import traceback
+
+import numpy
+import torch
 
 REPLY = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # what libraries print must not mix with the answers
@@ -42,6 +46,10 @@ def run_child(job: dict, rank: int) -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(job["port"]),
         )
+    # A fork inherits the parent's random state; processes that are started apart do not share one.
+    random.seed()
+    numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
+    torch.seed()
     sys.argv = [job["target"]]
     module, _, function = job["target"].partition(":")
     code = 1

@@ -247,7 +247,9 @@ def scoring(trainer: Trainer, model: PeftModel, stack: LayerStack, backward: boo
         state.callback(lambda: [parameter.requires_grad_(True) for parameter in trainable])
         model.eval()
         model.requires_grad_(False)
-        if engines.is_streamed(trainer):
+        if engines.get_rank() not in engines.ranks_with_weights(trainer):
+            pass  # nothing to put in place: this rank only waits for the others' measurements
+        elif engines.is_streamed(trainer):
             state.enter_context(engines.materialize(trainer, tensors_outside(base, stack)))
         elif not getattr(base, "hf_device_map", None):
             # DeepSpeed would move the model there itself, later.

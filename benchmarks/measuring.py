@@ -1,0 +1,261 @@
+"""What both benchmarks share: a Llama under LoRA, a process of its own for each measurement, and true peak memory."""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+T = TypeVar("T")
+
+MIB = 2**20
+# From glibc's malloc.h: parameters of mallopt.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model and how it is run: the same for all that is compared."""
+
+    hidden_size: int
+    layers: int
+    vocabulary: int
+    batch_size: int
+    rank: int
+    device: str
+    dtype: str
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the MLP, in Llama's proportion to the hidden size."""
+        return 32 * round(self.hidden_size * 11008 / 4096 / 32)
+
+    def describe(self) -> str:
+        """Return the setup in one line, for a table's title."""
+        return (
+            f"Llama, {self.layers} layers, hidden {self.hidden_size}, MLP {self.intermediate_size}, vocabulary "
+            f"{self.vocabulary}, {self.dtype}, LoRA r {self.rank}; batch {self.batch_size}; {describe_device(self)}"
+        )
+
+
+def add_setup_arguments(
+    parser: argparse.ArgumentParser, hidden_size: int, layers: int, vocabulary: int, batch_size: int
+) -> None:
+    """Add the options of ``Setup`` and ``--json``, with this benchmark's defaults."""
+    parser.add_argument("--hidden-size", type=int, default=hidden_size, help="a multiple of 64")
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--vocabulary", type=int, default=vocabulary)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA, on all linear modules of a layer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 on CUDA")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every single measurement there")
+
+
+def read_setup(arguments: argparse.Namespace) -> Setup:
+    """Return the setup that the command line asks for."""
+    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
+    return Setup(
+        hidden_size=arguments.hidden_size,
+        layers=arguments.layers,
+        vocabulary=arguments.vocabulary,
+        batch_size=arguments.batch_size,
+        rank=arguments.rank,
+        device=arguments.device,
+        dtype=dtype,
+    )
+
+
+def describe_device(setup: Setup) -> str:
+    """Return the name of the GPU, or the number of CPU threads."""
+    return torch.cuda.get_device_name() if setup.device == "cuda" else f"{torch.get_num_threads()} CPU cores"
+
+
+def make_model(setup: Setup, lora_layers: list[int] | None = None) -> PeftModel:
+    """Return a randomly initialised Llama with LoRA in ``lora_layers`` (default: all of them)."""
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    heads = setup.hidden_size // 64
+    config = LlamaConfig(
+        hidden_size=setup.hidden_size,
+        intermediate_size=setup.intermediate_size,
+        num_hidden_layers=setup.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=setup.vocabulary,
+        max_position_embeddings=8192,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).to(getattr(torch, setup.dtype))
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=setup.rank,
+        target_modules=LORA_TARGETS,
+        layers_to_transform=lora_layers,
+        layers_pattern=None if lora_layers is None else "layers",
+    )
+    return get_peft_model(model, lora).to(setup.device)
+
+
+def make_trainer(
+    setup: Setup,
+    model: PeftModel,
+    folder: str,
+    dataset: list[dict[str, list[int]]] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **options: Any,
+) -> Trainer:
+    """Return a plain Trainer that writes nothing but what ``options`` of its arguments ask for."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=setup.batch_size,
+        use_cpu=setup.device == "cpu",
+        bf16=setup.dtype == "bfloat16",
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    return Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=callbacks)
+
+
+def synchronize(device: str) -> None:
+    """Wait until the GPU has done what it was asked for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Measures how many bytes a ``with`` block held at its peak, over what was held just before it.
+
+    On CUDA these are the allocator's tensors. On CPU (Linux with glibc) it is the resident set of the process,
+    whose peak Linux lets a process reset; from then on malloc hands every freed block of 64 KiB or more straight
+    back, so that what is resident is what is in use. That takes time: measure time elsewhere.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.bytes = 0
+        self.before = 0
+
+    def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_THRESHOLD, 65536)
+            libc.mallopt(M_TRIM_THRESHOLD, 65536)
+            libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = read_resident("VmRSS")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else read_resident("VmHWM")
+        self.bytes = peak - self.before
+
+
+def read_resident(key: str) -> int:
+    """Return ``VmRSS`` (resident now) or ``VmHWM`` (its peak) of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}: peak memory on a CPU is measured on Linux only")
+
+
+def check_peak_memory(device: str) -> None:
+    """Measure two allocations of known size, the larger one first.
+
+    Raises:
+        RuntimeError: if one is not measured right, or the first one's peak hides the second one's.
+    """
+    for size in (64 * MIB, 16 * MIB):
+        with PeakMemory(device) as peak:
+            torch.ones(size // 4, device=device)
+        if not size - MIB <= peak.bytes <= size + 4 * MIB:
+            raise RuntimeError(f"{size} bytes were measured as {peak.bytes}: peak memory cannot be measured here")
+
+
+def process_pool(setup: Setup, processes: int = 1) -> ProcessPoolExecutor:
+    """Return a pool of fresh processes, forked where that is safe: CUDA does not survive a fork.
+
+    Importing the libraries takes longer than most measurements. Forking needs this process to have run nothing
+    of torch's yet, so it must only start others.
+    """
+    return ProcessPoolExecutor(processes, mp_context=get_context("fork" if setup.device == "cpu" else "spawn"))
+
+
+def run_alone(function: Callable[..., T], setup: Setup, *arguments: object) -> T:
+    """Return ``function(setup, *arguments)``, run in a fresh process, without what it prints."""
+    with process_pool(setup) as pool:
+        return pool.submit(run_quietly, function, setup, *arguments).result()
+
+
+def run_quietly(function: Callable[..., T], *arguments: object) -> T:
+    """Return ``function(*arguments)`` without what it prints to standard output."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return function(*arguments)
+
+
+def median_ratio(ours: list[float], others: list[float]) -> float:
+    """Return the median of the ratios of measurements that were taken next to each other."""
+    return statistics.median(one / other for one, other in zip(ours, others))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Something that the figures must show: ``measured`` at most ``limit``."""
+
+    what: str
+    measured: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.limit
+
+
+def report_goals(console: Console, goals: list[Goal]) -> None:
+    """Print each goal, what was measured, and whether it is met."""
+    for goal in goals:
+        colour, word = ("green", "met") if goal.met else ("red", "MISSED")
+        console.print(
+            f"[{colour}]{word:>6}[/{colour}]  {goal.what}: {goal.measured:.3f}, goal at most {goal.limit:.3f}"
+        )
+
+
+def write_json(path: Path | None, benchmark: str, setup: Setup, goals: list[Goal], **content: object) -> None:
+    """Write the setup, every single measurement and the goals, if ``path`` is given."""
+    if path is None:
+        return
+    document = {
+        "benchmark": benchmark,
+        "setup": {**vars(setup), "intermediate_size": setup.intermediate_size, "hardware": describe_device(setup)},
+        "versions": {name: version(name) for name in ("axolotl-layersel", "torch", "transformers", "peft")},
+        **content,
+        "goals": [{**vars(goal), "met": goal.met} for goal in goals],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,0 +1,294 @@
+"""What a training step costs with LoRA in the last half of the layers, next to LoRA in all of them.
+
+Three arms, each a plain ``Trainer.train()`` on the same model, batch and LoRA rank:
+
+all       LoRA in every layer, inputs require gradients (as Axolotl always asks for).
+layersel  the same, then the package's selection, ``method: last``, ``ratio: 0.5``: the other layers' LoRA is removed
+          and the backward pass ends at the lowest layer that trains.
+stock     PEFT alone with LoRA in the same layers (``layers_to_transform``) and no input gradients. The Trainer asks
+          for those under checkpointing, so they are switched off again (``disable_input_require_grads``). Reentrant
+          checkpointing would train nothing then: there the layers without LoRA are not checkpointed, and the output
+          of the last of them requires gradients. No user of stock PEFT gets that without writing it.
+
+Time: the three arms run next to each other, one step of one arm at a time, in turn. Peak memory over the weights:
+each measurement in a process of its own.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from multiprocessing.managers import SyncManager
+from threading import Semaphore
+
+from measuring import (
+    MIB,
+    Goal,
+    PeakMemory,
+    Setup,
+    add_setup_arguments,
+    check_peak_memory,
+    make_model,
+    make_trainer,
+    median_ratio,
+    process_pool,
+    read_setup,
+    report_goals,
+    run_alone,
+    run_quietly,
+    synchronize,
+    write_json,
+)
+from peft import PeftModel
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer, TrainerCallback
+
+from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.selection.phase import select_layers
+
+ALL, OURS, STOCK = "all", "layersel", "stock"
+ARMS = (ALL, OURS, STOCK)
+NONE, REENTRANT, NON_REENTRANT = "none", "reentrant", "non-reentrant"
+TIME_GOALS = {NONE: 0.78, REENTRANT: 0.70, NON_REENTRANT: 0.70}
+STOCK_GOAL = 1.05
+MEMORY_STEPS = 2
+TURN_TIMEOUT = 3600.0
+
+
+@dataclass
+class Cost:
+    """All measurements with one kind of checkpointing, by arm."""
+
+    checkpointing: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: dict[str, list[int]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
+
+    def time_ratio(self, arm: str, other: str) -> float:
+        return median_ratio(self.seconds[arm], self.seconds[other])
+
+    def memory_ratio(self, arm: str, other: str) -> float:
+        return statistics.median(self.peak_bytes[arm]) / statistics.median(self.peak_bytes[other])
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Whose step it is: an arm waits for ``mine`` before each step and releases ``following`` after it."""
+
+    mine: Semaphore
+    following: Semaphore
+
+
+class StepTimer(TrainerCallback):
+    """Takes the time of every step, and turns with the other arms."""
+
+    def __init__(self, device: str, turns: Turns | None) -> None:
+        self.device = device
+        self.turns = turns
+        self.started = 0.0
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if self.turns is not None and not self.turns.mine.acquire(timeout=TURN_TIMEOUT):
+            raise TimeoutError("the arm before this one has not finished its step")
+        synchronize(self.device)
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        synchronize(self.device)
+        self.seconds.append(time.perf_counter() - self.started)
+        if self.turns is not None:
+            self.turns.following.release()
+
+
+class NoInputGradients(TrainerCallback):
+    """Undoes what the Trainer did for checkpointing; ``lowest`` is the lowest layer with LoRA."""
+
+    def __init__(self, checkpointing: str, lowest: int) -> None:
+        self.checkpointing = checkpointing
+        self.lowest = lowest
+
+    def on_train_begin(self, args, state, control, model: PeftModel, **kwargs) -> None:
+        if self.checkpointing != NONE:
+            model.disable_input_require_grads()
+        if self.checkpointing == REENTRANT:
+            below = model.get_base_model().model.layers[: self.lowest]
+            for layer in below:
+                layer.gradient_checkpointing = False
+            below[-1].register_forward_hook(lambda layer, given, output: output.requires_grad_(True))
+
+
+def draw_rows(setup: Setup, tokens: int, count: int) -> list[dict[str, list[int]]]:
+    """Return ``count`` rows of random tokens, all trained on."""
+    draw = random.Random(0)
+    rows = [[draw.randrange(setup.vocabulary) for _ in range(tokens)] for _ in range(count)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def make_arm(
+    setup: Setup, arm: str, checkpointing: str, tokens: int, steps: int, turns: Turns | None, folder: str
+) -> tuple[Trainer, StepTimer]:
+    """Return one arm, ready to train for ``steps``."""
+    lowest = setup.layers - setup.layers // 2
+    model = make_model(setup, list(range(lowest, setup.layers)) if arm == STOCK else None)
+    timer = StepTimer(setup.device, turns)
+    callbacks = [timer]
+    if arm == STOCK:
+        callbacks.append(NoInputGradients(checkpointing, lowest))
+    else:
+        model.enable_input_require_grads()
+    trainer = make_trainer(
+        setup,
+        model,
+        folder,
+        dataset=draw_rows(setup, tokens, steps * setup.batch_size),
+        callbacks=callbacks,
+        max_steps=steps,
+        gradient_checkpointing=checkpointing != NONE,
+        gradient_checkpointing_kwargs={"use_reentrant": checkpointing == REENTRANT} if checkpointing != NONE else None,
+    )
+    if arm == OURS:
+        select_layers(trainer, SelectionArgs(method="last", ratio=0.5))
+    return trainer, timer
+
+
+def time_arm(
+    setup: Setup, arm: str, checkpointing: str, tokens: int, warmup: int, steps: int, turns: Turns
+) -> tuple[list[float], int]:
+    """Return the seconds of the steps after the first ``warmup``, and how many parameters trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, timer = make_arm(setup, arm, checkpointing, tokens, warmup + steps, turns, folder)
+        try:
+            trainer.train()
+        finally:
+            # If this arm failed, the others must not wait for its remaining turns.
+            for _ in range(warmup + steps - len(timer.seconds)):
+                turns.following.release()
+        return timer.seconds[warmup:], trainer.model.get_nb_trainable_parameters()[0]
+
+
+def measure_peak(setup: Setup, arm: str, checkpointing: str, tokens: int) -> int:
+    """Return the peak memory of training over the weights, in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = make_arm(setup, arm, checkpointing, tokens, MEMORY_STEPS, None, folder)
+        warm_up(trainer, setup)
+        check_peak_memory(setup.device)
+        with PeakMemory(setup.device) as peak:
+            trainer.train()
+    return peak.bytes
+
+
+def warm_up(trainer: Trainer, setup: Setup) -> None:
+    """Run a short row forward and backward once, so that the libraries' own code and buffers are not counted."""
+    row = {"input_ids": list(range(8)), "labels": list(range(8))}
+    inputs = trainer._prepare_inputs(trainer.data_collator([row]))
+    trainer.model.train()
+    with trainer.compute_loss_context_manager():
+        trainer.model(**inputs).loss.backward()
+    trainer.model.zero_grad(set_to_none=True)
+
+
+def measure_times(
+    setup: Setup, manager: SyncManager, checkpointing: str, tokens: int, warmup: int, steps: int
+) -> dict[str, list[float]]:
+    """Return the seconds of every step of every arm; step i of the arms were taken one after the other.
+
+    Raises:
+        SystemExit: if ours and stock do not train the same number of parameters: they are not the same job then.
+    """
+    gates = [manager.Semaphore(int(position == 0)) for position in range(len(ARMS))]
+    with process_pool(setup, len(ARMS)) as pool:
+        runs = {
+            arm: pool.submit(
+                run_quietly,
+                time_arm,
+                setup,
+                arm,
+                checkpointing,
+                tokens,
+                warmup,
+                steps,
+                Turns(gates[position], gates[(position + 1) % len(ARMS)]),
+            )
+            for position, arm in enumerate(ARMS)
+        }
+        results = {arm: run.result() for arm, run in runs.items()}
+    trained = {arm: parameters for arm, (_, parameters) in results.items()}
+    if trained[OURS] != trained[STOCK] or 2 * trained[OURS] != trained[ALL]:
+        raise SystemExit(f"the arms do not train what they should: {trained} parameters")
+    return {arm: seconds for arm, (seconds, _) in results.items()}
+
+
+def make_table(setup: Setup, tokens: int, steps: int, costs: list[Cost]) -> Table:
+    """Return the medians as a table, each arm beside its ratio to LoRA in all layers."""
+    title = f"{steps} steps of {tokens} tokens a row: {setup.describe()}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for heading in ("checkpointing", "LoRA"):
+        table.add_column(heading)
+    for heading in ("s/step", "of all", "of stock", "peak MiB", "of all", "of stock"):
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        for arm in ARMS:
+            table.add_row(
+                cost.checkpointing if arm == ALL else "",
+                arm,
+                f"{statistics.median(cost.seconds[arm]):.3f}",
+                *(f"{cost.time_ratio(arm, other):.3f}" for other in (ALL, STOCK)),
+                f"{statistics.median(cost.peak_bytes[arm]) / MIB:.0f}",
+                *(f"{cost.memory_ratio(arm, other):.3f}" for other in (ALL, STOCK)),
+                end_section=arm == ARMS[-1],
+            )
+    return table
+
+
+def judge(costs: list[Cost]) -> list[Goal]:
+    """Return the goals for each kind of checkpointing."""
+    goals = []
+    for cost in costs:
+        kind = f"checkpointing {cost.checkpointing}"
+        goals += [
+            Goal(
+                f"{kind}: step time, of LoRA in all layers", cost.time_ratio(OURS, ALL), TIME_GOALS[cost.checkpointing]
+            ),
+            Goal(f"{kind}: step time, of stock PEFT", cost.time_ratio(OURS, STOCK), STOCK_GOAL),
+            Goal(f"{kind}: peak memory, of stock PEFT", cost.memory_ratio(OURS, STOCK), STOCK_GOAL),
+        ]
+    return goals
+
+
+def main() -> None:
+    """Measure, print the table, judge the goals."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_setup_arguments(parser, hidden_size=1024, layers=8, vocabulary=1024, batch_size=1)
+    parser.add_argument("--tokens", type=int, default=512, help="of each row")
+    parser.add_argument("--checkpointing", choices=tuple(TIME_GOALS), nargs="+", default=list(TIME_GOALS))
+    parser.add_argument("--steps", type=int, default=20, help="timed, of each arm")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them, not counted")
+    parser.add_argument("--memory-repeats", type=int, default=3, help="of each arm's peak memory")
+    arguments = parser.parse_args()
+    setup, console = read_setup(arguments), Console()
+    if setup.layers % 2:
+        parser.error(f"--layers {setup.layers}: half of them get LoRA, give an even number")
+
+    costs = [Cost(kind) for kind in arguments.checkpointing]
+    for cost in costs:
+        console.print(f"measuring with checkpointing {cost.checkpointing}", style="dim")
+        for _ in range(arguments.memory_repeats):
+            for arm in ARMS:
+                cost.peak_bytes[arm].append(run_alone(measure_peak, setup, arm, cost.checkpointing, arguments.tokens))
+        with SyncManager() as manager:
+            cost.seconds = measure_times(
+                setup, manager, cost.checkpointing, arguments.tokens, arguments.warmup, arguments.steps
+            )
+    console.print(make_table(setup, arguments.tokens, arguments.steps, costs))
+    goals = judge(costs)
+    report_goals(console, goals)
+    results = [asdict(cost) for cost in costs]
+    write_json(arguments.json, "training_cost", setup, goals, tokens=arguments.tokens, results=results)
+
+
+if __name__ == "__main__":
+    main()

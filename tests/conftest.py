@@ -1,0 +1,232 @@
+"""Shared fixtures: a small pre-trained base, its data, and runs of real Axolotl on every engine."""
+
+import json
+import os
+import queue
+import re
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+ENGINES = ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
+ENVIRONMENT = {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def deepspeed_config(stage: int) -> dict:
+    zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    if stage == 3:
+        # By default no parameter under 1e5 elements is partitioned: a small model would test nothing.
+        zero.update(stage3_param_persistence_threshold=0, stage3_gather_16bit_weights_on_model_save=False)
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    return {"zero_optimization": zero, "gradient_clipping": "auto", **dict.fromkeys(automatic, "auto")}
+
+
+def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
+    """Return the YAML keys that choose ``engine``, and its number of processes."""
+    if engine == "single":
+        return {}, 1
+    if engine == "ddp":
+        return {}, 2
+    if engine.startswith("zero"):
+        path = folder / f"{engine}.json"
+        path.write_text(json.dumps(deepspeed_config(int(engine[-1]))))
+        return {"deepspeed": str(path)}, 2
+    kind = "SHARDED_STATE_DICT" if engine.endswith("sharded") else "FULL_STATE_DICT"
+    config = {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "cpu_ram_efficient_loading": engine.endswith("full"),
+        "offload_params": False,
+        "reshard_after_forward": True,
+        "state_dict_type": kind,
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    }
+    return {"fsdp_version": 2, "fsdp_config": config}, 2
+
+
+@dataclass
+class Run:
+    """A finished run of Axolotl."""
+
+    folder: Path
+    codes: list[int]
+    log: str
+
+    @property
+    def plan(self) -> dict:
+        return json.loads((self.folder / "layersel" / "plan.json").read_text())
+
+    @property
+    def selected(self) -> list[int]:
+        return [choice["layer"] for choice in self.plan["layers"] if choice["selected"]]
+
+    @property
+    def engine(self) -> dict:
+        return json.loads((self.folder / "engine.json").read_text())
+
+    def adapter(self, place: str = ".") -> dict:
+        return load_file(self.folder / place / "adapter_model.safetensors")
+
+    def config(self, place: str = ".") -> dict:
+        return json.loads((self.folder / place / "adapter_config.json").read_text())
+
+    def losses(self) -> list[float]:
+        checkpoints = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        history = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@dataclass
+class Zygote:
+    """The server that forks training processes (see zygote.py), and what it answered."""
+
+    process: subprocess.Popen
+    answers: dict[int, queue.Queue] = field(default_factory=dict)
+    jobs: int = 0
+
+    def listen(self) -> None:
+        for line in self.process.stdout:
+            answer = json.loads(line)
+            self.answers[answer["id"]].put(answer)
+
+    def run(self, target: str, args: dict, world: int, log: Path, env: dict, timeout: float = 240) -> list[int]:
+        """Return the exit codes of the job's ranks."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.jobs += 1
+        job = {"id": self.jobs, "target": target, "args": args, "world": world, "log": str(log), "env": env}
+        mine = self.answers[self.jobs] = queue.Queue()
+        self.process.stdin.write(json.dumps({**job, "port": port}) + "\n")
+        self.process.stdin.flush()
+        pids = mine.get(timeout=60)["pids"]
+        try:
+            return mine.get(timeout=timeout)["codes"]
+        except queue.Empty:
+            for pid in pids:
+                os.kill(pid, 9)
+            raise TimeoutError(f"{target} took over {timeout} s: {log}") from None
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    process = subprocess.Popen(
+        [sys.executable, str(TESTS / "zygote.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    assert json.loads(process.stdout.readline()) == {"ready": True}
+    server = Zygote(process)
+    threading.Thread(target=server.listen, daemon=True).start()
+    yield server
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> Path:
+    """A Llama of 8 layers, pre-trained for a few steps so that its layers differ."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    code = (
+        "from pathlib import Path; from demo.prepare import pretrain;"
+        f"pretrain(Path({str(folder)!r}), seconds=60, max_steps=40, hidden_size=64, layers=8, heads=4)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """64 word problems as JSON lines."""
+    from demo.prepare import write_data
+
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    write_data(path, 64, seed=2)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_config(base_model, data, tmp_path_factory):
+    """Return a function that writes a YAML file for a small LoRA run and returns its path and processes."""
+
+    def make(engine: str = "single", output: Path | None = None, **overrides) -> tuple[Path, int, Path]:
+        folder = tmp_path_factory.mktemp(engine)
+        output = output or folder / "output"
+        chosen, world = engine_settings(engine, folder)
+        values = {
+            "base_model": str(base_model),
+            "plugins": [
+                "cpu_engines.CpuEnginesPlugin",
+                "probe.ProbePlugin",
+                "axolotl_layersel.LayerSelectionPlugin",
+            ],
+            "datasets": [{"path": str(data), "type": "alpaca", "ds_type": "json"}],
+            "dataset_prepared_path": str(tmp_path_factory.getbasetemp() / "prepared"),
+            "output_dir": str(output),
+            "adapter": "lora",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "lora_target_modules": ["q_proj", "v_proj", "down_proj"],
+            "sequence_len": 128,
+            "micro_batch_size": 2 // world,
+            "gradient_accumulation_steps": 1,
+            "num_epochs": 1,
+            "max_steps": 6,
+            "learning_rate": 0.005,
+            "optimizer": "adamw_torch",
+            "lr_scheduler": "cosine",
+            "bf16": False,
+            "tf32": False,
+            "lora_mlp_kernel": False,
+            "lora_qkv_kernel": False,
+            "lora_o_kernel": False,
+            "gradient_checkpointing": False,
+            "seed": 7,
+            "val_set_size": 0,
+            "save_steps": 2,
+            "logging_steps": 1,
+            # An odd number, so that two processes have unequal shares.
+            "layersel": {"selection": {"method": "cka", "ratio": 0.5, "num_samples": 15}},
+            **chosen,
+            **overrides,
+        }
+        path = folder / "config.yml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return path, world, output
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train(zygote, make_config):
+    """Return a function that trains with real Axolotl on an engine and returns the finished run."""
+
+    def run(engine: str = "single", *, expect: int | None = 0, env: dict | None = None, **settings) -> Run:
+        path, world, output = make_config(engine, **settings)
+        log = path.with_suffix(f".{zygote.jobs}.log")
+        codes = zygote.run("axolotl.cli.train:do_cli", {"config": str(path)}, world, log, env or {})
+        text = "\n".join(Path(f"{log}.{rank}").read_text() for rank in range(world))
+        if expect is not None:
+            assert codes == [expect] * world, f"exit codes {codes}\n{text[-6000:]}"
+        return Run(output, codes, re.sub(r"\x1b\[[0-9;]*m", "", text))
+
+    return run

@@ -1,0 +1,180 @@
+"""Whole runs of Axolotl on every engine: selection, saving, killing, resuming, interrupting."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENGINES, ENVIRONMENT, ROOT, Run
+from safetensors.torch import load_file
+
+KILLED = -9
+INTERRUPTED = 130
+# The best checkpoint is the first one: the loss falls, so the greatest eval loss is the earliest.
+SETTINGS = {
+    "eval_steps": 2,
+    "val_set_size": 0.1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,
+}
+STOCK_SCRIPT = """
+import sys
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+base, output, *folders = sys.argv[1:]
+tokens = torch.arange(40).reshape(2, 20) + 300
+results = {}
+for folder in folders:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()
+    with torch.no_grad():
+        results[folder] = model(input_ids=tokens).logits.contiguous()
+assert "axolotl_layersel" not in sys.modules
+save_file(results, output)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole_runs(train) -> dict[str, Run]:
+    """An uninterrupted run on each engine."""
+    return {engine: train(engine, **SETTINGS) for engine in ENGINES}
+
+
+@pytest.fixture(scope="module")
+def resumed_runs(train) -> dict[str, tuple[Run, Run]]:
+    """On each engine a run that was killed at step 3, and what resumed it."""
+    runs = {}
+    for engine in ENGINES:
+        killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:3"}, **SETTINGS)
+        resumed = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **SETTINGS)
+        runs[engine] = killed, resumed
+    return runs
+
+
+@pytest.fixture(scope="module")
+def interrupted_runs(train) -> dict[str, Run]:
+    """On each engine a run of which rank 0 got a SIGINT at step 3."""
+    env = {"LAYERSEL_TEST_SIGNAL": "INT:3"}
+    return {engine: train(engine, expect=INTERRUPTED, env=env, **SETTINGS) for engine in ENGINES}
+
+
+def load_with_stock_peft(base_model: Path, folders: list[Path], tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Return each adapter's logits, computed in a process that never imports this package."""
+    output = tmp_path / "stock.safetensors"
+    command = [sys.executable, "-c", STOCK_SCRIPT, str(base_model), str(output), *map(str, folders)]
+    subprocess.run(command, check=True, cwd=ROOT.parent, env=ENVIRONMENT | {"PYTHONPATH": ""})
+    return load_file(output)
+
+
+def difference(first: dict, second: dict) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_engine_that_was_asked_for_runs(whole_runs, engine):
+    record = whole_runs[engine].engine
+    kinds = {"single": "NO", "ddp": "MULTI_CPU", "zero": "DEEPSPEED", "fsdp": "FSDP"}
+    assert record["engine"] == engine.split("-")[0]
+    assert record["distributed_type"] == next(kind for name, kind in kinds.items() if engine.startswith(name))
+    assert record["processes"] == (1 if engine == "single" else 2)
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_every_engine_scores_and_chooses_as_one_process_does(whole_runs, engine):
+    alone, together = whole_runs["single"].plan, whole_runs[engine].plan
+    assert together["calibration_rows"] == alone["calibration_rows"]
+    assert len(alone["calibration_rows"]) == 15
+    assert together["modules"] == alone["modules"]
+    for one, two in zip(alone["layers"], together["layers"], strict=True):
+        assert two["selected"] == one["selected"]
+        assert two["score"] == pytest.approx(one["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_every_engine_starts_from_the_same_lora_weights(whole_runs, engine):
+    alone = load_file(whole_runs["single"].folder / "weights_at_0.safetensors")
+    together = load_file(whole_runs[engine].folder / "weights_at_0.safetensors")
+    assert difference(alone, together) == 0
+    assert any(float(value.abs().max()) > 0 for value in alone.values())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_adapter_holds_the_selected_layers_alone(whole_runs, engine):
+    run = whole_runs[engine]
+    assert len(run.selected) == 4
+    layers = {int(name.split(".layers.")[1].split(".")[0]) for name in run.adapter()}
+    assert layers == set(run.selected)
+    assert sorted(run.config()["target_modules"]) == sorted(run.plan["modules"])
+    assert len(run.adapter()) == 2 * len(run.plan["modules"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_engines_optimizer_holds_the_selected_layers_alone(whole_runs, engine):
+    run = whole_runs[engine]
+    assert run.engine["optimized"] == sum(value.numel() for value in run.adapter().values())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_checkpoint_holds_an_adapter_and_the_plan(whole_runs, engine):
+    run = whole_runs[engine]
+    for checkpoint in ("checkpoint-2", "checkpoint-4", "checkpoint-6"):
+        assert run.adapter(checkpoint).keys() == run.adapter().keys()
+        assert run.config(checkpoint)["target_modules"] == run.config()["target_modules"]
+        assert (run.folder / checkpoint / "layersel" / "plan.json").read_text() == (
+            run.folder / "layersel" / "plan.json"
+        ).read_text()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_best_model_is_what_is_saved_at_the_end(whole_runs, engine):
+    run = whole_runs[engine]
+    assert difference(run.adapter(), run.adapter("checkpoint-2")) == 0
+    assert difference(run.adapter(), run.adapter("checkpoint-6")) > 1e-4
+
+
+def test_stock_peft_computes_what_the_trained_model_computes(whole_runs, base_model, tmp_path):
+    folders = {engine: run.folder for engine, run in whole_runs.items()}
+    stock = load_with_stock_peft(base_model, list(folders.values()), tmp_path)
+    for engine, folder in folders.items():
+        trained = load_file(folder / "logits.safetensors")["logits"]
+        assert float((stock[str(folder)] - trained).abs().max()) <= 1e-5, engine
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(whole_runs, resumed_runs, engine):
+    whole, (killed, resumed) = whole_runs[engine], resumed_runs[engine]
+    assert not (killed.folder / "checkpoint-4").exists() or (resumed.folder / "checkpoint-6").exists()
+    assert (resumed.folder / "weights_at_2.safetensors").exists(), "it did not resume at step 2"
+    tolerance = 0 if engine == "single" else 1e-6
+    assert difference(whole.adapter("checkpoint-6"), resumed.adapter("checkpoint-6")) <= tolerance
+    assert difference(whole.adapter(), resumed.adapter()) <= tolerance
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_run_keeps_its_plan_and_selects_nothing_again(resumed_runs, engine):
+    _, resumed = resumed_runs[engine]
+    assert "nothing is scored" in resumed.log
+    assert "checkpoint-2/layersel/plan.json is applied" in resumed.log
+    assert resumed.selected == whole_plan_layers(resumed)
+
+
+def whole_plan_layers(run: Run) -> list[int]:
+    layers = {int(name.split(".layers.")[1].split(".")[0]) for name in run.adapter("checkpoint-2")}
+    return sorted(layers)
+
+
+def test_an_interrupted_run_leaves_an_adapter_that_loads(interrupted_runs, whole_runs, base_model, tmp_path):
+    folders = {engine: run.folder for engine, run in interrupted_runs.items()}
+    stock = load_with_stock_peft(base_model, list(folders.values()), tmp_path)
+    for engine, run in interrupted_runs.items():
+        adapter = run.adapter()
+        assert adapter.keys() == whole_runs[engine].adapter().keys(), engine
+        assert all(value.numel() > 0 for value in adapter.values()), engine
+        assert difference(adapter, whole_runs[engine].adapter("checkpoint-2")) > 1e-5, engine
+        assert stock[str(run.folder)].isfinite().all()
+        assert "interrupted; the adapter as trained so far is in" in run.log
