@@ -43,16 +43,17 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
     expected = getattr(text_config, "num_hidden_layers", None)
     lora_names = list(find_lora_modules(base))
     found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    # Of a multimodal model this is the language model alone, of a text model all of it or its body.
+    language_model = {id(module) for module in base.get_decoder().modules()}
     carrying = {
         name: module
         for name, module in found.items()
-        if len(module) == expected and any(lora.startswith(f"{name}.") for lora in lora_names)
+        if len(module) == expected
+        and id(module) in language_model
+        and any(lora.startswith(f"{name}.") for lora in lora_names)
     }
     # A mixture of experts may have as many experts as layers: the outer list is the stack.
     outermost = [name for name in carrying if not any(name.startswith(f"{other}.") for other in carrying)]
-    if len(outermost) > 1:
-        inside = {id(module) for module in base.get_decoder().modules()} if hasattr(base, "get_decoder") else set()
-        outermost = [name for name in outermost if id(carrying[name]) in inside] or outermost
     if len(outermost) != 1:
         lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
         problem = "more than one stack of layers carries LoRA" if outermost else "no stack of layers that carries LoRA"

@@ -10,9 +10,7 @@ BAR_WIDTH = 24
 
 def make_table(plan: Plan) -> Table:
     """Return the plan as a table: layer, score, a bar relative to the highest score, and what was chosen."""
-    others = "frozen" if plan.unselected == "freeze" else "no adapter"
-    title = f"layersel: {plan.method} keeps {len(plan.selected)} of {len(plan.layers)} layers (others: {others})"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("layer", justify="right")
     table.add_column("score", justify="right")
     table.add_column("", width=BAR_WIDTH)
@@ -29,8 +27,11 @@ def make_table(plan: Plan) -> Table:
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print the plan's table, and under it why layers have no score."""
+    """Print what was chosen, the plan's table, and under it why layers have no score."""
     console = console or Console()
+    others = "frozen" if plan.unselected == "freeze" else "without an adapter"
+    count = f"{len(plan.selected)} of {len(plan.layers)} layers"
+    console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}", highlight=False)
     console.print(make_table(plan))
     for layer, reason in sorted(plan.unscored.items()):
         console.print(f"layer {layer} is not scored: {reason}")

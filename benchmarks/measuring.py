@@ -84,7 +84,7 @@ def read_setup(arguments: argparse.Namespace) -> Setup:
 
 def describe_device(setup: Setup) -> str:
     """Return the name of the GPU, or the number of CPU threads."""
-    return torch.cuda.get_device_name() if setup.device == "cuda" else f"{torch.get_num_threads()} CPU cores"
+    return torch.cuda.get_device_name() if setup.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
 def make_model(setup: Setup, lora_layers: list[int] | None = None) -> PeftModel:

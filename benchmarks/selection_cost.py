@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup_arguments(parser, hidden_size=512, layers=12, vocabulary=32000, batch_size=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="in tokens")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5, help="of each way's time")
     parser.add_argument("--memory-repeats", type=int, default=3, help="of each way's peak memory")
     arguments = parser.parse_args()

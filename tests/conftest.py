@@ -11,7 +11,10 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
+
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -26,6 +29,50 @@ ENVIRONMENT = {
     "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+def make_small_llama(layers: int = 6, seed: int = 0, **settings):
+    """Return a random Llama of width 32 with ``layers`` layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    values = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=97, num_hidden_layers=layers, **{**values, **settings}))
+
+
+def make_lora(model, targets: object = ("q_proj", "v_proj", "down_proj"), **settings):
+    """Return ``model`` under LoRA of rank 4, the target modules a list or a regular expression."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = targets if isinstance(targets, str) else list(targets)
+    return get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **settings}))
+
+
+def make_rows(count: int = 24, seed: int = 0, longest: int = 20) -> list[dict]:
+    """Return token rows of different lengths that all end in the token 1."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(6, longest, (1,), generator=generator))
+        ids = [*torch.randint(3, 97, (length,), generator=generator).tolist(), 1]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 3 + ids[3:]})
+    return rows
+
+
+def make_trainer(model, folder: Path, rows: list[dict] | None = None, **arguments):
+    """Return a plain transformers Trainer of ``model`` on ``rows``."""
+    from datasets import Dataset
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import Trainer, TrainingArguments
+
+    def collate(batch: list[dict]) -> dict:
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        columns = {name: [torch.tensor(row[name]) for row in batch] for name in fill}
+        return {name: pad_sequence(columns[name], True, value) for name, value in fill.items()}
+
+    values = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "report_to": [], "seed": 3}
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, **{**values, **arguments})
+    return Trainer(model, arguments, train_dataset=Dataset.from_list(rows or make_rows()), data_collator=collate)
 
 
 def deepspeed_config(stage: int) -> dict:
@@ -154,12 +201,24 @@ def base_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """64 word problems as JSON lines."""
-    from demo.prepare import write_data
+def data(tmp_path_factory, base_model) -> Path:
+    """64 word problems as JSON lines whose answers have equally many tokens.
 
+    Axolotl's loss weighs ranks, not tokens: only with equal counts do one and two processes train alike.
+    """
+    from collections import Counter
+
+    from tokenizers import Tokenizer
+
+    from demo.prepare import write_problems
+
+    tokenizer = Tokenizer.from_file(str(base_model / "tokenizer.json"))
+    problems = [(len(tokenizer.encode(row["output"]).ids), row) for row in write_problems(600, seed=2)]
+    ((most_common, _),) = Counter(length for length, _ in problems).most_common(1)
+    rows = [row for length, row in problems if length == most_common][:64]
+    assert len(rows) == 64
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    write_data(path, 64, seed=2)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

@@ -207,32 +207,34 @@ def score(
 ) -> tuple[list[float | None], dict[int, str]]:
     """Return the importance of every layer by ``settings.method``, and why a layer has none."""
     rows = [sample.row for sample in samples]
+    places = [f"layer {layer}" for layer in range(len(stack.layers))]
     if settings.method == "cka":
         positions = find_token_positions(samples, settings.token)
         states = passes.measure_token_states(trainer, model, stack, samples, positions)
-        check_finite(states.flatten(2).sum(-1), rows)
+        check_finite(states.sum(dim=-1), ["the embeddings", *places], rows)
         return cka.score_layers(states)
     if settings.method == "cosine":
         turns = passes.measure_turns(trainer, model, stack, samples)
-        check_finite(turns, rows)
+        check_finite(turns, places, rows)
         return list(cosine.score_layers(turns, torch.tensor([len(s.input_ids) for s in samples]))), {}
     squares = passes.measure_squared_gradients(trainer, model, stack, samples)
-    check_finite(squares, rows)
+    check_finite(squares, places, rows)
     return fisher.score_layers(squares, passes.count_target_weights(model, stack))
 
 
-def check_finite(measured: torch.Tensor, rows: list[int]) -> None:
-    """Raise LayerselError naming the layer and the training row of the first number that is not finite.
+def check_finite(measured: torch.Tensor, places: list[str], rows: list[int]) -> None:
+    """Raise LayerselError naming the place and the training row of the first number that is not finite.
 
     Args:
-        measured: (samples, places); place 0 of cka's are the embeddings, elsewhere layer 0.
+        measured: (samples, places).
+        places: what was measured, in the order that the model runs.
         rows: the samples' training rows.
     """
     bad = (~measured.isfinite()).nonzero()
     if len(bad):
         place, sample = min((int(place), int(sample)) for sample, place in bad)
         raise LayerselError(
-            f"layersel.selection.method: NaN or infinity in layer {place} for training row {rows[sample]}. "
+            f"layersel.selection.method: NaN or infinity in {places[place]} for training row {rows[sample]}. "
             "Look at that row and at the base model's precision (fp16 overflows; try bf16)."
         )
 

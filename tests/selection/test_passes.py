@@ -1,0 +1,145 @@
+"""The measurements of a real model, against Hugging Face's own hidden states and autograd's gradients."""
+
+import random
+
+import numpy
+import pytest
+import torch
+from conftest import make_lora, make_rows, make_small_llama, make_trainer
+
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import find_layer_stack
+from axolotl_layersel.selection import cka, fisher, passes
+from axolotl_layersel.selection.calibration import find_token_positions, read_samples
+
+
+@pytest.fixture
+def model():
+    model = make_lora(make_small_llama(), lora_dropout=0.5)
+    # An adapter that computes something, as one that is continued does.
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def read(trainer, count: int = 11):
+    return read_samples(trainer.train_dataset, count, seed=5)
+
+
+def plain_hidden_states(model, samples) -> list[list[torch.Tensor]]:
+    """Return Hugging Face's hidden states of each sample alone, without padding."""
+    model.eval()
+    with torch.no_grad():
+        return [
+            list(model(torch.tensor([sample.input_ids]), output_hidden_states=True).hidden_states) for sample in samples
+        ]
+
+
+@pytest.mark.parametrize("token", ["auto", "last", "mean", "cls"])
+def test_token_states_are_hugging_faces_hidden_states(model, tmp_path, token):
+    trainer = make_trainer(model, tmp_path)
+    stack, samples = find_layer_stack(model), read(trainer)
+    positions = find_token_positions(samples, token)
+    states = passes.measure_token_states(trainer, model, stack, samples, positions)
+    assert states.shape == (11, 7, 32)
+    for i, hidden in enumerate(plain_hidden_states(model, samples)):
+        for place, tokens in enumerate(hidden):
+            expected = tokens[0].mean(dim=0) if positions is None else tokens[0, positions[i]]
+            torch.testing.assert_close(states[i, place], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_padded_and_unpadded_batches_give_the_same_scores(model, tmp_path):
+    scores = []
+    for size in (1, 5):
+        trainer = make_trainer(model, tmp_path, per_device_train_batch_size=size)
+        stack, samples = find_layer_stack(model), read(trainer)
+        states = passes.measure_token_states(trainer, model, stack, samples, find_token_positions(samples, "auto"))
+        scores.append(cka.score_layers(states)[0])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_turns_are_those_of_each_layers_own_input_and_output(model, tmp_path):
+    trainer = make_trainer(model, tmp_path)
+    stack, samples = find_layer_stack(model), read(trainer)
+    turns = passes.measure_turns(trainer, model, stack, samples)
+    for i, hidden in enumerate(plain_hidden_states(model, samples)):
+        # The last of Hugging Face's hidden states is after the final norm, which is not the layer's.
+        for layer in range(5):
+            cosine = torch.cosine_similarity(hidden[layer][0].double(), hidden[layer + 1][0].double(), dim=-1)
+            assert turns[i, layer].item() == pytest.approx((1 - cosine).sum().item(), abs=1e-5)
+    assert (turns[:, 5] > 0).all()
+
+
+def test_squared_gradients_are_autograds(model, tmp_path):
+    trainer = make_trainer(model, tmp_path)
+    stack, samples = find_layer_stack(model), read(trainer)
+    squares = passes.measure_squared_gradients(trainer, model, stack, samples)
+
+    model.eval()
+    weights = {
+        layer: [model.get_base_model().get_submodule(name).base_layer.weight for name in names]
+        for layer, names in stack.lora_modules.items()
+    }
+    for i, sample in enumerate(samples):
+        for weight in (weight for group in weights.values() for weight in group):
+            weight.requires_grad_(True).grad = None
+        logits = model(torch.tensor([sample.input_ids])).logits[0]
+        fisher.log_likelihood(logits, torch.tensor(sample.labels)).backward()
+        for layer, group in weights.items():
+            expected = sum(weight.grad.double().square().sum().item() for weight in group)
+            assert squares[i, layer].item() == pytest.approx(expected, rel=1e-4)
+    counts = passes.count_target_weights(model, stack)
+    assert counts.tolist() == [sum(weight.numel() for weight in weights[layer]) for layer in range(6)]
+
+
+@pytest.mark.parametrize("measure", ["measure_turns", "measure_squared_gradients"])
+def test_a_pass_leaves_model_and_random_streams_as_they_were(model, tmp_path, measure):
+    trainer = make_trainer(model, tmp_path)
+    model.train()
+    model.get_base_model().model.norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    random.seed(1)
+    numpy.random.seed(1)
+    torch.manual_seed(1)
+    expected = (random.random(), numpy.random.random(), torch.rand(1).item())
+    random.seed(1)
+    numpy.random.seed(1)
+    torch.manual_seed(1)
+
+    getattr(passes, measure)(trainer, model, find_layer_stack(model), read(trainer))
+
+    assert (random.random(), numpy.random.random(), torch.rand(1).item()) == expected
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert [module.training for module in model.modules()] == modes
+    after = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    assert after == hooks
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_error_within_a_pass_leaves_the_model_as_it_was(model, tmp_path):
+    rows = [{**row, "labels": [-100] * len(row["labels"])} for row in make_rows()]
+    trainer = make_trainer(model, tmp_path, rows)
+    model.train()
+    stack, samples = find_layer_stack(model), read(trainer)
+    broken = [type(sample)(row=sample.row, input_ids=[10**6], labels=None) for sample in samples]
+    with pytest.raises(IndexError):
+        passes.measure_turns(trainer, model, stack, broken)
+    assert model.training
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(LayerselError, match=r"fisher needs labels.*row \d+ has none"):
+        passes.measure_squared_gradients(trainer, model, stack, broken)
+
+
+def test_a_packed_micro_batch_holds_as_many_samples_as_fit(model, tmp_path):
+    trainer = make_trainer(model, tmp_path, per_device_train_batch_size=2)
+    samples = read(trainer)
+    assert passes.batch_size(trainer, samples) == 2
+    trainer.args.sample_packing, trainer.args.max_seq_length = True, 100
+    longest = max(len(sample.input_ids) for sample in samples)
+    assert passes.batch_size(trainer, samples) == 2 * (100 // longest)

@@ -1,0 +1,139 @@
+"""Deciding and applying, with a plain Trainer: the core needs no Axolotl."""
+
+import pytest
+import torch
+from conftest import make_lora, make_rows, make_small_llama, make_trainer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import find_lora_modules
+from axolotl_layersel.plan import plan_path, read_plan
+from axolotl_layersel.selection.phase import choose, count_kept, select_layers
+
+
+def select(folder, *, rows=None, continues_adapter: bool = False, **settings):
+    model = make_lora(make_small_llama())
+    trainer = make_trainer(model, folder, rows)
+    settings = SelectionArgs(**{"method": "cka", "num_samples": 12, **settings})
+    return trainer, select_layers(trainer, settings, continues_adapter=continues_adapter)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "candidates", "kept"), [(0.29, 100, 29), (0.5, 7, 3), (1, 5, 5), (0.1, 10, 1), (None, 8, 4)]
+)
+def test_the_ratio_is_rounded_down_but_not_by_floating_point(ratio, candidates, kept):
+    assert count_kept(SelectionArgs(method="cka", ratio=ratio), candidates) == kept
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20, unique=True), st.data())
+def test_the_highest_scores_are_kept(scores, data):
+    keep = data.draw(st.integers(1, len(scores)))
+    chosen = choose(scores, {}, list(range(len(scores))), keep, "cka")
+    assert sorted(scores[layer] for layer in chosen) == sorted(scores)[-keep:]
+    assert chosen == sorted(chosen)
+
+
+def test_ties_go_to_the_lower_layer():
+    assert choose([0.1, 0.5, 0.5, 0.5, 0.0], {}, [0, 1, 2, 3, 4], 2, "cka") == [1, 2]
+
+
+@pytest.mark.parametrize("method", ["cka", "cosine", "fisher", "random", "first", "last"])
+def test_every_method_leaves_lora_in_the_chosen_layers_alone(tmp_path, method):
+    trainer, plan = select(tmp_path, method=method, num_layers=2)
+    assert len(plan.selected) == 2
+    assert set(find_lora_modules(trainer.model.get_base_model())) == set(plan.modules)
+    assert {int(name.split(".")[2]) for name in plan.modules} == set(plan.selected)
+    assert (plan.layers[0].score is None) == (method in ("random", "first", "last"))
+    assert read_plan(plan_path(tmp_path)) == plan
+
+
+def test_the_plan_says_what_was_decided_on_what(tmp_path):
+    _trainer, plan = select(tmp_path, seed=9)
+    assert plan.seed == 9
+    assert plan.method == "cka"
+    assert len(set(plan.calibration_rows)) == 12
+    assert plan.dataset_fingerprint.startswith("sha256:")
+    assert plan.stack == "model.layers"
+    assert plan.engine == "single"
+    assert plan.processes == 1
+    assert plan.seconds > 0
+    assert plan.versions["torch"] == torch.__version__
+    assert select(tmp_path / "other", seed=10)[1].calibration_rows != plan.calibration_rows
+
+
+def test_only_candidates_are_chosen_and_the_others_lose_their_adapter(tmp_path):
+    _trainer, plan = select(tmp_path, candidates=[1, 2, 3], ratio=0.67)
+    assert len(plan.selected) == 2
+    assert set(plan.selected) <= {1, 2, 3}
+    assert all(choice.score is not None for choice in plan.layers)
+
+
+def test_frozen_layers_keep_their_adapter_untrained(tmp_path):
+    trainer, _plan = select(tmp_path, method="explicit", layers=[1, 4], unselected="freeze")
+    assert len(find_lora_modules(trainer.model.get_base_model())) == 18
+    trained = {name.split(".layers.")[1][0] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained == {"1", "4"}
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items() if "lora" in name}
+    trainer.train()
+    for name, value in trainer.model.state_dict().items():
+        if "lora_B" in name:
+            assert torch.equal(before[name], value) == (name.split(".layers.")[1][0] not in trained)
+
+
+def test_without_an_end_to_differ_in_layer_0_is_unscored_and_not_chosen(tmp_path):
+    _, plan = select(tmp_path, token="last", num_layers=5)
+    assert plan.layers[0].score is None
+    assert plan.selected == [1, 2, 3, 4, 5]
+    assert "same for all samples" in plan.unscored[0]
+    assert select(tmp_path / "auto", token="auto")[1].layers[0].score is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "explicit", "layers": [2, 6]}, r"layers: \[6\] are out of range.*0 to 5"),
+        ({"candidates": [0, 17]}, r"candidates: \[17\] are out of range"),
+        ({"num_samples": 128}, r"num_samples: 128 is more than the 24 rows"),
+        ({"num_layers": 7}, r"num_layers: 7 is more than the 6 layers"),
+        ({"ratio": 0.1}, r"ratio: 0.1 of 6 layers keeps none.*at least 0.167"),
+        ({"token": "last", "num_layers": 6}, r"could score only 5 of 6 layers.*layer 0: its input is the same"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_that_says_what_to_do(tmp_path, settings, message):
+    with pytest.raises(LayerselError, match=message):
+        select(tmp_path, **settings)
+    assert not plan_path(tmp_path).exists()
+
+
+def test_equal_rows_leave_every_score_undefined(tmp_path):
+    with pytest.raises(LayerselError, match=r"could score only 0 of 6 layers"):
+        select(tmp_path, rows=make_rows(1) * 20)
+
+
+def test_equal_scores_are_nothing_to_choose_by():
+    with pytest.raises(LayerselError, match=r"gives every layer the score 0.25"):
+        choose([0.25] * 4, {}, [0, 1, 2, 3], 2, "cosine")
+
+
+def test_a_nan_is_traced_to_its_layer_and_row(tmp_path):
+    model = make_lora(make_small_llama())
+    with torch.no_grad():
+        model.get_base_model().model.layers[3].mlp.up_proj.weight[0, 0] = float("nan")
+    trainer = make_trainer(model, tmp_path)
+    with pytest.raises(LayerselError, match=r"NaN or infinity in layer 3.* training row \d+"):
+        select_layers(trainer, SelectionArgs(method="cka", num_samples=12))
+
+
+def test_a_continued_adapter_is_not_deleted_by_default(tmp_path):
+    with pytest.raises(LayerselError, match=r"unselected: lora_model_dir continues.*freeze"):
+        select(tmp_path, continues_adapter=True)
+    trainer, _ = select(tmp_path, continues_adapter=True, unselected="remove", method="last")
+    assert len(find_lora_modules(trainer.model.get_base_model())) == 9
+
+
+def test_a_trainer_without_an_adapter_is_refused(tmp_path):
+    trainer = make_trainer(make_small_llama(), tmp_path)
+    with pytest.raises(LayerselError, match="adapter: the trainer's model is a LlamaForCausalLM"):
+        select_layers(trainer, SelectionArgs(method="last"))

@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+from conftest import make_lora, make_small_llama, make_trainer
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from axolotl_layersel import adapters
+from axolotl_layersel.layers import find_layer_stack, find_lora_modules
+
+
+def lora_weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+
+
+@pytest.mark.parametrize("method", [True, "gaussian"])
+def test_initial_weights_come_from_the_seed_alone(method):
+    first, second, other = (make_lora(make_small_llama(), init_lora_weights=method) for _ in range(3))
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    assert adapters.initialize_lora(first, seed=5)
+    assert torch.equal(torch.get_rng_state(), state), "the user's random stream moved"
+    torch.manual_seed(12)
+    adapters.initialize_lora(second, seed=5)
+    adapters.initialize_lora(other, seed=6)
+    for name, value in lora_weights(first).items():
+        assert torch.equal(value, lora_weights(second)[name])
+        assert torch.equal(value, lora_weights(other)[name]) == ("lora_B" in name)
+
+
+def test_a_row_does_not_depend_on_rank_or_on_what_else_carries_lora():
+    small = make_lora(make_small_llama(), r=2, target_modules=["q_proj"])
+    large = make_lora(make_small_llama(), r=6, target_modules=["q_proj", "up_proj"])
+    for model in (small, large):
+        adapters.initialize_lora(model, seed=5)
+    for name, value in lora_weights(small).items():
+        if "lora_A" in name:
+            assert torch.equal(value, lora_weights(large)[name][:2])
+
+
+@pytest.mark.parametrize("method", [True, "gaussian"])
+def test_the_distribution_is_pefts(method):
+    model = make_lora(make_small_llama(hidden_size=256, num_attention_heads=8), r=16, init_lora_weights=method)
+    stock = torch.cat([value.flatten() for name, value in lora_weights(model).items() if "q_proj.lora_A" in name])
+    adapters.initialize_lora(model, seed=5)
+    ours = torch.cat([value.flatten() for name, value in lora_weights(model).items() if "q_proj.lora_A" in name])
+    assert ours.std().item() == pytest.approx(stock.std().item(), rel=0.03)
+    assert ours.abs().max().item() == pytest.approx(stock.abs().max().item(), rel=0.01 if method is True else 0.3)
+    assert abs(ours.mean().item()) < 3 * ours.std().item() / len(ours) ** 0.5
+
+
+def test_an_initialisation_that_looks_at_the_base_weights_is_kept():
+    model = make_lora(make_small_llama(), init_lora_weights="pissa")
+    before = lora_weights(model)
+    assert not adapters.initialize_lora(model, seed=5)
+    assert all(torch.equal(value, before[name]) for name, value in lora_weights(model).items())
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "down_proj"], r".*\.(q_proj|down_proj)", "all-linear"], ids=["list", "regex", "all-linear"]
+)
+def test_stock_peft_rebuilds_exactly_the_layers_that_are_left(tmp_path, targets):
+    model = make_lora(make_small_llama(), targets)
+    trainer = make_trainer(model, tmp_path)
+    adapters.remove_unselected(model, find_layer_stack(model), [1, 4])
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.1)
+    adapters.save_adapter(trainer, tmp_path / "adapter")
+
+    rebuilt = PeftModel.from_pretrained(make_small_llama(), tmp_path / "adapter").eval()
+    assert set(find_lora_modules(rebuilt.get_base_model())) == set(find_lora_modules(model.get_base_model()))
+    tokens = torch.arange(3, 33)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt(tokens).logits, model.eval()(tokens).logits, atol=1e-6, rtol=1e-6)
+    assert not model.get_base_model().model.layers[0].self_attn.q_proj.__class__.__module__.startswith("peft")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert all(name.split(".")[2] in "14" for name in config["target_modules"])
+
+
+def test_names_that_are_the_end_of_others_become_a_regular_expression():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(4, 4)
+            self.inner = torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4)})
+
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(Twice(), LoraConfig(target_modules=["proj"]))
+    base = model.get_base_model()
+    base.inner["proj"] = base.inner["proj"].base_layer
+    config = model.peft_config["default"]
+    adapters.name_exactly(config, base)
+    assert set(find_lora_modules(get_peft_model(Twice(), config).get_base_model())) == {"proj"}
+
+
+def test_modules_to_save_are_in_the_file(tmp_path):
+    model = make_lora(make_small_llama(), modules_to_save=["lm_head"])
+    trainer = make_trainer(model, tmp_path)
+    adapters.remove_unselected(model, find_layer_stack(model), [1])
+    torch.nn.init.normal_(model.get_base_model().lm_head.modules_to_save["default"].weight)
+    adapters.save_adapter(trainer, tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    head = model.get_base_model().lm_head.modules_to_save["default"].weight
+    assert torch.equal(saved["base_model.model.lm_head.weight"], head)
+    rebuilt = PeftModel.from_pretrained(make_small_llama(), tmp_path / "adapter")
+    tokens = torch.arange(3, 33)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt.eval()(tokens).logits, model.eval()(tokens).logits, atol=1e-6, rtol=1e-6)
+
+
+def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeypatch):
+    model = make_lora(make_small_llama())
+    trainer = make_trainer(model, tmp_path)
+    adapters.save_adapter(trainer, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(adapters, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        adapters.save_adapter(trainer, tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from conftest import make_lora, make_small_llama
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import find_layer_stack
+
+
+def make_bert():
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+    )
+
+
+def make_gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=4, n_head=4))
+
+
+def make_llava():
+    """A vision tower that has as many layers as the language model, and modules of the same names."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+    text = LlamaConfig(vocab_size=97, num_key_value_heads=2, **size)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=32, **size)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=96))
+
+
+def make_mixtral():
+    """As many experts as layers."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=97, num_hidden_layers=4, num_local_experts=4, **size))
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "name"),
+    [
+        (make_small_llama, ["q_proj"], "model.layers"),
+        (make_bert, ["query"], "bert.encoder.layer"),
+        (make_gpt2, ["c_attn"], "transformer.h"),
+        (make_llava, ["q_proj"], "model.language_model.layers"),
+        (make_mixtral, ["q_proj"], "model.layers"),
+    ],
+)
+def test_the_stack_of_the_language_model_is_found(make, targets, name):
+    base = make()
+    model = make_lora(base, targets)
+    stack = find_layer_stack(model)
+    assert stack.name == name
+    assert stack.layers is base.get_submodule(name)
+    assert sorted(stack.lora_modules) == list(range(len(stack.layers)))
+    assert all(module.startswith(f"{name}.{layer}.") for layer, (module,) in stack.lora_modules.items())
+
+
+def test_layers_without_lora_are_not_listed():
+    stack = find_layer_stack(make_lora(make_small_llama(), layers_to_transform=[1, 3]))
+    assert sorted(stack.lora_modules) == [1, 3]
+    assert [len(names) for names in stack.lora_modules.values()] == [3, 3]
+
+
+def test_lora_outside_any_stack_is_an_error_that_lists_what_was_found():
+    with pytest.raises(LayerselError, match=r"lora_target_modules: no stack of layers.*model\.layers \(6\)"):
+        find_layer_stack(make_lora(make_small_llama(), ["lm_head"]))
+
+
+def test_lora_in_the_vision_tower_alone_is_not_taken_for_the_language_model():
+    model = make_lora(make_llava(), r".*vision_tower.*q_proj")
+    with pytest.raises(LayerselError, match="no stack of layers"):
+        find_layer_stack(model)
+
+
+@pytest.mark.parametrize("make", [make_bert, make_gpt2])
+def test_other_architectures_run_through_the_same_passes(make, tmp_path):
+    from conftest import make_trainer
+
+    from axolotl_layersel.args import SelectionArgs
+    from axolotl_layersel.selection.phase import select_layers
+
+    targets = ["query", "value"] if make is make_bert else ["c_attn"]
+    model = make_lora(make(), targets, fan_in_fan_out=make is make_gpt2)
+    plan = select_layers(
+        make_trainer(model, tmp_path), SelectionArgs(method="cka", num_samples=12, token="mean", ratio=0.5)
+    )
+    assert len(plan.selected) == 2
+    assert all(choice.score is not None for choice in plan.layers)
+    assert torch.isfinite(torch.tensor([choice.score for choice in plan.layers])).all()

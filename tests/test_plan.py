@@ -1,0 +1,123 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.plan import (
+    LayerChoice,
+    Plan,
+    check_model,
+    check_settings,
+    read_plan,
+    write_atomically,
+    write_plan,
+)
+
+
+def make_plan(scores: list[float | None] = (0.5, None, 0.1), selected: tuple[int, ...] = (0,), **values) -> Plan:
+    layers = [LayerChoice(layer=i, score=score, selected=i in selected) for i, score in enumerate(scores)]
+    settings = SelectionArgs(method="cka", num_layers=1).model_dump(exclude={"plan"})
+    default = {
+        "method": "cka",
+        "unselected": "remove",
+        "stack": "model.layers",
+        "modules": [f"model.layers.{i}.self_attn.q_proj" for i in selected],
+        "settings": settings,
+        "seed": 1,
+        "calibration_rows": [3, 1],
+        "dataset_fingerprint": "sha256:00",
+        "base_model": "some/model",
+        "versions": {},
+        "engine": "single",
+        "processes": 1,
+        "seconds": 0.5,
+    }
+    return Plan(layers=layers, **{**default, **values})
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False)), min_size=1, max_size=9))
+def test_what_is_written_is_read_back(tmp_path_factory, scores):
+    path = tmp_path_factory.mktemp("plan") / "deep" / "plan.json"
+    plan = make_plan(scores)
+    write_plan(plan, path)
+    assert read_plan(path) == plan
+    content = json.loads(path.read_text())
+    assert content["layers"][0] == {"layer": 0, "score": scores[0], "selected": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read .No such file"),
+        ('{"schema_version": 1, "meth', "not valid JSON, truncated or damaged"),
+        ("[]", "schema_version None, this version of axolotl-layersel reads 1"),
+        ('{"schema_version": 7}', "schema_version 7"),
+        ('{"schema_version": 1, "method": "cka"}', r"is not a plan: layers: Field required \(\d+ problems\)"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_an_error_that_names_the_key_and_the_file(tmp_path, content, message):
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(LayerselError, match=rf"^layersel.selection.plan: .*plan.json.*{message}"):
+        read_plan(path)
+
+
+def test_a_plan_that_selects_nothing_or_skips_a_layer_is_refused(tmp_path):
+    for plan in (make_plan(selected=()), make_plan()):
+        plan.layers = plan.layers if not plan.selected else plan.layers[::2]
+        write_plan(plan, tmp_path / "plan.json")
+        with pytest.raises(LayerselError, match="does not list every layer once, or selects none"):
+            read_plan(tmp_path / "plan.json")
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    write_atomically(path, b"old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+    assert path.read_bytes() == b"old"
+
+
+def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():
+    plan = make_plan()
+    check_settings(plan, SelectionArgs(method="cka"), "there")
+    check_settings(plan, SelectionArgs(method="cka", num_layers=1, unselected="remove"), "there")
+    with pytest.raises(LayerselError, match=r"ratio: 0.25 contradicts the plan from there, which was made with None"):
+        check_settings(plan, SelectionArgs(method="cka", ratio=0.25), "there")
+    with pytest.raises(LayerselError, match=r"unselected: 'freeze' contradicts .* made with 'remove'"):
+        check_settings(plan, SelectionArgs(method="cka", unselected="freeze"), "there")
+    with pytest.raises(LayerselError, match=r"method: 'last' contradicts .* made with 'cka'"):
+        check_settings(plan, SelectionArgs(method="last"), "there")
+
+
+@pytest.mark.parametrize(
+    ("stack", "layers", "modules", "difference"),
+    [
+        ("model.layers", 4, {}, "the plan has 3 layers, the model 4"),
+        ("transformer.h", 3, {}, "the plan's layers are at 'model.layers', the model's at 'transformer.h'"),
+        ("model.layers", 3, {0: ["x"]}, "the model has no LoRA on model.layers.0.self_attn.q_proj"),
+        (
+            "model.layers",
+            3,
+            {0: ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
+            "the model has LoRA on model.layers.0.mlp.up_proj, unknown to the plan",
+        ),
+    ],
+)
+def test_a_plan_for_another_model_is_refused_with_the_difference(stack, layers, modules, difference):
+    with pytest.raises(LayerselError, match=difference):
+        check_model(make_plan(), stack, layers, modules, "there")
+
+
+def test_a_plan_for_this_model_is_accepted():
+    check_model(make_plan(), "model.layers", 3, {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, "there")

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from conftest import make_lora, make_rows, make_small_llama, make_trainer
+from transformers import TrainerCallback
+
+from axolotl_layersel.adapters import initialize_lora
+from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.layers import find_layer_stack
+from axolotl_layersel.selection.phase import select_layers
+from axolotl_layersel.truncation import find_lowest_trained
+
+CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first step, and counts how often each layer ran."""
+
+    def __init__(self, model):
+        self.kept = {}
+        self.runs = [0] * len(model.get_base_model().model.layers)
+        for index, layer in enumerate(model.get_base_model().model.layers):
+            layer.self_attn.register_forward_pre_hook(lambda *_, index=index: self.count(index))
+
+    def count(self, index):
+        self.runs[index] += 1
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = model.named_parameters()
+        self.kept = self.kept or {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def train_one_step(folder, checkpointing: str, truncate: bool) -> Gradients:
+    """Train LoRA in layers 3 and 5 for a step: with this package, or with stock PEFT's ``layers_to_transform``."""
+    model = make_lora(make_small_llama(), layers_to_transform=None if truncate else [3, 5])
+    model.enable_input_require_grads()  # Axolotl always does
+    options = CHECKPOINTING[checkpointing]
+    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options} if options else {}
+    trainer = make_trainer(model, folder, make_rows(4), max_steps=1, **arguments)
+    if truncate:
+        select_layers(trainer, SelectionArgs(method="explicit", layers=[3, 5]))
+    else:
+        initialize_lora(model, trainer.args.seed)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    gradients = Gradients(model)
+    trainer.add_callback(gradients)
+    trainer.train()
+    return gradients
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_gradients_are_those_of_the_whole_backward_pass(tmp_path, checkpointing):
+    cut = train_one_step(tmp_path / "cut", checkpointing, truncate=True)
+    whole = train_one_step(tmp_path / "whole", checkpointing, truncate=False)
+    assert cut.kept.keys() == whole.kept.keys()
+    assert len(cut.kept) == 12
+    for name, gradient in cut.kept.items():
+        assert torch.equal(gradient, whole.kept[name]), name
+    once, twice = [1] * 6, [2] * 6
+    assert whole.runs == (once if checkpointing == "none" else twice)
+    assert cut.runs == (once if checkpointing == "none" else [1, 1, 1, 2, 2, 2]), "a layer below was computed again"
+
+
+@pytest.mark.parametrize(
+    ("settings", "lowest"),
+    [
+        ({}, 0),
+        ({"layers_to_transform": [2, 4]}, 2),
+        ({"layers_to_transform": [2, 4], "modules_to_save": ["lm_head"]}, 2),
+        ({"layers_to_transform": [2, 4], "modules_to_save": ["embed_tokens"]}, 0),
+    ],
+)
+def test_the_pass_is_cut_below_the_lowest_layer_unless_something_below_trains(settings, lowest):
+    model = make_lora(make_small_llama(), **settings)
+    assert find_lowest_trained(model, find_layer_stack(model)) == lowest
+
+
+def test_trained_embeddings_that_the_head_shares_are_not_cut_off():
+    model = make_lora(
+        make_small_llama(tie_word_embeddings=True), layers_to_transform=[3], modules_to_save=["embed_tokens"]
+    )
+    assert find_lowest_trained(model, find_layer_stack(model)) == 0
