@@ -172,6 +172,8 @@ def main() -> None:
     else:
         arguments.work.mkdir(parents=True, exist_ok=True)
         pretrain(base, arguments.seconds, arguments.max_steps)
+    # Axolotl names its tokenised copies by the files' paths: those of other content must go.
+    shutil.rmtree(arguments.work / "prepared", ignore_errors=True)
     write_data(arguments.work / "train.jsonl", 600, seed=2)
     write_data(arguments.work / "eval.jsonl", 60, seed=3)
 

@@ -1,0 +1,203 @@
+"""What users combine with layer selection, in real runs of Axolotl; on one process unless it matters."""
+
+import json
+
+import pytest
+import torch
+from conftest import ENGINES
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_runs import KILLED, difference, load_with_stock_peft
+
+PLAN_ONLY = "axolotl_layersel.planning:main"
+
+
+def selection(**values) -> dict:
+    return {"selection": {"method": "cka", "ratio": 0.5, "num_samples": 15, **values}}
+
+
+@pytest.fixture(scope="module")
+def computed(train):
+    """A run on one process that computes its plan, watched by a tracker."""
+    return train(use_tensorboard=True)
+
+
+@pytest.fixture(scope="module")
+def make_plan(zygote, make_config):
+    """Return a function that selects on an engine without training, and returns the plan."""
+
+    def make(engine: str = "single", **settings) -> dict:
+        path, world, output = make_config(engine, **settings)
+        log = path.with_suffix(".plan.log")
+        codes = zygote.run(PLAN_ONLY, {"config": str(path)}, world, log, {})
+        assert codes == [0] * world, (path.parent / f"{log.name}.0").read_text()[-4000:]
+        plan = json.loads((output / "layersel" / "plan.json").read_text())
+        assert plan["engine"] == engine.split("-")[0]
+        return plan
+
+    return make
+
+
+def scores(plan: dict) -> list[float]:
+    return [choice["score"] for choice in plan["layers"]]
+
+
+def test_a_run_that_is_given_a_plan_ends_as_the_run_that_computed_it(train, computed):
+    plan = computed.folder / "layersel" / "plan.json"
+    given = train(layersel=selection(plan=str(plan)))
+    assert "nothing is scored" in given.log
+    assert difference(given.adapter(), computed.adapter()) == 0
+    assert given.losses() == computed.losses()
+    assert given.plan == computed.plan
+
+
+def test_the_trackers_see_one_run_with_the_scores_at_its_start(computed):
+    (events,) = computed.folder.rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    for choice in computed.plan["layers"]:
+        (event,) = log.Scalars(f"train/layersel/score/{choice['layer']}")
+        assert event.step == 0
+        assert event.value == pytest.approx(choice["score"], rel=1e-6)
+    (event,) = log.Scalars("train/layersel/selected_layers")
+    assert event.value == 4
+
+
+def test_packed_and_unpacked_runs_score_the_same(computed, make_plan):
+    packed = make_plan(sample_packing=True, pad_to_sequence_len=True, micro_batch_size=1, sequence_len=512)
+    assert packed["calibration_rows"] == computed.plan["calibration_rows"]
+    assert scores(packed) == pytest.approx(scores(computed.plan), abs=1e-6)
+    assert packed["modules"] == computed.plan["modules"]
+
+
+@pytest.mark.parametrize("method", ["cosine", "fisher"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-full", "fsdp2-sharded"])
+def test_every_score_is_the_same_on_one_process_and_on_sharded_weights(make_plan, method, engine):
+    alone = make_plan(layersel=selection(method=method))
+    together = make_plan(engine, layersel=selection(method=method))
+    assert scores(together) == pytest.approx(scores(alone), rel=1e-5)
+    assert together["modules"] == alone["modules"]
+    assert len(set(scores(alone))) == 8
+
+
+def test_qlora_with_packing_accumulation_and_a_regex_trains_and_loads(train, base_model, tmp_path):
+    run = train(
+        adapter="qlora",
+        load_in_4bit=True,
+        sample_packing=True,
+        pad_to_sequence_len=True,
+        sequence_len=512,
+        micro_batch_size=1,
+        gradient_accumulation_steps=2,
+        val_set_size=0.1,
+        eval_sample_packing=False,
+        eval_steps=2,
+        load_best_model_at_end=True,
+        max_steps=4,
+        num_epochs=4,
+        lora_target_modules=r"model\.layers\.[\d]+\.(self_attn\.(q|v)_proj|mlp\.up_proj)",
+    )
+    assert len(run.selected) == 4
+    assert sorted(run.config()["target_modules"]) == sorted(run.plan["modules"])
+    assert {name.rpartition(".")[2] for name in run.plan["modules"]} == {"q_proj", "v_proj", "up_proj"}
+    best = json.loads((run.folder / "checkpoint-4" / "trainer_state.json").read_text())["best_model_checkpoint"]
+    assert difference(run.adapter(), run.adapter(best.rpartition("/")[2])) == 0
+    logits = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
+    assert logits.isfinite().all()
+
+
+def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
+    # The highest layers alone: the backward pass ends at layer 4. Reentrant, for ZeRO-3 fails with the other
+    # kind in this stack, without any plugin.
+    settings = {
+        "layersel": selection(method="last"),
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        "max_steps": 4,
+        "save_steps": 4,
+    }
+    runs = {engine: train(engine, **settings) for engine in ENGINES if engine != "fsdp2-full"}
+    alone = runs["single"]
+    assert alone.selected == [4, 5, 6, 7]
+    for engine, run in runs.items():
+        assert run.engine["engine"] == engine.split("-")[0]
+        assert run.losses() == pytest.approx(alone.losses(), abs=2e-5), engine
+        assert difference(run.adapter(), alone.adapter()) <= 1e-3, engine
+
+
+def test_frozen_layers_stay_as_they_started_on_every_engine_also_after_a_resume(train):
+    for engine in ("single", "zero3", "fsdp2-sharded"):
+        settings = {"layersel": selection(unselected="freeze")}
+        killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:3"}, **settings)
+        resumed = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **settings)
+        start = load_file(resumed.folder / "weights_at_0.safetensors")
+        end = resumed.adapter()
+        assert end.keys() == start.keys()
+        assert len(end) == 2 * 3 * 8
+        for name, value in end.items():
+            if "lora_B" in name:
+                trained = int(name.split(".layers.")[1].split(".")[0]) in resumed.selected
+                assert torch.equal(value, start[name]) != trained, (engine, name)
+        assert resumed.engine["optimized"] == sum(end[name].numel() for name in end) // 2
+
+
+def test_a_trained_adapter_is_continued_with_its_other_layers_kept(train, computed):
+    trained = train(layersel=selection(method="explicit", ratio=None, layers=list(range(8))))
+    frozen = train(
+        lora_model_dir=str(trained.folder),
+        layersel=selection(method="explicit", ratio=None, layers=[2, 5], unselected="freeze"),
+    )
+    before, after = trained.adapter(), frozen.adapter()
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == (int(name.split(".layers.")[1][0]) not in (2, 5)), name
+    removed = train(
+        lora_model_dir=str(trained.folder),
+        layersel=selection(method="explicit", ratio=None, layers=[2, 5], unselected="remove"),
+    )
+    assert removed.adapter().keys() == {name for name in before if int(name.split(".layers.")[1][0]) in (2, 5)}
+    start = load_file(removed.folder / "weights_at_0.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in start.items())
+
+
+def test_an_incomplete_checkpoint_is_not_resumed_from(train):
+    killed = train(expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"})
+    (killed.folder / "checkpoint-4" / "trainer_state.json").unlink()
+    resumed = train(output=killed.folder, auto_resume_from_checkpoints=True)
+    assert "checkpoint-4 is incomplete" in resumed.log
+    assert (resumed.folder / "weights_at_2.safetensors").exists()
+
+
+def test_a_resumed_run_that_asks_for_another_selection_is_refused(train, computed):
+    run = train(
+        expect=1,
+        output=computed.folder,
+        resume_from_checkpoint=str(computed.folder / "checkpoint-2"),
+        layersel=selection(ratio=0.25),
+    )
+    assert "layersel.selection.ratio: 0.25 contradicts the plan from" in run.log
+    assert "Loading weights" not in run.log
+
+
+def test_preference_training_selects_too(train, tmp_path):
+    path = tmp_path / "preferences.jsonl"
+    rows = [
+        {
+            "conversation": [{"role": "user", "content": f"How many apples are {i} and {i + 1}?"}],
+            "chosen": {"role": "assistant", "content": f"They are {2 * i + 1} apples."},
+            "rejected": {"role": "assistant", "content": f"They are {2 * i} pears."},
+        }
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train(
+        rl="dpo",
+        datasets=[
+            {"path": str(path), "ds_type": "json", "type": "chat_template.default", "field_messages": "conversation"}
+        ],
+        chat_template="chatml",
+        max_steps=2,
+    )
+    assert len(run.selected) == 4
+    assert len(run.plan["calibration_rows"]) == 15
+    assert {int(name.split(".layers.")[1][0]) for name in run.adapter()} == set(run.selected)
