@@ -60,13 +60,10 @@ class CpuEnginesPlugin(BasePlugin):
     def load_datasets(self, cfg, preprocess=False):
         if not torch.cuda.is_available():
             cfg.device_map = None
-            cfg.ddp = False
 
     def post_trainer_create(self, cfg, trainer):
         from axolotl_layersel.engines import name_engine
 
-        # Axolotl sets it under DDP, which it takes this run not to be: `cfg.ddp` also places the model on a GPU.
-        trainer.args.ddp_find_unused_parameters = False
         accelerator = trainer.accelerator
         if accelerator.is_main_process:
             record = {
