@@ -12,6 +12,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test
 
+# The demo's model is so small that a second thread gains little, and loses much where cores are shared.
+demo: export OMP_NUM_THREADS := 1
 demo: $(STAMP)
 	$(BIN)/python -m demo.prepare
 	$(BIN)/axolotl train example_configs/demo.yml

@@ -141,13 +141,17 @@ def lora_parameters(module: LoraLayer) -> list[nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters() if not name.startswith("base_layer.")]
 
 
-def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Return the parameters that an adapter file holds, by their name in that file (PEFT's naming)."""
+def adapter_parameters(model: PeftModel, embeddings: bool | str = False) -> dict[str, nn.Parameter]:
+    """Return the parameters that an adapter file holds, by their name in that file (PEFT's naming).
+
+    ``embeddings``: whether base embeddings are among them; ``"auto"`` where PEFT would save them, after the
+    vocabulary was resized, for which it may look the base's configuration up.
+    """
     return get_peft_model_state_dict(
         model,
         state_dict=dict(model.named_parameters()),
         adapter_name=get_adapter_name(model),
-        save_embedding_layers=False,
+        save_embedding_layers=embeddings,
     )
 
 
@@ -156,12 +160,13 @@ def save_adapter(trainer: Trainer, folder: str | Path) -> None:
 
     Each file appears at once and complete. Sharded weights are gathered one at a time, the adapter's alone.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    parameters = adapter_parameters(model)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    parameters = adapter_parameters(model, embeddings=True)
+    names = engines.decide_on_rank_zero(lambda: list(adapter_parameters(model, embeddings="auto")))
     writes = engines.get_rank() == 0
     tensors = {}
-    for name, parameter in parameters.items():
-        tensor = engines.gather_parameter(parameter)
+    for name in names:
+        tensor = engines.gather_parameter(parameters[name])
         if writes:
             tensors[name] = tensor.contiguous()
     if not writes:
@@ -186,19 +191,17 @@ def restore_fsdp_adapter(trainer: Trainer, folder: str | Path) -> None:
     Raises:
         LayerselError: if the file's tensors are not those of the model.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     parameters = adapter_parameters(model)
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
 
     def read_names() -> list[str]:
         if not path.exists():
             raise LayerselError(f"resume_from_checkpoint: {path} is missing, so the adapter cannot be restored.")
-        names = sorted(load_file(path))
-        if names != sorted(parameters):
-            raise LayerselError(
-                f"resume_from_checkpoint: {path} does not hold this run's adapter "
-                f"(differs in {sorted(set(names) ^ set(parameters))[0]})."
-            )
+        names = list(load_file(path))
+        missing = set(parameters) - set(names)
+        if missing:
+            raise LayerselError(f"resume_from_checkpoint: {path} does not hold this run's {min(missing)}.")
         return names
 
     engines.decide_on_rank_zero(read_names)

@@ -17,6 +17,9 @@ METHODS = ("cka", "cosine", "fisher", *DATA_FREE_METHODS)
 TOKENS = ("auto", "last", "mean", "cls")
 UNSELECTED = ("remove", "freeze")
 DEFAULT_RATIO = 0.5
+DEFAULT_NUM_SAMPLES = 128
+DEFAULT_TOKEN = "auto"
+DEFAULT_UNSELECTED = "remove"
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 PARALLELISM = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
@@ -60,11 +63,13 @@ class SelectionArgs(Block):
         default=None,
         description="`remove` (default): the other layers get no adapter; `freeze`: they keep it, untrained.",
     )
-    num_samples: int = Field(default=128, description="Training rows that the scores are computed from.")
-    token: str = Field(
-        default="auto",
-        description="cka: the token that stands for a row. `auto`: the last one before the ending that all rows "
-        "share; `last`, `mean` (of the row's tokens), `cls` (the first).",
+    num_samples: int | None = Field(
+        default=None, description=f"Training rows that the scores are computed from. Default {DEFAULT_NUM_SAMPLES}."
+    )
+    token: str | None = Field(
+        default=None,
+        description="cka: the token that stands for a row. `auto` (default): the last one before the ending that all "
+        "rows share; `last`, `mean` (of the row's tokens), `cls` (the first).",
     )
     seed: int | None = Field(default=None, description="Seed of the calibration sample. Default: the run's seed.")
     plan: str | None = Field(
@@ -95,8 +100,8 @@ class SelectionArgs(Block):
 
     @field_validator("num_samples")
     @classmethod
-    def check_num_samples(cls, value: int) -> int:
-        if value < 2:
+    def check_num_samples(cls, value: int | None) -> int | None:
+        if value is not None and value < 2:
             raise ValueError(f"{cls.path}.num_samples: {value} is too few to compare rows. Set 2 or more.")
         return value
 
@@ -125,6 +130,16 @@ class SelectionArgs(Block):
                 f"{self.path}.layers: {self.layers} has no effect with method {self.method}. "
                 "Set `method: explicit`, or use `candidates` to limit the choice."
             )
+        unused = {
+            "token": self.method != "cka",
+            "num_samples": self.method in DATA_FREE_METHODS,
+            "seed": self.method in DATA_FREE_METHODS and self.method != "random",
+        }
+        for key, is_unused in unused.items():
+            if is_unused and getattr(self, key) is not None:
+                raise ValueError(
+                    f"{self.path}.{key}: {getattr(self, key)} has no effect with method {self.method}. Remove the key."
+                )
         given = [key for key in ("ratio", "num_layers", "layers") if getattr(self, key) is not None]
         if len(given) > 1:
             shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
@@ -138,6 +153,23 @@ class SelectionArgs(Block):
                     f"{self.path}.num_layers: {self.num_layers} is more than the {len(self.candidates)} candidates."
                 )
         return self
+
+    def resolve(self, run_seed: int) -> dict[str, Any]:
+        """Return every setting but ``plan`` as it takes effect, defaults filled in; None where it has no effect."""
+        values = self.model_dump(exclude={"plan"})
+        if self.layers is not None:
+            values["layers"] = sorted(self.layers)
+        elif self.num_layers is None and self.ratio is None:
+            values["ratio"] = DEFAULT_RATIO
+        if self.candidates is not None:
+            values["candidates"] = sorted(self.candidates)
+        values["unselected"] = self.unselected or DEFAULT_UNSELECTED
+        if self.method not in DATA_FREE_METHODS:
+            values["num_samples"] = self.num_samples or DEFAULT_NUM_SAMPLES
+        if self.method == "cka":
+            values["token"] = self.token or DEFAULT_TOKEN
+        values["seed"] = run_seed if self.seed is None else self.seed
+        return values
 
 
 class LayerselBlock(Block):
@@ -217,6 +249,12 @@ def check_engine(data: Mapping[str, Any]) -> None:
         version = data.get("fsdp_version") or fsdp_config.get("fsdp_version") or fsdp_config.get("version")
         if str(version) != "2":
             raise ValueError(f"fsdp_version: {version!r} is not supported by the plugin. Set `fsdp_version: 2`.")
+        if fsdp_config.get("activation_checkpointing"):
+            # Its wrappers enter the names under which Axolotl saves the adapter at the end, which PEFT then ignores.
+            raise ValueError(
+                "fsdp_config.activation_checkpointing: true would make the saved adapter unreadable for PEFT. "
+                "Set it to false and use `gradient_checkpointing: true`."
+            )
 
 
 def check_layers_to_transform(data: Mapping[str, Any], selection: Mapping[str, Any]) -> None:

@@ -22,16 +22,18 @@ class LayerSelectionCallback(TrainerCallback):
         self.stack = stack
         self.plan = plan
         self.resume_from = resume_from
-        self.interrupt = InterruptFlag()
+        self.interrupt = InterruptFlag(trainer.args.device)
+        self.training = False
         self.truncated: TruncatedBackward | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
         if engines.name_engine(self.trainer) == "fsdp2" and state.global_step > 0 and self.resume_from:
             adapters.restore_fsdp_adapter(self.trainer, self.resume_from)
         self.truncated = TruncatedBackward(model, self.stack)
         self.truncated.install()
         self.interrupt.install()
+        self.training = True
         if state.global_step == 0:
             self.trainer.log(describe(self.plan))
 
@@ -41,9 +43,17 @@ class LayerSelectionCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.stop_if_interrupted()
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        # An evaluation may take longer than a launcher waits before it kills; all ranks run as many batches.
+        if self.training:
+            self.stop_if_interrupted()
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if engines.name_engine(self.trainer) == "fsdp2" and args.load_best_model_at_end and state.best_model_checkpoint:
             adapters.restore_fsdp_adapter(self.trainer, state.best_model_checkpoint)
+        self.training = False
         self.interrupt.restore()
         if self.truncated is not None:
             self.truncated.remove()

@@ -87,13 +87,20 @@ def decide_on_rank_zero(decide: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[return-value]
 
 
-def gather_by_index(values: dict[int, T]) -> list[T]:
-    """Return the values of all ranks in the order of their index, the same on every rank."""
+def gather_on_rank_zero(values: dict[int, torch.Tensor], ranks: list[int]) -> torch.Tensor | None:
+    """Return the values that ``ranks`` hold, stacked in the order of their index, on rank 0; None elsewhere."""
+    if is_distributed() and ranks != [0]:
+        world = torch.distributed.get_world_size()
+        parts: list[dict[int, torch.Tensor]] | None = [{} for _ in range(world)] if get_rank() == 0 else None
+        torch.distributed.gather_object(values, parts, dst=0)
+        values = {index: value for part in parts or [] for index, value in part.items()}
+    return torch.stack([values[index] for index in sorted(values)]) if get_rank() == 0 else None
+
+
+def wait_for_everyone() -> None:
+    """Return when all ranks have come here."""
     if is_distributed():
-        parts: list[dict[int, T]] = [{} for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(parts, values)
-        values = {index: value for part in parts for index, value in part.items()}
-    return [values[index] for index in sorted(values)]
+        torch.distributed.barrier()
 
 
 # --- A pass of the model before any engine exists -----------------------------------------------------------------
@@ -198,23 +205,21 @@ def remove_embedding_hooks(model: nn.Module) -> None:
                 del module._forward_hooks[key]
 
 
-def share_flag(flag: bool, group: "torch.distributed.ProcessGroup | None") -> bool:
-    """Return whether any rank of ``group`` passed True; a collective call."""
-    if group is None:
+def share_flag(flag: bool, device: torch.device) -> bool:
+    """Return whether any rank passed True; a collective call.
+
+    It waits for the device. So does the Trainer after every micro-batch, where it looks for NaN in the loss.
+    """
+    if not is_distributed():
         return flag
-    value = torch.tensor([int(flag)])
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group)
+    value = torch.tensor([int(flag)], device=device)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return bool(value.item())
-
-
-def make_flag_group() -> "torch.distributed.ProcessGroup | None":
-    """Return a gloo group of all ranks, so that agreeing on a flag never waits for a GPU's queue; None alone."""
-    return torch.distributed.new_group(backend="gloo") if is_distributed() else None
 
 
 def leave(code: int) -> None:
     """End this process with ``code`` once all ranks are here, so that none is cut off in a collective call."""
+    wait_for_everyone()
     if is_distributed():
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     raise SystemExit(code)

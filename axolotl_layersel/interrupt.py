@@ -4,9 +4,12 @@ import signal
 import threading
 from types import FrameType
 
+import torch
+
 from axolotl_layersel import engines
 
 EXIT_CODE = 130  # 128 + SIGINT, as a shell reports it
+PATIENCE = 3  # a launcher repeats the user's signal once; whoever sends a third wants out at once
 
 
 class InterruptFlag:
@@ -16,27 +19,30 @@ class InterruptFlag:
     collective call is safe there. Ranks agree by one flag after every micro-batch.
     """
 
-    def __init__(self) -> None:
-        self.raised = False
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.signals = 0
         self.previous: object = None
-        self.group = None
         self.installed = False
 
     def install(self) -> None:
-        """Take SIGINT over; every rank must call this."""
-        self.group = engines.make_flag_group()
+        """Take SIGINT over, and forget earlier ones."""
+        self.signals = 0
         # Signals reach the main thread only; a trainer run in another one keeps its owner's handling.
-        if threading.current_thread() is threading.main_thread():
+        if not self.installed and threading.current_thread() is threading.main_thread():
             self.previous = signal.signal(signal.SIGINT, self.remember)
             self.installed = True
 
     def remember(self, signum: int, frame: FrameType | None) -> None:
-        """Note the signal; launchers may send it more than once."""
-        self.raised = True
+        """Note the signal; raise KeyboardInterrupt at the third."""
+        self.signals += 1
+        if self.signals >= PATIENCE:
+            self.restore()
+            raise KeyboardInterrupt
 
     def is_raised_anywhere(self) -> bool:
         """Return whether any rank was interrupted; a collective call."""
-        return engines.share_flag(self.raised, self.group)
+        return engines.share_flag(self.signals > 0, self.device)
 
     def restore(self) -> None:
         """Give SIGINT back to whoever had it."""

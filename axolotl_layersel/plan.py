@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
 
 from axolotl_layersel.args import SelectionArgs
 from axolotl_layersel.errors import LayerselError
@@ -119,22 +120,44 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
-    """Check that a plan that is reused is the one that the YAML block asks for.
-
-    Keys left at their default do not contradict a plan: with ``plan:`` they need not be repeated.
+    """Check that a plan that is reused is the one that the YAML block asks for; keys left out contradict nothing.
 
     Raises:
         LayerselError: naming the first key whose value differs.
     """
-    for key, field in SelectionArgs.model_fields.items():
-        value, made_with = getattr(settings, key), plan.settings.get(key)
-        if key == "unselected":
-            made_with = plan.unselected
-        if key != "plan" and value != field.default and value != made_with:
+    asked = settings.resolve(run_seed=plan.seed)
+    for key in SelectionArgs.model_fields:
+        if key == "plan" or getattr(settings, key) is None:
+            continue
+        if asked[key] != plan.settings.get(key):
             raise LayerselError(
-                f"layersel.selection.{key}: {value!r} contradicts the plan from {source}, which was made with "
-                f"{made_with!r}. Restore the value, or make a new plan."
+                f"layersel.selection.{key}: {asked[key]!r} contradicts the plan from {source}, which was made with "
+                f"{plan.settings.get(key)!r}. Restore the value, or make a new plan."
             )
+
+
+def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
+    """Check that the adapter in ``checkpoint`` has LoRA on the modules that ``plan`` says, by its tensors' names.
+
+    A checkpoint with fewer layers would load into a model with more without an error, and the other way round.
+
+    Raises:
+        LayerselError: if the adapter is missing or another.
+    """
+    path = Path(checkpoint) / "adapter_model.safetensors"
+    if not path.exists():
+        raise LayerselError(
+            f"resume_from_checkpoint: {checkpoint} holds no adapter_model.safetensors. Resume another checkpoint."
+        )
+    with safe_open(path, framework="numpy") as file:
+        names = [name.removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118
+    held = {name.rpartition(".lora_")[0] for name in names if ".lora_" in name and name.startswith(f"{plan.stack}.")}
+    differing = set(plan.modules) - held if plan.unselected == "freeze" else set(plan.modules) ^ held
+    if differing:
+        raise LayerselError(
+            f"resume_from_checkpoint: the adapter in {checkpoint} is not of the plan beside it: they differ in "
+            f"{min(differing)} ({len(differing)} such modules). Resume a checkpoint of this run."
+        )
 
 
 def check_model(plan: Plan, stack: str, num_layers: int, modules: dict[int, list[str]], source: str) -> None:

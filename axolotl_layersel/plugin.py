@@ -10,6 +10,9 @@ from axolotl_layersel.errors import LayerselError
 
 LOG = logging.getLogger("axolotl.layersel")
 
+# Seen in axolotl 0.19.0, ModelLoader._load_adapters: their trainers make the adapter themselves.
+CONFIG_ONLY_TRAINERS = ("dpo", "ipo", "kto")
+
 
 class LayerSelectionPlugin(BasePlugin):
     """Chooses the layers that LoRA trains, before the run's engine is built."""
@@ -26,13 +29,22 @@ class LayerSelectionPlugin(BasePlugin):
 
     def load_datasets(self, cfg, preprocess: bool = False) -> None:
         """Check what only a training run needs; of all commands, ``train`` alone comes here, before the model."""
-        if preprocess or os.environ.get("RANK", "0") != "0":
+        if preprocess:
             return
+        from axolotl.utils.distributed import init_distributed_state
+
+        from axolotl_layersel import engines
         from axolotl_layersel.selection.phase import check_continuing, find_plan
 
+        init_distributed_state()
         settings = read_settings(cfg)
-        find_plan(settings, find_resumed_checkpoint(cfg))
-        if cfg.lora_model_dir:
+        reused = engines.decide_on_rank_zero(lambda: find_plan(settings, find_resumed_checkpoint(cfg)))
+        if cfg.lora_model_dir and cfg.rl in CONFIG_ONLY_TRAINERS:
+            raise LayerselError(
+                f"lora_model_dir: {cfg.lora_model_dir} is not loaded by Axolotl with rl: {cfg.rl}, which starts from a "
+                "new adapter. Remove lora_model_dir, or merge that adapter into the base model first."
+            )
+        if cfg.lora_model_dir and reused is None:
             check_continuing(settings)
 
     def post_trainer_create(self, cfg, trainer) -> None:
@@ -40,8 +52,9 @@ class LayerSelectionPlugin(BasePlugin):
         from axolotl_layersel.selection.phase import select_layers
 
         resume_from = engines.decide_on_rank_zero(lambda: find_resumed_checkpoint(cfg))
-        if resume_from is not None:
-            cfg.resume_from_checkpoint = resume_from
+        # Axolotl would also resume from a checkpoint that a killed run left incomplete.
+        cfg.resume_from_checkpoint = resume_from
+        cfg.auto_resume_from_checkpoints = False
         select_layers(trainer, read_settings(cfg), resume_from, continues_adapter=bool(cfg.lora_model_dir))
 
 

@@ -11,7 +11,7 @@ from axolotl_layersel.layers import LayerStack
 def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
     """Return the lowest layer below which no parameter trains; 0 where the backward pass cannot be cut.
 
-    Whatever trains outside the layers must come after them (the owner's final norm, the head): trained
+    Of what trains outside the layers only the output embeddings are known to come after them: trained input
     embeddings or a trained vision tower need the gradient of the lowest layer's input.
     """
     base = model.get_base_model()
@@ -20,8 +20,8 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
         len(stack.layers),
     )
     inside = {id(parameter) for parameter in stack.layers.parameters()}
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    after = {id(parameter) for module in (head,) if module is not None for parameter in module.parameters()}
+    head = base.get_output_embeddings()
+    after = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     tied = {id(parameter) for parameter in base.get_input_embeddings().parameters()}
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in inside and id(parameter) not in after - tied:

@@ -174,8 +174,8 @@ def main() -> None:
         pretrain(base, arguments.seconds, arguments.max_steps)
     # Axolotl names its tokenised copies by the files' paths: those of other content must go.
     shutil.rmtree(arguments.work / "prepared", ignore_errors=True)
-    write_data(arguments.work / "train.jsonl", 600, seed=2)
-    write_data(arguments.work / "eval.jsonl", 60, seed=3)
+    write_data(arguments.work / "train.jsonl", 480, seed=2)
+    write_data(arguments.work / "eval.jsonl", 48, seed=3)
 
 
 if __name__ == "__main__":

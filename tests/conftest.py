@@ -1,9 +1,11 @@
 """Shared fixtures: a small pre-trained base, its data, and runs of real Axolotl on every engine."""
 
+import contextlib
 import json
 import os
 import queue
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -73,6 +75,12 @@ def make_trainer(model, folder: Path, rows: list[dict] | None = None, **argument
     values = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "report_to": [], "seed": 3}
     arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, **{**values, **arguments})
     return Trainer(model, arguments, train_dataset=Dataset.from_list(rows or make_rows()), data_collator=collate)
+
+
+def selection(method: str = "cka", **values) -> dict:
+    """Return a ``layersel`` block; methods that score take an odd number of rows, for unequal shares of two."""
+    scoring = {} if method in ("random", "first", "last", "explicit") else {"num_samples": 15}
+    return {"layersel": {"selection": {"method": method, **scoring, **values}}}
 
 
 def deepspeed_config(stage: int) -> dict:
@@ -166,7 +174,8 @@ class Zygote:
             return mine.get(timeout=timeout)["codes"]
         except queue.Empty:
             for pid in pids:
-                os.kill(pid, 9)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             raise TimeoutError(f"{target} took over {timeout} s: {log}") from None
 
 
@@ -263,8 +272,7 @@ def make_config(base_model, data, tmp_path_factory):
             "val_set_size": 0,
             "save_steps": 2,
             "logging_steps": 1,
-            # An odd number, so that two processes have unequal shares.
-            "layersel": {"selection": {"method": "cka", "ratio": 0.5, "num_samples": 15}},
+            **selection(ratio=0.5),
             **chosen,
             **overrides,
         }

@@ -3,13 +3,10 @@
 import json
 
 import pytest
+from conftest import selection
 from safetensors.torch import load_file, save_file
 
 MODEL_LOADS = "Loading weights"
-
-
-def selection(**values) -> dict:
-    return {"layersel": {"selection": {"method": "cka", "num_samples": 15, **values}}}
 
 
 BEFORE_THE_MODEL = {
@@ -44,6 +41,18 @@ BEFORE_THE_MODEL = {
     "unknown part": ({"layersel": {"selectoin": {}}}, "layersel.selectoin is not a setting: did you mean 'selection'?"),
     "unknown token": (selection(token="first"), "layersel.selection.token: 'first' is not known"),
     "one sample": (selection(num_samples=1), "layersel.selection.num_samples: 1 is too few"),
+    "token without cka": (
+        selection(method="cosine", token="mean"),
+        "layersel.selection.token: mean has no effect with method cosine. Remove the key.",
+    ),
+    "samples without scores": (
+        selection(method="first", num_samples=7),
+        "layersel.selection.num_samples: 7 has no effect with method first. Remove the key.",
+    ),
+    "FSDP's own checkpointing": (
+        {"fsdp_version": 2, "fsdp_config": {"activation_checkpointing": True}},
+        "fsdp_config.activation_checkpointing: true would make the saved adapter unreadable for PEFT",
+    ),
     "missing plan": (selection(plan="nowhere/plan.json"), "layersel.selection.plan: nowhere/plan.json cannot be read"),
     "contradicting layers_to_transform": (
         {"peft_layers_to_transform": [0, 1], **selection(method="explicit", layers=[1, 3])},
@@ -69,6 +78,10 @@ BEFORE_THE_MODEL = {
     "continued adapter": (
         {"lora_model_dir": "somewhere"},
         "layersel.selection.unselected: lora_model_dir continues a trained adapter",
+    ),
+    "continued adapter that is not loaded": (
+        {"lora_model_dir": "somewhere", "rl": "dpo", **selection(unselected="freeze")},
+        "lora_model_dir: somewhere is not loaded by Axolotl with rl: dpo",
     ),
     "checkpoint of another run": (
         {"resume_from_checkpoint": "elsewhere/checkpoint-4"},
@@ -120,6 +133,9 @@ def test_a_damaged_plan_ends_before_the_model_loads(train, tmp_path, content, me
 def test_an_error_of_one_process_ends_all_of_them(train):
     run = train("ddp", expect=1, **selection(num_samples=128))
     assert run.log.count("layersel.selection.num_samples: 128 is more than the 64 rows of the training set") >= 2
+    run = train("ddp", expect=1, **selection(plan="nowhere/plan.json"))
+    assert run.log.count("LayerselError: layersel.selection.plan: nowhere/plan.json cannot be read") == 2
+    assert MODEL_LOADS not in run.log
 
 
 def test_a_nan_names_its_layer_and_row(train, base_model, tmp_path):

@@ -114,6 +114,8 @@ def test_the_quantisation_state_follows_a_4_bit_weight():
 
 def test_one_process_decides_for_itself():
     assert engines.decide_on_rank_zero(lambda: 5) == 5
-    assert engines.gather_by_index({2: "c", 0: "a", 1: "b"}) == ["a", "b", "c"]
+    values = {index: torch.tensor([index]) for index in (2, 0, 1)}
+    assert engines.gather_on_rank_zero(values, [0]).tolist() == [[0], [1], [2]]
+    engines.wait_for_everyone()
     with pytest.raises(LayerselError, match="no"):
         engines.decide_on_rank_zero(lambda: (_ for _ in ()).throw(LayerselError("no")))

@@ -1,14 +1,17 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from axolotl_layersel.args import SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import (
     LayerChoice,
     Plan,
+    check_checkpoint,
     check_model,
     check_settings,
     read_plan,
@@ -19,7 +22,7 @@ from axolotl_layersel.plan import (
 
 def make_plan(scores: list[float | None] = (0.5, None, 0.1), selected: tuple[int, ...] = (0,), **values) -> Plan:
     layers = [LayerChoice(layer=i, score=score, selected=i in selected) for i, score in enumerate(scores)]
-    settings = SelectionArgs(method="cka", num_layers=1).model_dump(exclude={"plan"})
+    settings = SelectionArgs(method="cka").resolve(run_seed=1)
     default = {
         "method": "cka",
         "unselected": "remove",
@@ -91,9 +94,11 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
 def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():
     plan = make_plan()
     check_settings(plan, SelectionArgs(method="cka"), "there")
-    check_settings(plan, SelectionArgs(method="cka", num_layers=1, unselected="remove"), "there")
-    with pytest.raises(LayerselError, match=r"ratio: 0.25 contradicts the plan from there, which was made with None"):
+    check_settings(plan, SelectionArgs(method="cka", ratio=0.5, unselected="remove", num_samples=128), "there")
+    with pytest.raises(LayerselError, match=r"ratio: 0.25 contradicts the plan from there, which was made with 0.5"):
         check_settings(plan, SelectionArgs(method="cka", ratio=0.25), "there")
+    with pytest.raises(LayerselError, match=r"num_samples: 64 contradicts .* made with 128"):
+        check_settings(plan, SelectionArgs(method="cka", num_samples=64), "there")
     with pytest.raises(LayerselError, match=r"unselected: 'freeze' contradicts .* made with 'remove'"):
         check_settings(plan, SelectionArgs(method="cka", unselected="freeze"), "there")
     with pytest.raises(LayerselError, match=r"method: 'last' contradicts .* made with 'cka'"):
@@ -117,6 +122,21 @@ def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():
 def test_a_plan_for_another_model_is_refused_with_the_difference(stack, layers, modules, difference):
     with pytest.raises(LayerselError, match=difference):
         check_model(make_plan(), stack, layers, modules, "there")
+
+
+@pytest.mark.parametrize("unselected", ["remove", "freeze"])
+def test_a_checkpoint_must_hold_the_plans_modules(tmp_path, unselected):
+    plan = make_plan(selected=(0, 2), unselected=unselected)
+    with pytest.raises(LayerselError, match="holds no adapter_model"):
+        check_checkpoint(plan, tmp_path)
+    for layers, fits in [((0, 2), True), ((0,), False), ((0, 1, 2), unselected == "freeze")]:
+        names = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight" for i in layers for x in "AB"]
+        save_file({name: torch.zeros(1) for name in names}, tmp_path / "adapter_model.safetensors")
+        if fits:
+            check_checkpoint(plan, tmp_path)
+        else:
+            with pytest.raises(LayerselError, match=r"they differ in model.layers.\d.self_attn.q_proj \(1 such"):
+                check_checkpoint(plan, tmp_path)
 
 
 def test_a_plan_for_this_model_is_accepted():

@@ -4,16 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import ENGINES
+from conftest import ENGINES, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
 
 PLAN_ONLY = "axolotl_layersel.planning:main"
-
-
-def selection(**values) -> dict:
-    return {"selection": {"method": "cka", "ratio": 0.5, "num_samples": 15, **values}}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +40,7 @@ def scores(plan: dict) -> list[float]:
 
 def test_a_run_that_is_given_a_plan_ends_as_the_run_that_computed_it(train, computed):
     plan = computed.folder / "layersel" / "plan.json"
-    given = train(layersel=selection(plan=str(plan)))
+    given = train(**selection(plan=str(plan)))
     assert "nothing is scored" in given.log
     assert difference(given.adapter(), computed.adapter()) == 0
     assert given.losses() == computed.losses()
@@ -73,8 +69,8 @@ def test_packed_and_unpacked_runs_score_the_same(computed, make_plan):
 @pytest.mark.parametrize("method", ["cosine", "fisher"])
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-full", "fsdp2-sharded"])
 def test_every_score_is_the_same_on_one_process_and_on_sharded_weights(make_plan, method, engine):
-    alone = make_plan(layersel=selection(method=method))
-    together = make_plan(engine, layersel=selection(method=method))
+    alone = make_plan(**selection(method))
+    together = make_plan(engine, **selection(method))
     assert scores(together) == pytest.approx(scores(alone), rel=1e-5)
     assert together["modules"] == alone["modules"]
     assert len(set(scores(alone))) == 8
@@ -110,7 +106,7 @@ def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
     # The highest layers alone: the backward pass ends at layer 4. Reentrant, for ZeRO-3 fails with the other
     # kind in this stack, without any plugin.
     settings = {
-        "layersel": selection(method="last"),
+        **selection("last"),
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
         "max_steps": 4,
@@ -127,7 +123,7 @@ def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
 
 def test_frozen_layers_stay_as_they_started_on_every_engine_also_after_a_resume(train):
     for engine in ("single", "zero3", "fsdp2-sharded"):
-        settings = {"layersel": selection(unselected="freeze")}
+        settings = {**selection(unselected="freeze")}
         killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:3"}, **settings)
         resumed = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **settings)
         start = load_file(resumed.folder / "weights_at_0.safetensors")
@@ -142,10 +138,10 @@ def test_frozen_layers_stay_as_they_started_on_every_engine_also_after_a_resume(
 
 
 def test_a_trained_adapter_is_continued_with_its_other_layers_kept(train, computed):
-    trained = train(layersel=selection(method="explicit", ratio=None, layers=list(range(8))))
+    trained = train(**selection("explicit", layers=list(range(8))))
     frozen = train(
         lora_model_dir=str(trained.folder),
-        layersel=selection(method="explicit", ratio=None, layers=[2, 5], unselected="freeze"),
+        **selection("explicit", layers=[2, 5], unselected="freeze"),
     )
     before, after = trained.adapter(), frozen.adapter()
     assert before.keys() == after.keys()
@@ -153,7 +149,7 @@ def test_a_trained_adapter_is_continued_with_its_other_layers_kept(train, comput
         assert torch.equal(value, before[name]) == (int(name.split(".layers.")[1][0]) not in (2, 5)), name
     removed = train(
         lora_model_dir=str(trained.folder),
-        layersel=selection(method="explicit", ratio=None, layers=[2, 5], unselected="remove"),
+        **selection("explicit", layers=[2, 5], unselected="remove"),
     )
     assert removed.adapter().keys() == {name for name in before if int(name.split(".layers.")[1][0]) in (2, 5)}
     start = load_file(removed.folder / "weights_at_0.safetensors")
@@ -168,12 +164,28 @@ def test_an_incomplete_checkpoint_is_not_resumed_from(train):
     assert (resumed.folder / "weights_at_2.safetensors").exists()
 
 
+def test_a_run_killed_in_its_first_checkpoint_starts_again(train):
+    killed = train(expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:3"})
+    (killed.folder / "checkpoint-2" / "trainer_state.json").unlink()
+    again = train(output=killed.folder, auto_resume_from_checkpoints=True)
+    assert "checkpoint-2 is incomplete" in again.log
+    assert len(again.losses()) == 6
+
+
+def test_a_checkpoint_of_other_layers_is_refused_although_a_plan_lies_beside_it(train, make_plan, tmp_path):
+    other = train(output=tmp_path / "run", **selection("last", num_layers=2))
+    make_plan(output=tmp_path / "run")
+    (other.folder / "checkpoint-6" / "layersel" / "plan.json").unlink()
+    resumed = train(output=other.folder, expect=1, auto_resume_from_checkpoints=True)
+    assert "checkpoint-6 is not of the plan beside it: they differ in model.layers." in resumed.log
+
+
 def test_a_resumed_run_that_asks_for_another_selection_is_refused(train, computed):
     run = train(
         expect=1,
         output=computed.folder,
         resume_from_checkpoint=str(computed.folder / "checkpoint-2"),
-        layersel=selection(ratio=0.25),
+        **selection(ratio=0.25),
     )
     assert "layersel.selection.ratio: 0.25 contradicts the plan from" in run.log
     assert "Loading weights" not in run.log

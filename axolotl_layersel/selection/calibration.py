@@ -59,13 +59,13 @@ def read_sample(values: dict, row: int) -> Sample:
     """
     if "input_ids" in values:
         ids, labels = values["input_ids"], values.get("labels")
-    elif "prompt_ids" in values and "chosen_ids" in values:
-        prompt, chosen = list(values["prompt_ids"]), list(values["chosen_ids"])
+    elif "prompt_ids" in values and ("chosen_ids" in values or "completion_ids" in values):
+        prompt, chosen = list(values["prompt_ids"]), list(values.get("chosen_ids") or values["completion_ids"])
         ids, labels = prompt + chosen, [IGNORED_LABEL] * len(prompt) + chosen
     else:
         raise LayerselError(
-            f"datasets: training rows have the columns {sorted(values)}, without token ids (a multimodal set is "
-            "tokenised batch by batch). Use a method that needs no data: random, first, last, explicit."
+            f"datasets: training rows have the columns {sorted(values)}, without token ids (multimodal sets, for "
+            "one, are tokenised batch by batch). Use a method that needs no data: random, first, last, explicit."
         )
     if len(ids) == 0:
         raise LayerselError(f"datasets: training row {row} has no tokens. Remove empty rows.")

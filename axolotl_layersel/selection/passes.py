@@ -1,7 +1,8 @@
 """Run the model over the calibration sample before any engine exists, and leave everything as it was.
 
 Samples are spread over the ranks and their measurements gathered in sample order, so the result does not
-depend on the number of processes. Under ZeRO-3 and FSDP2 one layer at a time is whole on the device.
+depend on the number of processes; rank 0 has them, the others None. Under ZeRO-3 and FSDP2 one layer at a
+time is whole on the device.
 """
 
 import contextlib
@@ -23,10 +24,14 @@ from axolotl_layersel.layers import LayerStack, find_lora_modules
 from axolotl_layersel.selection import cosine, fisher
 from axolotl_layersel.selection.calibration import IGNORED_LABEL, Sample, collate
 
+# Tokens of a forward pass that gathers or copies each layer's weights: at 70B the activations of one layer
+# take some 5 GB, and the copy is hidden behind enough work.
+STREAMED_TOKENS = 16384
+
 
 def measure_token_states(
     trainer: Trainer, model: PeftModel, stack: LayerStack, samples: list[Sample], positions: list[int] | None
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Return the hidden states of one token of each sample: (samples, layers + 1, width), fp32 on the CPU.
 
     They are those of Hugging Face's ``hidden_states``: the embeddings, then each layer's output, the last
@@ -56,13 +61,14 @@ def measure_token_states(
                 f"layersel.selection.method: {type(stack.owner).__name__} ran {len(rows) - 1} of its "
                 f"{len(stack.layers)} layers in one forward pass; models that skip layers are not supported."
             )
-        return list(torch.stack(rows, dim=1))
+        # Rows of their own: a view is sent to rank 0 with the storage of the whole batch.
+        return [state.clone() for state in torch.stack(rows, dim=1)]
 
     with scoring(trainer, model, stack):
-        return torch.stack(over_samples(trainer, samples, measure, batch_size(trainer, samples)))
+        return over_samples(trainer, samples, measure, batch_size(trainer, samples))
 
 
-def measure_turns(trainer: Trainer, model: PeftModel, stack: LayerStack, samples: list[Sample]) -> torch.Tensor:
+def measure_turns(trainer: Trainer, model: PeftModel, stack: LayerStack, samples: list[Sample]) -> torch.Tensor | None:
     """Return each sample's sum over tokens of 1 − cos(layer input, layer output): (samples, layers), float64."""
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
@@ -80,15 +86,15 @@ def measure_turns(trainer: Trainer, model: PeftModel, stack: LayerStack, samples
 
         with hook_layers(stack, before, after):
             call(model, inputs)
-        return list(turns)
+        return [turn.clone() for turn in turns]
 
     with scoring(trainer, model, stack):
-        return torch.stack(over_samples(trainer, samples, measure, batch_size(trainer, samples)))
+        return over_samples(trainer, samples, measure, batch_size(trainer, samples))
 
 
 def measure_squared_gradients(
     trainer: Trainer, model: PeftModel, stack: LayerStack, samples: list[Sample]
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Return the squared norm of each sample's gradient of the response log-likelihood: (samples, layers), float64.
 
     The gradient is that of the layer's own weights under LoRA. It is never formed for a whole layer, and each
@@ -135,7 +141,7 @@ def measure_squared_gradients(
         for layer, names in stack.lora_modules.items():
             for name in names:
                 hooks.enter_context(handle_removed(watch(layer, lora[name])))
-        return torch.stack(over_samples(trainer, samples, measure, 1))
+        return over_samples(trainer, samples, measure, 1)
 
 
 def count_target_weights(model: PeftModel, stack: LayerStack) -> torch.Tensor:
@@ -149,30 +155,39 @@ def count_target_weights(model: PeftModel, stack: LayerStack) -> torch.Tensor:
 
 def over_samples(
     trainer: Trainer, samples: list[Sample], measure: Callable[[list[int]], list[torch.Tensor]], size: int
-) -> list[torch.Tensor]:
-    """Return ``measure`` of every sample, in order, on every rank; each rank measures its share in batches."""
+) -> torch.Tensor | None:
+    """Return ``measure`` of every sample, stacked in order, on rank 0; each rank measures its share in batches."""
     ranks, rank = engines.ranks_with_weights(trainer), engines.get_rank()
     share = range(ranks.index(rank), len(samples), len(ranks)) if rank in ranks else range(0)
     mine = sorted(share, key=lambda i: len(samples[i].input_ids))
     batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+    most = math.ceil(math.ceil(len(samples) / len(ranks)) / size)
     if engines.runs_in_lockstep(trainer):
         # A rank with fewer batches repeats a sample, and drops it, so that all gather each layer as often.
-        most = math.ceil(math.ceil(len(samples) / len(ranks)) / size)
         batches += [[0]] * (most - len(batches))
     measured: dict[int, torch.Tensor] = {}
     with Progress(disable=rank != 0, transient=True) as progress:
-        for batch in progress.track(batches, description="layersel: scoring layers"):
-            values = measure(batch)
-            measured.update({index: value for index, value in zip(batch, values) if index in share})
-    return engines.gather_by_index(measured)
+        for round_ in progress.track(range(most), description="layersel: scoring layers"):
+            if round_ < len(batches):
+                values = measure(batches[round_])
+                measured.update({index: value for index, value in zip(batches[round_], values) if index in share})
+            # No rank waits for the others longer than a round: collective calls give up after half an hour.
+            engines.wait_for_everyone()
+    return engines.gather_on_rank_zero(measured, ranks)
 
 
 def batch_size(trainer: Trainer, samples: list[Sample]) -> int:
-    """Return how many samples fit a forward pass of the size that training takes; a packed row holds several."""
+    """Return how many samples fit a forward pass of the size that training takes; a packed row holds several.
+
+    Where every pass brings the whole model to the device again, more samples share one: without a graph they
+    need the memory of one layer's activations.
+    """
+    longest = max(len(sample.input_ids) for sample in samples)
     rows = trainer.args.per_device_train_batch_size
     if getattr(trainer.args, "sample_packing", False):
-        longest = max(len(sample.input_ids) for sample in samples)
         rows *= max(1, trainer.args.max_seq_length // longest)
+    if engines.is_streamed(trainer):
+        rows = max(rows, STREAMED_TOKENS // longest)
     return rows
 
 

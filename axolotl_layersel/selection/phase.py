@@ -12,11 +12,20 @@ from peft.tuners.lora import ParamWrapper
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
-from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_RATIO, SelectionArgs
+from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_RATIO, DEFAULT_TOKEN, SelectionArgs
 from axolotl_layersel.callback import LayerSelectionCallback
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack, find_layer_stack, find_lora_modules
-from axolotl_layersel.plan import LayerChoice, Plan, check_model, check_settings, plan_path, read_plan, write_plan
+from axolotl_layersel.plan import (
+    LayerChoice,
+    Plan,
+    check_checkpoint,
+    check_model,
+    check_settings,
+    plan_path,
+    read_plan,
+    write_plan,
+)
 from axolotl_layersel.report import print_plan
 from axolotl_layersel.selection import cka, controls, cosine, fisher, passes
 from axolotl_layersel.selection.calibration import Sample, find_token_positions, fingerprint, read_samples
@@ -45,7 +54,7 @@ def select_layers(
     """
     started = time.monotonic()
     engine = engines.name_engine(trainer)
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if not isinstance(model, PeftModel):
         raise LayerselError(f"adapter: the trainer's model is a {type(model).__name__}, not a PEFT model with LoRA.")
     stack = find_layer_stack(model)
@@ -57,9 +66,9 @@ def select_layers(
     seeded = not continues_adapter and adapters.initialize_lora(model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
 
-    if continues_adapter:
-        check_continuing(settings)
     reused = engines.decide_on_rank_zero(lambda: find_plan(settings, resume_from))
+    if continues_adapter and reused is None:
+        check_continuing(settings)
     if reused is None:
         plan = make_plan(trainer, model, stack, settings, engine, started)
         if engines.get_rank() == 0:
@@ -110,6 +119,8 @@ def find_plan(settings: SelectionArgs, resume_from: str | None) -> tuple[Plan, s
         return None
     plan = read_plan(source, key)
     check_settings(plan, settings, str(source))
+    if resume_from is not None:
+        check_checkpoint(plan, resume_from)
     return plan, str(source)
 
 
@@ -117,7 +128,8 @@ def make_plan(
     trainer: Trainer, model: PeftModel, stack: LayerStack, settings: SelectionArgs, engine: str, started: float
 ) -> Plan:
     """Return a plan made from ``settings``: score the layers, where the method does, and choose."""
-    seed = trainer.args.seed if settings.seed is None else settings.seed
+    resolved = settings.resolve(trainer.args.seed)
+    seed = resolved["seed"]
     candidates = engines.decide_on_rank_zero(lambda: find_candidates(settings, stack))
     keep = engines.decide_on_rank_zero(lambda: count_kept(settings, len(candidates)))
     scores: list[float | None] = [None] * len(stack.layers)
@@ -126,18 +138,18 @@ def make_plan(
     if settings.method in DATA_FREE_METHODS:
         selected = controls.choose_without_data(settings.method, candidates, keep, seed, settings.layers)
     else:
-        samples = read_samples(trainer.train_dataset, settings.num_samples, seed)
-        scores, unscored = score(trainer, model, stack, settings, samples)
+        samples = read_samples(trainer.train_dataset, resolved["num_samples"], seed)
+        scores, unscored = score(trainer, model, stack, settings.method, resolved["token"], samples)
         selected = engines.decide_on_rank_zero(lambda: choose(scores, unscored, candidates, keep, settings.method))
     layers = [LayerChoice(layer=layer, score=value, selected=layer in selected) for layer, value in enumerate(scores)]
     plan = Plan(
         method=settings.method,
         layers=layers,
-        unselected=settings.unselected or "remove",
+        unselected=resolved["unselected"],
         unscored=unscored,
         stack=stack.name,
         modules=[name for layer in selected for name in stack.lora_modules[layer]],
-        settings=settings.model_dump(exclude={"plan"}),
+        settings=resolved,
         seed=seed,
         calibration_rows=[sample.row for sample in samples],
         dataset_fingerprint=fingerprint(samples) if samples else None,
@@ -150,7 +162,7 @@ def make_plan(
         processes=trainer.args.world_size,
         seconds=round(time.monotonic() - started, 3),
     )
-    # All ranks have computed the same; rank 0's word is what counts.
+    # All ranks come to the same plan but for the seconds; rank 0's is the one that is kept.
     return engines.decide_on_rank_zero(lambda: plan)
 
 
@@ -203,23 +215,36 @@ def count_kept(settings: SelectionArgs, candidates: int) -> int:
 
 
 def score(
-    trainer: Trainer, model: PeftModel, stack: LayerStack, settings: SelectionArgs, samples: list[Sample]
+    trainer: Trainer, model: PeftModel, stack: LayerStack, method: str, token: str | None, samples: list[Sample]
 ) -> tuple[list[float | None], dict[int, str]]:
-    """Return the importance of every layer by ``settings.method``, and why a layer has none."""
+    """Return the importance of every layer by ``method``, and why a layer has none; rank 0 computes it."""
     rows = [sample.row for sample in samples]
     places = [f"layer {layer}" for layer in range(len(stack.layers))]
-    if settings.method == "cka":
-        positions = find_token_positions(samples, settings.token)
+    if method == "cka":
+        positions = find_token_positions(samples, token or DEFAULT_TOKEN)
         states = passes.measure_token_states(trainer, model, stack, samples, positions)
-        check_finite(states.sum(dim=-1), ["the embeddings", *places], rows)
-        return cka.score_layers(states)
-    if settings.method == "cosine":
+
+        def conclude() -> tuple[list[float | None], dict[int, str]]:
+            check_finite(states.sum(dim=-1), ["the embeddings", *places], rows)
+            return cka.score_layers(states)
+
+    elif method == "cosine":
         turns = passes.measure_turns(trainer, model, stack, samples)
-        check_finite(turns, places, rows)
-        return list(cosine.score_layers(turns, torch.tensor([len(s.input_ids) for s in samples]))), {}
-    squares = passes.measure_squared_gradients(trainer, model, stack, samples)
-    check_finite(squares, places, rows)
-    return fisher.score_layers(squares, passes.count_target_weights(model, stack))
+        tokens = torch.tensor([len(sample.input_ids) for sample in samples])
+
+        def conclude() -> tuple[list[float | None], dict[int, str]]:
+            check_finite(turns, places, rows)
+            return list(cosine.score_layers(turns, tokens)), {}
+
+    else:
+        squares = passes.measure_squared_gradients(trainer, model, stack, samples)
+        weights = passes.count_target_weights(model, stack)
+
+        def conclude() -> tuple[list[float | None], dict[int, str]]:
+            check_finite(squares, places, rows)
+            return fisher.score_layers(squares, weights)
+
+    return engines.decide_on_rank_zero(conclude)
 
 
 def check_finite(measured: torch.Tensor, places: list[str], rows: list[int]) -> None:

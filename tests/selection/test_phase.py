@@ -6,7 +6,7 @@ from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.args import DATA_FREE_METHODS, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.plan import plan_path, read_plan
@@ -16,7 +16,8 @@ from axolotl_layersel.selection.phase import choose, count_kept, select_layers
 def select(folder, *, rows=None, continues_adapter: bool = False, **settings):
     model = make_lora(make_small_llama())
     trainer = make_trainer(model, folder, rows)
-    settings = SelectionArgs(**{"method": "cka", "num_samples": 12, **settings})
+    scoring = {} if settings.get("method") in DATA_FREE_METHODS else {"num_samples": 12}
+    settings = SelectionArgs(**{"method": "cka", **scoring, **settings})
     return trainer, select_layers(trainer, settings, continues_adapter=continues_adapter)
 
 

@@ -1,0 +1,124 @@
+"""Every example configuration passes Axolotl's own validation, and none holds a key that would be ignored."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from pydantic import ValidationError
+
+from axolotl_layersel.args import SelectionArgs
+
+CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
+PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
+PROCESSES = {"llama-3.1-8b-qlora-zero2": 8, "llama-3.1-8b-fsdp2": 8, "llama-3.1-70b-zero3-multinode": 16}
+
+
+@pytest.fixture(autouse=True)
+def no_plugins(monkeypatch):
+    """Axolotl keeps the plugins of earlier files in one process: start and end without any."""
+    from axolotl.integrations.base import PluginManager
+
+    monkeypatch.chdir(ROOT)
+    PluginManager.get_instance().plugins.clear()
+    yield
+    PluginManager.get_instance().plugins.clear()
+
+
+def read(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())
+
+
+def validate(content: dict, processes: int = 1):
+    """Return what Axolotl makes of a YAML file's content on a machine with H100 GPUs; no model is loaded."""
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    cfg = DictDefault(content)
+    prepare_plugins(cfg)
+    capabilities = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": processes, "compute_capability": "sm_90"}
+    return validate_config(cfg, capabilities=capabilities, env_capabilities={"torch_version": "2.13.0"})
+
+
+def known_keys(model: type) -> set[str]:
+    """Return the names and aliases of a pydantic model's fields."""
+    keys = set(model.model_fields)
+    for field in model.model_fields.values():
+        keys.update(name for name in (field.alias, field.validation_alias) if isinstance(name, str))
+        keys.update(getattr(field.validation_alias, "choices", ()))
+    return keys
+
+
+def find_unknown_keys(content: dict) -> set[str]:
+    """Return the keys of a YAML file's content that Axolotl, with the plugins registered last, ignores."""
+    from axolotl.integrations.config import merge_input_args
+    from axolotl.utils.schemas.datasets import SFTDataset
+    from axolotl.utils.schemas.fsdp import FSDPConfig
+
+    unknown = set(content) - known_keys(merge_input_args()[0])
+    unknown |= set(content.get("fsdp_config", {})) - known_keys(FSDPConfig)
+    for key in ("datasets", "test_datasets"):
+        for dataset in content.get(key, []):
+            unknown |= set(dataset) - known_keys(SFTDataset)
+    return unknown
+
+
+def test_the_examples_are_there():
+    assert [path.stem for path in CONFIGS] == ["demo", *sorted(["llama-3.1-8b-lora", *PROCESSES])]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_axolotl_accepts_an_example(path):
+    content = read(path)
+    cfg = validate(content, PROCESSES.get(path.stem, 1))
+    assert content["plugins"] == [PLUGIN]
+    assert SelectionArgs.model_validate(cfg.layersel.selection.to_dict()) == SelectionArgs(
+        **content["layersel"]["selection"]
+    )
+    assert find_unknown_keys(content) == set()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_misspelt_key_is_refused(path):
+    content = read(path)
+    content["layersel"]["selection"]["num_sampels"] = 8
+    with pytest.raises(ValidationError, match=r"layersel\.selection\.num_sampels.*did you mean 'num_samples'\?"):
+        validate(content, PROCESSES.get(path.stem, 1))
+
+
+def test_an_unlisted_plugin_or_an_ignored_key_is_found():
+    content = read(ROOT / "example_configs" / "llama-3.1-8b-fsdp2.yml")
+    del content["plugins"]
+    content["fsdp_config"]["offload_parameters"] = True
+    content["learning_rates"] = 1
+    validate(content, 8)
+    assert find_unknown_keys(content) == {"layersel", "offload_parameters", "learning_rates"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_deepspeed_file_is_of_the_stage_that_the_name_says(path):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    content = read(path)
+    named = re.search(r"zero(\d)", path.stem)
+    assert bool(named) == ("deepspeed" in content)
+    if named:
+        # DeepSpeed refuses keys that it does not know; the Trainer fills "auto" in.
+        settings = yaml.safe_load((ROOT / content["deepspeed"]).read_text())["zero_optimization"]
+        zero = DeepSpeedZeroConfig(**{key: value for key, value in settings.items() if value != "auto"})
+        assert zero.stage == int(named[1])
+
+
+def test_the_readme_explains_every_key_of_the_block_once():
+    text = (ROOT / "README.md").read_text()
+    explained = re.findall(r"^\| `(\w+)` \|", text.split("## The YAML block")[1].split("\n##")[0], flags=re.MULTILINE)
+    assert sorted(explained) == sorted(SelectionArgs.model_fields)
+
+
+@pytest.mark.parametrize("document", ["README.md"])
+def test_files_that_a_document_names_exist(document):
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"(?:example_configs|benchmarks|tests|demo)/[\w./-]*\w\.\w+", text))
+    assert named and [name for name in sorted(named) if not (ROOT / name).exists()] == []
