@@ -41,8 +41,8 @@ class LayerSelectionPlugin(BasePlugin):
         reused = engines.decide_on_rank_zero(lambda: find_plan(settings, find_resumed_checkpoint(cfg)))
         if cfg.lora_model_dir and cfg.rl in CONFIG_ONLY_TRAINERS:
             raise LayerselError(
-                f"lora_model_dir: {cfg.lora_model_dir} is not loaded by Axolotl with rl: {cfg.rl}, which starts from a "
-                "new adapter. Remove lora_model_dir, or merge that adapter into the base model first."
+                f"lora_model_dir: {cfg.lora_model_dir} is not loaded by Axolotl with rl: {cfg.rl.value}, "
+                "which starts from a new adapter. Remove lora_model_dir, or merge that adapter into the base model first."
             )
         if cfg.lora_model_dir and reused is None:
             check_continuing(settings)

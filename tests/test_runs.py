@@ -120,9 +120,9 @@ def test_every_engine_starts_from_the_same_lora_weights(whole_runs, engine):
 def test_every_engine_trains_as_one_process_does(whole_runs, engine):
     alone, together = whole_runs["single"], whole_runs[engine]
     # Adam divides by the root of the squared gradient: where a gradient is near zero, the order of a sum
-    # decides its sign, and the weight moves by up to the learning rate (5e-3 a step). Losses do not show it.
+    # moves the weight by a share of the learning rate, 5e-3 a step. Seen: 7e-6 after six steps.
     assert together.losses() == pytest.approx(alone.losses(), abs=2e-5)
-    assert difference(alone.adapter("checkpoint-6"), together.adapter("checkpoint-6")) <= 1e-3
+    assert difference(alone.adapter("checkpoint-6"), together.adapter("checkpoint-6")) <= 5e-5
 
 
 @pytest.mark.parametrize("engine", ENGINES)
