@@ -42,7 +42,7 @@ class LayerSelectionPlugin(BasePlugin):
         if cfg.lora_model_dir and cfg.rl in CONFIG_ONLY_TRAINERS:
             raise LayerselError(
                 f"lora_model_dir: {cfg.lora_model_dir} is not loaded by Axolotl with rl: {cfg.rl.value}, "
-                "which starts from a new adapter. Remove lora_model_dir, or merge that adapter into the base model first."
+                "which starts from a new adapter. Remove lora_model_dir, or merge that adapter into the base first."
             )
         if cfg.lora_model_dir and reused is None:
             check_continuing(settings)
