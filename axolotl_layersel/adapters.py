@@ -1,5 +1,6 @@
 """LoRA weights and configuration: initialise, remove, freeze, save, restore."""
 
+import copy
 import hashlib
 import math
 import os
@@ -173,12 +174,11 @@ def save_adapter(trainer: Trainer, folder: str | Path) -> None:
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config, inference_mode = get_config(model), get_config(model).inference_mode
+    config = copy.copy(get_config(model))
+    config.inference_mode = True
     with tempfile.TemporaryDirectory(dir=folder, prefix=".layersel-") as temporary:
         save_file(tensors, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.inference_mode = True
         config.save_pretrained(temporary)
-        config.inference_mode = inference_mode
         for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
             with open(Path(temporary) / file, "rb") as written:
                 os.fsync(written.fileno())
@@ -195,16 +195,14 @@ def restore_fsdp_adapter(trainer: Trainer, folder: str | Path) -> None:
     parameters = adapter_parameters(model)
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
 
-    def read_names() -> list[str]:
+    def check_file() -> None:
         if not path.exists():
             raise LayerselError(f"resume_from_checkpoint: {path} is missing, so the adapter cannot be restored.")
-        names = list(load_file(path))
-        missing = set(parameters) - set(names)
+        missing = set(parameters) - set(load_file(path))
         if missing:
             raise LayerselError(f"resume_from_checkpoint: {path} does not hold this run's {min(missing)}.")
-        return names
 
-    engines.decide_on_rank_zero(read_names)
+    engines.decide_on_rank_zero(check_file)
     tensors = load_file(path) if engines.get_rank() == 0 else {}
     for name, parameter in parameters.items():
         value = tensors.get(name, torch.empty(parameter.shape, dtype=parameter.dtype))
