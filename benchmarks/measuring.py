@@ -84,7 +84,7 @@ def read_setup(arguments: argparse.Namespace) -> Setup:
 
 def describe_device(setup: Setup) -> str:
     """Return the name of the GPU, or the number of CPU threads."""
-    return torch.cuda.get_device_name() if setup.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return torch.cuda.get_device_name() if setup.device == "cuda" else f"CPU threads: {torch.get_num_threads()}"
 
 
 def make_model(setup: Setup, lora_layers: list[int] | None = None) -> PeftModel:
@@ -241,9 +241,8 @@ def report_goals(console: Console, goals: list[Goal]) -> None:
     """Print each goal, what was measured, and whether it is met."""
     for goal in goals:
         colour, word = ("green", "met") if goal.met else ("red", "MISSED")
-        console.print(
-            f"[{colour}]{word:>6}[/{colour}]  {goal.what}: {goal.measured:.3f}, goal at most {goal.limit:.3f}"
-        )
+        line = f"[{colour}]{word:>6}[/{colour}]  {goal.what}: {goal.measured:.3f}, goal at most {goal.limit:.3f}"
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def write_json(path: Path | None, benchmark: str, setup: Setup, goals: list[Goal], **content: object) -> None:

@@ -8,7 +8,7 @@ layersel  the same, then the package's selection, ``method: last``, ``ratio: 0.5
 stock     PEFT alone with LoRA in the same layers (``layers_to_transform``) and no input gradients. The Trainer asks
           for those under checkpointing, so they are switched off again (``disable_input_require_grads``). Reentrant
           checkpointing would train nothing then: there the layers without LoRA are not checkpointed, and the output
-          of the last of them requires gradients. No user of stock PEFT gets that without writing it.
+          of the last of them requires gradients, which stock PEFT does not do by itself.
 
 Time: the three arms run next to each other, one step of one arm at a time, in turn. Peak memory over the weights:
 each measurement in a process of its own.
@@ -223,12 +223,12 @@ def measure_times(
 
 
 def make_table(setup: Setup, tokens: int, steps: int, costs: list[Cost]) -> Table:
-    """Return the medians as a table, each arm beside its ratio to LoRA in all layers."""
+    """Return the medians as a table, each arm beside its ratios to LoRA in all layers and to stock PEFT."""
     title = f"{steps} steps of {tokens} tokens a row: {setup.describe()}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in ("checkpointing", "LoRA"):
-        table.add_column(heading)
-    for heading in ("s/step", "of all", "of stock", "peak MiB", "of all", "of stock"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("s/step", "/ all", "/ stock", "MiB", "/ all", "/ stock"):
         table.add_column(heading, justify="right")
     for cost in costs:
         for arm in ARMS:
