@@ -1,26 +1,25 @@
-"""LoRA weights and configuration: initialise, remove, freeze, save, restore."""
+"""LoRA weights and configuration of a model in training: initialise, remove, freeze, save, restore."""
 
-import copy
 import hashlib
 import math
-import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack, find_lora_modules
-from axolotl_layersel.plan import write_atomically
+from axolotl_layersel.layouts import write_adapter
 
+# From the adapter's tensors and configuration in training to those of a plain adapter.
+Fold = Callable[[dict[str, torch.Tensor], LoraConfig], tuple[dict[str, torch.Tensor], LoraConfig]]
 # PEFT's own initialisations that draw nothing but A: those that look at the base weights keep PEFT's result.
 SEEDED_INITIALISATIONS = (True, "gaussian")
 
@@ -46,6 +45,15 @@ def make_row_generator(seed: int, module: str, row: int) -> torch.Generator:
     """Return a CPU generator for one rank component of one module; it shares no state with any other."""
     digest = hashlib.sha256(f"{seed}\0{module}\0{row}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def check_experts(model: PeftModel) -> None:
+    """Raise LayerselError where PEFT put LoRA on 3-D expert parameters."""
+    if any(isinstance(module, ParamWrapper) for module in find_lora_modules(model.get_base_model()).values()):
+        raise LayerselError(
+            "lora_target_modules: PEFT put LoRA on this model's expert parameters, which is not supported yet. "
+            "Target the attention modules alone, such as q_proj and v_proj."
+        )
 
 
 @torch.no_grad()
@@ -156,75 +164,77 @@ def adapter_parameters(model: PeftModel, embeddings: bool | str = False) -> dict
     )
 
 
-def save_adapter(trainer: Trainer, folder: str | Path) -> None:
-    """Write the adapter in training to ``folder`` as plain PEFT files; every rank must call this.
+def gather_adapter(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return the tensors that an adapter file holds, whole, on rank 0, nothing elsewhere; every rank must call this.
 
-    Each file appears at once and complete. Sharded weights are gathered one at a time, the adapter's alone.
+    Sharded weights are gathered one at a time, the adapter's alone.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    parameters = adapter_parameters(model, embeddings=True)
     names = engines.decide_on_rank_zero(lambda: list(adapter_parameters(model, embeddings="auto")))
-    writes = engines.get_rank() == 0
-    tensors = {}
-    for name in names:
-        tensor = engines.gather_parameter(parameters[name])
-        if writes:
-            tensors[name] = tensor.contiguous()
-    if not writes:
-        return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = copy.copy(get_config(model))
-    config.inference_mode = True
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".layersel-") as temporary:
-        save_file(tensors, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(temporary)
-        for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-            with open(Path(temporary) / file, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(Path(temporary) / file, folder / file)
+    parameters = adapter_parameters(model, embeddings=True)
+    return engines.gather_parameters({name: parameters[name] for name in names})
 
 
-def restore_fsdp_adapter(trainer: Trainer, folder: str | Path) -> None:
-    """Write the adapter saved in ``folder`` into an FSDP2 model in training; every rank must call this.
+def save_adapter(trainer: Trainer, folder: str | Path, fold: Fold | None = None) -> None:
+    """Write the adapter in training to ``folder`` as plain PEFT files; every rank must call this.
+
+    Args:
+        trainer: whose model carries the adapter.
+        folder: is made where it does not exist; each file appears there at once and complete.
+        fold: what makes a plain adapter of the tensors and the configuration in training, on rank 0.
+    """
+    tensors = gather_adapter(trainer)
+    if engines.get_rank() == 0:
+        config = get_config(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+        write_adapter(folder, *(fold(tensors, config) if fold else (tensors, config)))
+
+
+def load_adapter_tensors(model: PeftModel, path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the tensors in the file ``path``, under ``prefix``, that the model has parameters for.
+
+    Raises:
+        LayerselError: if the file is missing, or one of the tensors of the adapter in training.
+    """
+    if not path.exists():
+        raise LayerselError(f"resume_from_checkpoint: {path} is missing, so the adapter cannot be restored.")
+    stored = load_file(path)
+    missing = {name for name in adapter_parameters(model) if f"{prefix}{name}" not in stored}
+    if missing:
+        raise LayerselError(f"resume_from_checkpoint: {path} does not hold this run's {min(missing)}.")
+    names = adapter_parameters(model, embeddings=True)
+    return {name: stored[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in stored}
+
+
+@torch.no_grad()
+def restore_adapter(model: PeftModel, path: Path, prefix: str = "") -> None:
+    """Write the adapter's tensors in the file ``path`` into a model whose weights are whole, before an engine exists.
+
+    Raises:
+        LayerselError: if the file's tensors are not those of the model.
+    """
+    parameters = adapter_parameters(model, embeddings=True)
+    for name, value in load_adapter_tensors(model, path, prefix).items():
+        parameters[name].copy_(value)
+
+
+def restore_fsdp_adapter(trainer: Trainer, path: Path, prefix: str = "") -> None:
+    """Write the adapter's tensors in the file ``path`` into an FSDP2 model in training; every rank must call this.
+
+    ``prefix``: before the names of the adapter's tensors in the file.
 
     Raises:
         LayerselError: if the file's tensors are not those of the model.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    parameters = adapter_parameters(model)
-    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    tensors: dict[str, torch.Tensor] = {}
 
-    def check_file() -> None:
-        if not path.exists():
-            raise LayerselError(f"resume_from_checkpoint: {path} is missing, so the adapter cannot be restored.")
-        missing = set(parameters) - set(load_file(path))
-        if missing:
-            raise LayerselError(f"resume_from_checkpoint: {path} does not hold this run's {min(missing)}.")
+    def load() -> list[str]:
+        tensors.update(load_adapter_tensors(model, path, prefix))
+        return list(tensors)
 
-    engines.decide_on_rank_zero(check_file)
-    tensors = load_file(path) if engines.get_rank() == 0 else {}
-    for name, parameter in parameters.items():
+    names = engines.decide_on_rank_zero(load)
+    parameters = adapter_parameters(model, embeddings=True)
+    for name in names:
+        parameter = parameters[name]
         value = tensors.get(name, torch.empty(parameter.shape, dtype=parameter.dtype))
         engines.set_fsdp_parameter(parameter, value)
-
-
-def save_with_adapter(trainer: Trainer, plan_json: bytes) -> None:
-    """Make every ``trainer.save_model`` leave a complete adapter and the plan, on every engine.
-
-    It is the one writer that checkpoints, the best model and the final save go through, and it runs before a
-    checkpoint is pushed to a hub, which ``on_save`` does not.
-    """
-    upstream_save_model = trainer.save_model
-
-    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
-        upstream_save_model(output_dir, _internal_call=True)
-        folder = Path(output_dir or trainer.args.output_dir)
-        if not engines.upstream_writes_adapter(trainer):
-            save_adapter(trainer, folder)
-        if engines.get_rank() == 0:
-            write_atomically(folder / "layersel" / "plan.json", plan_json)
-        if trainer.args.push_to_hub and not _internal_call:
-            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
-
-    trainer.save_model = save_model

@@ -5,6 +5,7 @@ here: the same file also goes through ``preprocess``, ``evaluate``, ``inference`
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,6 +21,15 @@ DEFAULT_RATIO = 0.5
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_TOKEN = "auto"
 DEFAULT_UNSELECTED = "remove"
+
+BUDGETS = ("rank", "parameters")
+DEFAULT_GATE_LR = 0.02
+# In a shorter run gates of that learning rate could not get from 1 to 0 and back: with `l1_lambda: auto` the pressure
+# would exceed what any gradient can move a gate by, η a step, and all of them would end at 0.
+SHORT_RUN = 200
+# Optimizers whose moments are whole numbers of one tensor per weight; 8-bit ones share a scale between rows.
+ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+PLAIN_INITIALISATIONS = (True, "true", "gaussian")
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 PARALLELISM = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
@@ -172,18 +182,123 @@ class SelectionArgs(Block):
         return values
 
 
+class L1RAArgs(Block):
+    """``layersel.l1ra``: how much rank each LoRA module gets while the model trains."""
+
+    path: ClassVar[str] = "layersel.l1ra"
+
+    max_rank: int | None = Field(
+        default=None, description="The highest rank that a module can reach. Default: 2 × lora_r."
+    )
+    min_rank: int = Field(default=1, description="The rank that every module keeps.")
+    budget: str = Field(
+        default="rank",
+        description="`rank`: the sum of all ranks stays; `parameters`: the trainable parameters never grow.",
+    )
+    l1_lambda: float | str = Field(
+        default="auto",
+        description="λ, the pressure on the gates: `auto`, with which the pressure alone would take a gate to zero in "
+        "a third of the run, or a number.",
+    )
+    gate_lr: float | None = Field(
+        default=None,
+        description=f"Learning rate of the gates, constant. Default {DEFAULT_GATE_LR}, and more in runs of fewer than "
+        f"{SHORT_RUN} optimizer steps: {DEFAULT_GATE_LR} × {SHORT_RUN} / steps.",
+    )
+    update_ratio: float = Field(default=0.1, description="Share of the optimizer steps between two updates of rank.")
+    warmup_ratio: float = Field(default=0.0, description="Share of the optimizer steps before the first update.")
+    prune_threshold: float = Field(default=1e-10, description="An update prunes components with a gate below this.")
+    reassign: bool = Field(default=True, description="false: pruned rank is not placed again, the adapter shrinks.")
+    exclude_pruned: bool = Field(
+        default=True, description="A module that lost rank in an update gains none in the same update."
+    )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def check_budget(cls, value: Any) -> Any:
+        if value not in BUDGETS:
+            raise ValueError(f"{cls.path}.budget: {value!r} is not known: {suggest(str(value), BUDGETS)}")
+        return value
+
+    @field_validator("l1_lambda", mode="before")
+    @classmethod
+    def check_lambda(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        try:
+            number = float(value)  # YAML reads 1e-3 as text
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not 0 <= number < math.inf:
+            raise ValueError(f"{cls.path}.l1_lambda: {value!r} is not `auto` or a number from 0. Set `auto`.")
+        return number
+
+    @field_validator("max_rank", "min_rank")
+    @classmethod
+    def check_rank(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{cls.path}.{info.field_name}: {value} is no rank of a module. Set 1 or more.")
+        return value
+
+    @field_validator("gate_lr")
+    @classmethod
+    def check_gate_lr(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.02.")
+        return value
+
+    @field_validator("update_ratio")
+    @classmethod
+    def check_update_ratio(cls, value: float) -> float:
+        if not 0 < value <= 1:
+            raise ValueError(f"{cls.path}.update_ratio: {value} is outside (0, 1]. Set a share such as 0.1.")
+        return value
+
+    @field_validator("warmup_ratio", "prune_threshold")
+    @classmethod
+    def check_share(cls, value: float, info: Any) -> float:
+        if not 0 <= value < 1:
+            raise ValueError(f"{cls.path}.{info.field_name}: {value} is outside [0, 1). Leave the key out.")
+        return value
+
+    @model_validator(mode="after")
+    def check_ranks_and_gates(self) -> "L1RAArgs":
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ValueError(f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}.")
+        if self.gate_lr == 0 and self.l1_lambda == "auto":
+            raise ValueError(
+                f"{self.path}.gate_lr: 0 holds the gates where they are, which `l1_lambda: auto` cannot make up for. "
+                "Set a gate_lr above 0; or, to train plain LoRA on purpose, `l1_lambda: 0` too."
+            )
+        return self
+
+
 class LayerselBlock(Block):
     """``layersel``: the settings of this plugin."""
 
     path: ClassVar[str] = "layersel"
 
-    selection: SelectionArgs = Field(description="Choose the layers that get an adapter, before training.")
+    selection: SelectionArgs | None = Field(
+        default=None, description="Choose the layers that get an adapter, before training."
+    )
+    l1ra: L1RAArgs | None = Field(
+        default=None, description="Move rank to the modules that use it, during training. `{}` for the defaults."
+    )
+
+    @model_validator(mode="after")
+    def check_parts(self) -> "LayerselBlock":
+        if self.selection is None and self.l1ra is None:
+            raise ValueError(
+                "layersel: the block is empty, so it would do nothing. Add `selection`, `l1ra` (`l1ra: {}` "
+                "for its defaults), or both."
+            )
+        return self
 
 
 class LayerselArgs(BaseModel):
     """What Axolotl's schema gains when the plugin is listed."""
 
-    layersel: LayerselBlock | None = Field(default=None, description="Layer selection for LoRA.")
+    layersel: LayerselBlock | None = Field(default=None, description="Which layers get LoRA, and how much rank.")
 
     @model_validator(mode="before")
     @classmethod
@@ -200,7 +315,11 @@ class LayerselArgs(BaseModel):
             raise ValueError(missing_block(data))
         check_adapter(data)
         check_engine(data)
-        selection = data["layersel"].get("selection") if isinstance(data["layersel"], Mapping) else None
+        block = data["layersel"] if isinstance(data["layersel"], Mapping) else {}
+        selection, l1ra = block.get("selection"), block.get("l1ra")
+        if isinstance(l1ra, Mapping):
+            check_ranks(data, l1ra)
+            check_plain_lora(data)
         if isinstance(selection, Mapping):
             check_layers_to_transform(data, selection)
             check_dataset(data, selection)
@@ -214,7 +333,8 @@ def missing_block(data: Mapping[str, Any]) -> str:
         return f"{near[0]}: is not a setting, and the plugin finds no `layersel` block. Rename the key to `layersel`."
     return (
         "layersel: the plugin is listed but its block is missing or empty, so it would do nothing. Add\n"
-        "layersel:\n  selection:\n    method: cka\n    ratio: 0.5\nor remove axolotl_layersel from `plugins`."
+        "layersel:\n  selection:\n    method: cka\n    ratio: 0.5\nor `l1ra: {}`, "
+        "or remove axolotl_layersel from `plugins`."
     )
 
 
@@ -255,6 +375,57 @@ def check_engine(data: Mapping[str, Any]) -> None:
                 "fsdp_config.activation_checkpointing: true would make the saved adapter unreadable for PEFT. "
                 "Set it to false and use `gradient_checkpointing: true`."
             )
+
+
+def check_ranks(data: Mapping[str, Any], l1ra: Mapping[str, Any]) -> None:
+    """Raise ValueError where the ranks of ``layersel.l1ra`` do not go with ``lora_r``."""
+    rank = data.get("lora_r")
+    if not isinstance(rank, int):
+        raise ValueError(f"lora_r: {rank!r} is no rank that layersel.l1ra could start from. Set `lora_r`, such as 16.")
+    alpha = data.get("lora_alpha")
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"lora_alpha: {alpha!r} is no number that a scaling could come from. Set it, such as {rank}.")
+    for key, wrong, way_out in (
+        ("max_rank", lambda value: value < rank, f"Set {rank} or more, or leave it out for {2 * rank}"),
+        ("min_rank", lambda value: value > rank, f"Set {rank} or less"),
+    ):
+        value = l1ra.get(key)
+        if isinstance(value, int) and wrong(value):
+            side = "less" if key == "max_rank" else "more"
+            raise ValueError(
+                f"layersel.l1ra.{key}: {value} is {side} than lora_r: {rank}, with which modules start. {way_out}."
+            )
+
+
+def check_plain_lora(data: Mapping[str, Any]) -> None:
+    """Raise ValueError for what would make gates on rank components wrong."""
+    if data.get("peft_use_dora"):
+        raise ValueError(
+            "peft_use_dora: true. DoRA ties its magnitudes to the whole adapter, which layersel.l1ra cannot take "
+            "components out of. Remove peft_use_dora."
+        )
+    initial = data.get("peft_init_lora_weights")
+    initial = initial.lower() if isinstance(initial, str) else initial
+    if initial is not None and initial not in PLAIN_INITIALISATIONS:
+        raise ValueError(
+            f"peft_init_lora_weights: {data['peft_init_lora_weights']!r} is not supported by layersel.l1ra: components "
+            "that are added later could not start like the first ones. Remove it, or use `gaussian`."
+        )
+    if isinstance(data.get("peft"), Mapping) and data["peft"].get("loftq_config"):
+        raise ValueError("peft.loftq_config: LoftQ changes the base to match LoRA, and is not supported. Remove it.")
+    if data.get("fp16") and data["fp16"] != "auto":
+        raise ValueError(
+            f"fp16: {data['fp16']!r} scales the loss, and with it the gradients of layersel.l1ra's gates. "
+            "Set `bf16: true` instead."
+        )
+    optimizer = data.get("optimizer")
+    name = getattr(optimizer, "value", optimizer)
+    if name is not None and name not in ADAM_OPTIMIZERS:
+        raise ValueError(
+            f"optimizer: {name!r} is not supported by layersel.l1ra, which clears the Adam moments of the components "
+            "that it moves: 8-bit and paged ones share them between components, others have none. "
+            f"Use {' or '.join(f'`{known}`' for known in ADAM_OPTIMIZERS)}."
+        )
 
 
 def check_layers_to_transform(data: Mapping[str, Any], selection: Mapping[str, Any]) -> None:

@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from axolotl_layersel.errors import LayerselError
 
 app = typer.Typer(
-    help="Choose the layers that get a LoRA adapter.", add_completion=False, pretty_exceptions_enable=False
+    help="Choose the layers that get a LoRA adapter, and look at what was chosen.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 
@@ -54,6 +56,35 @@ def show(
         print_plan(read_plan(plan_path(path) if path.is_dir() else path, key="PATH"))
     except LayerselError as error:
         fail(str(error))
+
+
+class Layout(str, Enum):
+    """How modules of different ranks lie in an adapter's file."""
+
+    ragged = "ragged"
+    uniform = "uniform"
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter, of a run or a checkpoint.")],
+    layout: Annotated[
+        Layout, typer.Option(help="ragged: each module its own rank; uniform: all padded to the highest rank.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder that the adapter is written to.")],
+) -> None:
+    """Write a LoRA adapter in a layout that other programs read, with the same result."""
+    from axolotl_layersel.layouts import export_adapter, find_vllm_rank
+
+    try:
+        rank = export_adapter(adapter, layout.value, output)
+    except LayerselError as error:
+        fail(str(error))
+    needed = find_vllm_rank(rank)
+    typer.echo(f"{output}: highest rank {rank}")
+    typer.echo(
+        f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: 512 is its highest"
+    )
 
 
 def fail(message: str) -> None:

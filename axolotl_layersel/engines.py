@@ -12,8 +12,16 @@ fails loudly when one of them changes):
   FSDP2 model lies whole on the CPU, or with ``cpu_ram_efficient_loading`` on rank 0 alone.
 * accelerate 1.13.0: restoring FSDP2 weights from FULL_STATE_DICT leaves the shards of ranks above 0 as they
   were initialised.
-* deepspeed 0.18.9: a partitioned parameter has ``ds_id``.
-* torch 2.13.0: an FSDP2 parameter is a ``DTensor``.
+* transformers 5.16.1, ``Trainer._load_from_checkpoint`` and ``_load_best_model``: on one process and DDP both
+  restore LoRA weights through the model's own ``load_adapter``, and by nothing else.
+* transformers 5.16.1, ``Trainer._save``: the adapter's files come from the model's own ``save_pretrained``.
+* deepspeed 0.18.9: a partitioned parameter has ``ds_id`` and ``ds_process_group``.
+* deepspeed 0.18.9: the functions ``safe_set_*`` change the fp32 master and the optimizer's state, not the weight
+  that the next forward reads; under ZeRO-3 ``safe_set_full_*`` fail where the number of elements is no multiple
+  of the number of processes, ``safe_set_local_*`` take the padded partition.
+* torch 2.13.0: an FSDP2 parameter is a ``DTensor``, and so are its optimizer's moments.
+* torch 2.13.0: Adam's and AdamW's moments are ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``; deepspeed's
+  Adam has the first two.
 """
 
 import contextlib
@@ -167,7 +175,7 @@ def move_tensor(tensor: torch.Tensor, data: torch.Tensor) -> None:
 def gather_parameter(parameter: nn.Parameter) -> torch.Tensor:
     """Return the whole of ``parameter`` on the CPU, detached; a collective call on ZeRO-3 and FSDP2."""
     if hasattr(parameter, "full_tensor"):
-        return parameter.full_tensor().detach().cpu()
+        return gather_shards(parameter).cpu()
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
@@ -176,7 +184,26 @@ def gather_parameter(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.detach().clone().cpu()
 
 
-def set_fsdp_parameter(parameter: nn.Parameter, value: torch.Tensor) -> None:
+def gather_parameters(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return the whole parameters by name on rank 0, an empty mapping elsewhere; a collective call."""
+    gathered = {}
+    for name, parameter in parameters.items():
+        tensor = gather_parameter(parameter)
+        if get_rank() == 0:
+            gathered[name] = tensor.contiguous()
+    return gathered
+
+
+def gather_shards(shards: torch.Tensor) -> torch.Tensor:
+    """Return the whole of a DTensor on its mesh's device; a collective call. Offloaded shards are copied there."""
+    from torch.distributed.tensor import DTensor
+
+    mesh = shards.device_mesh
+    local = shards.detach().to_local().to(mesh.device_type)
+    return DTensor.from_local(local, mesh, shards.placements, shape=shards.shape, stride=shards.stride()).full_tensor()
+
+
+def set_fsdp_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Write rank 0's ``value`` (whole) into the shards of an FSDP2 ``parameter`` on all ranks; a collective call."""
     from torch.distributed.tensor import distribute_tensor
 
@@ -184,6 +211,118 @@ def set_fsdp_parameter(parameter: nn.Parameter, value: torch.Tensor) -> None:
     shards = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
     with torch.no_grad():
         parameter.to_local().copy_(shards.to_local())
+
+
+Edit = Callable[[torch.Tensor], None]
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+@torch.no_grad()
+def edit_parameter(trainer: Trainer, parameter: nn.Parameter, edit: Edit) -> None:
+    """Change a trained parameter of a live engine between two optimizer steps; every rank must call this.
+
+    What the next forward reads and, where there is one, the fp32 master both change; what ``edit`` leaves as it
+    is stays so bit for bit.
+
+    Args:
+        trainer: whose engine it is.
+        parameter: one that the engine trains.
+        edit: changes the whole tensor that it is given in place, the same way on every rank.
+    """
+    engine = name_engine(trainer)
+    if engine == "fsdp2":
+        edit_shards(parameter, edit)
+    elif engine == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            edit(parameter.data)
+        edit_zero_state(parameter, edit, None)
+    else:
+        edit(parameter.data)
+        if engine.startswith("zero"):
+            edit_zero_state(parameter, edit, None)
+
+
+@torch.no_grad()
+def edit_moments(trainer: Trainer, parameter: nn.Parameter, edit: Edit) -> None:
+    """Change both Adam moments of a parameter as ``edit_parameter`` does; every rank must call this.
+
+    Raises:
+        LayerselError: if the optimizer has none.
+    """
+    engine = name_engine(trainer)
+    if engine.startswith("zero"):
+        for moment in MOMENTS[:2]:
+            edit_zero_state(parameter, edit, moment)
+        return
+    state = trainer.optimizer.state.get(parameter, {})
+    check_moments(state, type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__)
+    for moment in MOMENTS:
+        if moment in state:
+            change = edit_shards if engine == "fsdp2" else lambda tensor, edit: edit(tensor)
+            change(state[moment], edit)
+
+
+def check_moments(state: dict, optimizer: str) -> None:
+    """Raise LayerselError unless ``state`` holds Adam's two moments as plain numbers."""
+    missing = [moment for moment in MOMENTS[:2] if not torch.is_tensor(state.get(moment))]
+    if missing or not all(state[moment].is_floating_point() for moment in MOMENTS[:2]):
+        raise LayerselError(
+            f"optimizer: {optimizer} keeps no {(missing or MOMENTS)[0]} that rank could move with. "
+            "Use `optimizer: adamw_torch` or `adamw_torch_fused`."
+        )
+
+
+def edit_shards(shards: torch.Tensor, edit: Edit) -> None:
+    """Change a DTensor as a whole; a collective call."""
+    whole = gather_shards(shards)
+    edit(whole)
+    set_fsdp_parameter(shards, whole)
+
+
+def edit_zero_state(parameter: nn.Parameter, edit: Edit, moment: str | None) -> None:
+    """Change the fp32 master of a parameter under ZeRO, or one of its Adam moments; a collective call."""
+    from deepspeed import utils
+
+    if moment is None:
+        whole = utils.safe_get_full_fp32_param(parameter)
+    else:
+        whole = utils.safe_get_full_optimizer_state(parameter, moment)
+    if whole is None:
+        raise LayerselError("deepspeed: the engine keeps no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3.")
+    edit(whole)
+    if not hasattr(parameter, "ds_id"):
+        if moment is None:
+            utils.safe_set_full_fp32_param(parameter, whole)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, whole, moment)
+        return
+    local = utils.safe_get_local_fp32_param(parameter)
+    group = parameter.ds_process_group
+    size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    padded = torch.nn.functional.pad(whole.flatten(), (0, local.numel() * size - whole.numel()))
+    part = padded.narrow(0, local.numel() * rank, local.numel())
+    if moment is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, moment)
+
+
+def average(tensor: torch.Tensor) -> None:
+    """Average ``tensor`` over all ranks in place; a collective call."""
+    if is_distributed():
+        torch.distributed.all_reduce(tensor)
+        tensor.div_(torch.distributed.get_world_size())
+
+
+def find_differing_ranks(digest: bytes) -> list[int]:
+    """Return the ranks whose ``digest`` is not that of rank 0, ascending; a collective call."""
+    if not is_distributed():
+        return []
+    digests: list[bytes] = [b""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, digest)
+    return [rank for rank, other in enumerate(digests) if other != digests[0]]
 
 
 def upstream_writes_adapter(trainer: Trainer) -> bool:

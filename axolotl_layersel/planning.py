@@ -23,6 +23,8 @@ def make_plan(config: str) -> Path:
     cfg = load_cfg(config, resume_from_checkpoint=None, auto_resume_from_checkpoints=False)
     if cfg.layersel is None:
         raise LayerselError(f"plugins: {config} does not list axolotl_layersel.LayerSelectionPlugin. Add it.")
+    if cfg.layersel.selection is None:
+        raise LayerselError(f"layersel.selection: {config} has no such block, so there is no plan to make. Add it.")
     dataset_meta = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
     if dataset_meta is None:
         load = load_preference_datasets if cfg.rl else load_datasets

@@ -1,11 +1,12 @@
 """The Axolotl plugin: hooks only. Which part of the package runs when."""
 
 import logging
+import math
 import os
 
 from axolotl.integrations.base import BasePlugin
 
-from axolotl_layersel.args import LORA_KERNELS, SelectionArgs
+from axolotl_layersel.args import LORA_KERNELS, LayerselBlock
 from axolotl_layersel.errors import LayerselError
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -15,17 +16,26 @@ CONFIG_ONLY_TRAINERS = ("dpo", "ipo", "kto")
 
 
 class LayerSelectionPlugin(BasePlugin):
-    """Chooses the layers that LoRA trains, before the run's engine is built."""
+    """Chooses the layers that LoRA trains before the run's engine is built, and moves rank while it trains."""
 
     def get_input_args(self) -> str:
         return "axolotl_layersel.args.LayerselArgs"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained = False
+        self.moves_rank = False
+        self.writes = False
+
     def register(self, cfg: dict) -> None:
         """See the YAML file as the user wrote it: only here their LoRA kernels differ from Axolotl's own."""
         block = cfg.get("layersel")
-        selection = block.get("selection") if isinstance(block, dict) else None
-        if isinstance(selection, dict) and selection.get("method") == "fisher":
-            switch_off_kernels(cfg)
+        block = block if isinstance(block, dict) else {}
+        selection = block.get("selection")
+        if block.get("l1ra") is not None:
+            switch_off_kernels(cfg, "layersel.l1ra")
+        elif isinstance(selection, dict) and selection.get("method") == "fisher":
+            switch_off_kernels(cfg, "layersel.selection.method: fisher")
 
     def load_datasets(self, cfg, preprocess: bool = False) -> None:
         """Check what only a training run needs; of all commands, ``train`` alone comes here, before the model."""
@@ -34,37 +44,67 @@ class LayerSelectionPlugin(BasePlugin):
         from axolotl.utils.distributed import init_distributed_state
 
         from axolotl_layersel import engines
+        from axolotl_layersel.prepare import check_resumed
         from axolotl_layersel.selection.phase import check_continuing, find_plan
 
         init_distributed_state()
         settings = read_settings(cfg)
-        reused = engines.decide_on_rank_zero(lambda: find_plan(settings, find_resumed_checkpoint(cfg)))
+        resume_from = engines.decide_on_rank_zero(lambda: find_resumed_checkpoint(cfg))
+        engines.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
+        selection = settings.selection
+        reused = engines.decide_on_rank_zero(lambda: selection and find_plan(selection, resume_from))
         if cfg.lora_model_dir and cfg.rl in CONFIG_ONLY_TRAINERS:
             raise LayerselError(
                 f"lora_model_dir: {cfg.lora_model_dir} is not loaded by Axolotl with rl: {cfg.rl.value}, "
                 "which starts from a new adapter. Remove lora_model_dir, or merge that adapter into the base first."
             )
-        if cfg.lora_model_dir and reused is None:
-            check_continuing(settings)
+        if cfg.lora_model_dir and selection and reused is None:
+            check_continuing(selection)
 
     def post_trainer_create(self, cfg, trainer) -> None:
         from axolotl_layersel import engines
-        from axolotl_layersel.selection.phase import select_layers
+        from axolotl_layersel.prepare import prepare_trainer
 
         resume_from = engines.decide_on_rank_zero(lambda: find_resumed_checkpoint(cfg))
         # Axolotl would also resume from a checkpoint that a killed run left incomplete.
         cfg.resume_from_checkpoint = resume_from
         cfg.auto_resume_from_checkpoints = False
-        select_layers(trainer, read_settings(cfg), resume_from, continues_adapter=bool(cfg.lora_model_dir))
+        settings = read_settings(cfg)
+        prepare_trainer(
+            trainer,
+            settings,
+            resume_from,
+            continues_adapter=bool(cfg.lora_model_dir),
+            lora_r=cfg.lora_r,
+            scaling=find_scaling(cfg) if cfg.lora_model_dir else None,
+        )
+        self.trained, self.moves_rank, self.writes = False, settings.l1ra is not None, engines.get_rank() == 0
+
+    def post_train(self, cfg, model) -> None:
+        """Leave out the room for rank from the last adapter; Axolotl comes here before and after it saves that."""
+        if self.trained and self.moves_rank and self.writes:
+            from axolotl_layersel.layouts import export_adapter
+
+            export_adapter(cfg.output_dir, "ragged", cfg.output_dir)
+        self.trained = True
 
 
-def read_settings(cfg) -> SelectionArgs:
-    """Return the validated ``layersel.selection`` block of Axolotl's configuration."""
-    return SelectionArgs.model_validate(cfg.layersel.selection.to_dict())
+def read_settings(cfg) -> LayerselBlock:
+    """Return the validated ``layersel`` block of Axolotl's configuration."""
+    return LayerselBlock.model_validate(cfg.layersel.to_dict())
 
 
-def switch_off_kernels(cfg: dict) -> None:
+def find_scaling(cfg) -> float:
+    """Return the scaling that ``lora_alpha`` and ``lora_r`` ask for."""
+    return cfg.lora_alpha / (math.sqrt(cfg.lora_r) if cfg.peft_use_rslora else cfg.lora_r)
+
+
+def switch_off_kernels(cfg: dict, reason: str) -> None:
     """Switch off the fused LoRA kernels that Axolotl would switch on by itself: they bypass the hooked modules.
+
+    Args:
+        cfg: the YAML file's content.
+        reason: the setting that needs them off.
 
     Raises:
         LayerselError: if the user switched one on.
@@ -72,11 +112,10 @@ def switch_off_kernels(cfg: dict) -> None:
     for key in LORA_KERNELS:
         if cfg.get(key):
             raise LayerselError(
-                f"{key}: {cfg[key]} bypasses the modules whose gradients layersel.selection.method: fisher measures. "
-                f"Remove {key}, or use method cka."
+                f"{key}: {cfg[key]} bypasses the modules that {reason} looks into. Remove {key}, or that setting."
             )
         cfg[key] = False
-    LOG.info("layersel: method fisher switches off the fused LoRA kernels: %s", ", ".join(LORA_KERNELS))
+    LOG.info("layersel: %s switches off the fused LoRA kernels: %s", reason, ", ".join(LORA_KERNELS))
 
 
 def find_resumed_checkpoint(cfg) -> str | None:

@@ -1,5 +1,8 @@
 """Tables for people."""
 
+from collections.abc import Mapping
+from statistics import mean
+
 from rich.console import Console
 from rich.table import Table
 
@@ -35,3 +38,36 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(make_table(plan))
     for layer, reason in sorted(plan.unscored.items()):
         console.print(f"layer {layer} is not scored: {reason}")
+
+
+def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
+    """Return the ranks by layer (rows) and type of module (columns), with means, and the means before."""
+    places = {name: find_place(name) for name in after}
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    layers = list(dict.fromkeys(layer for layer, _ in places.values()))
+    table = Table()
+    for heading in ("layer", *kinds, "mean"):
+        table.add_column(heading, justify="right")
+    for layer in layers:
+        row = {kind: rank for name, rank in after.items() for place, kind in [places[name]] if place == layer}
+        table.add_row(layer, *(str(row.get(kind, "")) for kind in kinds), f"{mean(row.values()):.1f}")
+    table.add_section()
+    for heading, ranks in (("mean", after), ("before", before)):
+        columns = [[rank for name, rank in ranks.items() if places[name][1] == kind] for kind in kinds]
+        table.add_row(heading, *(f"{mean(column):.1f}" for column in columns), f"{mean(ranks.values()):.1f}")
+    return table
+
+
+def find_place(module: str) -> tuple[str, str]:
+    """Return the layer of a module, or what its name begins with, and its type: ``("3", "q_proj")``."""
+    parts = module.split(".")
+    layer = next((part for part in parts if part.isdigit()), ".".join(parts[:-1]))
+    return layer, parts[-1]
+
+
+def print_ranks(before: Mapping[str, int], after: Mapping[str, int], console: Console | None = None) -> None:
+    """Print the rank that every module started and ended with."""
+    console = console or Console()
+    total = f"{sum(before.values())} before, {sum(after.values())} now"
+    console.print(f"layersel: ranks after l1ra, in all {total}, from {min(after.values())} to {max(after.values())}")
+    console.print(make_rank_table(before, after))

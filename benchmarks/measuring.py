@@ -1,4 +1,4 @@
-"""What both benchmarks share: a Llama under LoRA, a process of its own for each measurement, and true peak memory."""
+"""What the benchmarks share: a Llama under LoRA, a process of its own for each measurement, and true peak memory."""
 
 import argparse
 import contextlib
@@ -6,18 +6,22 @@ import ctypes
 import gc
 import json
 import os
+import random
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
+from threading import Semaphore
 from typing import Any, TypeVar
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -26,6 +30,7 @@ T = TypeVar("T")
 MIB = 2**20
 # From glibc's malloc.h: parameters of mallopt.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+TURN_TIMEOUT = 3600.0
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -87,8 +92,8 @@ def describe_device(setup: Setup) -> str:
     return torch.cuda.get_device_name() if setup.device == "cuda" else f"CPU threads: {torch.get_num_threads()}"
 
 
-def make_model(setup: Setup, lora_layers: list[int] | None = None) -> PeftModel:
-    """Return a randomly initialised Llama with LoRA in ``lora_layers`` (default: all of them)."""
+def make_model(setup: Setup, lora_layers: list[int] | None = None, adapter: PeftConfig | None = None) -> PeftModel:
+    """Return a randomly initialised Llama with LoRA in ``lora_layers`` (default: all of them), or with ``adapter``."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     heads = setup.hidden_size // 64
@@ -110,7 +115,7 @@ def make_model(setup: Setup, lora_layers: list[int] | None = None) -> PeftModel:
         layers_to_transform=lora_layers,
         layers_pattern=None if lora_layers is None else "layers",
     )
-    return get_peft_model(model, lora).to(setup.device)
+    return get_peft_model(model, adapter or lora).to(setup.device)
 
 
 def make_trainer(
@@ -198,6 +203,23 @@ def check_peak_memory(device: str) -> None:
             raise RuntimeError(f"{size} bytes were measured as {peak.bytes}: peak memory cannot be measured here")
 
 
+def draw_rows(setup: Setup, tokens: int, count: int) -> list[dict[str, list[int]]]:
+    """Return ``count`` rows of random tokens, all trained on."""
+    draw = random.Random(0)
+    rows = [[draw.randrange(setup.vocabulary) for _ in range(tokens)] for _ in range(count)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def warm_up(trainer: Trainer, setup: Setup) -> None:
+    """Run a short row forward and backward once, so that the libraries' own code and buffers are not counted."""
+    row = {"input_ids": list(range(8)), "labels": list(range(8))}
+    inputs = trainer._prepare_inputs(trainer.data_collator([row]))
+    trainer.model.train()
+    with trainer.compute_loss_context_manager():
+        trainer.model(**inputs).loss.backward()
+    trainer.model.zero_grad(set_to_none=True)
+
+
 def process_pool(setup: Setup, processes: int = 1) -> ProcessPoolExecutor:
     """Return a pool of fresh processes, forked where that is safe: CUDA does not survive a fork.
 
@@ -217,6 +239,73 @@ def run_quietly(function: Callable[..., T], *arguments: object) -> T:
     """Return ``function(*arguments)`` without what it prints to standard output."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         return function(*arguments)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Whose step it is: an arm waits for ``mine`` before each step and releases ``following`` after it."""
+
+    mine: Semaphore
+    following: Semaphore
+
+
+class Stopwatch:
+    """Takes the time between ``start`` and ``stop``: on the clock, and what this process had of the CPU meanwhile."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.started = self.started_cpu = 0.0
+
+    def start(self) -> None:
+        synchronize(self.device)
+        self.started, self.started_cpu = time.perf_counter(), time.process_time()
+
+    def stop(self) -> tuple[float, float]:
+        """Return seconds on the clock, and of CPU."""
+        synchronize(self.device)
+        return time.perf_counter() - self.started, time.process_time() - self.started_cpu
+
+
+class StepTimer(TrainerCallback):
+    """Takes the time of every step, and turns with the other arms."""
+
+    def __init__(self, device: str, turns: Turns | None) -> None:
+        self.stopwatch = Stopwatch(device)
+        self.turns = turns
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if self.turns is not None and not self.turns.mine.acquire(timeout=TURN_TIMEOUT):
+            raise TimeoutError("the arm before this one has not finished its step")
+        self.stopwatch.start()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        seconds, cpu_seconds = self.stopwatch.stop()
+        self.seconds.append(seconds)
+        self.cpu_seconds.append(cpu_seconds)
+        if self.turns is not None:
+            self.turns.following.release()
+
+    def train(self, trainer: Trainer) -> None:
+        """Train to the end; if that fails, the other arms do not wait for the turns that this one leaves out."""
+        try:
+            trainer.train()
+        finally:
+            if self.turns is not None:
+                for _ in range(trainer.args.max_steps - len(self.seconds)):
+                    self.turns.following.release()
+
+
+def take_turns(function: Callable[..., T], setup: Setup, arms: Sequence[str], *arguments: object) -> dict[str, T]:
+    """Return ``function(setup, arm, *arguments, turns)`` of every arm, each run in a process of its own."""
+    with SyncManager() as manager, process_pool(setup, len(arms)) as pool:
+        gates = [manager.Semaphore(int(position == 0)) for position in range(len(arms))]
+        runs = {
+            arm: pool.submit(run_quietly, function, setup, arm, *arguments, Turns(gates[i], gates[(i + 1) % len(arms)]))
+            for i, arm in enumerate(arms)
+        }
+        return {arm: run.result() for arm, run in runs.items()}
 
 
 def median_ratio(ours: list[float], others: list[float]) -> float:

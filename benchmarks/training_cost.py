@@ -15,30 +15,28 @@ each measurement in a process of its own.
 """
 
 import argparse
-import random
 import statistics
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
-from multiprocessing.managers import SyncManager
-from threading import Semaphore
 
 from measuring import (
     MIB,
     Goal,
     PeakMemory,
     Setup,
+    StepTimer,
+    Turns,
     add_setup_arguments,
     check_peak_memory,
+    draw_rows,
     make_model,
     make_trainer,
     median_ratio,
-    process_pool,
     read_setup,
     report_goals,
     run_alone,
-    run_quietly,
-    synchronize,
+    take_turns,
+    warm_up,
     write_json,
 )
 from peft import PeftModel
@@ -56,7 +54,6 @@ NONE, REENTRANT, NON_REENTRANT = "none", "reentrant", "non-reentrant"
 TIME_GOALS = {NONE: 0.78, REENTRANT: 0.70, NON_REENTRANT: 0.70}
 STOCK_GOAL = 1.05
 MEMORY_STEPS = 2
-TURN_TIMEOUT = 3600.0
 
 
 @dataclass
@@ -74,36 +71,6 @@ class Cost:
         return statistics.median(self.peak_bytes[arm]) / statistics.median(self.peak_bytes[other])
 
 
-@dataclass(frozen=True)
-class Turns:
-    """Whose step it is: an arm waits for ``mine`` before each step and releases ``following`` after it."""
-
-    mine: Semaphore
-    following: Semaphore
-
-
-class StepTimer(TrainerCallback):
-    """Takes the time of every step, and turns with the other arms."""
-
-    def __init__(self, device: str, turns: Turns | None) -> None:
-        self.device = device
-        self.turns = turns
-        self.started = 0.0
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if self.turns is not None and not self.turns.mine.acquire(timeout=TURN_TIMEOUT):
-            raise TimeoutError("the arm before this one has not finished its step")
-        synchronize(self.device)
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        synchronize(self.device)
-        self.seconds.append(time.perf_counter() - self.started)
-        if self.turns is not None:
-            self.turns.following.release()
-
-
 class NoInputGradients(TrainerCallback):
     """Undoes what the Trainer did for checkpointing; ``lowest`` is the lowest layer with LoRA."""
 
@@ -119,13 +86,6 @@ class NoInputGradients(TrainerCallback):
             for layer in below:
                 layer.gradient_checkpointing = False
             below[-1].register_forward_hook(lambda layer, given, output: output.requires_grad_(True))
-
-
-def draw_rows(setup: Setup, tokens: int, count: int) -> list[dict[str, list[int]]]:
-    """Return ``count`` rows of random tokens, all trained on."""
-    draw = random.Random(0)
-    rows = [[draw.randrange(setup.vocabulary) for _ in range(tokens)] for _ in range(count)]
-    return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def make_arm(
@@ -161,12 +121,7 @@ def time_arm(
     """Return the seconds of the steps after the first ``warmup``, and how many parameters trained."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, timer = make_arm(setup, arm, checkpointing, tokens, warmup + steps, turns, folder)
-        try:
-            trainer.train()
-        finally:
-            # If this arm failed, the others must not wait for its remaining turns.
-            for _ in range(warmup + steps - len(timer.seconds)):
-                turns.following.release()
+        timer.train(trainer)
         return timer.seconds[warmup:], trainer.model.get_nb_trainable_parameters()[0]
 
 
@@ -181,41 +136,13 @@ def measure_peak(setup: Setup, arm: str, checkpointing: str, tokens: int) -> int
     return peak.bytes
 
 
-def warm_up(trainer: Trainer, setup: Setup) -> None:
-    """Run a short row forward and backward once, so that the libraries' own code and buffers are not counted."""
-    row = {"input_ids": list(range(8)), "labels": list(range(8))}
-    inputs = trainer._prepare_inputs(trainer.data_collator([row]))
-    trainer.model.train()
-    with trainer.compute_loss_context_manager():
-        trainer.model(**inputs).loss.backward()
-    trainer.model.zero_grad(set_to_none=True)
-
-
-def measure_times(
-    setup: Setup, manager: SyncManager, checkpointing: str, tokens: int, warmup: int, steps: int
-) -> dict[str, list[float]]:
+def measure_times(setup: Setup, checkpointing: str, tokens: int, warmup: int, steps: int) -> dict[str, list[float]]:
     """Return the seconds of every step of every arm; step i of the arms were taken one after the other.
 
     Raises:
         SystemExit: if ours and stock do not train the same number of parameters: they are not the same job then.
     """
-    gates = [manager.Semaphore(int(position == 0)) for position in range(len(ARMS))]
-    with process_pool(setup, len(ARMS)) as pool:
-        runs = {
-            arm: pool.submit(
-                run_quietly,
-                time_arm,
-                setup,
-                arm,
-                checkpointing,
-                tokens,
-                warmup,
-                steps,
-                Turns(gates[position], gates[(position + 1) % len(ARMS)]),
-            )
-            for position, arm in enumerate(ARMS)
-        }
-        results = {arm: run.result() for arm, run in runs.items()}
+    results = take_turns(time_arm, setup, ARMS, checkpointing, tokens, warmup, steps)
     trained = {arm: parameters for arm, (_, parameters) in results.items()}
     if trained[OURS] != trained[STOCK] or 2 * trained[OURS] != trained[ALL]:
         raise SystemExit(f"the arms do not train what they should: {trained} parameters")
@@ -279,10 +206,7 @@ def main() -> None:
         for _ in range(arguments.memory_repeats):
             for arm in ARMS:
                 cost.peak_bytes[arm].append(run_alone(measure_peak, setup, arm, cost.checkpointing, arguments.tokens))
-        with SyncManager() as manager:
-            cost.seconds = measure_times(
-                setup, manager, cost.checkpointing, arguments.tokens, arguments.warmup, arguments.steps
-            )
+        cost.seconds = measure_times(setup, cost.checkpointing, arguments.tokens, arguments.warmup, arguments.steps)
     console.print(make_table(setup, arguments.tokens, arguments.steps, costs))
     goals = judge(costs)
     report_goals(console, goals)

@@ -1,6 +1,7 @@
 """Shared fixtures: a small pre-trained base, its data, and runs of real Axolotl on every engine."""
 
 import contextlib
+import csv
 import json
 import os
 import queue
@@ -83,6 +84,11 @@ def selection(method: str = "cka", **values) -> dict:
     return {"layersel": {"selection": {"method": method, **scoring, **values}}}
 
 
+def l1ra(**values) -> dict:
+    """Return a ``layersel`` block that redistributes rank."""
+    return {"layersel": {"l1ra": values}}
+
+
 def deepspeed_config(stage: int) -> dict:
     zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
     if stage == 3:
@@ -139,6 +145,15 @@ class Run:
 
     def config(self, place: str = ".") -> dict:
         return json.loads((self.folder / place / "adapter_config.json").read_text())
+
+    def ranks(self, place: str = ".") -> dict[int, dict[str, int]]:
+        with open(self.folder / place / "layersel" / "ranks.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        steps = {int(row["step"]): {} for row in rows}
+        for row in rows:
+            assert row["module"] not in steps[int(row["step"])], f"{row} is there twice"
+            steps[int(row["step"])][row["module"]] = int(row["rank"])
+        return steps
 
     def losses(self) -> list[float]:
         checkpoints = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -245,6 +260,7 @@ def make_config(base_model, data, tmp_path_factory):
                 "cpu_engines.CpuEnginesPlugin",
                 "probe.ProbePlugin",
                 "axolotl_layersel.LayerSelectionPlugin",
+                "probe.RankProbePlugin",
             ],
             "datasets": [{"path": str(data), "type": "alpaca", "ds_type": "json"}],
             "dataset_prepared_path": str(tmp_path_factory.getbasetemp() / "prepared"),

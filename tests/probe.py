@@ -1,7 +1,8 @@
-"""An Axolotl plugin that records, from inside a run, what the tests assert on. It changes nothing.
+"""Axolotl plugins that record, from inside a run, what the tests assert on.
 
-``LAYERSEL_TEST_SIGNAL="KILL:3"`` sends every rank SIGKILL at the end of step 3; ``"INT:3"`` sends rank 0
-alone SIGINT, as an impatient scheduler might.
+They change nothing, unless the environment says so: ``LAYERSEL_TEST_SIGNAL="KILL:3"`` sends every rank SIGKILL at
+the end of step 3; ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"DRIFT:3"`` moves a
+gate on rank 1 alone; ``"NAN:3"`` puts a NaN into a LoRA weight before step 3.
 """
 
 import json
@@ -9,12 +10,14 @@ import os
 import signal
 from pathlib import Path
 
+import deepspeed
 import torch
 from axolotl.integrations.base import BasePlugin
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from axolotl_layersel import adapters, engines
+from axolotl_layersel.l1ra.callback import RankCallback
 
 TOKENS = torch.arange(40).reshape(2, 20) + 300
 
@@ -68,3 +71,114 @@ class ProbePlugin(BasePlugin):
             logits = model(input_ids=TOKENS).logits
         if engines.get_rank() == 0:
             save_file({"logits": logits.float().contiguous()}, Path(cfg.output_dir) / "logits.safetensors")
+
+
+def find_ranks(trainer):
+    """Return what redistributes the run's rank, or None."""
+    return next((c.ranks for c in trainer.callback_handler.callbacks if isinstance(c, RankCallback)), None)
+
+
+def gather_moment(trainer, parameter, moment: str) -> torch.Tensor:
+    """Return one of Adam's moments of a parameter, whole, on every rank."""
+    if engines.name_engine(trainer).startswith("zero"):
+        return deepspeed.utils.safe_get_full_optimizer_state(parameter, moment).clone()
+    value = trainer.optimizer.state[parameter][moment]
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+
+
+def by_component(tensor: torch.Tensor, side: str) -> torch.Tensor:
+    """Return A as it is, or B transposed: a row for each rank component."""
+    return tensor if side == "lora_A" else tensor.T
+
+
+class RankProbe(TrainerCallback):
+    """Watches every update of ranks, and the weights in the first forward after it."""
+
+    def __init__(self, trainer, ranks):
+        self.trainer, self.ranks = trainer, ranks
+        self.folder = Path(trainer.args.output_dir)
+        self.tensors, self.gates, self.waiting = {}, {}, {}
+        self.survivors = 0.0
+        self.upstream_apply, ranks.apply = ranks.apply, self.apply
+        for name, module in ranks.modules.items():
+            for side in ("lora_A", "lora_B"):
+                linear = getattr(module, side)[ranks.adapter]
+                linear.register_forward_hook(lambda linear, *_, name=name, side=side: self.see(name, side, linear))
+
+    def see(self, name, side, linear):
+        for key in self.waiting.pop((name, side), []):
+            self.tensors[f"{key}/{side}/seen"] = linear.weight.detach().clone()
+
+    def collect(self):
+        """Return every LoRA weight and moment of the run."""
+        state = {}
+        for name, module in self.ranks.modules.items():
+            for side in ("lora_A", "lora_B"):
+                weight = getattr(module, side)[self.ranks.adapter].weight
+                state[name, side, "weight"] = engines.gather_parameter(weight)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[name, side, moment] = gather_moment(self.trainer, weight, moment).cpu()
+        return state
+
+    def apply(self, moves, step, training=True):
+        if not training:
+            return self.upstream_apply(moves, step, training)
+        self.gates[step] = {name: list(module.gates.values()) for name, module in self.ranks.describe().items()}
+        before = self.collect()
+        self.upstream_apply(moves, step, training)
+        after = self.collect()
+        for (name, side, kind), value in after.items():
+            changed = sorted({*moves.pruned.get(name, ()), *moves.added.get(name, ())})
+            kept = [i for i in range(self.ranks.max_rank) if i not in changed]
+            difference = (by_component(value, side)[kept] - by_component(before[name, side, kind], side)[kept]).abs()
+            self.survivors = max(self.survivors, float(difference.max()))
+            if changed:
+                key = f"{step}/{name}"
+                self.tensors[f"{key}/{side}/{kind}"] = by_component(value, side)[changed].contiguous()
+                if kind == "weight":
+                    self.waiting[name, side] = [key]
+        for name, slots in moves.added.items():
+            drawn = {slot: self.ranks.draw_row(name, slot, step) for slot in slots}
+            self.tensors[f"{step}/{name}/drawn"] = torch.stack(list(drawn.values()))
+        changes = {
+            name: sorted({*moves.pruned.get(name, ()), *moves.added.get(name, ())}) for name in self.ranks.modules
+        }
+        self.gates[f"changed {step}"] = {name: slots for name, slots in changes.items() if slots}
+        self.gates[f"added {step}"] = {name: list(slots) for name, slots in moves.added.items()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        name, _, step = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
+        if name == "DRIFT" and state.global_step == int(step) and args.process_index == 1:
+            self.ranks.gates.values[0] *= 0.5
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        name, _, step = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
+        if name == "NAN" and state.global_step == int(step) - 1:
+            module = next(iter(self.ranks.modules.values()))
+            module.lora_B[self.ranks.adapter].weight.data[0, 0] = float("nan")
+
+    def on_save(self, args, state, control, **kwargs):
+        """Keep the logits of the model in training at each checkpoint."""
+        model = self.trainer.model
+        model.eval()
+        with torch.no_grad():
+            logits = model(input_ids=TOKENS).logits
+        model.train()
+        if args.process_index == 0:
+            folder = self.folder / f"checkpoint-{state.global_step}"
+            save_file({"logits": logits.float().contiguous()}, folder / "logits.safetensors")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.process_index == 0:
+            save_file(self.tensors, self.folder / "rows.safetensors")
+            record = {"gates": self.gates, "survivors_changed_by": self.survivors}
+            (self.folder / "ranks.json").write_text(json.dumps(record))
+
+
+class RankProbePlugin(BasePlugin):
+    """Listed after the plugin under test."""
+
+    def post_trainer_create(self, cfg, trainer):
+        ranks = find_ranks(trainer)
+        if ranks is not None:
+            trainer.add_callback(RankProbe(trainer, ranks))

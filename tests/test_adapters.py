@@ -6,7 +6,7 @@ from conftest import make_lora, make_small_llama, make_trainer
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from axolotl_layersel import adapters
+from axolotl_layersel import adapters, layouts
 from axolotl_layersel.layers import find_layer_stack, find_lora_modules
 
 
@@ -119,7 +119,7 @@ def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeyp
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(adapters, "save_file", fail)
+    monkeypatch.setattr(layouts, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         adapters.save_adapter(trainer, tmp_path / "adapter")
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before

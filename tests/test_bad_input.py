@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import selection
+from conftest import l1ra, selection
 from safetensors.torch import load_file, save_file
 
 MODEL_LOADS = "Loading weights"
@@ -15,7 +15,7 @@ BEFORE_THE_MODEL = {
         {"layersel": None, "layersell": {"selection": {"method": "cka"}}},
         "layersell: is not a setting, and the plugin finds no `layersel` block. Rename the key to `layersel`.",
     ),
-    "empty block": ({"layersel": {}}, "layersel.selection"),
+    "empty block": ({"layersel": {}}, "layersel: the block is empty, so it would do nothing. Add `selection`"),
     "block of another type": ({"layersel": [1]}, "layersel: [1] is not a mapping"),
     "no adapter": ({"adapter": None}, "adapter: None has no LoRA layers to choose from"),
     "relora": ({"relora": True, "jagged_restart_steps": 2}, "relora: True merges and restarts the adapter"),
@@ -73,7 +73,7 @@ BEFORE_THE_MODEL = {
     "streaming": ({"streaming": True}, "streaming: True cannot be sampled for layersel.selection.method: 'cka'"),
     "kernels with fisher": (
         {"lora_mlp_kernel": True, **selection(method="fisher")},
-        "lora_mlp_kernel: True bypasses the modules whose gradients layersel.selection.method: fisher measures",
+        "lora_mlp_kernel: True bypasses the modules that layersel.selection.method: fisher looks into",
     ),
     "continued adapter": (
         {"lora_model_dir": "somewhere"},
@@ -87,8 +87,53 @@ BEFORE_THE_MODEL = {
         {"resume_from_checkpoint": "elsewhere/checkpoint-4"},
         "resume_from_checkpoint: elsewhere/checkpoint-4 holds no layersel plan",
     ),
+    "l1ra: unknown key": (l1ra(max_rnk=3), "layersel.l1ra.max_rnk is not a setting: did you mean 'max_rank'?"),
+    "l1ra: no mapping": ({"layersel": {"l1ra": True}}, "layersel.l1ra: True is not a mapping"),
+    "l1ra: no room": (l1ra(max_rank=3), "layersel.l1ra.max_rank: 3 is less than lora_r: 4, with which modules start."),
+    "l1ra: floor above the start": (l1ra(min_rank=5), "layersel.l1ra.min_rank: 5 is more than lora_r: 4"),
+    "l1ra: no floor": (l1ra(min_rank=0), "layersel.l1ra.min_rank: 0 is no rank of a module"),
+    "l1ra: negative lambda": (l1ra(l1_lambda=-0.1), "layersel.l1ra.l1_lambda: -0.1 is not `auto` or a number from 0"),
+    "l1ra: misspelt lambda": (l1ra(l1_lambda="atuo"), "layersel.l1ra.l1_lambda: 'atuo' is not `auto` or a number"),
+    "l1ra: negative learning rate": (l1ra(gate_lr=-0.1), "layersel.l1ra.gate_lr: -0.1 is not a learning rate"),
+    "l1ra: auto without a learning rate": (l1ra(gate_lr=0), "layersel.l1ra.gate_lr: 0 holds the gates where they are"),
+    "l1ra: no interval": (l1ra(update_ratio=0), "layersel.l1ra.update_ratio: 0.0 is outside (0, 1]"),
+    "l1ra: interval beyond the run": (l1ra(update_ratio=1.5), "layersel.l1ra.update_ratio: 1.5 is outside (0, 1]"),
+    "l1ra: endless warmup": (l1ra(warmup_ratio=1), "layersel.l1ra.warmup_ratio: 1.0 is outside [0, 1)"),
+    "l1ra: unknown budget": (l1ra(budget="ranks"), "layersel.l1ra.budget: 'ranks' is not known: did you mean 'rank'?"),
+    "l1ra: DoRA": ({**l1ra(), "peft_use_dora": True}, "peft_use_dora: true. DoRA ties its magnitudes"),
+    "l1ra: PiSSA": ({**l1ra(), "peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: 'pissa' is not supported"),
+    "l1ra: OLoRA": ({**l1ra(), "peft_init_lora_weights": "olora"}, "peft_init_lora_weights: 'olora' is not supported"),
+    "l1ra: EVA": ({**l1ra(), "peft_init_lora_weights": "eva"}, "peft_init_lora_weights: 'eva' is not supported"),
+    "l1ra: LoftQ": ({**l1ra(), "peft": {"loftq_config": {"loftq_bits": 4}}}, "peft.loftq_config: LoftQ changes the"),
+    "l1ra: ReLoRA": ({**l1ra(), "relora": True, "jagged_restart_steps": 2}, "relora: True merges and restarts"),
+    "l1ra: fp16": ({**l1ra(), "fp16": True}, "fp16: True scales the loss, and with it the gradients"),
+    "l1ra: 8-bit optimizer": ({**l1ra(), "optimizer": "adamw_bnb_8bit"}, "Use `adamw_torch` or `adamw_torch_fused`."),
+    "l1ra: paged optimizer": ({**l1ra(), "optimizer": "paged_adamw_32bit"}, "optimizer: 'paged_adamw_32bit' is not"),
+    "l1ra: no Adam": ({**l1ra(), "optimizer": "lion_pytorch"}, "optimizer: 'lion_pytorch' is not supported"),
+    "l1ra: kernels": (
+        {**l1ra(), "lora_qkv_kernel": True},
+        "lora_qkv_kernel: True bypasses the modules that layersel.l1ra looks into. Remove lora_qkv_kernel",
+    ),
+    "l1ra: context parallelism": ({**l1ra(), "context_parallel_size": 2}, "context_parallel_size: 2 splits layers"),
+    "l1ra: no rank to start from": ({**l1ra(), "lora_r": None}, "lora_r: None is no rank that layersel.l1ra could"),
+    "l1ra: checkpoint of another run": (
+        {**l1ra(), "resume_from_checkpoint": "elsewhere/checkpoint-4"},
+        "resume_from_checkpoint: elsewhere/checkpoint-4/layersel/state.safetensors is missing",
+    ),
 }
 AFTER_THE_MODEL = {
+    "l1ra: a run too short": (
+        l1ra(update_ratio=0.4),
+        "layersel.l1ra.update_ratio: 0.4 (warmup_ratio: 0.0) leaves 1 rank updates in a run of 6 optimizer steps",
+    ),
+    "l1ra: embeddings": (
+        {**l1ra(), "lora_target_modules": ["q_proj", "embed_tokens"]},
+        "lora_target_modules: model.embed_tokens is a Embedding, whose rank layersel.l1ra cannot move",
+    ),
+    "l1ra: a rank above the room": (
+        {**l1ra(max_rank=6), "lora_rank_pattern": {"q_proj": 7}},
+        "layersel.l1ra.max_rank: 6 is less than the rank 7 that model.layers.0.self_attn.q_proj has",
+    ),
     "layers out of range": (
         selection(method="explicit", layers=[1, 8]),
         "layersel.selection.layers: [8] are out of range: the model's layers are 0 to 7.",

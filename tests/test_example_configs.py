@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT
 from pydantic import ValidationError
 
-from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.args import L1RAArgs, LayerselBlock, SelectionArgs
 
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
@@ -66,7 +66,7 @@ def find_unknown_keys(content: dict) -> set[str]:
 
 
 def test_the_examples_are_there():
-    assert [path.stem for path in CONFIGS] == ["demo", *sorted(["llama-3.1-8b-lora", *PROCESSES])]
+    assert [path.stem for path in CONFIGS] == ["demo", *sorted(["llama-3.1-8b-l1ra", "llama-3.1-8b-lora", *PROCESSES])]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -74,9 +74,7 @@ def test_axolotl_accepts_an_example(path):
     content = read(path)
     cfg = validate(content, PROCESSES.get(path.stem, 1))
     assert content["plugins"] == [PLUGIN]
-    assert SelectionArgs.model_validate(cfg.layersel.selection.to_dict()) == SelectionArgs(
-        **content["layersel"]["selection"]
-    )
+    assert LayerselBlock.model_validate(cfg.layersel.to_dict()) == LayerselBlock(**content["layersel"])
     assert find_unknown_keys(content) == set()
 
 
@@ -113,8 +111,9 @@ def test_a_deepspeed_file_is_of_the_stage_that_the_name_says(path):
 
 def test_the_readme_explains_every_key_of_the_block_once():
     text = (ROOT / "README.md").read_text()
-    explained = re.findall(r"^\| `(\w+)` \|", text.split("## The YAML block")[1].split("\n##")[0], flags=re.MULTILINE)
-    assert sorted(explained) == sorted(SelectionArgs.model_fields)
+    for block, heading in ((SelectionArgs, "## The YAML block"), (L1RAArgs, "## Moving rank while training")):
+        table = text.split(f"\n{heading}\n")[1].split("\n##")[0].split("| key |")[1].split("\n\n")[0]
+        assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == sorted(block.model_fields)
 
 
 @pytest.mark.parametrize("document", ["README.md"])

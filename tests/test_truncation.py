@@ -4,9 +4,9 @@ from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from transformers import TrainerCallback
 
 from axolotl_layersel.adapters import initialize_lora
-from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.args import LayerselBlock, SelectionArgs
 from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.selection.phase import select_layers
+from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.truncation import find_lowest_trained
 
 CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
@@ -37,7 +37,7 @@ def train_one_step(folder, checkpointing: str, truncate: bool) -> Gradients:
     arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options} if options else {}
     trainer = make_trainer(model, folder, make_rows(4), max_steps=1, **arguments)
     if truncate:
-        select_layers(trainer, SelectionArgs(method="explicit", layers=[3, 5]))
+        prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="explicit", layers=[3, 5])))
     else:
         initialize_lora(model, trainer.args.seed)
     torch.manual_seed(0)

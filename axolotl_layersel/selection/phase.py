@@ -8,14 +8,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import ParamWrapper
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_RATIO, DEFAULT_TOKEN, SelectionArgs
-from axolotl_layersel.callback import LayerSelectionCallback
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import LayerStack, find_layer_stack, find_lora_modules
+from axolotl_layersel.layers import LayerStack, find_layer_stack
 from axolotl_layersel.plan import (
     LayerChoice,
     Plan,
@@ -29,6 +27,7 @@ from axolotl_layersel.plan import (
 from axolotl_layersel.report import print_plan
 from axolotl_layersel.selection import cka, controls, cosine, fisher, passes
 from axolotl_layersel.selection.calibration import Sample, find_token_positions, fingerprint, read_samples
+from axolotl_layersel.selection.callback import LayerSelectionCallback
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -36,9 +35,7 @@ LOG = logging.getLogger("axolotl.layersel")
 def select_layers(
     trainer: Trainer, settings: SelectionArgs, resume_from: str | None = None, continues_adapter: bool = False
 ) -> Plan:
-    """Choose layers, apply the choice to the trainer's model, and arrange for the run to keep to it.
-
-    Call it once, after the trainer was built and before it trains.
+    """Choose layers and apply the choice to the trainer's model; ``prepare_trainer`` does all that a run needs.
 
     Args:
         trainer: a Trainer whose model is a PEFT model with one LoRA adapter.
@@ -55,17 +52,7 @@ def select_layers(
     started = time.monotonic()
     engine = engines.name_engine(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if not isinstance(model, PeftModel):
-        raise LayerselError(f"adapter: the trainer's model is a {type(model).__name__}, not a PEFT model with LoRA.")
     stack = find_layer_stack(model)
-    if any(isinstance(module, ParamWrapper) for module in find_lora_modules(model.get_base_model()).values()):
-        raise LayerselError(
-            "lora_target_modules: PEFT put LoRA on this model's expert parameters, which cannot be selected by layer "
-            "yet. Target the attention modules alone, such as q_proj and v_proj."
-        )
-    seeded = not continues_adapter and adapters.initialize_lora(model, trainer.args.seed)
-    LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
-
     reused = engines.decide_on_rank_zero(lambda: find_plan(settings, resume_from))
     if continues_adapter and reused is None:
         check_continuing(settings)
@@ -79,10 +66,10 @@ def select_layers(
         LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
         if engines.get_rank() == 0:
             write_plan(plan, plan_path(trainer.args.output_dir))
-    apply_plan(trainer, model, stack, plan)
+    apply_plan(model, stack, plan)
     if engines.get_rank() == 0:
         print_plan(plan)
-    trainer.add_callback(LayerSelectionCallback(trainer, stack, plan, resume_from))
+    trainer.add_callback(LayerSelectionCallback(trainer, stack, plan))
     return plan
 
 
@@ -287,10 +274,9 @@ def choose(
     return sorted(sorted(scored, key=lambda layer: (-scores[layer], layer))[:keep])  # type: ignore[operator]
 
 
-def apply_plan(trainer: Trainer, model: PeftModel, stack: LayerStack, plan: Plan) -> None:
-    """Remove or freeze the LoRA modules of the layers that ``plan`` does not select, and keep the plan at hand."""
+def apply_plan(model: PeftModel, stack: LayerStack, plan: Plan) -> None:
+    """Remove or freeze the LoRA modules of the layers that ``plan`` does not select."""
     change = adapters.remove_unselected if plan.unselected == "remove" else adapters.freeze_unselected
     change(model, stack, plan.selected)
-    adapters.save_with_adapter(trainer, (plan.model_dump_json(indent=2) + "\n").encode())
     trainable = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad)
     LOG.info("layersel: %s trainable parameters in %d layers", f"{trainable:,}", len(plan.selected))

@@ -6,11 +6,12 @@ from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_layersel.args import DATA_FREE_METHODS, SelectionArgs
+from axolotl_layersel.args import DATA_FREE_METHODS, LayerselBlock, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.plan import plan_path, read_plan
-from axolotl_layersel.selection.phase import choose, count_kept, select_layers
+from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.selection.phase import choose, count_kept
 
 
 def select(folder, *, rows=None, continues_adapter: bool = False, **settings):
@@ -18,7 +19,7 @@ def select(folder, *, rows=None, continues_adapter: bool = False, **settings):
     trainer = make_trainer(model, folder, rows)
     scoring = {} if settings.get("method") in DATA_FREE_METHODS else {"num_samples": 12}
     settings = SelectionArgs(**{"method": "cka", **scoring, **settings})
-    return trainer, select_layers(trainer, settings, continues_adapter=continues_adapter)
+    return trainer, prepare_trainer(trainer, LayerselBlock(selection=settings), continues_adapter=continues_adapter)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_a_nan_is_traced_to_its_layer_and_row(tmp_path):
         model.get_base_model().model.layers[3].mlp.up_proj.weight[0, 0] = float("nan")
     trainer = make_trainer(model, tmp_path)
     with pytest.raises(LayerselError, match=r"NaN or infinity in layer 3.* training row \d+"):
-        select_layers(trainer, SelectionArgs(method="cka", num_samples=12))
+        prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="cka", num_samples=12)))
 
 
 def test_a_continued_adapter_is_not_deleted_by_default(tmp_path):
@@ -137,4 +138,4 @@ def test_a_continued_adapter_is_not_deleted_by_default(tmp_path):
 def test_a_trainer_without_an_adapter_is_refused(tmp_path):
     trainer = make_trainer(make_small_llama(), tmp_path)
     with pytest.raises(LayerselError, match="adapter: the trainer's model is a LlamaForCausalLM"):
-        select_layers(trainer, SelectionArgs(method="last"))
+        prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="last")))

@@ -1,0 +1,26 @@
+"""When the ranks of a run are restored, stepped and settled; it only delegates."""
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from axolotl_layersel.l1ra.redistribution import RankRedistribution
+
+
+class RankCallback(TrainerCallback):
+    """Steps the gates after every optimizer step, and moves rank when it is time."""
+
+    def __init__(self, ranks: RankRedistribution, resume_from: str | None) -> None:
+        self.ranks = ranks
+        self.resume_from = resume_from
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if state.global_step > 0 and self.resume_from:
+            self.ranks.restore(self.resume_from)
+        self.ranks.start(state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.ranks.step(state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self.ranks.restore_gates(state.best_model_checkpoint, "load_best_model_at_end")
+        self.ranks.finish(state.global_step)

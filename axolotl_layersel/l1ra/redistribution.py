@@ -1,0 +1,417 @@
+"""Redistribute LoRA rank while a model trains: gates, updates, checkpoints and the plain adapter at the end."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import Trainer
+
+from axolotl_layersel import adapters, engines, layouts
+from axolotl_layersel.args import L1RAArgs
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.gates import Gates
+from axolotl_layersel.l1ra.adame import step_gates
+from axolotl_layersel.l1ra.allocation import ModuleState, Moves, allocate, prune
+from axolotl_layersel.l1ra.capacity import check_modules, grow_modules
+from axolotl_layersel.l1ra.records import RankHistory, describe_update
+from axolotl_layersel.l1ra.schedule import (
+    AUTO_LAMBDA,
+    check_run_length,
+    find_update_steps,
+    resolve_gate_lr,
+    resolve_lambda,
+)
+from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, check_state, read_gates, state_path, write_state
+from axolotl_layersel.layers import find_lora_modules
+from axolotl_layersel.report import print_ranks
+
+LOG = logging.getLogger("axolotl.layersel")
+
+
+def check_trainer(trainer: Trainer, settings: L1RAArgs) -> None:
+    """Raise LayerselError for a run in which rank cannot move."""
+    arguments = trainer.args
+    if arguments.fp16 or trainer.accelerator.mixed_precision == "fp16":
+        raise LayerselError(
+            "fp16: true scales the loss, and with it the gradients of layersel.l1ra's gates. Set `bf16: true` and "
+            "`fp16: false`."
+        )
+    if arguments.auto_find_batch_size:
+        raise LayerselError("auto_find_batch_size: true starts training over, which layersel.l1ra does not support.")
+    if trainer.is_deepspeed_enabled and engines.name_engine(trainer) == "ddp":
+        raise LayerselError("deepspeed: ZeRO stage 0 is not supported by layersel.l1ra. Use stage 1, 2 or 3, or DDP.")
+    check_run_length(count_optimizer_steps(trainer), settings.update_ratio, settings.warmup_ratio)
+
+
+def count_optimizer_steps(trainer: Trainer) -> int:
+    """Return the planned number of optimizer steps."""
+    if trainer.args.max_steps > 0:  # Axolotl always says it
+        return trainer.args.max_steps
+    with torch.random.fork_rng():
+        return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+class RankRedistribution:
+    """The ranks of a run's LoRA modules.
+
+    Modules are built at ``max_rank``; a component that is not active has a gate of 0 and a zero column in B, so
+    it contributes nothing and gets no gradient. An update flips components and writes their rows and columns,
+    the same way on every rank, and leaves all others as they are.
+
+    Attributes:
+        gates: of the modules that train, in the order of the model.
+        active: which components take part, (components of all modules,), bool.
+        pool: what of the budget waits to be placed.
+        history: ranks by step.
+    """
+
+    def __init__(self, trainer: Trainer, settings: L1RAArgs, lora_r: int | None = None, scaling: float | None = None):
+        check_trainer(trainer, settings)
+        self.trainer = trainer
+        self.settings = settings
+        self.model: PeftModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        check_modules(self.model)
+        self.adapter = adapters.get_adapter_name(self.model)
+        self.initial = adapters.get_config(self.model)
+        self.lora_r = lora_r or self.initial.r
+        self.max_rank = settings.max_rank or 2 * self.lora_r
+        slots = grow_modules(self.model, self.max_rank, scaling)
+        everything = find_lora_modules(self.model.get_base_model())
+        self.modules = {
+            name: module for name, module in everything.items() if module.lora_A[self.adapter].weight.requires_grad
+        }
+        self.parameters_per_component = {
+            name: module.in_features + module.out_features for name, module in self.modules.items()
+        }
+        self.gates = Gates(self.modules, self.adapter, trainer.args.device)
+        self.active = torch.zeros_like(self.gates.values, dtype=torch.bool)
+        for name, part in self.gates.parts.items():
+            self.active[part][slots[name]] = True
+        self.gates.values.copy_(self.active)
+        self.exp_avg = torch.zeros_like(self.gates.values)
+        self.exp_avg_sq = torch.zeros_like(self.gates.values)
+        self.steps = torch.zeros_like(self.active, dtype=torch.int64)
+        self.pool = 0
+        self.history = RankHistory({0: self.ranks()})
+        self.update_steps: set[int] = set()
+        self.gate_lr = self.l1_lambda = 0.0
+        self.expects_gradients = False
+        self.gates.attach()
+
+    # --- What there is ------------------------------------------------------------------------------------------------
+
+    def ranks(self) -> dict[str, int]:
+        """Return the rank of every module."""
+        return dict(zip(self.gates.parts, self.active.view(-1, self.max_rank).sum(dim=1).tolist()))
+
+    def describe(self) -> dict[str, ModuleState]:
+        """Return what the allocation needs to know."""
+        values, active = self.gates.values.tolist(), self.active.tolist()
+        by_parameters = self.settings.budget == "parameters"
+        return {
+            name: ModuleState(
+                gates={i - part.start: values[i] for i in range(part.start, part.stop) if active[i]},
+                cost=self.parameters_per_component[name] if by_parameters else 1,
+                capacity=self.max_rank,
+            )
+            for name, part in self.gates.parts.items()
+        }
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the trainable LoRA parameters in use, and those that the modules have room for."""
+        in_use = sum(rank * self.parameters_per_component[name] for name, rank in self.ranks().items())
+        return in_use, sum(self.max_rank * count for count in self.parameters_per_component.values())
+
+    # --- Training -----------------------------------------------------------------------------------------------------
+
+    def start(self, steps: int) -> None:
+        """Settle when rank moves in a run of ``steps`` optimizer steps, and say so."""
+        settings = self.settings
+        self.update_steps = set(find_update_steps(steps, settings.update_ratio, settings.warmup_ratio))
+        self.gate_lr = resolve_gate_lr(settings.gate_lr, steps)
+        self.l1_lambda = resolve_lambda(settings.l1_lambda, self.gate_lr, steps)
+        if engines.get_rank() == 0:
+            self.announce(steps)
+            self.history.write(self.trainer.args.output_dir)
+
+    def announce(self, steps: int) -> None:
+        """Log what the run will do; Axolotl's own count of trainable parameters includes the room for rank."""
+        if self.l1_lambda >= 1:
+            LOG.warning(
+                "layersel: l1_lambda %.4g takes more from a gate at each step than any gradient can add to it: all "
+                "gates will end at 0. Set l1_lambda below 1, or with `auto` a gate_lr of %.2g or more.",
+                self.l1_lambda,
+                AUTO_LAMBDA / steps,
+            )
+        in_use, capacity = self.count_parameters()
+        LOG.info(
+            "layersel: l1ra moves rank among %d modules after %d of %d steps, gate_lr %.4g, l1_lambda %.4g%s",
+            len(self.modules),
+            len(self.update_steps),
+            steps,
+            self.gate_lr,
+            self.l1_lambda,
+            " (auto)" if self.settings.l1_lambda == "auto" else "",
+        )
+        LOG.info(
+            "layersel: %s trainable LoRA parameters in use; %s counts the room for rank %d in every module",
+            f"{in_use:,}",
+            f"{capacity:,}",
+            self.max_rank,
+        )
+
+    def step(self, step: int) -> None:
+        """Step the gates after optimizer step ``step``, and move rank if it is time; every rank must call this.
+
+        Raises:
+            LayerselError: if a gate is no longer a number, or the ranks do not agree on the moves.
+        """
+        self.gates.average_gradient()
+        step_gates(
+            self.gates.values,
+            self.gates.gradient,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.steps,
+            self.active,
+            self.gate_lr,
+            self.l1_lambda,
+        )
+        self.gates.clear_gradient()
+        self.check_finite(step)
+        if step in self.update_steps:
+            self.update(step)
+
+    def check_finite(self, step: int) -> None:
+        """Raise LayerselError naming the module of a gate that is NaN or infinite."""
+        # A gradient that is not finite, or whose square overflows, shows in the second moment.
+        bad = ~(self.gates.values.isfinite() & self.exp_avg_sq.isfinite())
+        if bad.any():
+            name = self.gates.name_component(int(bad.nonzero()[0]))
+            raise LayerselError(
+                f"layersel.l1ra: a gate of {name} is NaN or infinite after step {step}. The run stops; the last "
+                "checkpoint is good. Lower learning_rate, or look at the data and the precision."
+            )
+
+    def update(self, step: int) -> None:
+        """Move rank after optimizer step ``step``."""
+        self.check_gradients(step)
+        settings = self.settings
+        moves = allocate(
+            self.describe(),
+            self.pool,
+            settings.prune_threshold,
+            settings.min_rank,
+            settings.reassign,
+            settings.exclude_pruned,
+        )
+        self.apply(moves, step)
+        self.history.ranks[step] = self.ranks()
+        numbers = describe_update(
+            self.ranks(), self.parameters_per_component, self.pool, moves.count_pruned(), moves.count_added()
+        )
+        # Logging clears the flag by which the Trainer would log the step's loss.
+        should_log = self.trainer.control.should_log
+        self.trainer.log(numbers)
+        self.trainer.control.should_log = should_log
+        if engines.get_rank() == 0:
+            self.history.write(self.trainer.args.output_dir)
+
+    def check_gradients(self, step: int) -> None:
+        """Raise LayerselError where LoRA trains but no gradient reaches the gates; every rank must call this."""
+        if self.gate_lr == 0 or self.exp_avg_sq.any():
+            return
+        # As long as B is zero, before the first step and while the learning rate is 0, so is every gradient: it is
+        # late only from one update at which B was not zero to the next.
+        if self.expects_gradients:
+            raise LayerselError(
+                f"layersel.l1ra: no gradient has reached any gate in {step} steps, so there is nothing to move rank "
+                "by. Something computes LoRA past its modules: remove fused kernels and custom trainers."
+            )
+        up = next(iter(self.modules.values())).lora_B[self.adapter].weight
+        self.expects_gradients = bool(engines.gather_parameter(up).any())
+
+    def apply(self, moves: Moves, step: int, training: bool = True) -> None:
+        """Flip the components of ``moves`` and write their rows and columns, on every rank alike.
+
+        ``training``: whether the optimizer steps again, so that its moments matter; after the last step an engine
+        that has loaded the best model may hold none.
+        """
+        self.check_agreement(moves, step)
+        emptied: list[int] = []
+        filled: list[int] = []
+        for name, part in self.gates.parts.items():
+            pruned, added = moves.pruned.get(name, ()), moves.added.get(name, ())
+            changed = torch.tensor(sorted({*pruned, *added}), dtype=torch.long)
+            if not len(changed):
+                continue
+            module = self.modules[name]
+            down, up = module.lora_A[self.adapter].weight, module.lora_B[self.adapter].weight
+            rows = {slot: self.draw_row(name, slot, step) for slot in added}
+            engines.edit_parameter(self.trainer, down, write_rows(changed, rows))
+            engines.edit_parameter(self.trainer, up, zero(changed, dim=1))
+            if training:
+                engines.edit_moments(self.trainer, down, zero(changed, dim=0))
+                engines.edit_moments(self.trainer, up, zero(changed, dim=1))
+            emptied += (part.start + changed).tolist()
+            filled += [part.start + slot for slot in added]
+        self.set_components(emptied, 0, [self.gates.values, self.exp_avg, self.exp_avg_sq, self.steps, self.active])
+        self.set_components(filled, 1, [self.gates.values, self.active])
+        self.pool = moves.pool
+
+    def set_components(self, components: list[int], value: int, tensors: list[torch.Tensor]) -> None:
+        """Set ``components`` of flat tensors to ``value``."""
+        where = torch.tensor(components, dtype=torch.long, device=self.active.device)
+        for tensor in tensors:
+            tensor.index_fill_(0, where, value)
+
+    def check_agreement(self, moves: Moves, step: int) -> None:
+        """Raise LayerselError, on every rank, unless all ranks have the same gates and come to the same moves."""
+        content = [self.gates.values.cpu().numpy().tobytes(), self.active.cpu().numpy().tobytes(), repr(moves).encode()]
+        differing = engines.find_differing_ranks(hashlib.sha256(b"".join(content)).digest())
+        if differing:
+            raise LayerselError(
+                f"layersel.l1ra: after step {step} ranks {differing} came to other gates or moves than rank 0, so "
+                "their adapters would drift apart. The run stops; the last checkpoint is good. This is a fault of the "
+                "machine or of the communication library, not of a setting: resume, and report it if it comes again."
+            )
+
+    def draw_row(self, module: str, slot: int, step: int) -> torch.Tensor:
+        """Return the row of A that a component added after ``step`` starts from, (inputs,), fp32."""
+        method = self.initial.init_lora_weights
+        method = method.lower() if isinstance(method, str) else method
+        like = torch.empty(self.modules[module].in_features)
+        return adapters.draw_row(like, method, self.trainer.args.seed, f"{module}\0{step}", slot, self.lora_r)
+
+    def finish(self, step: int) -> None:
+        """Prune a last time, and leave plain LoRA modules that compute the same; every rank must call this."""
+        closed = [name for name, part in self.gates.parts.items() if not self.gates.values[part].any()]
+        settings = self.settings
+        pruned = prune(self.describe(), settings.prune_threshold, settings.min_rank)
+        # What the last round frees is placed nowhere: there is nothing left to train it.
+        self.apply(Moves(pruned, {}, self.pool), step, training=False)
+        self.history.ranks[step] = self.ranks()
+        for name, part in self.gates.parts.items():
+            up = self.modules[name].lora_B[self.adapter].weight
+            engines.edit_parameter(self.trainer, up, multiply(self.gates.values[part].clone()))
+        self.gates.values.copy_(self.active)
+        self.gates.detach()
+        if engines.get_rank() == 0:
+            self.history.write(self.trainer.args.output_dir)
+            if closed:
+                LOG.warning(
+                    "layersel: all gates of %d of %d modules ended at 0, such as those of %s: they contribute "
+                    "nothing. If they are many, lower l1_lambda.",
+                    len(closed),
+                    len(self.modules),
+                    closed[0],
+                )
+            print_ranks(self.history.ranks[0], self.ranks())
+
+    # --- Files --------------------------------------------------------------------------------------------------------
+
+    def fold(self, tensors: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+        """Return the plain adapter that computes what the gated modules compute, see ``layouts.lay_out``."""
+        factors, rest = layouts.split(tensors)
+        values = self.gates.values.cpu()
+        everything = find_lora_modules(self.model.get_base_model())
+        folded = {}
+        for name, pair in factors.items():
+            part = self.gates.parts.get(name)
+            gates = None if part is None else values[part]
+            folded[name] = layouts.fold(pair, everything[name].scaling[self.adapter], gates)
+        return layouts.lay_out(folded, rest, config, "ragged")
+
+    def save(self, checkpoint: str | Path) -> None:
+        """Write what resuming needs into ``checkpoint``; every rank must call this."""
+        weights = adapters.gather_adapter(self.trainer)
+        if engines.get_rank() == 0:
+            metadata = {
+                "settings": self.settings.model_dump_json(),
+                "max_rank": str(self.max_rank),
+                "modules": json.dumps(list(self.modules)),
+                "pool": str(self.pool),
+            }
+            write_state(state_path(checkpoint), weights, self.gate_tensors(), metadata)
+            self.history.write(checkpoint)
+
+    def gate_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the flat tensors that make up the state of the gates, by name."""
+        return {
+            "values": self.gates.values,
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+            "steps": self.steps,
+            "active": self.active,
+        }
+
+    def restore(self, checkpoint: str | Path) -> None:
+        """Let gates, ranks and their history be those of ``checkpoint``, from which the run resumes."""
+        self.restore_gates(checkpoint, "resume_from_checkpoint")
+        self.history = engines.decide_on_rank_zero(lambda: RankHistory.read(checkpoint))
+
+    def restore_gates(self, checkpoint: str | Path, key: str) -> None:
+        """Let gates, their moments, active components and pool be those of ``checkpoint``.
+
+        Raises:
+            LayerselError: naming ``key``, if the checkpoint is of another run.
+        """
+        tensors, self.pool = engines.decide_on_rank_zero(lambda: self.read(checkpoint, key))
+        for name, tensor in self.gate_tensors().items():
+            tensor.copy_(tensors[name])
+
+    def check(self, checkpoint: str | Path, key: str) -> None:
+        """Raise LayerselError, on every rank, unless ``checkpoint`` is of this run."""
+        engines.decide_on_rank_zero(lambda: bool(self.read(checkpoint, key)))
+
+    def read(self, checkpoint: str | Path, key: str) -> tuple[dict[str, torch.Tensor], int]:
+        """Return the gates' tensors and the pool of a checkpoint, see ``restore_gates``."""
+        path = state_path(checkpoint)
+        metadata = check_state(path, self.settings, key)
+        if json.loads(metadata["modules"]) != list(self.modules) or int(metadata["max_rank"]) != self.max_rank:
+            raise LayerselError(
+                f"{key}: {path} is of a run with LoRA on other modules, or with room for rank {metadata['max_rank']} "
+                f"in each, not {self.max_rank}. Resume a checkpoint of this run."
+            )
+        return read_gates(path, list(self.gate_tensors())), int(metadata["pool"])
+
+    def load_adapter(self, upstream: Callable) -> Callable:
+        """Return what takes the place of the model's ``load_adapter``, for which ragged files have no fitting shape."""
+
+        def load_adapter(model_id: str, adapter_name: str, *args, **kwargs):
+            path = state_path(model_id)
+            if adapter_name != self.adapter or not path.exists():
+                return upstream(model_id, adapter_name, *args, **kwargs)
+            adapters.restore_adapter(self.model, path, ADAPTER_PREFIX)
+            return None
+
+        return load_adapter
+
+    def restore_fsdp_adapter(self, checkpoint: str | Path) -> None:
+        """Write the LoRA weights of ``checkpoint`` into an FSDP2 model; every rank must call this."""
+        adapters.restore_fsdp_adapter(self.trainer, state_path(checkpoint), ADAPTER_PREFIX)
+
+
+def write_rows(changed: torch.Tensor, rows: dict[int, torch.Tensor]) -> engines.Edit:
+    """Return the edit that zeroes the rows ``changed``, or writes those that ``rows`` has."""
+
+    def edit(tensor: torch.Tensor) -> None:
+        tensor[changed.to(tensor.device)] = 0
+        for slot, row in rows.items():
+            tensor[slot] = row.to(tensor.device, tensor.dtype)
+
+    return edit
+
+
+def zero(changed: torch.Tensor, dim: int) -> engines.Edit:
+    """Return the edit that zeroes the rows (``dim`` 0) or columns (1) ``changed``."""
+    return lambda tensor: tensor.index_fill_(dim, changed.to(tensor.device), 0)
+
+
+def multiply(columns: torch.Tensor) -> engines.Edit:
+    """Return the edit that multiplies each column by its number."""
+    return lambda tensor: tensor.copy_(tensor * columns.to(tensor.device))

@@ -1,0 +1,44 @@
+"""When rank moves, and how strong the pressure on the gates is, from the planned number of optimizer steps."""
+
+import math
+from fractions import Fraction
+
+from axolotl_layersel.args import DEFAULT_GATE_LR, SHORT_RUN
+from axolotl_layersel.errors import LayerselError
+
+AUTO_LAMBDA = 3.0
+
+
+def find_update_steps(steps: int, update_ratio: float, warmup_ratio: float) -> list[int]:
+    """Return the optimizer steps after which rank moves, ascending.
+
+    Every ⌈``update_ratio`` × ``steps``⌉ steps; none before ``warmup_ratio`` of the run, and not in the last
+    interval, so that whatever is added has an interval to train. As fractions: 0.1 × 30 is a little over 3.
+    """
+    interval = max(math.ceil(Fraction(str(update_ratio)) * steps), 1)
+    warmup = Fraction(str(warmup_ratio)) * steps
+    return [step for step in range(interval, steps - interval + 1, interval) if step >= warmup]
+
+
+def check_run_length(steps: int, update_ratio: float, warmup_ratio: float) -> None:
+    """Raise LayerselError unless a run of ``steps`` optimizer steps has two updates."""
+    updates = find_update_steps(steps, update_ratio, warmup_ratio)
+    if len(updates) < 2:
+        raise LayerselError(
+            f"layersel.l1ra.update_ratio: {update_ratio} (warmup_ratio: {warmup_ratio}) leaves {len(updates)} rank "
+            f"updates in a run of {steps} optimizer steps; it takes two or more for rank to move. Train longer, or "
+            "lower update_ratio or warmup_ratio."
+        )
+
+
+def resolve_gate_lr(gate_lr: float | None, steps: int) -> float:
+    """Return η: the number given, or by default 0.02, and in runs of fewer than 200 steps as much more."""
+    return DEFAULT_GATE_LR * max(SHORT_RUN / steps, 1) if gate_lr is None else gate_lr
+
+
+def resolve_lambda(l1_lambda: float | str, gate_lr: float, steps: int) -> float:
+    """Return λ: the number given, or for ``auto`` 3 / (η·steps).
+
+    With it the L1 term alone takes a gate from 1 to 0 in a third of the run.
+    """
+    return AUTO_LAMBDA / (gate_lr * steps) if l1_lambda == "auto" else float(l1_lambda)

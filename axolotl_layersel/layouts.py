@@ -1,0 +1,161 @@
+"""Plain PEFT adapters whose modules have different ranks: fold, drop, pad and describe them. No engine, no model."""
+
+import copy
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
+from axolotl_layersel.errors import LayerselError
+
+LAYOUTS = ("ragged", "uniform")
+PREFIX = "base_model.model."
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+# vLLM allocates for one of these; its --max-lora-rank accepts no other number.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two matrices of one LoRA module: ``down`` is A, (rank, inputs); ``up`` is B, (outputs, rank)."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+def fold(factors: Factors, scaling: float, gates: torch.Tensor | None = None) -> Factors:
+    """Return factors that need no scaling and no gates: B becomes B·diag(gates)·scaling, in its own dtype.
+
+    The product is computed in fp32. ``gates``: (rank,), or None where there are none.
+    """
+    factor = scaling if gates is None else gates.to(torch.float32) * scaling
+    return Factors(factors.down, (factors.up.float() * factor).to(factors.up.dtype))
+
+
+def find_used(factors: Factors) -> torch.Tensor:
+    """Return which components are more than padding, (rank,), bool: a row of A or a column of B that is not zero."""
+    return factors.down.ne(0).any(dim=1) | factors.up.ne(0).any(dim=0)
+
+
+def drop_unused(factors: Factors) -> Factors:
+    """Return the factors without padding, but with one component at least: PEFT knows no rank 0."""
+    used = find_used(factors)
+    used[0] |= ~used.any()
+    return Factors(factors.down[used].contiguous(), factors.up[:, used].contiguous())
+
+
+def pad(factors: Factors, rank: int) -> Factors:
+    """Return the factors with zeros up to ``rank``."""
+    missing = rank - factors.rank
+    down = torch.nn.functional.pad(factors.down, (0, 0, 0, missing))
+    return Factors(down.contiguous(), torch.nn.functional.pad(factors.up, (0, missing)).contiguous())
+
+
+def split(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
+    """Return the LoRA factors in an adapter file's tensors, by module name in the base model, and all the rest."""
+    modules = [name.removeprefix(PREFIX).removesuffix(DOWN) for name in tensors if name.endswith(DOWN)]
+    factors = {module: Factors(*(tensors[f"{PREFIX}{module}{part}"] for part in (DOWN, UP))) for module in modules}
+    rest = {name: value for name, value in tensors.items() if not name.endswith((DOWN, UP))}
+    return factors, rest
+
+
+def lay_out(
+    factors: dict[str, Factors], rest: dict[str, torch.Tensor], config: LoraConfig, layout: str
+) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """Return the tensors and the configuration of a plain adapter, from factors with scaling and gates folded in.
+
+    ``ragged``: every module has its own rank, named in ``rank_pattern`` and, with the same number, in
+    ``alpha_pattern``. ``uniform``: all are padded with zeros to the highest rank. In both, ``lora_alpha`` is
+    ``r``, so that the scaling is 1 for whoever reads the patterns, the top level, or the tensors' own rank.
+    """
+    factors = {module: drop_unused(pair) for module, pair in factors.items()}
+    highest = max(pair.rank for pair in factors.values())
+    if layout == "uniform":
+        factors = {module: pad(pair, highest) for module, pair in factors.items()}
+    tensors = dict(rest)
+    for module, pair in factors.items():
+        tensors[f"{PREFIX}{module}{DOWN}"], tensors[f"{PREFIX}{module}{UP}"] = pair.down, pair.up
+    config = copy.copy(config)
+    config.r = config.lora_alpha = highest
+    config.use_rslora = False
+    # PEFT takes the first name that a module's name ends in: longer names first.
+    ragged = sorted(factors, key=lambda module: (-len(module), module)) if layout == "ragged" else []
+    config.rank_pattern = {module: factors[module].rank for module in ragged}
+    config.alpha_pattern = dict(config.rank_pattern)
+    return tensors, config
+
+
+def write_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig) -> None:
+    """Write an adapter to ``folder``: each of its two files appears at once and complete."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(config)
+    config.inference_mode = True
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".layersel-") as temporary:
+        save_file(tensors, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(temporary)
+        for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            with open(Path(temporary) / file, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(Path(temporary) / file, folder / file)
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """Return the tensors and the configuration of the LoRA adapter in ``folder``.
+
+    Raises:
+        LayerselError: if there is none, or one of another kind.
+    """
+    folder = Path(folder)
+    missing = [name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME) if not (folder / name).is_file()]
+    if missing:
+        raise LayerselError(f"{folder} holds no {missing[0]}. Give the folder of a LoRA adapter.")
+    config = PeftConfig.from_pretrained(str(folder))
+    tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    if not isinstance(config, LoraConfig):
+        raise LayerselError(f"{folder} holds a {config.peft_type} adapter. Give the folder of a LoRA adapter.")
+    if config.use_dora:
+        raise LayerselError(f"{folder}: use_dora: true. A DoRA adapter cannot be laid out anew. Give a LoRA adapter.")
+    other = [name for name in tensors if ".lora_" in name and not name.endswith((DOWN, UP))]
+    if other:
+        raise LayerselError(f"{folder}: {min(other)} is not of a linear LoRA module, the only kind that is supported.")
+    return tensors, config
+
+
+def export_adapter(folder: str | Path, layout: str, output: str | Path) -> int:
+    """Write the adapter in ``folder`` to ``output`` in one of the two layouts, and return its highest rank.
+
+    Raises:
+        LayerselError: if ``folder`` holds no LoRA adapter of linear modules.
+    """
+    tensors, config = read_adapter(folder)
+    factors, rest = split(tensors)
+    if not factors:
+        raise LayerselError(f"{folder}: the adapter holds no LoRA matrices.")
+    folded = {module: fold(pair, find_scaling(config, module)) for module, pair in factors.items()}
+    tensors, config = lay_out(folded, rest, config, layout)
+    write_adapter(output, tensors, config)
+    return config.r
+
+
+def find_scaling(config: LoraConfig, module: str) -> float:
+    """Return the scaling that PEFT gives ``module``."""
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def find_vllm_rank(rank: int) -> int | None:
+    """Return the ``max_lora_rank`` that vLLM needs for adapters of ``rank``, None where none is enough."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)

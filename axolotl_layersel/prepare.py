@@ -1,0 +1,92 @@
+"""Make a trainer ready: select layers, prepare for redistributing rank, keep its checkpoints complete."""
+
+import functools
+import logging
+from pathlib import Path
+
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import Trainer
+
+from axolotl_layersel import adapters, engines
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.callback import RunCallback
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.l1ra.redistribution import RankRedistribution
+from axolotl_layersel.l1ra.state import check_state, state_path
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.saving import complete_checkpoints
+from axolotl_layersel.selection.phase import select_layers
+
+LOG = logging.getLogger("axolotl.layersel")
+
+
+def prepare_trainer(
+    trainer: Trainer,
+    settings: LayerselBlock,
+    resume_from: str | None = None,
+    continues_adapter: bool = False,
+    lora_r: int | None = None,
+    scaling: float | None = None,
+) -> Plan | None:
+    """Do what the ``layersel`` block asks for, and arrange for the run to keep to it.
+
+    Call it once, after the trainer was built and before it trains.
+
+    Args:
+        trainer: a Trainer whose model is a PEFT model with one LoRA adapter.
+        settings: the block.
+        resume_from: the checkpoint that the run resumes from.
+        continues_adapter: the LoRA weights are a trained adapter's, and stay as they are.
+        lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
+        scaling: with ``l1ra``, the scaling that all modules get; default: the adapter's.
+
+    Returns:
+        The plan, where layers are selected.
+
+    Raises:
+        LayerselError: on every rank, where something cannot be honoured.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if not isinstance(model, PeftModel):
+        raise LayerselError(f"adapter: the trainer's model is a {type(model).__name__}, not a PEFT model with LoRA.")
+    engines.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
+    adapters.check_experts(model)
+    seeded = not continues_adapter and adapters.initialize_lora(model, trainer.args.seed)
+    LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
+    plan = select_layers(trainer, settings.selection, resume_from, continues_adapter) if settings.selection else None
+    ranks = RankRedistribution(trainer, settings.l1ra, lora_r, scaling) if settings.l1ra else None
+    trainer.add_callback(
+        RunCallback(
+            trainer,
+            resume_from,
+            restore_fsdp=ranks.restore_fsdp_adapter if ranks else functools.partial(restore_fsdp_adapter, trainer),
+            fold=ranks.fold if ranks else None,
+        )
+    )
+    if ranks:
+        if resume_from:
+            ranks.check(resume_from, "resume_from_checkpoint")
+        trainer.add_callback(RankCallback(ranks, resume_from))
+    complete_checkpoints(trainer, plan, ranks)
+    return plan
+
+
+def check_resumed(settings: LayerselBlock, resume_from: str | None) -> None:
+    """Raise LayerselError unless a checkpoint's ranks can be restored, or there are none to restore."""
+    if resume_from is None:
+        return
+    path = state_path(resume_from)
+    if settings.l1ra:
+        check_state(path, settings.l1ra, "resume_from_checkpoint")
+    elif path.exists():
+        raise LayerselError(
+            f"resume_from_checkpoint: {resume_from} is of a run with layersel.l1ra, without which its adapter does not "
+            "fit. Restore the l1ra block, or start from the adapter with lora_model_dir."
+        )
+
+
+def restore_fsdp_adapter(trainer: Trainer, checkpoint: str) -> None:
+    """Write the plain adapter of ``checkpoint`` into an FSDP2 model; every rank must call this."""
+    adapters.restore_fsdp_adapter(trainer, Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME)

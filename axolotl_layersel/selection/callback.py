@@ -1,0 +1,40 @@
+"""What layer selection does while the run trains; it only delegates."""
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from axolotl_layersel.layers import LayerStack
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.truncation import TruncatedBackward
+
+
+class LayerSelectionCallback(TrainerCallback):
+    """Logs the scores, and cuts the backward pass below the lowest layer that trains."""
+
+    def __init__(self, trainer: Trainer, stack: LayerStack, plan: Plan) -> None:
+        self.trainer = trainer
+        self.stack = stack
+        self.plan = plan
+        self.truncated: TruncatedBackward | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        self.truncated = TruncatedBackward(model, self.stack)
+        self.truncated.install()
+        if state.global_step == 0:
+            self.trainer.log(describe(self.plan))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.truncated is not None:
+            self.truncated.remove()
+
+
+def describe(plan: Plan) -> dict[str, float]:
+    """Return the plan as numbers for the run's trackers, layers with leading zeros so that they sort."""
+    width = len(str(len(plan.layers) - 1))
+    numbers: dict[str, float] = {"layersel/selected_layers": len(plan.selected)}
+    for choice in plan.layers:
+        name = f"{choice.layer:0{width}d}"
+        numbers[f"layersel/selected/{name}"] = int(choice.selected)
+        if choice.score is not None:
+            numbers[f"layersel/score/{name}"] = choice.score
+    return numbers

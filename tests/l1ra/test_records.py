@@ -1,0 +1,41 @@
+from io import StringIO
+
+from rich.console import Console
+
+from axolotl_layersel.l1ra.records import RankHistory, describe_update
+from axolotl_layersel.report import print_ranks
+
+RANKS = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 6, "model.layers.1.self_attn.q_proj": 3}
+
+
+def test_the_history_comes_back_from_its_file(tmp_path):
+    history = RankHistory({0: dict.fromkeys(RANKS, 4), 20: RANKS})
+    history.write(tmp_path)
+    text = (tmp_path / "layersel" / "ranks.csv").read_text()
+    assert text.splitlines()[:2] == ["step,module,rank", "0,model.layers.0.self_attn.q_proj,4"]
+    assert len(text.splitlines()) == 7
+    assert RankHistory.read(tmp_path) == history
+
+
+def test_an_update_is_described_in_numbers_for_trackers():
+    numbers = describe_update(RANKS, dict.fromkeys(RANKS, 10), pool=1, pruned=3, added=2)
+    assert numbers == {
+        "layersel/total_rank": 11,
+        "layersel/pool": 1,
+        "layersel/trainable_parameters_in_use": 110,
+        "layersel/components_pruned": 3,
+        "layersel/components_added": 2,
+        "layersel/rank/q_proj": 2.5,
+        "layersel/rank/up_proj": 6,
+    }
+
+
+def test_the_table_shows_ranks_by_layer_and_type():
+    output = StringIO()
+    print_ranks(dict.fromkeys(RANKS, 4), RANKS, Console(file=output, width=100))
+    lines = [line.replace("│", " ").split() for line in output.getvalue().splitlines()]
+    assert ["0", "2", "6", "4.0"] in lines
+    assert ["1", "3", "3.0"] in lines
+    assert ["mean", "2.5", "6.0", "3.7"] in lines
+    assert ["before", "4.0", "4.0", "4.0"] in lines
+    assert "in all 12 before, 11 now, from 2 to 6" in output.getvalue()
