@@ -233,6 +233,7 @@ def restore_fsdp_adapter(trainer: Trainer, path: Path, prefix: str = "") -> None
         return list(tensors)
 
     names = engines.decide_on_rank_zero(load)
+    engines.reshard(trainer)
     parameters = adapter_parameters(model, embeddings=True)
     for name in names:
         parameter = parameters[name]

@@ -29,6 +29,8 @@ DEFAULT_GATE_LR = 0.02
 SHORT_RUN = 200
 # Optimizers whose moments are whole numbers of one tensor per weight; 8-bit ones share a scale between rows.
 ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+# Trainers that hand the adapter to a generator while training.
+GENERATING_TRAINERS = ("grpo", "ebft")
 PLAIN_INITIALISATIONS = (True, "true", "gaussian")
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
@@ -190,7 +192,7 @@ class L1RAArgs(Block):
     max_rank: int | None = Field(
         default=None, description="The highest rank that a module can reach. Default: 2 × lora_r."
     )
-    min_rank: int = Field(default=1, description="The rank that every module keeps.")
+    min_rank: int = Field(default=1, description="The rank that pruning leaves every module.")
     budget: str = Field(
         default="rank",
         description="`rank`: the sum of all ranks stays; `parameters`: the trainable parameters never grow.",
@@ -254,21 +256,31 @@ class L1RAArgs(Block):
             raise ValueError(f"{cls.path}.update_ratio: {value} is outside (0, 1]. Set a share such as 0.1.")
         return value
 
-    @field_validator("warmup_ratio", "prune_threshold")
+    @field_validator("warmup_ratio")
     @classmethod
-    def check_share(cls, value: float, info: Any) -> float:
+    def check_warmup_ratio(cls, value: float) -> float:
         if not 0 <= value < 1:
-            raise ValueError(f"{cls.path}.{info.field_name}: {value} is outside [0, 1). Leave the key out.")
+            raise ValueError(f"{cls.path}.warmup_ratio: {value} is outside [0, 1). Set a share such as 0.1.")
+        return value
+
+    @field_validator("prune_threshold")
+    @classmethod
+    def check_prune_threshold(cls, value: float) -> float:
+        if not 0 < value < 1:
+            raise ValueError(
+                f"{cls.path}.prune_threshold: {value} is outside (0, 1): gates lie from 0 to 1, and only one below the "
+                "threshold is pruned. Leave the key out."
+            )
         return value
 
     @model_validator(mode="after")
     def check_ranks_and_gates(self) -> "L1RAArgs":
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}.")
-        if self.gate_lr == 0 and self.l1_lambda == "auto":
+        if self.gate_lr == 0 and self.l1_lambda != 0:
             raise ValueError(
-                f"{self.path}.gate_lr: 0 holds the gates where they are, which `l1_lambda: auto` cannot make up for. "
-                "Set a gate_lr above 0; or, to train plain LoRA on purpose, `l1_lambda: 0` too."
+                f"{self.path}.gate_lr: 0 holds the gates where they are, whatever l1_lambda: {self.l1_lambda} is. Set "
+                "a gate_lr above 0; or, to train plain LoRA on purpose, `l1_lambda: 0` too."
             )
         return self
 
@@ -389,8 +401,11 @@ def check_ranks(data: Mapping[str, Any], l1ra: Mapping[str, Any]) -> None:
         ("max_rank", lambda value: value < rank, f"Set {rank} or more, or leave it out for {2 * rank}"),
         ("min_rank", lambda value: value > rank, f"Set {rank} or less"),
     ):
-        value = l1ra.get(key)
-        if isinstance(value, int) and wrong(value):
+        try:
+            value = int(l1ra[key])
+        except (KeyError, TypeError, ValueError):
+            continue  # left out, or what the block's own types refuse
+        if wrong(value):
             side = "less" if key == "max_rank" else "more"
             raise ValueError(
                 f"layersel.l1ra.{key}: {value} is {side} than lora_r: {rank}, with which modules start. {way_out}."
@@ -417,6 +432,13 @@ def check_plain_lora(data: Mapping[str, Any]) -> None:
         raise ValueError(
             f"fp16: {data['fp16']!r} scales the loss, and with it the gradients of layersel.l1ra's gates. "
             "Set `bf16: true` instead."
+        )
+    rl = getattr(data.get("rl"), "value", data.get("rl"))
+    trl = data["trl"] if isinstance(data.get("trl"), Mapping) else {}
+    if rl in GENERATING_TRAINERS or trl.get("use_vllm"):
+        raise ValueError(
+            f"rl: {rl!r} generates text from a merged copy of the adapter that knows nothing of layersel.l1ra's gates. "
+            "Use `selection` alone with it."
         )
     optimizer = data.get("optimizer")
     name = getattr(optimizer, "value", optimizer)

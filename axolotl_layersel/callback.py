@@ -12,33 +12,44 @@ from axolotl_layersel.interrupt import EXIT_CODE, InterruptFlag
 LOG = logging.getLogger("axolotl.layersel")
 
 
-class RunCallback(TrainerCallback):
-    """Restores FSDP2's adapter, and saves on Ctrl-C.
+class RestoreCallback(TrainerCallback):
+    """Restores FSDP2's LoRA weights, which upstream does on one rank only.
 
     Args:
         trainer: whose run it is.
         resume_from: the checkpoint that the run resumes from.
-        restore_fsdp: writes the LoRA weights of a checkpoint into the sharded model.
+        restore: writes the LoRA weights of a checkpoint into the sharded model.
+    """
+
+    def __init__(self, trainer: Trainer, resume_from: str | None, restore: Callable[[str], None]) -> None:
+        self.trainer = trainer
+        self.resume_from = resume_from
+        self.restore = restore
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if engines.name_engine(self.trainer) == "fsdp2" and state.global_step > 0 and self.resume_from:
+            self.restore(self.resume_from)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if engines.name_engine(self.trainer) == "fsdp2" and args.load_best_model_at_end and state.best_model_checkpoint:
+            self.restore(state.best_model_checkpoint)
+
+
+class InterruptCallback(TrainerCallback):
+    """Saves on Ctrl-C. The last callback: at the end of training whoever had SIGINT gets it back once all is settled.
+
+    Args:
+        trainer: whose run it is.
         fold: see ``adapters.save_adapter``.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        resume_from: str | None,
-        restore_fsdp: Callable[[str], None],
-        fold: adapters.Fold | None,
-    ) -> None:
+    def __init__(self, trainer: Trainer, fold: adapters.Fold | None) -> None:
         self.trainer = trainer
-        self.resume_from = resume_from
-        self.restore_fsdp = restore_fsdp
         self.fold = fold
         self.interrupt = InterruptFlag(trainer.args.device)
         self.training = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if engines.name_engine(self.trainer) == "fsdp2" and state.global_step > 0 and self.resume_from:
-            self.restore_fsdp(self.resume_from)
         self.interrupt.install()
         self.training = True
 
@@ -56,8 +67,6 @@ class RunCallback(TrainerCallback):
             self.stop_if_interrupted()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if engines.name_engine(self.trainer) == "fsdp2" and args.load_best_model_at_end and state.best_model_checkpoint:
-            self.restore_fsdp(state.best_model_checkpoint)
         self.training = False
         self.interrupt.restore()
 

@@ -15,6 +15,7 @@ fails loudly when one of them changes):
 * transformers 5.16.1, ``Trainer._load_from_checkpoint`` and ``_load_best_model``: on one process and DDP both
   restore LoRA weights through the model's own ``load_adapter``, and by nothing else.
 * transformers 5.16.1, ``Trainer._save``: the adapter's files come from the model's own ``save_pretrained``.
+* transformers 5.16.1, ``Trainer.set_initial_training_values``: ends in the planned number of optimizer steps.
 * deepspeed 0.18.9: a partitioned parameter has ``ds_id`` and ``ds_process_group``.
 * deepspeed 0.18.9: the functions ``safe_set_*`` change the fp32 master and the optimizer's state, not the weight
   that the next forward reads; under ZeRO-3 ``safe_set_full_*`` fail where the number of elements is no multiple
@@ -257,6 +258,8 @@ def edit_moments(trainer: Trainer, parameter: nn.Parameter, edit: Edit) -> None:
             edit_zero_state(parameter, edit, moment)
         return
     state = trainer.optimizer.state.get(parameter, {})
+    if not state and any(trainer.optimizer.state.values()):
+        return  # no gradient has reached it yet: its moments are zero
     check_moments(state, type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__)
     for moment in MOMENTS:
         if moment in state:
@@ -272,6 +275,37 @@ def check_moments(state: dict, optimizer: str) -> None:
             f"optimizer: {optimizer} keeps no {(missing or MOMENTS)[0]} that rank could move with. "
             "Use `optimizer: adamw_torch` or `adamw_torch_fused`."
         )
+
+
+def check_deepspeed_optimizer(trainer: Trainer) -> None:
+    """Raise LayerselError for a DeepSpeed file whose stage or optimizer rank cannot move under."""
+    if name_engine(trainer) == "ddp":
+        raise LayerselError("deepspeed: ZeRO stage 0 is not supported by layersel.l1ra. Use stage 1, 2 or 3, or DDP.")
+    section = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("optimizer") or {}
+    kind = str(section.get("type", "Adam"))
+    if kind.lower() not in ("adam", "adamw"):
+        raise LayerselError(
+            f"deepspeed: its file's optimizer.type {kind} keeps no Adam moments that layersel.l1ra could move rank "
+            "with. Remove its `optimizer` section, or use AdamW."
+        )
+
+
+def count_optimizer_steps(trainer: Trainer) -> int:
+    """Return the planned number of optimizer steps of a run that has not begun."""
+    if trainer.args.max_steps > 0:  # Axolotl always says it
+        return trainer.args.max_steps
+    with torch.random.fork_rng():
+        return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def reshard(trainer: Trainer) -> None:
+    """Let FSDP2 go of whole weights that a forward without a backward has left behind; nothing elsewhere."""
+    if name_engine(trainer) == "fsdp2":
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def edit_shards(shards: torch.Tensor, edit: Edit) -> None:

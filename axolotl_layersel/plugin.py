@@ -31,6 +31,13 @@ class LayerSelectionPlugin(BasePlugin):
         """See the YAML file as the user wrote it: only here their LoRA kernels differ from Axolotl's own."""
         block = cfg.get("layersel")
         block = block if isinstance(block, dict) else {}
+        # Here and not in the schema: dumped defaults hold None where nothing was written.
+        for key in ("selection", "l1ra"):
+            if key in block and block[key] is None:
+                raise LayerselError(
+                    f"layersel.{key}: the key is there but its block is blank. Write its settings below it, or remove "
+                    "it; `l1ra: {}` takes the defaults."
+                )
         selection = block.get("selection")
         if block.get("l1ra") is not None:
             switch_off_kernels(cfg, "layersel.l1ra")

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.callback import RunCallback
+from axolotl_layersel.callback import InterruptCallback, RestoreCallback
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
@@ -57,18 +57,13 @@ def prepare_trainer(
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
     plan = select_layers(trainer, settings.selection, resume_from, continues_adapter) if settings.selection else None
     ranks = RankRedistribution(trainer, settings.l1ra, lora_r, scaling) if settings.l1ra else None
-    trainer.add_callback(
-        RunCallback(
-            trainer,
-            resume_from,
-            restore_fsdp=ranks.restore_fsdp_adapter if ranks else functools.partial(restore_fsdp_adapter, trainer),
-            fold=ranks.fold if ranks else None,
-        )
-    )
+    restore = ranks.restore_fsdp_adapter if ranks else functools.partial(restore_fsdp_adapter, trainer)
+    trainer.add_callback(RestoreCallback(trainer, resume_from, restore))
     if ranks:
         if resume_from:
             ranks.check(resume_from, "resume_from_checkpoint")
         trainer.add_callback(RankCallback(ranks, resume_from))
+    trainer.add_callback(InterruptCallback(trainer, ranks.fold if ranks else None))
     complete_checkpoints(trainer, plan, ranks)
     return plan
 

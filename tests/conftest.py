@@ -40,7 +40,7 @@ def make_small_llama(layers: int = 6, seed: int = 0, **settings):
 
     torch.manual_seed(seed)
     values = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=97, num_hidden_layers=layers, **{**values, **settings}))
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **{"vocab_size": 97, **values, **settings}))
 
 
 def make_lora(model, targets: object = ("q_proj", "v_proj", "down_proj"), **settings):
@@ -113,7 +113,8 @@ def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "cpu_ram_efficient_loading": engine.endswith("full"),
         "offload_params": False,
-        "reshard_after_forward": True,
+        # False also leaves whole weights behind after an evaluation, in the way of whoever writes to shards.
+        "reshard_after_forward": engine.endswith("full"),
         "state_dict_type": kind,
         "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
     }

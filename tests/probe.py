@@ -2,7 +2,8 @@
 
 They change nothing, unless the environment says so: ``LAYERSEL_TEST_SIGNAL="KILL:3"`` sends every rank SIGKILL at
 the end of step 3; ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"DRIFT:3"`` moves a
-gate on rank 1 alone; ``"NAN:3"`` puts a NaN into a LoRA weight before step 3.
+gate on rank 1 alone; ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
+``"BYPASS:0"`` computes the LoRA of one module past it.
 """
 
 import json
@@ -116,6 +117,8 @@ class RankProbe(TrainerCallback):
             for side in ("lora_A", "lora_B"):
                 weight = getattr(module, side)[self.ranks.adapter].weight
                 state[name, side, "weight"] = engines.gather_parameter(weight)
+                if engines.name_engine(self.trainer).startswith("zero"):
+                    state[name, side, "master"] = deepspeed.utils.safe_get_full_fp32_param(weight).clone().cpu()
                 for moment in ("exp_avg", "exp_avg_sq"):
                     state[name, side, moment] = gather_moment(self.trainer, weight, moment).cpu()
         return state
@@ -175,10 +178,19 @@ class RankProbe(TrainerCallback):
             (self.folder / "ranks.json").write_text(json.dumps(record))
 
 
+def bypass(module, hidden):
+    """Compute a LoRA module as fused kernels do, from its matrices alone."""
+    matrices = module.lora_A["default"].weight.T @ module.lora_B["default"].weight.T
+    return module.base_layer(hidden) + hidden @ matrices * module.scaling["default"]
+
+
 class RankProbePlugin(BasePlugin):
     """Listed after the plugin under test."""
 
     def post_trainer_create(self, cfg, trainer):
         ranks = find_ranks(trainer)
+        if ranks is not None and os.environ.get("LAYERSEL_TEST_SIGNAL") == "BYPASS:0":
+            module = next(iter(ranks.modules.values()))
+            module.forward = lambda hidden: bypass(module, hidden)
         if ranks is not None:
             trainer.add_callback(RankProbe(trainer, ranks))

@@ -96,6 +96,17 @@ BEFORE_THE_MODEL = {
     "l1ra: misspelt lambda": (l1ra(l1_lambda="atuo"), "layersel.l1ra.l1_lambda: 'atuo' is not `auto` or a number"),
     "l1ra: negative learning rate": (l1ra(gate_lr=-0.1), "layersel.l1ra.gate_lr: -0.1 is not a learning rate"),
     "l1ra: auto without a learning rate": (l1ra(gate_lr=0), "layersel.l1ra.gate_lr: 0 holds the gates where they are"),
+    "l1ra: pressure without a learning rate": (
+        l1ra(gate_lr=0, l1_lambda=0.5),
+        "layersel.l1ra.gate_lr: 0 holds the gates where they are, whatever l1_lambda: 0.5 is",
+    ),
+    "l1ra: no threshold": (l1ra(prune_threshold=0), "layersel.l1ra.prune_threshold: 0.0 is outside (0, 1)"),
+    "l1ra: floor as text": (l1ra(min_rank="5"), "layersel.l1ra.min_rank: 5 is more than lora_r: 4"),
+    "l1ra: blank": (
+        {"layersel": {**selection()["layersel"], "l1ra": None}},
+        "layersel.l1ra: the key is there but its block is blank",
+    ),
+    "l1ra: generation": ({**l1ra(), "rl": "grpo"}, "rl: 'grpo' generates text from a merged copy of the adapter"),
     "l1ra: no interval": (l1ra(update_ratio=0), "layersel.l1ra.update_ratio: 0.0 is outside (0, 1]"),
     "l1ra: interval beyond the run": (l1ra(update_ratio=1.5), "layersel.l1ra.update_ratio: 1.5 is outside (0, 1]"),
     "l1ra: endless warmup": (l1ra(warmup_ratio=1), "layersel.l1ra.warmup_ratio: 1.0 is outside [0, 1)"),

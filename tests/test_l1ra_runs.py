@@ -98,6 +98,9 @@ def test_the_next_forward_computes_with_the_rows_that_an_update_wrote(whole_runs
                 assert rows[f"{key}/drawn"].abs().max() > 0.01
             assert torch.equal(rows[f"{key}/lora_A/weight"], expected)
             assert torch.equal(rows[f"{key}/lora_A/seen"][slots], expected)
+            if engine.startswith("zero"):
+                assert torch.equal(rows[f"{key}/lora_A/master"], expected)
+                assert not rows[f"{key}/lora_B/master"].any()
             assert not rows[f"{key}/lora_B/weight"].any()
             assert not rows[f"{key}/lora_B/seen"][:, slots].any()
             written += len(slots)

@@ -2,6 +2,7 @@
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 
 
@@ -13,7 +14,12 @@ class RankCallback(TrainerCallback):
         self.resume_from = resume_from
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if state.global_step > 0 and self.resume_from:
+        if state.global_step > 0:
+            if self.resume_from is None:
+                raise LayerselError(
+                    "resume_from_checkpoint: the trainer resumes, but was prepared without saying from where. Give "
+                    "`prepare_trainer` the checkpoint as `resume_from`."
+                )
             self.ranks.restore(self.resume_from)
         self.ranks.start(state.max_steps)
 

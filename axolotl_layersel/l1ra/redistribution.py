@@ -32,9 +32,13 @@ from axolotl_layersel.report import print_ranks
 LOG = logging.getLogger("axolotl.layersel")
 
 
-def check_trainer(trainer: Trainer, settings: L1RAArgs) -> None:
+def check_trainer(trainer: Trainer, settings: L1RAArgs, lora_r: int) -> None:
     """Raise LayerselError for a run in which rank cannot move."""
     arguments = trainer.args
+    if settings.min_rank > lora_r:
+        raise LayerselError(f"layersel.l1ra.min_rank: {settings.min_rank} is more than lora_r: {lora_r}. Lower it.")
+    if settings.max_rank is not None and settings.max_rank < lora_r:
+        raise LayerselError(f"layersel.l1ra.max_rank: {settings.max_rank} is less than lora_r: {lora_r}. Raise it.")
     if arguments.fp16 or trainer.accelerator.mixed_precision == "fp16":
         raise LayerselError(
             "fp16: true scales the loss, and with it the gradients of layersel.l1ra's gates. Set `bf16: true` and "
@@ -42,17 +46,12 @@ def check_trainer(trainer: Trainer, settings: L1RAArgs) -> None:
         )
     if arguments.auto_find_batch_size:
         raise LayerselError("auto_find_batch_size: true starts training over, which layersel.l1ra does not support.")
-    if trainer.is_deepspeed_enabled and engines.name_engine(trainer) == "ddp":
-        raise LayerselError("deepspeed: ZeRO stage 0 is not supported by layersel.l1ra. Use stage 1, 2 or 3, or DDP.")
-    check_run_length(count_optimizer_steps(trainer), settings.update_ratio, settings.warmup_ratio)
-
-
-def count_optimizer_steps(trainer: Trainer) -> int:
-    """Return the planned number of optimizer steps."""
-    if trainer.args.max_steps > 0:  # Axolotl always says it
-        return trainer.args.max_steps
-    with torch.random.fork_rng():
-        return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    if trainer.optimizer is not None:
+        raise LayerselError("optimizer: it was made before the trainer was prepared, so it holds other LoRA weights.")
+    if trainer.is_deepspeed_enabled:
+        engines.check_deepspeed_optimizer(trainer)
+    steps = engines.count_optimizer_steps(trainer)
+    check_run_length(steps, settings.update_ratio, settings.warmup_ratio)
 
 
 class RankRedistribution:
@@ -70,7 +69,6 @@ class RankRedistribution:
     """
 
     def __init__(self, trainer: Trainer, settings: L1RAArgs, lora_r: int | None = None, scaling: float | None = None):
-        check_trainer(trainer, settings)
         self.trainer = trainer
         self.settings = settings
         self.model: PeftModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
@@ -78,6 +76,7 @@ class RankRedistribution:
         self.adapter = adapters.get_adapter_name(self.model)
         self.initial = adapters.get_config(self.model)
         self.lora_r = lora_r or self.initial.r
+        check_trainer(trainer, settings, self.lora_r)
         self.max_rank = settings.max_rank or 2 * self.lora_r
         slots = grow_modules(self.model, self.max_rank, scaling)
         everything = find_lora_modules(self.model.get_base_model())
@@ -99,7 +98,7 @@ class RankRedistribution:
         self.history = RankHistory({0: self.ranks()})
         self.update_steps: set[int] = set()
         self.gate_lr = self.l1_lambda = 0.0
-        self.expects_gradients = False
+        self.expect_gradients: set[str] = set()
         self.gates.attach()
 
     # --- What there is ------------------------------------------------------------------------------------------------
@@ -222,18 +221,23 @@ class RankRedistribution:
             self.history.write(self.trainer.args.output_dir)
 
     def check_gradients(self, step: int) -> None:
-        """Raise LayerselError where LoRA trains but no gradient reaches the gates; every rank must call this."""
-        if self.gate_lr == 0 or self.exp_avg_sq.any():
+        """Raise LayerselError for a module that trains while no gradient reaches its gates; every rank must call this.
+
+        Something computes its LoRA past the module then, so that its gates mean nothing. As long as B is zero, so
+        is every gradient: it is late only from one update at which B was not zero to the next.
+        """
+        if self.gate_lr == 0:
             return
-        # As long as B is zero, before the first step and while the learning rate is 0, so is every gradient: it is
-        # late only from one update at which B was not zero to the next.
-        if self.expects_gradients:
+        without = [name for name, part in self.gates.parts.items() if not self.exp_avg_sq[part].any()]
+        late = [name for name in without if name in self.expect_gradients]
+        if late:
             raise LayerselError(
-                f"layersel.l1ra: no gradient has reached any gate in {step} steps, so there is nothing to move rank "
-                "by. Something computes LoRA past its modules: remove fused kernels and custom trainers."
+                f"layersel.l1ra: {late[0]} trains, but no gradient has reached its gates in {step} steps "
+                f"({len(late)} such modules). Something computes LoRA past its modules: remove fused kernels, or leave "
+                "these modules out of lora_target_modules."
             )
-        up = next(iter(self.modules.values())).lora_B[self.adapter].weight
-        self.expects_gradients = bool(engines.gather_parameter(up).any())
+        ups = {name: self.modules[name].lora_B[self.adapter].weight for name in without}
+        self.expect_gradients = {name for name, up in ups.items() if engines.gather_parameter(up).any()}
 
     def apply(self, moves: Moves, step: int, training: bool = True) -> None:
         """Flip the components of ``moves`` and write their rows and columns, on every rank alike.
@@ -242,6 +246,7 @@ class RankRedistribution:
         that has loaded the best model may hold none.
         """
         self.check_agreement(moves, step)
+        engines.reshard(self.trainer)
         emptied: list[int] = []
         filled: list[int] = []
         for name, part in self.gates.parts.items():
