@@ -9,6 +9,7 @@ Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, a
 * gloo refuses to write into the autograd views that ZeRO-1/2 hand it; detached tensors share memory.
 * DeepSpeed gathers several ZeRO-3 parameters at once and waits for the last only, which is right on NCCL,
   where operations end in order. On gloo it then reads weights that have not arrived: each is waited for.
+* transformers and accelerate refuse bf16 without a GPU, although the CPU computes in it.
 * Axolotl's ``device_map`` names a GPU in every run with several processes.
 """
 
@@ -16,7 +17,10 @@ import json
 import os
 from pathlib import Path
 
+import accelerate.accelerator
+import accelerate.state
 import torch
+import transformers.training_args
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -36,6 +40,10 @@ def _patch() -> None:
 
     build_device_mesh = ParallelismConfig.build_device_mesh
     ParallelismConfig.build_device_mesh = lambda self, device_type: build_device_mesh(self, "cpu")
+
+    for module in (accelerate.accelerator, accelerate.state):
+        module.is_bf16_available = lambda *args: True
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
     from deepspeed.comm.torch import TorchBackend
 

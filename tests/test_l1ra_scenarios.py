@@ -165,6 +165,42 @@ def test_small_parameters_that_zero3_keeps_whole_are_written_too(train, runs, tm
             assert torch.equal(rows[f"{step}/{module}/lora_A/seen"][slots], rows[name])
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_weights_and_their_fp32_masters_are_both_written(train, tmp_path, stage):
+    config = {**deepspeed_config(stage), "bf16": {"enabled": True}}
+    path = tmp_path / "bf16.json"
+    path.write_text(json.dumps(config))
+    run = train(f"zero{stage}", **{**SETTINGS, "deepspeed": str(path), "bf16": True})
+    rows, record = load_file(run.folder / "rows.safetensors"), json.loads((run.folder / "ranks.json").read_text())
+    assert record["survivors_changed_by"] == 0
+    drawn = [name for name in rows if name.endswith("/drawn")]
+    assert drawn
+    for name in drawn:
+        step, module, _ = name.split("/")
+        key, added = f"{step}/{module}", record["gates"][f"added {step}"][module]
+        changed = record["gates"][f"changed {step}"][module]
+        assert rows[f"{key}/lora_A/seen"].dtype == torch.bfloat16
+        assert torch.equal(rows[f"{key}/lora_A/seen"][added], rows[name].bfloat16())
+        assert torch.equal(rows[f"{key}/lora_A/master"][[changed.index(slot) for slot in added]], rows[name])
+
+
+def test_a_run_that_stops_early_ends_with_the_ranks_of_its_best_checkpoint(train):
+    # The first evaluation is the best one, see test_runs.
+    evaluated = {
+        "eval_steps": 2,
+        "val_set_size": 0.1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+        "early_stopping_patience": 1,
+    }
+    run = train(**{**SETTINGS, **evaluated})
+    history = run.ranks()
+    assert list(history) == [0, 2, 4]
+    assert run.config()["rank_pattern"] == history[4] == history[2]
+    assert difference(run.adapter(), run.adapter("checkpoint-2")) <= 1e-7
+
+
 def test_a_budget_of_parameters_is_never_exceeded(train):
     run = train(**{**SETTINGS, **l1ra(update_ratio=0.2, budget="parameters", max_rank=16)})
     widths = {"q_proj": 64 + 64, "v_proj": 64 + 32, "down_proj": 160 + 64}
