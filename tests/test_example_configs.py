@@ -8,7 +8,7 @@ import yaml
 from conftest import ROOT
 from pydantic import ValidationError
 
-from axolotl_layersel.args import L1RAArgs, LayerselBlock, SelectionArgs
+from axolotl_layersel.args import LORA_KERNELS, L1RAArgs, LayerselBlock, SelectionArgs
 
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
@@ -107,6 +107,15 @@ def test_a_deepspeed_file_is_of_the_stage_that_the_name_says(path):
         settings = yaml.safe_load((ROOT / content["deepspeed"]).read_text())["zero_optimization"]
         zero = DeepSpeedZeroConfig(**{key: value for key, value in settings.items() if value != "auto"})
         assert zero.stage == int(named[1])
+
+
+def test_the_kernels_that_axolotl_switches_on_by_itself_stay_off_where_gates_need_the_modules():
+    kernels = {}
+    for name in ("llama-3.1-8b-lora", "llama-3.1-8b-l1ra"):
+        cfg = validate(read(ROOT / "example_configs" / f"{name}.yml"))
+        kernels[name] = [bool(cfg[key]) for key in LORA_KERNELS]
+    assert kernels["llama-3.1-8b-l1ra"] == [False] * 4
+    assert True in kernels["llama-3.1-8b-lora"]
 
 
 def test_the_readme_explains_every_key_of_the_block_once():
