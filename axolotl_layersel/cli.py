@@ -47,13 +47,24 @@ def plan(
 @app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="A plan.json, or the folder of a run or checkpoint.")],
+    picture: Annotated[Path | None, typer.Option(help="Also draw the ranks to this file, such as ranks.png.")] = None,
 ) -> None:
-    """Print a plan: layer, score, bar, chosen."""
+    """Print what was decided: the chosen layers, and the rank of every module."""
+    from axolotl_layersel.l1ra.records import RankHistory, ranks_path
     from axolotl_layersel.plan import plan_path, read_plan
-    from axolotl_layersel.report import print_plan
+    from axolotl_layersel.report import draw_ranks, print_plan, print_ranks
 
+    has_ranks = path.is_dir() and ranks_path(path).exists()
     try:
-        print_plan(read_plan(plan_path(path) if path.is_dir() else path, key="PATH"))
+        if not has_ranks or plan_path(path).exists():
+            print_plan(read_plan(plan_path(path) if path.is_dir() else path, key="PATH"))
+        if has_ranks:
+            history = RankHistory.read(path)
+            print_ranks(history.ranks[0], history.ranks[max(history.ranks)])
+        if picture and not has_ranks:
+            raise LayerselError(f"--picture: {path} has no layersel/ranks.csv to draw. Give the folder of a run.")
+        if picture:
+            draw_ranks(history.ranks, picture)
     except LayerselError as error:
         fail(str(error))
 

@@ -1,11 +1,15 @@
-"""Tables for people."""
+"""Tables and pictures for people."""
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
 
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.records import group_by_type
 from axolotl_layersel.plan import Plan
 
 BAR_WIDTH = 24
@@ -56,6 +60,43 @@ def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Tabl
         columns = [[rank for name, rank in ranks.items() if places[name][1] == kind] for kind in kinds]
         table.add_row(heading, *(f"{mean(column):.1f}" for column in columns), f"{mean(ranks.values()):.1f}")
     return table
+
+
+def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
+    """Draw the mean rank of each type of module over the steps, and the last ranks by layer and type.
+
+    Args:
+        history: rank of every module, by optimizer step.
+        path: of the picture; its ending says the format.
+
+    Raises:
+        LayerselError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise LayerselError("--picture needs matplotlib. Install it: pip install 'axolotl-layersel[plots]'.") from error
+    steps = sorted(history)
+    places = {name: find_place(name) for name in history[steps[-1]]}
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    layers = list(dict.fromkeys(layer for layer, _ in places.values()))
+    figure = Figure(figsize=(11, 2 + 0.2 * len(layers)), layout="constrained")
+    over_time, at_end = figure.subplots(1, 2)
+    means = {kind: [mean(group_by_type(history[step])[kind]) for step in steps] for kind in kinds}
+    for kind, values in means.items():
+        over_time.step(steps, values, where="post", label=kind)
+    over_time.set(xlabel="optimizer step", ylabel="mean rank")
+    over_time.legend(fontsize="small")
+    grid = [[math.nan] * len(kinds) for _ in layers]
+    for name, rank in history[steps[-1]].items():
+        layer, kind = places[name]
+        grid[layers.index(layer)][kinds.index(kind)] = rank
+    image = at_end.imshow(grid, aspect="auto")
+    at_end.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
+    at_end.set(ylabel="layer", title=f"rank after step {steps[-1]}")
+    at_end.set_yticks(range(len(layers)), layers, fontsize="small")
+    figure.colorbar(image)
+    figure.savefig(path)
 
 
 def find_place(module: str) -> tuple[str, str]:

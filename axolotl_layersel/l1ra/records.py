@@ -3,6 +3,7 @@
 import csv
 import io
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from axolotl_layersel.plan import FOLDER, write_atomically
 
 FILE = "ranks.csv"
 HEADER = ["step", "module", "rank"]
+
+
+def ranks_path(folder: str | Path) -> Path:
+    """Return where the history of a run or checkpoint in ``folder`` lies."""
+    return Path(folder) / FOLDER / FILE
 
 
 @dataclass
@@ -38,23 +44,18 @@ class RankHistory:
     @classmethod
     def read(cls, folder: str | Path) -> "RankHistory":
         """Return the history in ranks.csv of the run or checkpoint in ``folder``."""
-        return cls.from_csv((Path(folder) / FOLDER / FILE).read_text())
+        return cls.from_csv(ranks_path(folder).read_text())
 
     def write(self, folder: str | Path) -> None:
         """Write ranks.csv for the run or checkpoint in ``folder``; it appears at once and complete."""
-        write_atomically(Path(folder) / FOLDER / FILE, self.to_csv().encode())
+        write_atomically(ranks_path(folder), self.to_csv().encode())
 
 
-def find_type(module: str) -> str:
-    """Return what kind of module it is, such as ``q_proj``."""
-    return module.rpartition(".")[2]
-
-
-def group_by_type(ranks: dict[str, int]) -> dict[str, list[int]]:
-    """Return the ranks by the modules' type, types in the order in which they come."""
+def group_by_type(ranks: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return the ranks by the modules' type, such as ``q_proj``, types in the order in which they come."""
     grouped: dict[str, list[int]] = defaultdict(list)
     for module, rank in ranks.items():
-        grouped[find_type(module)].append(rank)
+        grouped[module.rpartition(".")[2]].append(rank)
     return dict(grouped)
 
 

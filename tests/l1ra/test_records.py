@@ -1,7 +1,11 @@
+import subprocess
+import sys
 from io import StringIO
 
 from rich.console import Console
+from typer.testing import CliRunner
 
+from axolotl_layersel.cli import app
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.report import print_ranks
 
@@ -39,3 +43,29 @@ def test_the_table_shows_ranks_by_layer_and_type():
     assert ["mean", "2.5", "6.0", "3.7"] in lines
     assert ["before", "4.0", "4.0", "4.0"] in lines
     assert "in all 12 before, 11 now, from 2 to 6" in output.getvalue()
+
+
+def test_show_prints_and_draws_the_ranks_of_a_run_without_a_plan(tmp_path):
+    RankHistory({0: dict.fromkeys(RANKS, 4), 20: RANKS}).write(tmp_path)
+    result = CliRunner().invoke(app, ["show", str(tmp_path), "--picture", str(tmp_path / "ranks.png")])
+    assert result.exit_code == 0
+    assert "in all 12 before, 11 now" in result.output
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["show", str(tmp_path), "--picture", str(tmp_path / "ranks.png")])
+    assert result.exit_code == 1
+    assert "plan.json cannot be read" in result.output
+
+
+def test_showing_ranks_imports_no_torch(tmp_path):
+    RankHistory({0: RANKS}).write(tmp_path)
+    code = f"""if True:
+        import sys
+        from typer.testing import CliRunner
+        from axolotl_layersel.cli import app
+        assert CliRunner().invoke(app, ["show", {str(tmp_path)!r}]).exit_code == 0
+        assert not {{"torch", "axolotl", "matplotlib"}} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
