@@ -82,11 +82,16 @@ def export(
     layout: Annotated[
         Layout, typer.Option(help="ragged: each module its own rank; uniform: all padded to the highest rank.")
     ],
-    output: Annotated[Path, typer.Option(help="The folder that the adapter is written to.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The folder that it is written to. Default: beside ADAPTER, such as uniform-NAME."),
+    ] = None,
 ) -> None:
     """Write a LoRA adapter in a layout that other programs read, with the same result."""
     from axolotl_layersel.layouts import export_adapter, find_vllm_rank
 
+    # Not in a folder of the run, which would look like a checkpoint or an adapter of its own.
+    output = output or adapter.resolve().with_name(f"{layout.value}-{adapter.resolve().name}")
     try:
         rank = export_adapter(adapter, layout.value, output)
     except LayerselError as error:

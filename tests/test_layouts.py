@@ -119,6 +119,10 @@ def test_the_command_says_what_vllm_needs(tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
     assert "highest rank 7" in result.output and "vLLM needs --max-lora-rank 8" in result.output
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "uneven"), "--layout", "uniform"])
+    assert result.exit_code == 0
+    written, named = (tmp_path / place / "adapter_model.safetensors" for place in ("uniform-uneven", "out"))
+    assert written.read_bytes() == named.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines, layouts
-from axolotl_layersel.args import L1RAArgs
+from axolotl_layersel.args import ADAM_OPTIMIZERS, L1RAArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.l1ra.adame import step_gates
@@ -43,6 +43,12 @@ def check_trainer(trainer: Trainer, settings: L1RAArgs, lora_r: int) -> None:
         raise LayerselError(
             "fp16: true scales the loss, and with it the gradients of layersel.l1ra's gates. Set `bf16: true` and "
             "`fp16: false`."
+        )
+    optimizer = getattr(arguments.optim, "value", arguments.optim)
+    if optimizer not in ADAM_OPTIMIZERS:
+        raise LayerselError(
+            f"optimizer: {optimizer!r} keeps no Adam moments that layersel.l1ra could move rank with. "
+            f"Use {' or '.join(f'`{known}`' for known in ADAM_OPTIMIZERS)}."
         )
     if arguments.auto_find_batch_size:
         raise LayerselError("auto_find_batch_size: true starts training over, which layersel.l1ra does not support.")
