@@ -9,9 +9,9 @@ TOKENS = torch.arange(3, 43).reshape(2, 20)
 CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 
 
-def make_gated(checkpointing: str = "none", dtype: torch.dtype = torch.float32):
+def make_gated(checkpointing: str = "none", dtype: torch.dtype = torch.float32, layers: int = 3):
     """Return a model with random LoRA weights, and random gates attached to it."""
-    model = make_lora(make_small_llama(layers=3))
+    model = make_lora(make_small_llama(layers))
     generator = torch.Generator().manual_seed(5)
     for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
@@ -92,7 +92,7 @@ def test_gates_stay_in_fp32_beside_bf16_weights():
 
 
 def test_compiled_models_use_the_gates_of_the_moment():
-    (plain, one), (compiled, two) = make_gated(), make_gated()
+    (plain, one), (compiled, two) = make_gated(layers=1), make_gated(layers=1)
     # Everything but the generation of machine code, which takes minutes.
     compiled = torch.compile(compiled, backend="aot_eager")
     for _ in range(2):
