@@ -41,6 +41,12 @@ def get_config(model: PeftModel) -> LoraConfig:
     return model.peft_config[get_adapter_name(model)]
 
 
+def get_initialisation(config: LoraConfig) -> bool | str | None:
+    """Return ``init_lora_weights``, names in lower case as PEFT compares them."""
+    method = config.init_lora_weights
+    return method.lower() if isinstance(method, str) else method
+
+
 def make_row_generator(seed: int, module: str, row: int) -> torch.Generator:
     """Return a CPU generator for one rank component of one module; it shares no state with any other."""
     digest = hashlib.sha256(f"{seed}\0{module}\0{row}".encode()).digest()
@@ -69,8 +75,7 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
         OLoRA, LoftQ, ...), whose result PEFT's is kept.
     """
     config, adapter = get_config(model), get_adapter_name(model)
-    method = config.init_lora_weights
-    method = method.lower() if isinstance(method, str) else method
+    method = get_initialisation(config)
     if method not in SEEDED_INITIALISATIONS:
         return False
     for name, module in find_lora_modules(model.get_base_model()).items():
@@ -175,18 +180,22 @@ def gather_adapter(trainer: Trainer) -> dict[str, torch.Tensor]:
     return engines.gather_parameters({name: parameters[name] for name in names})
 
 
-def save_adapter(trainer: Trainer, folder: str | Path, fold: Fold | None = None) -> None:
+def save_adapter(trainer: Trainer, folder: str | Path, fold: Fold | None = None) -> dict[str, torch.Tensor]:
     """Write the adapter in training to ``folder`` as plain PEFT files; every rank must call this.
 
     Args:
         trainer: whose model carries the adapter.
         folder: is made where it does not exist; each file appears there at once and complete.
         fold: what makes a plain adapter of the tensors and the configuration in training, on rank 0.
+
+    Returns:
+        What ``gather_adapter`` does, before ``fold``.
     """
     tensors = gather_adapter(trainer)
     if engines.get_rank() == 0:
         config = get_config(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
         write_adapter(folder, *(fold(tensors, config) if fold else (tensors, config)))
+    return tensors
 
 
 def load_adapter_tensors(model: PeftModel, path: Path, prefix: str = "") -> dict[str, torch.Tensor]:

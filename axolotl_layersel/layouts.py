@@ -89,11 +89,18 @@ def lay_out(
     config = copy.copy(config)
     config.r = config.lora_alpha = highest
     config.use_rslora = False
-    # PEFT takes the first name that a module's name ends in: longer names first.
-    ragged = sorted(factors, key=lambda module: (-len(module), module)) if layout == "ragged" else []
-    config.rank_pattern = {module: factors[module].rank for module in ragged}
+    ranks = {module: pair.rank for module, pair in factors.items()}
+    config.rank_pattern = order_pattern(ranks) if layout == "ragged" else {}
     config.alpha_pattern = dict(config.rank_pattern)
     return tensors, config
+
+
+def order_pattern(pattern: dict[str, float]) -> dict[str, float]:
+    """Return a ``rank_pattern`` or ``alpha_pattern`` by full names in an order in which PEFT finds the right one.
+
+    PEFT takes the first name that a module's name ends in: longer names first.
+    """
+    return dict(sorted(pattern.items(), key=lambda item: (-len(item[0]), item[0])))
 
 
 def write_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig) -> None:

@@ -1,8 +1,10 @@
 """The plan: which layers were chosen, why, and on what. Read, checked and written here."""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,14 +105,21 @@ def write_plan(plan: Plan, path: str | Path) -> None:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to a temporary file beside ``path``, flush it to disk and rename it to ``path``."""
+    """Write ``content`` to ``path``, which appears at once and complete."""
+    with replace_atomically(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replace_atomically(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary file beside ``path``, then flush it to disk and rename it to ``path``; on failure remove it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield Path(temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)

@@ -28,11 +28,11 @@ def complete_checkpoints(trainer: Trainer, plan: Plan | None, ranks: RankRedistr
         with without_saving(model) if ranks else contextlib.nullcontext():
             upstream_save_model(output_dir, _internal_call=True)
         if ranks:
-            adapters.save_adapter(trainer, folder, ranks.fold)
+            weights = adapters.save_adapter(trainer, folder, ranks.fold)
             if engines.get_rank() == 0:
                 model.create_or_update_model_card(str(folder))
-            if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-                ranks.save(folder)
+                if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+                    ranks.save(folder, weights)
         elif not engines.upstream_writes_adapter(trainer):
             adapters.save_adapter(trainer, folder)
         if plan and engines.get_rank() == 0:

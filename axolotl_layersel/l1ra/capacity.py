@@ -10,14 +10,14 @@ from torch import nn
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.layouts import Factors, find_used
+from axolotl_layersel.layouts import Factors, find_used, order_pattern
 
 
 def check_modules(model: PeftModel) -> None:
     """Raise LayerselError for a LoRA module that is more than B·A·x·scaling with linear A and B."""
     adapter = adapters.get_adapter_name(model)
-    method = adapters.get_config(model).init_lora_weights
-    if (method.lower() if isinstance(method, str) else method) not in adapters.SEEDED_INITIALISATIONS:
+    method = adapters.get_initialisation(adapters.get_config(model))
+    if method not in adapters.SEEDED_INITIALISATIONS:
         raise LayerselError(
             f"peft_init_lora_weights: {method!r} is not supported by layersel.l1ra: components that are added later "
             "could not start like the first ones. Remove it, or use `gaussian`."
@@ -77,8 +77,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
         module.scaling[adapter] /= rescale
         module.r[adapter] = max_rank
         module.lora_alpha[adapter] = module.scaling[adapter] * max_rank
-    name = adapters.get_adapter_name(model)
-    model.peft_config[name] = describe_capacity(adapters.get_config(model), modules, adapter, max_rank)
+    model.peft_config[adapter] = describe_capacity(adapters.get_config(model), modules, adapter, max_rank)
     return {name: list(range(len(used))) for name, used in components.items()}
 
 
@@ -107,5 +106,5 @@ def describe_capacity(config: LoraConfig, modules: dict[str, LoraLayer], adapter
     config.use_rslora = False
     config.rank_pattern = {}
     same = len(set(alphas.values())) == 1
-    config.alpha_pattern = {} if same else dict(sorted(alphas.items(), key=lambda item: (-len(item[0]), item[0])))
+    config.alpha_pattern = {} if same else order_pattern(alphas)
     return config

@@ -215,9 +215,9 @@ class RankRedistribution:
             settings.exclude_pruned,
         )
         self.apply(moves, step)
-        self.history.ranks[step] = self.ranks()
+        ranks = self.history.ranks[step] = self.ranks()
         numbers = describe_update(
-            self.ranks(), self.parameters_per_component, self.pool, moves.count_pruned(), moves.count_added()
+            ranks, self.parameters_per_component, self.pool, moves.count_pruned(), moves.count_added()
         )
         # Logging clears the flag by which the Trainer would log the step's loss.
         should_log = self.trainer.control.should_log
@@ -293,8 +293,7 @@ class RankRedistribution:
 
     def draw_row(self, module: str, slot: int, step: int) -> torch.Tensor:
         """Return the row of A that a component added after ``step`` starts from, (inputs,), fp32."""
-        method = self.initial.init_lora_weights
-        method = method.lower() if isinstance(method, str) else method
+        method = adapters.get_initialisation(self.initial)
         like = torch.empty(self.modules[module].in_features)
         return adapters.draw_row(like, method, self.trainer.args.seed, f"{module}\0{step}", slot, self.lora_r)
 
@@ -337,18 +336,16 @@ class RankRedistribution:
             folded[name] = layouts.fold(pair, everything[name].scaling[self.adapter], gates)
         return layouts.lay_out(folded, rest, config, "ragged")
 
-    def save(self, checkpoint: str | Path) -> None:
-        """Write what resuming needs into ``checkpoint``; every rank must call this."""
-        weights = adapters.gather_adapter(self.trainer)
-        if engines.get_rank() == 0:
-            metadata = {
-                "settings": self.settings.model_dump_json(),
-                "max_rank": str(self.max_rank),
-                "modules": json.dumps(list(self.modules)),
-                "pool": str(self.pool),
-            }
-            write_state(state_path(checkpoint), weights, self.gate_tensors(), metadata)
-            self.history.write(checkpoint)
+    def save(self, checkpoint: str | Path, weights: dict[str, torch.Tensor]) -> None:
+        """Write what resuming needs into ``checkpoint``, on rank 0. ``weights``: see ``adapters.gather_adapter``."""
+        metadata = {
+            "settings": self.settings.model_dump_json(),
+            "max_rank": str(self.max_rank),
+            "modules": json.dumps(list(self.modules)),
+            "pool": str(self.pool),
+        }
+        write_state(state_path(checkpoint), weights, self.gate_tensors(), metadata)
+        self.history.write(checkpoint)
 
     def gate_tensors(self) -> dict[str, torch.Tensor]:
         """Return the flat tensors that make up the state of the gates, by name."""

@@ -1,7 +1,6 @@
 """What a checkpoint holds beside its plain adapter so that ranks, gates and weights resume exactly."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import save_file
 
 from axolotl_layersel.args import L1RAArgs
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plan import FOLDER
+from axolotl_layersel.plan import FOLDER, replace_atomically
 
 STATE_FILE = "state.safetensors"
 SCHEMA_VERSION = "1"
@@ -30,12 +29,8 @@ def write_state(
     """Write weights, gates and what they must be checked against to ``path``; the file appears at once and complete."""
     tensors = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in adapter.items()}
     tensors |= {f"{GATE_PREFIX}{name}": tensor.cpu() for name, tensor in gates.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"format": "pt", "schema_version": SCHEMA_VERSION, **metadata})
-    with open(temporary, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(temporary, path)
+    with replace_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "schema_version": SCHEMA_VERSION, **metadata})
 
 
 def read_gates(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
