@@ -62,6 +62,31 @@ def check_experts(model: PeftModel) -> None:
         )
 
 
+def check_plain_lora(model: PeftModel, setting: str) -> None:
+    """Raise LayerselError for a LoRA module that is more than B·A·x·scaling with linear A and B.
+
+    ``setting``: the YAML key that puts gates on the modules.
+    """
+    adapter, method = get_adapter_name(model), get_initialisation(get_config(model))
+    if method not in SEEDED_INITIALISATIONS:
+        raise LayerselError(
+            f"peft_init_lora_weights: {method!r} is not supported by {setting}, whose gates need an adapter that "
+            "starts from nothing. Remove it, or use `gaussian`."
+        )
+    for name, module in find_lora_modules(model.get_base_model()).items():
+        linear = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
+        if not linear or module.lora_A[adapter].weight.dim() != 2:
+            raise LayerselError(
+                f"lora_target_modules: {name} is a {type(module.get_base_layer()).__name__}, on whose LoRA {setting} "
+                "cannot put gates. Target linear modules, such as q_proj and down_proj."
+            )
+        if module.lora_variant.get(adapter) is not None or module.lora_bias.get(adapter):
+            raise LayerselError(
+                f"lora_target_modules: LoRA on {name} is not plain LoRA (DoRA, aLoRA, lora_bias or the like), which "
+                f"{setting} does not support. Use plain LoRA."
+            )
+
+
 @torch.no_grad()
 def initialize_lora(model: PeftModel, seed: int) -> bool:
     """Draw the initial LoRA weights from ``seed``, in PEFT's distribution.
@@ -105,13 +130,13 @@ def draw_row(like: torch.Tensor, method: bool | str, seed: int, module: str, row
     return torch.rand(like.shape, generator=generator) * (2 * bound) - bound
 
 
-def remove_unselected(model: PeftModel, stack: LayerStack, selected: list[int]) -> None:
-    """Put the base modules back in place of the LoRA modules of the layers not ``selected``.
+def remove_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> None:
+    """Put the base modules back in place of the LoRA modules of the layers, but for those ``kept``.
 
     The configuration then names exactly the LoRA modules that exist, so that stock PEFT rebuilds them.
     """
     base = model.get_base_model()
-    removed = [name for layer, names in stack.lora_modules.items() if layer not in selected for name in names]
+    removed = [name for names in stack.lora_modules.values() for name in names if name not in set(kept)]
     for name in removed:
         parent, _, child = name.rpartition(".")
         module = base.get_submodule(name)
@@ -141,13 +166,12 @@ def name_exactly(config: LoraConfig, base: nn.Module) -> None:
         config.target_modules = "|".join(name.replace(".", r"\.") for name in sorted(present))
 
 
-def freeze_unselected(model: PeftModel, stack: LayerStack, selected: list[int]) -> None:
-    """Stop the LoRA weights of the layers not ``selected`` from training; their values stay."""
+def freeze_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> None:
+    """Stop the LoRA weights of the layers from training, but for the modules ``kept``; their values stay."""
     base = model.get_base_model()
-    for layer, names in stack.lora_modules.items():
-        for name in names if layer not in selected else []:
-            for parameter in lora_parameters(base.get_submodule(name)):
-                parameter.requires_grad_(False)
+    for name in (name for names in stack.lora_modules.values() for name in names if name not in set(kept)):
+        for parameter in lora_parameters(base.get_submodule(name)):
+            parameter.requires_grad_(False)
 
 
 def lora_parameters(module: LoraLayer) -> list[nn.Parameter]:

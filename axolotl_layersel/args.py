@@ -5,8 +5,10 @@ here: the same file also goes through ``preprocess``, ``evaluate``, ``inference`
 """
 
 import difflib
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -14,13 +16,22 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from axolotl_layersel.errors import suggest
 
 DATA_FREE_METHODS = ("random", "first", "last", "explicit")
-METHODS = ("cka", "cosine", "fisher", *DATA_FREE_METHODS)
+SAMPLING_METHODS = ("cka", "cosine", "fisher")
+METHODS = (*SAMPLING_METHODS, "flexora", *DATA_FREE_METHODS)
 TOKENS = ("auto", "last", "mean", "cls")
 UNSELECTED = ("remove", "freeze")
 DEFAULT_RATIO = 0.5
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_TOKEN = "auto"
 DEFAULT_UNSELECTED = "remove"
+KEEP = ("positive",)
+
+VALIDATION_SOURCES = ("train", "eval")
+HYPERGRADIENTS = ("first_order", "unrolled")
+GRANULARITIES = ("layer", "module")
+# Code that can be differentiated once only: the second time autograd fails or takes what it saved for constants.
+FUSED_PLUGINS = ("liger", "cut_cross_entropy", "kernels")
+FUSED_ATTENTION = ("flash", "flex", "xformers", "sage")
 
 BUDGETS = ("rank", "parameters")
 DEFAULT_GATE_LR = 0.02
@@ -54,6 +65,66 @@ class Block(BaseModel):
         return dict(data)
 
 
+class FlexoraArgs(Block):
+    """``layersel.selection.flexora``: the search that ``method: flexora`` makes."""
+
+    path: ClassVar[str] = "layersel.selection.flexora"
+
+    steps: int = Field(default=200, description="Optimizer steps of the search.")
+    inner_steps: int = Field(default=1, description="K: LoRA steps between two gate steps.")
+    gate_lr: float = Field(default=0.01, description="Learning rate of the gates (Adam, constant).")
+    val_batches: int = Field(default=1, description="Validation micro-batches of a gate step, on every process.")
+    val_source: str = Field(
+        default="train",
+        description="Where validation rows are from. `train`: training rows, which the search does not train on; "
+        "`eval`: the run's own eval set.",
+    )
+    val_samples: int = Field(default=200, description="Validation rows. Of a smaller eval set all are taken.")
+    hypergradient: str = Field(
+        default="first_order",
+        description="`first_order`: the gradient of the validation loss with the LoRA weights as they are; `unrolled`: "
+        "exact through the K LoRA steps before it, made again as SGD steps. Needs whole weights: one process, DDP, "
+        "ZeRO-1 or 2.",
+    )
+    granularity: str = Field(default="layer", description="A gate for each `layer`, or for each LoRA `module`.")
+    patience: int | None = Field(
+        default=None, description="Stop when what is kept has not changed for this many gate steps. Default: never."
+    )
+
+    @field_validator("val_source", "hypergradient", "granularity", mode="before")
+    @classmethod
+    def check_choice(cls, value: Any, info: Any) -> Any:
+        known = {"val_source": VALIDATION_SOURCES, "hypergradient": HYPERGRADIENTS, "granularity": GRANULARITIES}
+        if value not in known[info.field_name]:
+            raise ValueError(
+                f"{cls.path}.{info.field_name}: {value!r} is not known: {suggest(str(value), known[info.field_name])}"
+            )
+        return value
+
+    @field_validator("steps", "inner_steps", "val_batches", "val_samples", "patience")
+    @classmethod
+    def check_count(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{cls.path}.{info.field_name}: {value} is too few. Set 1 or more.")
+        return value
+
+    @field_validator("gate_lr")
+    @classmethod
+    def check_gate_lr(cls, value: float) -> float:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.01.")
+        return value
+
+    @model_validator(mode="after")
+    def check_steps(self) -> "FlexoraArgs":
+        if self.inner_steps > self.steps:
+            raise ValueError(
+                f"{self.path}.inner_steps: {self.inner_steps} is more than steps: {self.steps}, so no gate would ever "
+                f"move. Set it to at most {self.steps}, or raise steps."
+            )
+        return self
+
+
 class SelectionArgs(Block):
     """``layersel.selection``: which layers keep their adapter."""
 
@@ -63,10 +134,15 @@ class SelectionArgs(Block):
     ratio: float | None = Field(
         default=None,
         description=f"Share of the candidate layers that is kept, in (0, 1]. Default {DEFAULT_RATIO}, "
-        "unless `num_layers` or `layers` is given.",
+        "unless `num_layers` or `layers` is given; with flexora see `keep`.",
     )
     num_layers: int | None = Field(default=None, description="Number of layers kept, instead of `ratio`.")
     layers: list[int] | None = Field(default=None, description="With `method: explicit`: the layers kept, from 0.")
+    keep: str | None = Field(
+        default=None,
+        description="flexora: `positive` (default) keeps what has a gate above zero, instead of `ratio` or "
+        "`num_layers`.",
+    )
     candidates: list[int] | None = Field(
         default=None,
         description="Layers that may be chosen. Default: every layer of the language model that carries LoRA.",
@@ -83,15 +159,20 @@ class SelectionArgs(Block):
         description="cka: the token that stands for a row. `auto` (default): the last one before the ending that all "
         "rows share; `last`, `mean` (of the row's tokens), `cls` (the first).",
     )
-    seed: int | None = Field(default=None, description="Seed of the calibration sample. Default: the run's seed.")
+    seed: int | None = Field(
+        default=None, description="Seed of the calibration sample, or of the search. Default: the run's seed."
+    )
     plan: str | None = Field(
         default=None, description="Path of a saved plan.json: it is checked and applied, nothing is scored."
     )
+    flexora: FlexoraArgs | None = Field(
+        default=None, description="The search of `method: flexora`, see below. Default: its defaults."
+    )
 
-    @field_validator("method", "token", "unselected", mode="before")
+    @field_validator("method", "token", "unselected", "keep", mode="before")
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
-        known = {"method": METHODS, "token": TOKENS, "unselected": UNSELECTED}[info.field_name]
+        known = {"method": METHODS, "token": TOKENS, "unselected": UNSELECTED, "keep": KEEP}[info.field_name]
         if value is not None and value not in known:
             raise ValueError(f"{cls.path}.{info.field_name}: {value!r} is not known: {suggest(str(value), known)}")
         return value
@@ -144,18 +225,25 @@ class SelectionArgs(Block):
             )
         unused = {
             "token": self.method != "cka",
-            "num_samples": self.method in DATA_FREE_METHODS,
+            "num_samples": self.method not in SAMPLING_METHODS,
+            "keep": self.method != "flexora",
+            "flexora": self.method != "flexora",
             "seed": self.method in DATA_FREE_METHODS and self.method != "random",
         }
         for key, is_unused in unused.items():
             if is_unused and getattr(self, key) is not None:
-                raise ValueError(
-                    f"{self.path}.{key}: {getattr(self, key)} has no effect with method {self.method}. Remove the key."
-                )
-        given = [key for key in ("ratio", "num_layers", "layers") if getattr(self, key) is not None]
+                value = getattr(self, key)
+                shown = "the block" if isinstance(value, Block) else value
+                raise ValueError(f"{self.path}.{key}: {shown} has no effect with method {self.method}. Remove the key.")
+        given = [key for key in ("keep", "ratio", "num_layers", "layers") if getattr(self, key) is not None]
         if len(given) > 1:
             shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
             raise ValueError(f"{self.path}: {shown} both say how many layers are kept. Keep one of them.")
+        if self.flexora is not None and self.flexora.granularity == "module" and self.num_layers is not None:
+            raise ValueError(
+                f"{self.path}.num_layers: {self.num_layers} counts layers, but flexora.granularity: module chooses "
+                "modules. Use `ratio`, the share of the modules, or `keep: positive`."
+            )
         if self.candidates is not None:
             outside = sorted(set(self.layers or []) - set(self.candidates))
             if outside:
@@ -172,11 +260,16 @@ class SelectionArgs(Block):
         if self.layers is not None:
             values["layers"] = sorted(self.layers)
         elif self.num_layers is None and self.ratio is None:
-            values["ratio"] = DEFAULT_RATIO
+            if self.method == "flexora":
+                values["keep"] = KEEP[0]
+            else:
+                values["ratio"] = DEFAULT_RATIO
+        if self.method == "flexora":
+            values["flexora"] = (self.flexora or FlexoraArgs()).model_dump()
         if self.candidates is not None:
             values["candidates"] = sorted(self.candidates)
         values["unselected"] = self.unselected or DEFAULT_UNSELECTED
-        if self.method not in DATA_FREE_METHODS:
+        if self.method in SAMPLING_METHODS:
             values["num_samples"] = self.num_samples or DEFAULT_NUM_SAMPLES
         if self.method == "cka":
             values["token"] = self.token or DEFAULT_TOKEN
@@ -331,10 +424,14 @@ class LayerselArgs(BaseModel):
         selection, l1ra = block.get("selection"), block.get("l1ra")
         if isinstance(l1ra, Mapping):
             check_ranks(data, l1ra)
-            check_plain_lora(data)
+            check_plain_lora(data, "layersel.l1ra")
+            check_optimizer(data)
         if isinstance(selection, Mapping):
             check_layers_to_transform(data, selection)
             check_dataset(data, selection)
+            if selection.get("method") == "flexora" and not selection.get("plan"):
+                check_plain_lora(data, "layersel.selection.method: flexora")
+                check_search(data, selection.get("flexora") or {})
         return data
 
 
@@ -412,34 +509,40 @@ def check_ranks(data: Mapping[str, Any], l1ra: Mapping[str, Any]) -> None:
             )
 
 
-def check_plain_lora(data: Mapping[str, Any]) -> None:
-    """Raise ValueError for what would make gates on rank components wrong."""
+def check_plain_lora(data: Mapping[str, Any], setting: str) -> None:
+    """Raise ValueError for what would make gates on LoRA wrong; ``setting`` is the key that puts them there."""
     if data.get("peft_use_dora"):
         raise ValueError(
-            "peft_use_dora: true. DoRA ties its magnitudes to the whole adapter, which layersel.l1ra cannot take "
-            "components out of. Remove peft_use_dora."
+            f"peft_use_dora: true. DoRA ties its magnitudes to the whole adapter, of which {setting} cannot gate "
+            "parts. Remove peft_use_dora."
         )
     initial = data.get("peft_init_lora_weights")
     initial = initial.lower() if isinstance(initial, str) else initial
     if initial is not None and initial not in PLAIN_INITIALISATIONS:
         raise ValueError(
-            f"peft_init_lora_weights: {data['peft_init_lora_weights']!r} is not supported by layersel.l1ra: components "
-            "that are added later could not start like the first ones. Remove it, or use `gaussian`."
+            f"peft_init_lora_weights: {data['peft_init_lora_weights']!r} is not supported by {setting}, whose gates "
+            "need an adapter that starts from nothing. Remove it, or use `gaussian`."
         )
     if isinstance(data.get("peft"), Mapping) and data["peft"].get("loftq_config"):
         raise ValueError("peft.loftq_config: LoftQ changes the base to match LoRA, and is not supported. Remove it.")
     if data.get("fp16") and data["fp16"] != "auto":
         raise ValueError(
-            f"fp16: {data['fp16']!r} scales the loss, and with it the gradients of layersel.l1ra's gates. "
+            f"fp16: {data['fp16']!r} scales the loss, and with it the gradients of the gates of {setting}. "
             "Set `bf16: true` instead."
         )
+    if data.get("auto_find_batch_size"):
+        raise ValueError(f"auto_find_batch_size: true starts training over, which {setting} does not support.")
     rl = getattr(data.get("rl"), "value", data.get("rl"))
     trl = data["trl"] if isinstance(data.get("trl"), Mapping) else {}
     if rl in GENERATING_TRAINERS or trl.get("use_vllm"):
         raise ValueError(
-            f"rl: {rl!r} generates text from a merged copy of the adapter that knows nothing of layersel.l1ra's gates. "
-            "Use `selection` alone with it."
+            f"rl: {rl!r} generates text from a merged copy of the adapter that knows nothing of the gates of "
+            f"{setting}. Use another method of `selection` alone with it."
         )
+
+
+def check_optimizer(data: Mapping[str, Any]) -> None:
+    """Raise ValueError for an optimizer whose moments rank cannot move with."""
     optimizer = data.get("optimizer")
     name = getattr(optimizer, "value", optimizer)
     if name is not None and name not in ADAM_OPTIMIZERS:
@@ -448,6 +551,53 @@ def check_plain_lora(data: Mapping[str, Any]) -> None:
             "that it moves: 8-bit and paged ones share them between components, others have none. "
             f"Use {' or '.join(f'`{known}`' for known in ADAM_OPTIMIZERS)}."
         )
+
+
+def check_search(data: Mapping[str, Any], search: Any) -> None:
+    """Raise ValueError where a Flexora search cannot be made in this run; ``search`` is its block."""
+    search = search if isinstance(search, Mapping) else {}
+    if search.get("val_source") == "eval" and not (data.get("val_set_size") or data.get("test_datasets")):
+        raise ValueError(
+            f"{FlexoraArgs.path}.val_source: 'eval' needs an eval set, and this run has none. Set `val_set_size` or "
+            "`test_datasets`, or use `val_source: train`."
+        )
+    if search.get("hypergradient") != "unrolled":
+        return
+    key = f"{FlexoraArgs.path}.hypergradient"
+    fused = next(
+        (name for name in data.get("plugins") or [] if any(part in name.lower() for part in FUSED_PLUGINS)), None
+    )
+    if fused:
+        raise ValueError(
+            f"{key}: 'unrolled' differentiates twice, which the fused code of the plugin {fused} does not support. "
+            "Remove that plugin, or use `first_order`."
+        )
+    attention = [f"{name}_attention" for name in FUSED_ATTENTION if data.get(f"{name}_attention")]
+    implementation = str(data.get("attn_implementation") or "")
+    if attention or any(part in implementation for part in FUSED_ATTENTION):
+        raise ValueError(
+            f"{key}: 'unrolled' differentiates twice, which {attention[0] if attention else implementation} does not "
+            "support. Use `attn_implementation: sdpa` or `eager`, or `hypergradient: first_order`."
+        )
+    if data.get("fsdp") or data.get("fsdp_config") or find_zero_stage(data.get("deepspeed")) == 3:
+        raise ValueError(describe_sharded("FSDP2" if not data.get("deepspeed") else "ZeRO-3"))
+
+
+def describe_sharded(engine: str) -> str:
+    """Return the message for an unrolled gradient on an engine that splits weights."""
+    return (
+        f"{FlexoraArgs.path}.hypergradient: 'unrolled' needs the LoRA weights whole on every process, and {engine} "
+        "splits them. Use `first_order`, or one process, DDP, ZeRO-1 or ZeRO-2."
+    )
+
+
+def find_zero_stage(deepspeed: Any) -> int | None:
+    """Return the ZeRO stage of the ``deepspeed`` key, a file's path or its content; None where it is not to be seen."""
+    try:
+        content = deepspeed if isinstance(deepspeed, Mapping) else json.loads(Path(str(deepspeed)).read_text())
+        return int(content["zero_optimization"]["stage"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # Axolotl itself says what is wrong with the file
 
 
 def check_layers_to_transform(data: Mapping[str, Any], selection: Mapping[str, Any]) -> None:

@@ -31,6 +31,9 @@ def plan(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")],
     launcher: Annotated[Launcher, typer.Option(help="What starts the processes.")] = Launcher.accelerate,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Choose with so many seeds, and say how far the choices agree.")
+    ] = 1,
 ) -> None:
     """Select layers and write the plan, without training. Arguments after -- go to the launcher."""
     if not config.is_file():
@@ -40,7 +43,7 @@ def plan(
         Launcher.torchrun: ["torchrun", *context.args, "-m"],
         Launcher.python: [sys.executable, *context.args, "-m"],
     }
-    command = [*commands[launcher], "axolotl_layersel.planning", str(config)]
+    command = [*commands[launcher], "axolotl_layersel.planning", str(config), str(repeat)]
     raise typer.Exit(subprocess.run(command).returncode)
 
 

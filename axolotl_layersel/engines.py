@@ -20,12 +20,25 @@ fails loudly when one of them changes):
 * deepspeed 0.18.9: the functions ``safe_set_*`` change the fp32 master and the optimizer's state, not the weight
   that the next forward reads; under ZeRO-3 ``safe_set_full_*`` fail where the number of elements is no multiple
   of the number of processes, ``safe_set_local_*`` take the padded partition.
+* transformers 5.16.1, ``Trainer.train`` can be called again on a trainer whose attributes were put back;
+  accelerate 1.13.0 keeps a model in mixed precision in its ``forward`` and ``_original_forward``; axolotl 0.19.0
+  and trl 1.9.0 collect what they will log in ``_stored_metrics`` and ``_metrics``.
+* transformers 5.16.1, ``Trainer._prepare_inputs``: puts a micro-batch on the device; ``Trainer._loss_shifts_labels``:
+  whether the loss predicts each token from those before it;
+  axolotl 0.19.0, ``activation_offload_context``: where it exists, forward passes that train run inside.
+* deepspeed 0.18.9: a second ZeRO-3 engine over the same parameters fails unless each one's
+  ``ds_active_sub_modules`` was cleared and the first engine's ``empty_partition_cache`` called; it fills ``auto`` in
+  the configuration that it is given in place.
+* accelerate 1.13.0, ``_prepare_fsdp2``: knows the parameters of a sharded model that is prepared again by the
+  ``data_ptr()`` of their local shards, which is 0 for every empty one.
 * torch 2.13.0: an FSDP2 parameter is a ``DTensor``, and so are its optimizer's moments.
 * torch 2.13.0: Adam's and AdamW's moments are ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``; deepspeed's
   Adam has the first two.
 """
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -37,6 +50,9 @@ from transformers import Trainer
 from axolotl_layersel.errors import LayerselError
 
 T = TypeVar("T")
+
+FORWARD_ATTRIBUTES = {"forward", "_original_forward"}
+METRIC_ATTRIBUTES = {"_stored_metrics", "_metrics"}
 
 
 def name_engine(trainer: Trainer) -> str:
@@ -168,6 +184,89 @@ def move_tensor(tensor: torch.Tensor, data: torch.Tensor) -> None:
     tensor.data = data
     if getattr(tensor, "quant_state", None) is not None:
         tensor.quant_state.to(data.device)
+
+
+# --- A trial of training, and back --------------------------------------------------------------------------------
+
+
+def copy_trained(trainer: Trainer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what ``restore_trained`` needs of the parameters that train, by name, before any engine exists.
+
+    Where weights will lie in shards, rank 0 alone holds the copies.
+    """
+    if is_streamed(trainer):
+        return gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore_trained(trainer: Trainer, model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Write ``values`` into the parameters of a live engine, but not into its optimizer; every rank must call this."""
+    reshard(trainer)
+    engine = name_engine(trainer)
+    parameters = dict(model.named_parameters())
+    for name in decide_on_rank_zero(lambda: list(values)):
+        parameter = parameters[name]
+        if engine == "fsdp2":
+            set_fsdp_parameter(parameter, values.get(name, torch.empty(parameter.shape, dtype=parameter.dtype)))
+        elif engine == "zero3":
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if get_rank() == 0:
+                    parameter.data.copy_(values[name])
+        else:
+            parameter.data.copy_(values[name])
+
+
+def release(trainer: Trainer, model: nn.Module) -> None:
+    """Let go of an engine that has trained, so that another one can be built; every rank must call this."""
+    engine, wrapped = name_engine(trainer), trainer.model_wrapped
+    for parameter in model.parameters():
+        parameter.grad = None
+        if hasattr(parameter, "ds_active_sub_modules"):
+            parameter.ds_active_sub_modules.clear()
+    if engine == "zero3":
+        wrapped.empty_partition_cache()
+    trainer.accelerator.free_memory()
+    if engine == "fsdp2":
+        for parameter in model.parameters():
+            shard = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if parameter.requires_grad and shard.numel() == 0:
+                parameter._local_tensor.data_ptr = functools.partial(id, parameter)
+
+
+@contextlib.contextmanager
+def keep_deepspeed_config(trainer: Trainer) -> Iterator[None]:
+    """Give DeepSpeed's configuration back as it was; within the block its schedule follows the run's steps."""
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    before = copy.deepcopy(config)
+    schedule = (config.get("scheduler") or {}).get("params", {})
+    for key in {"total_num_steps", "warmup_num_steps"} & schedule.keys():
+        schedule[key] = "auto"
+    try:
+        yield
+    finally:
+        config.clear()
+        config.update(before)
+
+
+def prepare_inputs(trainer: Trainer, inputs: dict) -> dict:
+    """Return a micro-batch on the trainer's device, as its own steps prepare it."""
+    return trainer._prepare_inputs(inputs)
+
+
+def shifts_labels(trainer: Trainer) -> bool:
+    """Return whether the loss predicts each token from those before it, so that no row's first token counts."""
+    return trainer._loss_shifts_labels
+
+
+def offload_activations(trainer: Trainer) -> contextlib.AbstractContextManager:
+    """Return the context in which the trainer's own forward passes keep their activations elsewhere, if it has one."""
+    return getattr(trainer, "activation_offload_context", contextlib.nullcontext())
 
 
 # --- Weights of a live engine -------------------------------------------------------------------------------------
@@ -343,11 +442,29 @@ def edit_zero_state(parameter: nn.Parameter, edit: Edit, moment: str | None) -> 
         utils.safe_set_local_optimizer_state(parameter, part, moment)
 
 
+def add_up(tensor: torch.Tensor) -> None:
+    """Add ``tensor`` up over all ranks in place; a collective call."""
+    if is_distributed():
+        torch.distributed.all_reduce(tensor)
+
+
 def average(tensor: torch.Tensor) -> None:
     """Average ``tensor`` over all ranks in place; a collective call."""
     if is_distributed():
-        torch.distributed.all_reduce(tensor)
+        add_up(tensor)
         tensor.div_(torch.distributed.get_world_size())
+
+
+def average_differentiably(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the averages over all ranks, through which gradients flow; a collective call, and one when they do."""
+    if not is_distributed():
+        return tensors
+    from torch.distributed.nn.functional import all_reduce
+
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    flat = all_reduce(flat) / torch.distributed.get_world_size()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 
 def find_differing_ranks(digest: bytes) -> list[int]:

@@ -29,6 +29,15 @@ class LayerChoice(BaseModel):
     selected: bool
 
 
+class Stability(BaseModel):
+    """How far choices with several seeds agree."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    selected: dict[int, list[int]] = Field(description="the layers chosen, by seed")
+    overlap: float = Field(description="mean Jaccard overlap of all pairs of the sets of modules chosen")
+
+
 class Plan(BaseModel):
     """What was decided, and everything needed to check it against another run."""
 
@@ -43,7 +52,14 @@ class Plan(BaseModel):
     modules: list[str] = Field(description="LoRA modules of the selected layers, by their name in the base model")
     settings: dict[str, Any] = Field(description="the selection block that produced this plan")
     seed: int
-    calibration_rows: list[int] = Field(description="rows of the training set that were scored, in the order drawn")
+    module_scores: dict[str, float] = Field(
+        default_factory=dict, description="importance of every LoRA module, where modules were chosen, not layers"
+    )
+    stability: Stability | None = Field(default=None, description="with `axolotl-layersel plan --repeat`")
+    calibration_rows: list[int] = Field(
+        description="rows of the training set (flexora with val_source eval: of the eval set) that were scored or "
+        "validated on, in the order drawn"
+    )
     dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens")
     base_model: str | None
     versions: dict[str, str]
@@ -138,11 +154,17 @@ def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
     for key in SelectionArgs.model_fields:
         if key == "plan" or getattr(settings, key) is None:
             continue
-        if asked[key] != plan.settings.get(key):
-            raise LayerselError(
-                f"layersel.selection.{key}: {asked[key]!r} contradicts the plan from {source}, which was made with "
-                f"{plan.settings.get(key)!r}. Restore the value, or make a new plan."
-            )
+        made_with = plan.settings.get(key)
+        if isinstance(asked[key], dict) and isinstance(made_with, dict):
+            pairs = {f"{key}.{part}": (value, made_with.get(part)) for part, value in asked[key].items()}
+        else:
+            pairs = {key: (asked[key], made_with)}
+        for name, (value, other) in pairs.items():
+            if value != other:
+                raise LayerselError(
+                    f"layersel.selection.{name}: {value!r} contradicts the plan from {source}, which was made with "
+                    f"{other!r}. Restore the value, or make a new plan."
+                )
 
 
 def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
@@ -186,8 +208,12 @@ def check_model(plan: Plan, stack: str, num_layers: int, modules: dict[int, list
         refuse(f"the plan has {len(plan.layers)} layers, the model {num_layers}")
     if plan.stack != stack:
         refuse(f"the plan's layers are at {plan.stack!r}, the model's at {stack!r}")
-    present = {name for layer in plan.selected for name in modules.get(layer, [])}
-    missing, extra = sorted(set(plan.modules) - present), sorted(present - set(plan.modules))
+    # Where modules were chosen one by one, the model must have all that could have been.
+    known = set(plan.module_scores) or set(plan.modules)
+    scored = [choice.layer for choice in plan.layers if choice.score is not None]
+    layers = scored if plan.module_scores else plan.selected
+    present = {name for layer in layers for name in modules.get(layer, [])}
+    missing, extra = sorted(known - present), sorted(present - known)
     if missing:
         refuse(f"the model has no LoRA on {missing[0]} ({len(missing)} such modules)")
     if extra:

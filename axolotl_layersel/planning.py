@@ -11,8 +11,11 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import plan_path
 
 
-def make_plan(config: str) -> Path:
-    """Run Axolotl up to its trainer, where the plugin selects, and return the path of the plan."""
+def make_plan(config: str, repeat: int = 1) -> Path:
+    """Run Axolotl up to its trainer, where the plugin selects, and return the path of the plan.
+
+    ``repeat``: see ``select_layers``.
+    """
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets, load_preference_datasets
@@ -20,12 +23,18 @@ def make_plan(config: str) -> Path:
     from axolotl.train import setup_model_and_trainer
     from axolotl.utils.distributed import cleanup_distributed
 
+    from axolotl_layersel.plugin import LayerSelectionPlugin
+
     cfg = load_cfg(config, resume_from_checkpoint=None, auto_resume_from_checkpoints=False)
     if cfg.layersel is None:
         raise LayerselError(f"plugins: {config} does not list axolotl_layersel.LayerSelectionPlugin. Add it.")
     if cfg.layersel.selection is None:
         raise LayerselError(f"layersel.selection: {config} has no such block, so there is no plan to make. Add it.")
-    dataset_meta = PluginManager.get_instance().load_datasets(cfg, preprocess=False)
+    plugins = PluginManager.get_instance()
+    for plugin in plugins.plugins.values():
+        if isinstance(plugin, LayerSelectionPlugin):
+            plugin.repeat = repeat
+    dataset_meta = plugins.load_datasets(cfg, preprocess=False)
     if dataset_meta is None:
         load = load_preference_datasets if cfg.rl else load_datasets
         dataset_meta = load(cfg=cfg, cli_args=TrainerCliArgs())
@@ -34,11 +43,11 @@ def make_plan(config: str) -> Path:
     return plan_path(cfg.output_dir)
 
 
-def main(config: str) -> None:
+def main(config: str, repeat: int = 1) -> None:
     """Make the plan and print where it is, or the error's sentence alone."""
     main_process = os.environ.get("RANK", "0") == "0"
     try:
-        path = make_plan(config)
+        path = make_plan(config, repeat)
     except (LayerselError, ValidationError) as error:
         if main_process:
             print(f"axolotl-layersel: {describe(error)}", file=sys.stderr)
@@ -48,4 +57,4 @@ def main(config: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -26,6 +26,7 @@ class LayerSelectionPlugin(BasePlugin):
         self.trained = False
         self.moves_rank = False
         self.writes = False
+        self.repeat = 1  # choices that `axolotl-layersel plan --repeat` asks for
 
     def register(self, cfg: dict) -> None:
         """See the YAML file as the user wrote it: only here their LoRA kernels differ from Axolotl's own."""
@@ -41,8 +42,8 @@ class LayerSelectionPlugin(BasePlugin):
         selection = block.get("selection")
         if block.get("l1ra") is not None:
             switch_off_kernels(cfg, "layersel.l1ra")
-        elif isinstance(selection, dict) and selection.get("method") == "fisher":
-            switch_off_kernels(cfg, "layersel.selection.method: fisher")
+        elif isinstance(selection, dict) and selection.get("method") in ("fisher", "flexora"):
+            switch_off_kernels(cfg, f"layersel.selection.method: {selection['method']}")
 
     def load_datasets(self, cfg, preprocess: bool = False) -> None:
         """Check what only a training run needs; of all commands, ``train`` alone comes here, before the model."""
@@ -84,6 +85,7 @@ class LayerSelectionPlugin(BasePlugin):
             continues_adapter=bool(cfg.lora_model_dir),
             lora_r=cfg.lora_r,
             scaling=find_scaling(cfg) if cfg.lora_model_dir else None,
+            repeat=self.repeat,
         )
         self.trained, self.moves_rank, self.writes = False, settings.l1ra is not None, engines.get_rank() == 0
 

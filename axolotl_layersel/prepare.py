@@ -13,6 +13,7 @@ from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import check_state, state_path
 from axolotl_layersel.plan import Plan
@@ -29,6 +30,7 @@ def prepare_trainer(
     continues_adapter: bool = False,
     lora_r: int | None = None,
     scaling: float | None = None,
+    repeat: int = 1,
 ) -> Plan | None:
     """Do what the ``layersel`` block asks for, and arrange for the run to keep to it.
 
@@ -41,6 +43,7 @@ def prepare_trainer(
         continues_adapter: the LoRA weights are a trained adapter's, and stay as they are.
         lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: with ``l1ra``, the scaling that all modules get; default: the adapter's.
+        repeat: with ``selection``, choose with so many seeds, to say how far they agree; the first is the plan.
 
     Returns:
         The plan, where layers are selected.
@@ -55,8 +58,12 @@ def prepare_trainer(
     adapters.check_experts(model)
     seeded = not continues_adapter and adapters.initialize_lora(model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
-    plan = select_layers(trainer, settings.selection, resume_from, continues_adapter) if settings.selection else None
-    ranks = RankRedistribution(trainer, settings.l1ra, lora_r, scaling) if settings.l1ra else None
+    # First, for after a search the weights may lie in shards.
+    capacity = make_room(trainer, settings.l1ra, lora_r, scaling) if settings.l1ra else None
+    plan = None
+    if settings.selection:
+        plan = select_layers(trainer, settings.selection, resume_from, continues_adapter, repeat)
+    ranks = RankRedistribution(trainer, settings.l1ra, capacity) if settings.l1ra else None
     restore = ranks.restore_fsdp_adapter if ranks else functools.partial(restore_fsdp_adapter, trainer)
     trainer.add_callback(RestoreCallback(trainer, resume_from, restore))
     if ranks:

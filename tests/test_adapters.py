@@ -7,6 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from axolotl_layersel import adapters, layouts
+from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_layer_stack, find_lora_modules
 
 
@@ -63,7 +64,8 @@ def test_an_initialisation_that_looks_at_the_base_weights_is_kept():
 def test_stock_peft_rebuilds_exactly_the_layers_that_are_left(tmp_path, targets):
     model = make_lora(make_small_llama(), targets)
     trainer = make_trainer(model, tmp_path)
-    adapters.remove_unselected(model, find_layer_stack(model), [1, 4])
+    stack = find_layer_stack(model)
+    adapters.remove_unselected(model, stack, stack.lora_modules[1] + stack.lora_modules[4])
     for parameter in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1)
     adapters.save_adapter(trainer, tmp_path / "adapter")
@@ -98,7 +100,8 @@ def test_names_that_are_the_end_of_others_become_a_regular_expression():
 def test_modules_to_save_are_in_the_file(tmp_path):
     model = make_lora(make_small_llama(), modules_to_save=["lm_head"])
     trainer = make_trainer(model, tmp_path)
-    adapters.remove_unselected(model, find_layer_stack(model), [1])
+    stack = find_layer_stack(model)
+    adapters.remove_unselected(model, stack, stack.lora_modules[1])
     torch.nn.init.normal_(model.get_base_model().lm_head.modules_to_save["default"].weight)
     adapters.save_adapter(trainer, tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -123,3 +126,17 @@ def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeyp
     with pytest.raises(OSError, match="disk full"):
         adapters.save_adapter(trainer, tmp_path / "adapter")
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_lora(make_small_llama(), ["embed_tokens"]), "embed_tokens is a Embedding, on whose LoRA"),
+        (lambda: make_lora(make_small_llama(), use_dora=True), "is not plain LoRA"),
+        (lambda: make_lora(make_small_llama(), init_lora_weights="pissa"), "peft_init_lora_weights: 'pissa'"),
+        (lambda: make_lora(make_small_llama(attention_bias=True), ["q_proj"], lora_bias=True), "is not plain LoRA"),
+    ],
+)
+def test_what_is_more_than_linear_lora_is_refused(make, message):
+    with pytest.raises(LayerselError, match=message):
+        adapters.check_plain_lora(make(), "layersel.l1ra")

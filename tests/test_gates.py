@@ -20,7 +20,8 @@ def make_gated(checkpointing: str = "none", dtype: torch.dtype = torch.float32, 
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING[checkpointing])
     model.train()
-    gates = Gates(find_lora_modules(model.get_base_model()), "default", torch.device("cpu"))
+    modules = find_lora_modules(model.get_base_model())
+    gates = Gates({name: [module.lora_A["default"]] for name, module in modules.items()}, 4, torch.device("cpu"))
     gates.values.copy_(torch.rand(gates.values.shape, generator=generator))
     gates.attach()
     return model, gates
@@ -39,7 +40,7 @@ def test_the_output_is_that_of_b_times_the_gates_times_a():
     for name, module in find_lora_modules(model.get_base_model()).items():
         module.lora_B["default"].weight.data *= gates.values[gates.parts[name]]
     torch.testing.assert_close(model(TOKENS).logits, gated, atol=1e-5, rtol=0)
-    assert not any(hasattr(linear, "layersel_gate") for linear in gates.linears.values())
+    assert not any(hasattr(linear, "layersel_gate") for (linear,) in gates.linears.values())
 
 
 def test_the_gradient_follows_from_that_of_b_with_the_gates_folded_in():
@@ -84,7 +85,7 @@ def test_gates_stay_in_fp32_beside_bf16_weights():
     run_backward(_)
     run_backward(model)
     assert gates.values.dtype == gates.gradient.dtype == torch.float32
-    linear = next(iter(gates.linears.values()))
+    (linear,) = next(iter(gates.linears.values()))
     assert linear(torch.ones(1, linear.in_features, dtype=torch.bfloat16)).dtype == torch.bfloat16
     # bf16 keeps 8 bits of every activation on the way.
     error = (gates.gradient - exact.gradient).norm() / exact.gradient.norm()

@@ -1,39 +1,83 @@
 """Static shapes, dynamic ranks: modules built at the highest rank they may reach, before any engine exists."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
+from axolotl_layersel.args import ADAM_OPTIMIZERS, L1RAArgs
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.schedule import check_run_length
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.layouts import Factors, find_used, order_pattern
 
 
-def check_modules(model: PeftModel) -> None:
-    """Raise LayerselError for a LoRA module that is more than B·A·x·scaling with linear A and B."""
-    adapter = adapters.get_adapter_name(model)
-    method = adapters.get_initialisation(adapters.get_config(model))
-    if method not in adapters.SEEDED_INITIALISATIONS:
+def check_trainer(trainer: Trainer, settings: L1RAArgs, lora_r: int) -> None:
+    """Raise LayerselError for a run in which rank cannot move."""
+    arguments = trainer.args
+    if settings.min_rank > lora_r:
+        raise LayerselError(f"layersel.l1ra.min_rank: {settings.min_rank} is more than lora_r: {lora_r}. Lower it.")
+    if settings.max_rank is not None and settings.max_rank < lora_r:
+        raise LayerselError(f"layersel.l1ra.max_rank: {settings.max_rank} is less than lora_r: {lora_r}. Raise it.")
+    if arguments.fp16 or trainer.accelerator.mixed_precision == "fp16":
         raise LayerselError(
-            f"peft_init_lora_weights: {method!r} is not supported by layersel.l1ra: components that are added later "
-            "could not start like the first ones. Remove it, or use `gaussian`."
+            "fp16: true scales the loss, and with it the gradients of layersel.l1ra's gates. Set `bf16: true` and "
+            "`fp16: false`."
         )
-    for name, module in find_lora_modules(model.get_base_model()).items():
-        linear = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
-        if not linear or module.lora_A[adapter].weight.dim() != 2:
-            raise LayerselError(
-                f"lora_target_modules: {name} is a {type(module.get_base_layer()).__name__}, whose rank layersel.l1ra "
-                "cannot move. Target linear modules, such as q_proj and down_proj."
-            )
-        if module.lora_variant.get(adapter) is not None or module.lora_bias.get(adapter):
-            raise LayerselError(
-                f"lora_target_modules: LoRA on {name} is not plain LoRA (DoRA, aLoRA, lora_bias or the like), which "
-                "layersel.l1ra does not support. Use plain LoRA."
-            )
+    optimizer = getattr(arguments.optim, "value", arguments.optim)
+    if optimizer not in ADAM_OPTIMIZERS:
+        raise LayerselError(
+            f"optimizer: {optimizer!r} keeps no Adam moments that layersel.l1ra could move rank with. "
+            f"Use {' or '.join(f'`{known}`' for known in ADAM_OPTIMIZERS)}."
+        )
+    if arguments.auto_find_batch_size:
+        raise LayerselError("auto_find_batch_size: true starts training over, which layersel.l1ra does not support.")
+    if trainer.optimizer is not None:
+        raise LayerselError("optimizer: it was made before the trainer was prepared, so it holds other LoRA weights.")
+    if trainer.is_deepspeed_enabled:
+        engines.check_deepspeed_optimizer(trainer)
+    steps = engines.count_optimizer_steps(trainer)
+    check_run_length(steps, settings.update_ratio, settings.warmup_ratio)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the modules of a run were grown from and to.
+
+    Attributes:
+        lora_r: the rank that they start with.
+        max_rank: the rank that each has room for.
+        slots: the components in use of each module, by its name.
+    """
+
+    lora_r: int
+    max_rank: int
+    slots: dict[str, list[int]]
+
+
+def make_room(trainer: Trainer, settings: L1RAArgs, lora_r: int | None, scaling: float | None) -> Capacity:
+    """Check that rank can move in this run, and grow its LoRA modules, see ``grow_modules``.
+
+    Args:
+        trainer: before any engine of its exists.
+        settings: the ``l1ra`` block.
+        lora_r: the rank that ``max_rank`` is derived from; default: the adapter's.
+        scaling: see ``grow_modules``.
+
+    Raises:
+        LayerselError: if rank cannot move.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    adapters.check_plain_lora(model, "layersel.l1ra")
+    lora_r = lora_r or adapters.get_config(model).r
+    check_trainer(trainer, settings, lora_r)
+    max_rank = settings.max_rank or 2 * lora_r
+    return Capacity(lora_r, max_rank, grow_modules(model, max_rank, scaling))
 
 
 def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) -> dict[str, list[int]]:
@@ -42,7 +86,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
     Call it before the optimizer or an engine exists. Padding of an adapter that was loaded is made room of.
 
     Args:
-        model: with plain linear LoRA modules, see ``check_modules``.
+        model: with plain linear LoRA modules, see ``adapters.check_plain_lora``.
         max_rank: the capacity of a module.
         scaling: the scaling that all modules get, B being adapted; None: each keeps its own.
 

@@ -11,16 +11,15 @@ from peft import LoraConfig, PeftModel
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines, layouts
-from axolotl_layersel.args import ADAM_OPTIMIZERS, L1RAArgs
+from axolotl_layersel.args import L1RAArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.l1ra.adame import step_gates
 from axolotl_layersel.l1ra.allocation import ModuleState, Moves, allocate, prune
-from axolotl_layersel.l1ra.capacity import check_modules, grow_modules
+from axolotl_layersel.l1ra.capacity import Capacity
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.schedule import (
     AUTO_LAMBDA,
-    check_run_length,
     find_update_steps,
     resolve_gate_lr,
     resolve_lambda,
@@ -30,34 +29,6 @@ from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.report import print_ranks
 
 LOG = logging.getLogger("axolotl.layersel")
-
-
-def check_trainer(trainer: Trainer, settings: L1RAArgs, lora_r: int) -> None:
-    """Raise LayerselError for a run in which rank cannot move."""
-    arguments = trainer.args
-    if settings.min_rank > lora_r:
-        raise LayerselError(f"layersel.l1ra.min_rank: {settings.min_rank} is more than lora_r: {lora_r}. Lower it.")
-    if settings.max_rank is not None and settings.max_rank < lora_r:
-        raise LayerselError(f"layersel.l1ra.max_rank: {settings.max_rank} is less than lora_r: {lora_r}. Raise it.")
-    if arguments.fp16 or trainer.accelerator.mixed_precision == "fp16":
-        raise LayerselError(
-            "fp16: true scales the loss, and with it the gradients of layersel.l1ra's gates. Set `bf16: true` and "
-            "`fp16: false`."
-        )
-    optimizer = getattr(arguments.optim, "value", arguments.optim)
-    if optimizer not in ADAM_OPTIMIZERS:
-        raise LayerselError(
-            f"optimizer: {optimizer!r} keeps no Adam moments that layersel.l1ra could move rank with. "
-            f"Use {' or '.join(f'`{known}`' for known in ADAM_OPTIMIZERS)}."
-        )
-    if arguments.auto_find_batch_size:
-        raise LayerselError("auto_find_batch_size: true starts training over, which layersel.l1ra does not support.")
-    if trainer.optimizer is not None:
-        raise LayerselError("optimizer: it was made before the trainer was prepared, so it holds other LoRA weights.")
-    if trainer.is_deepspeed_enabled:
-        engines.check_deepspeed_optimizer(trainer)
-    steps = engines.count_optimizer_steps(trainer)
-    check_run_length(steps, settings.update_ratio, settings.warmup_ratio)
 
 
 class RankRedistribution:
@@ -74,17 +45,12 @@ class RankRedistribution:
         history: ranks by step.
     """
 
-    def __init__(self, trainer: Trainer, settings: L1RAArgs, lora_r: int | None = None, scaling: float | None = None):
+    def __init__(self, trainer: Trainer, settings: L1RAArgs, capacity: Capacity):
         self.trainer = trainer
         self.settings = settings
         self.model: PeftModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        check_modules(self.model)
         self.adapter = adapters.get_adapter_name(self.model)
-        self.initial = adapters.get_config(self.model)
-        self.lora_r = lora_r or self.initial.r
-        check_trainer(trainer, settings, self.lora_r)
-        self.max_rank = settings.max_rank or 2 * self.lora_r
-        slots = grow_modules(self.model, self.max_rank, scaling)
+        self.lora_r, self.max_rank = capacity.lora_r, capacity.max_rank
         everything = find_lora_modules(self.model.get_base_model())
         self.modules = {
             name: module for name, module in everything.items() if module.lora_A[self.adapter].weight.requires_grad
@@ -92,10 +58,11 @@ class RankRedistribution:
         self.parameters_per_component = {
             name: module.in_features + module.out_features for name, module in self.modules.items()
         }
-        self.gates = Gates(self.modules, self.adapter, trainer.args.device)
+        downs = {name: [module.lora_A[self.adapter]] for name, module in self.modules.items()}
+        self.gates = Gates(downs, self.max_rank, trainer.args.device)
         self.active = torch.zeros_like(self.gates.values, dtype=torch.bool)
         for name, part in self.gates.parts.items():
-            self.active[part][slots[name]] = True
+            self.active[part][capacity.slots[name]] = True
         self.gates.values.copy_(self.active)
         self.exp_avg = torch.zeros_like(self.gates.values)
         self.exp_avg_sq = torch.zeros_like(self.gates.values)
@@ -293,7 +260,7 @@ class RankRedistribution:
 
     def draw_row(self, module: str, slot: int, step: int) -> torch.Tensor:
         """Return the row of A that a component added after ``step`` starts from, (inputs,), fp32."""
-        method = adapters.get_initialisation(self.initial)
+        method = adapters.get_initialisation(adapters.get_config(self.model))
         like = torch.empty(self.modules[module].in_features)
         return adapters.draw_row(like, method, self.trainer.args.seed, f"{module}\0{step}", slot, self.lora_r)
 

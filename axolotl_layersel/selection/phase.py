@@ -2,21 +2,22 @@
 
 import importlib.metadata
 import logging
-import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
-from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_RATIO, DEFAULT_TOKEN, SelectionArgs
+from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_TOKEN, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack, find_layer_stack
 from axolotl_layersel.plan import (
     LayerChoice,
     Plan,
+    Stability,
     check_checkpoint,
     check_model,
     check_settings,
@@ -28,12 +29,19 @@ from axolotl_layersel.report import print_plan
 from axolotl_layersel.selection import cka, controls, cosine, fisher, passes
 from axolotl_layersel.selection.calibration import Sample, find_token_positions, fingerprint, read_samples
 from axolotl_layersel.selection.callback import LayerSelectionCallback
+from axolotl_layersel.selection.choosing import Choice, choose, count_kept, find_candidates, find_mean_overlap
+from axolotl_layersel.selection.flexora import choice as flexora
+from axolotl_layersel.selection.flexora.records import GateHistory
 
 LOG = logging.getLogger("axolotl.layersel")
 
 
 def select_layers(
-    trainer: Trainer, settings: SelectionArgs, resume_from: str | None = None, continues_adapter: bool = False
+    trainer: Trainer,
+    settings: SelectionArgs,
+    resume_from: str | None = None,
+    continues_adapter: bool = False,
+    repeat: int = 1,
 ) -> Plan:
     """Choose layers and apply the choice to the trainer's model; ``prepare_trainer`` does all that a run needs.
 
@@ -42,6 +50,7 @@ def select_layers(
         settings: the ``selection`` block.
         resume_from: the checkpoint that the run resumes from; its plan is used, nothing is selected again.
         continues_adapter: the LoRA weights are a trained adapter's, and stay as they are.
+        repeat: choose with so many seeds in all, to say how far the choices agree; the first is the plan.
 
     Returns:
         The plan, which lies in ``<output_dir>/layersel/plan.json`` too.
@@ -49,23 +58,25 @@ def select_layers(
     Raises:
         LayerselError: on every rank, where something cannot be honoured.
     """
-    started = time.monotonic()
     engine = engines.name_engine(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     stack = find_layer_stack(model)
     reused = engines.decide_on_rank_zero(lambda: find_plan(settings, resume_from))
     if continues_adapter and reused is None:
         check_continuing(settings)
+    history = None
     if reused is None:
-        plan = make_plan(trainer, model, stack, settings, engine, started)
-        if engines.get_rank() == 0:
-            write_plan(plan, plan_path(trainer.args.output_dir))
+        plan, history = make_plan(trainer, model, stack, settings, engine)
+        if repeat > 1:
+            plan.stability = measure_stability(trainer, model, stack, settings, plan, repeat)
     else:
         plan, source = reused
         check_model(plan, stack.name, len(stack.layers), stack.lora_modules, source)
         LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
-        if engines.get_rank() == 0:
-            write_plan(plan, plan_path(trainer.args.output_dir))
+    if engines.get_rank() == 0:
+        if history is not None:
+            history.write(trainer.args.output_dir)
+        write_plan(plan, plan_path(trainer.args.output_dir))
     apply_plan(model, stack, plan)
     if engines.get_rank() == 0:
         print_plan(plan)
@@ -112,34 +123,39 @@ def find_plan(settings: SelectionArgs, resume_from: str | None) -> tuple[Plan, s
 
 
 def make_plan(
-    trainer: Trainer, model: PeftModel, stack: LayerStack, settings: SelectionArgs, engine: str, started: float
-) -> Plan:
-    """Return a plan made from ``settings``: score the layers, where the method does, and choose."""
+    trainer: Trainer, model: PeftModel, stack: LayerStack, settings: SelectionArgs, engine: str
+) -> tuple[Plan, GateHistory | None]:
+    """Return a plan made from ``settings``, and the course of the search where there was one."""
+    started = time.monotonic()
     resolved = settings.resolve(trainer.args.seed)
-    seed = resolved["seed"]
     candidates = engines.decide_on_rank_zero(lambda: find_candidates(settings, stack))
-    keep = engines.decide_on_rank_zero(lambda: count_kept(settings, len(candidates)))
-    scores: list[float | None] = [None] * len(stack.layers)
-    unscored: dict[int, str] = {}
-    samples: list[Sample] = []
-    if settings.method in DATA_FREE_METHODS:
-        selected = controls.choose_without_data(settings.method, candidates, keep, seed, settings.layers)
+    history = None
+    if settings.method == "flexora":
+        choice, history = flexora.choose_by_search(trainer, model, stack, settings, resolved["seed"], candidates)
+    elif settings.method in DATA_FREE_METHODS:
+        keep = engines.decide_on_rank_zero(lambda: count_kept(settings, len(candidates)))
+        selected = controls.choose_without_data(settings.method, candidates, keep, resolved["seed"], settings.layers)
+        modules = [name for layer in selected for name in stack.lora_modules[layer]]
+        choice = Choice(modules, scores=[None] * len(stack.layers))
     else:
-        samples = read_samples(trainer.train_dataset, resolved["num_samples"], seed)
-        scores, unscored = score(trainer, model, stack, settings.method, resolved["token"], samples)
-        selected = engines.decide_on_rank_zero(lambda: choose(scores, unscored, candidates, keep, settings.method))
-    layers = [LayerChoice(layer=layer, score=value, selected=layer in selected) for layer, value in enumerate(scores)]
+        choice = choose_by_score(trainer, model, stack, settings, resolved, candidates)
+    kept = set(choice.modules)
+    layers = [
+        LayerChoice(layer=layer, score=score, selected=not kept.isdisjoint(stack.lora_modules.get(layer, [])))
+        for layer, score in enumerate(choice.scores)
+    ]
     plan = Plan(
         method=settings.method,
         layers=layers,
         unselected=resolved["unselected"],
-        unscored=unscored,
+        unscored=choice.unscored,
         stack=stack.name,
-        modules=[name for layer in selected for name in stack.lora_modules[layer]],
+        modules=choice.modules,
+        module_scores=choice.module_scores,
         settings=resolved,
-        seed=seed,
-        calibration_rows=[sample.row for sample in samples],
-        dataset_fingerprint=fingerprint(samples) if samples else None,
+        seed=resolved["seed"],
+        calibration_rows=choice.rows,
+        dataset_fingerprint=choice.fingerprint,
         base_model=adapters.get_config(model).base_model_name_or_path,
         versions={
             name: importlib.metadata.version(name)
@@ -150,55 +166,48 @@ def make_plan(
         seconds=round(time.monotonic() - started, 3),
     )
     # All ranks come to the same plan but for the seconds; rank 0's is the one that is kept.
-    return engines.decide_on_rank_zero(lambda: plan)
+    return engines.decide_on_rank_zero(lambda: plan), history
 
 
-def find_candidates(settings: SelectionArgs, stack: LayerStack) -> list[int]:
-    """Return the layers that may be chosen, ascending.
-
-    Raises:
-        LayerselError: if a layer named in the settings does not exist or carries no LoRA.
-    """
-    last = len(stack.layers) - 1
-    for key in ("layers", "candidates"):
-        named = getattr(settings, key) or []
-        outside = [layer for layer in named if layer > last]
-        if outside:
-            raise LayerselError(
-                f"layersel.selection.{key}: {outside} are out of range: the model's layers are 0 to {last}."
-            )
-        bare = [layer for layer in named if layer not in stack.lora_modules]
-        if bare:
-            raise LayerselError(
-                f"layersel.selection.{key}: layers {bare} carry no LoRA under these lora_target_modules. "
-                "Remove them from the list, or target modules in them."
-            )
-    return sorted(settings.candidates or stack.lora_modules)
+def choose_by_score(
+    trainer: Trainer,
+    model: PeftModel,
+    stack: LayerStack,
+    settings: SelectionArgs,
+    resolved: dict[str, Any],
+    candidates: list[int],
+) -> Choice:
+    """Score the layers on a calibration sample, and choose the highest."""
+    keep = engines.decide_on_rank_zero(lambda: count_kept(settings, len(candidates)))
+    samples = read_samples(trainer.train_dataset, resolved["num_samples"], resolved["seed"])
+    scores, unscored = score(trainer, model, stack, settings.method, resolved["token"], samples)
+    selected = engines.decide_on_rank_zero(lambda: choose(scores, unscored, candidates, keep, settings.method))
+    modules = [name for layer in selected for name in stack.lora_modules[layer]]
+    rows = [sample.row for sample in samples]
+    return Choice(modules, scores, unscored, rows=rows, fingerprint=fingerprint(samples))
 
 
-def count_kept(settings: SelectionArgs, candidates: int) -> int:
-    """Return how many layers are kept: floor(ratio × candidates + 1e-9), for 0.29 × 100 is 28.999….
+def measure_stability(
+    trainer: Trainer, model: PeftModel, stack: LayerStack, settings: SelectionArgs, plan: Plan, repeat: int
+) -> Stability:
+    """Choose again with the seeds after the plan's, ``repeat`` choices in all, and return how far they agree.
 
     Raises:
-        LayerselError: if that is none, or more than there are.
+        LayerselError: if the method draws nothing by its seed.
     """
-    if settings.layers is not None:
-        return len(settings.layers)
-    if settings.num_layers is not None:
-        if settings.num_layers > candidates:
-            raise LayerselError(
-                f"layersel.selection.num_layers: {settings.num_layers} is more than the {candidates} layers that can "
-                f"be chosen. Set it to at most {candidates}."
-            )
-        return settings.num_layers
-    ratio = DEFAULT_RATIO if settings.ratio is None else settings.ratio
-    keep = math.floor(ratio * candidates + 1e-9)
-    if keep == 0:
+    if settings.method in DATA_FREE_METHODS:
         raise LayerselError(
-            f"layersel.selection.ratio: {ratio} of {candidates} layers keeps none. Set at least {1 / candidates:.3f}, "
-            "or `num_layers: 1`."
+            f"--repeat: {repeat} choices by method {settings.method} would say nothing: it does not look at the data. "
+            "Remove --repeat."
         )
-    return keep
+    plans = [plan]
+    for seed in range(plan.seed + 1, plan.seed + repeat):
+        again = settings.model_copy(update={"seed": seed})
+        plans.append(make_plan(trainer, model, stack, again, plan.engine)[0])
+    return Stability(
+        selected={each.seed: each.selected for each in plans},
+        overlap=find_mean_overlap([each.modules for each in plans]),
+    )
 
 
 def score(
@@ -251,32 +260,9 @@ def check_finite(measured: torch.Tensor, places: list[str], rows: list[int]) -> 
         )
 
 
-def choose(
-    scores: list[float | None], unscored: dict[int, str], candidates: list[int], keep: int, method: str
-) -> list[int]:
-    """Return the ``keep`` candidates of the highest scores, ascending; ties go to the lower layer.
-
-    Raises:
-        LayerselError: if too few are scored, or all scores are equal.
-    """
-    scored = [layer for layer in candidates if scores[layer] is not None]
-    if len(scored) < keep:
-        reasons = "; ".join(f"layer {layer}: {reason}" for layer, reason in sorted(unscored.items()))
-        raise LayerselError(
-            f"layersel.selection.method: {method} could score only {len(scored)} of {len(candidates)} layers, {keep} "
-            f"are to be kept ({reasons}). Use `token: auto` or `mean`, or keep fewer layers."
-        )
-    if keep < len(scored) and len({scores[layer] for layer in scored}) == 1:
-        raise LayerselError(
-            f"layersel.selection.method: {method} gives every layer the score {scores[scored[0]]}, so there is "
-            "nothing to choose by. Use other data, more `num_samples`, or another method."
-        )
-    return sorted(sorted(scored, key=lambda layer: (-scores[layer], layer))[:keep])  # type: ignore[operator]
-
-
 def apply_plan(model: PeftModel, stack: LayerStack, plan: Plan) -> None:
     """Remove or freeze the LoRA modules of the layers that ``plan`` does not select."""
     change = adapters.remove_unselected if plan.unselected == "remove" else adapters.freeze_unselected
-    change(model, stack, plan.selected)
+    change(model, stack, plan.modules)
     trainable = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad)
     LOG.info("layersel: %s trainable parameters in %d layers", f"{trainable:,}", len(plan.selected))

@@ -6,9 +6,9 @@ from conftest import make_lora, make_small_llama
 from peft import PeftModel
 from transformers import BertConfig, BertModel
 
-from axolotl_layersel import layouts
+from axolotl_layersel import adapters, layouts
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.capacity import check_modules, grow_modules
+from axolotl_layersel.l1ra.capacity import grow_modules
 from axolotl_layersel.layers import find_lora_modules
 
 TOKENS = torch.arange(3, 33)[None]
@@ -78,22 +78,8 @@ def test_a_rank_above_the_room_is_refused_with_the_module():
         grow_modules(make_trained(), 3)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: make_lora(make_small_llama(), ["embed_tokens"]), "embed_tokens is a Embedding, whose rank"),
-        (lambda: make_lora(make_small_llama(), use_dora=True), "is not plain LoRA"),
-        (lambda: make_lora(make_small_llama(), init_lora_weights="pissa"), "peft_init_lora_weights: 'pissa'"),
-        (lambda: make_lora(make_small_llama(attention_bias=True), ["q_proj"], lora_bias=True), "is not plain LoRA"),
-    ],
-)
-def test_what_is_more_than_linear_lora_is_refused(make, message):
-    with pytest.raises(LayerselError, match=message):
-        check_modules(make())
-
-
 def test_encoders_are_plain_enough():
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 97}
     model = make_lora(BertModel(BertConfig(num_hidden_layers=2, **size)), ["query", "value"])
-    check_modules(model)
+    adapters.check_plain_lora(model, "layersel.l1ra")
     assert len(grow_modules(model, 8)) == 4

@@ -11,7 +11,7 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.plan import plan_path, read_plan
 from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.phase import choose, count_kept
+from axolotl_layersel.selection.choosing import choose, count_kept
 
 
 def select(folder, *, rows=None, continues_adapter: bool = False, **settings):

@@ -1,0 +1,44 @@
+"""The gates of Flexora (arXiv 2408.10774): what multiplies LoRA outputs, and how the search moves it.
+
+Each layer has a number α, 0 at the start. The LoRA output of layer i is multiplied by n·softmax(α)_i, n being the
+number of layers: all multipliers are 1 at the start, and their mean stays 1.
+"""
+
+import torch
+
+from axolotl_layersel.errors import LayerselError
+
+
+def find_multipliers(alpha: torch.Tensor) -> torch.Tensor:
+    """Return n·softmax(α), of the shape and type of ``alpha``, (n,)."""
+    return len(alpha) * torch.softmax(alpha, dim=0)
+
+
+def find_alpha_gradient(alpha: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the gradient with respect to α, (n,), from that with respect to the multipliers.
+
+    With s = softmax(α): ∂L/∂α_j = n·s_j·(g_j − Σ_i s_i·g_i). Its sum is 0: a gate rises at the others' expense.
+
+    Args:
+        alpha: (n,).
+        gradient: g, ∂L/∂(n·s), (n,).
+    """
+    share = torch.softmax(alpha, dim=0)
+    return len(alpha) * share * (gradient - (share * gradient).sum())
+
+
+def choose_positive(alpha: dict[str, float]) -> list[str]:
+    """Return the names of the gates above zero, the paper's rule, in their order.
+
+    Raises:
+        LayerselError: if that is none of them, or all.
+    """
+    kept = [name for name, value in alpha.items() if value > 0]
+    if kept and len(kept) < len(alpha):
+        return kept
+    shown = ", ".join(f"{name}: {value:.4g}" for name, value in alpha.items())
+    raise LayerselError(
+        f"layersel.selection.keep: 'positive' keeps {'everything' if kept else 'nothing'}: the gates ended at {shown}. "
+        "Set `ratio` (or `num_layers`) to keep the highest ones, or search longer: raise flexora.steps or "
+        "flexora.gate_lr."
+    )

@@ -1,0 +1,82 @@
+"""What a search saw: gates.csv, the losses and gates after every optimizer step."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.plan import FOLDER, write_atomically
+
+FILE = "gates.csv"
+LEADING = ["step", "train_loss", "validation_loss"]
+
+
+def gates_path(folder: str | Path) -> Path:
+    """Return where the history of the gates of a run in ``folder`` lies."""
+    return Path(folder) / FOLDER / FILE
+
+
+@dataclass
+class GateHistory:
+    """The course of a search, an entry for each optimizer step.
+
+    Attributes:
+        names: of the gates: layers' numbers, or modules' names.
+        train_losses: of the training batches.
+        validation_losses: what the gate step after the optimizer step saw; None where there was none.
+        gates: α of every gate after it, in the order of ``names``.
+    """
+
+    names: list[str]
+    train_losses: list[float] = field(default_factory=list)
+    validation_losses: list[float | None] = field(default_factory=list)
+    gates: list[list[float]] = field(default_factory=list)
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The gates at the end, by name; empty before the first step."""
+        return dict(zip(self.names, self.gates[-1])) if self.gates else {}
+
+    def add(self, train_loss: float, validation_loss: float | None, gates: Sequence[float]) -> None:
+        """Add the next optimizer step."""
+        self.train_losses.append(train_loss)
+        self.validation_losses.append(validation_loss)
+        self.gates.append(list(gates))
+
+    def to_csv(self) -> str:
+        """Return a row for each step: its number from 1, both losses, and a column for each gate."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*LEADING, *self.names])
+        for step, row in enumerate(zip(self.train_losses, self.validation_losses, self.gates), start=1):
+            train_loss, validation_loss, gates = row
+            writer.writerow([step, train_loss, "" if validation_loss is None else validation_loss, *gates])
+        return text.getvalue()
+
+    @classmethod
+    def from_csv(cls, text: str) -> "GateHistory":
+        """Return the history that ``to_csv`` wrote."""
+        header, *rows = csv.reader(io.StringIO(text))
+        history = cls(header[len(LEADING) :])
+        for _, train_loss, validation_loss, *gates in rows:
+            history.add(float(train_loss), float(validation_loss) if validation_loss else None, map(float, gates))
+        return history
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "GateHistory":
+        """Return the history in gates.csv of the run in ``folder``.
+
+        Raises:
+            LayerselError: if the file is damaged.
+        """
+        path = gates_path(folder)
+        try:
+            return cls.from_csv(path.read_text())
+        except ValueError as error:
+            raise LayerselError(f"PATH: {path} is damaged ({error}). Make the plan anew.") from error
+
+    def write(self, folder: str | Path) -> None:
+        """Write gates.csv for the run in ``folder``; it appears at once and complete."""
+        write_atomically(gates_path(folder), self.to_csv().encode())

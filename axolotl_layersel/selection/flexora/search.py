@@ -1,0 +1,472 @@
+"""The search: LoRA steps on training batches, gate steps on validation batches, in turn."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from axolotl_layersel import adapters, engines
+from axolotl_layersel.args import FUSED_ATTENTION, FlexoraArgs, describe_sharded
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.gates import Gates
+from axolotl_layersel.layers import LayerStack, find_lora_modules
+from axolotl_layersel.selection.flexora.gating import find_alpha_gradient, find_multipliers
+from axolotl_layersel.selection.flexora.hypergradient import Loss, find_unrolled_gradient
+from axolotl_layersel.selection.flexora.records import GateHistory
+from axolotl_layersel.selection.flexora.validation import (
+    ValidationBatches,
+    check_indexable,
+    count_targets,
+    find_eval_rows,
+    hold_out,
+    take_rows,
+)
+from axolotl_layersel.trial import run_trial
+
+LOG = logging.getLogger("axolotl.layersel")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        history: its course; ``history.final`` are the gates at its end.
+        validation_rows: rows of the training set that were held out, or of the eval set, in the order drawn.
+        validation: the rows themselves.
+    """
+
+    history: GateHistory
+    validation_rows: list[int]
+    validation: list[dict[str, Any]]
+
+
+def search_gates(
+    trainer: Trainer,
+    model: PeftModel,
+    stack: LayerStack,
+    settings: FlexoraArgs,
+    gated: dict[str, list[str]],
+    choose: Callable[[dict[str, float]], list[str]],
+    seed: int,
+) -> SearchResult:
+    """Search with one gate for each group of LoRA modules, then leave all as it was; every rank must call this.
+
+    Args:
+        trainer: one that has not trained.
+        model: its PEFT model, unwrapped.
+        stack: the model's layers.
+        settings: the ``flexora`` block.
+        gated: names of the modules under each gate, by the gate's name; LoRA in no gate takes no part.
+        choose: what would be kept of gates, by their names, for ``patience``.
+        seed: of the validation rows, their order, and the order of the training rows.
+
+    Raises:
+        LayerselError: on every rank, if the search cannot be made or comes to nothing.
+    """
+    engines.decide_on_rank_zero(lambda: check_search(trainer, model, settings))
+    if settings.val_source == "eval":
+        train_dataset = trainer.train_dataset
+        source, rows = find_eval_rows(trainer.eval_dataset, settings.val_samples, seed)
+    else:
+        source = trainer.train_dataset
+        check_indexable(source, "datasets")
+        batch = trainer.args.train_batch_size * trainer.args.world_size
+        train_rows, rows = hold_out(source, settings.val_samples, batch, seed)
+        train_dataset = take_rows(source, train_rows)
+    validation = [dict(source[row]) for row in rows]
+    lora = find_lora_modules(model.get_base_model())
+    adapter = adapters.get_adapter_name(model)
+    downs = {name: [lora[module].lora_A[adapter] for module in modules] for name, modules in gated.items()}
+    search = GateSearch(trainer, model, stack, settings, downs, ValidationBatches(trainer, validation, seed), choose)
+    with leaving_out(model, stack, [name for modules in gated.values() for name in modules]), search.attached():
+        run_trial(trainer, model, settings.steps, train_dataset, SearchCallback(search), seed)
+    search.conclude()
+    return SearchResult(search.history, rows, validation)
+
+
+def check_search(trainer: Trainer, model: PeftModel, settings: FlexoraArgs) -> None:
+    """Raise LayerselError for a run in which no search can be made."""
+    key = "layersel.selection.method: flexora"
+    adapters.check_plain_lora(model, key)
+    if trainer.optimizer is not None:
+        raise LayerselError("optimizer: it was made before the trainer was prepared, so it holds other LoRA weights.")
+    if trainer.args.fp16 or trainer.accelerator.mixed_precision == "fp16":
+        raise LayerselError(f"fp16: true scales the loss, and with it the gradients of {key}. Set `bf16: true`.")
+    if trainer.args.auto_find_batch_size:
+        raise LayerselError(f"auto_find_batch_size: true starts training over, which {key} does not support.")
+    if settings.hypergradient != "unrolled":
+        return
+    if engines.is_streamed(trainer):
+        raise LayerselError(describe_sharded(engines.name_engine(trainer)))
+    attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
+    if any(part in attention for part in FUSED_ATTENTION):
+        raise LayerselError(
+            f"layersel.selection.flexora.hypergradient: 'unrolled' differentiates twice, which {attention} does not "
+            "support. Use `attn_implementation: sdpa` or `eager`, or `hypergradient: first_order`."
+        )
+
+
+@contextlib.contextmanager
+def leaving_out(model: PeftModel, stack: LayerStack, taking_part: list[str]) -> Iterator[None]:
+    """Let no LoRA weight of the stack train within the block but those of the modules ``taking_part``."""
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters.freeze_unselected(model, stack, taking_part)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():  # FSDP2 has made new ones
+            parameter.requires_grad_(name in before)
+
+
+class GateSearch:
+    """The state of a search: the gates, and the losses seen.
+
+    α and its optimizer, Adam, are float64 on the CPU, the same on every rank. What the modules multiply by is fp32
+    on the device, outside the engine.
+
+    Attributes:
+        alpha: (gates,), float64.
+        history: of the optimizer steps so far; a rank's own training losses until ``conclude``.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: PeftModel,
+        stack: LayerStack,
+        settings: FlexoraArgs,
+        downs: dict[str, list[nn.Module]],
+        validation: ValidationBatches,
+        choose: Callable[[dict[str, float]], list[str]],
+    ) -> None:
+        self.trainer = trainer
+        self.model = model
+        self.stack = stack
+        self.settings = settings
+        self.validation = validation
+        self.choose = choose
+        self.gates = Gates(downs, 1, trainer.args.device)
+        self.alpha = torch.zeros(len(downs), dtype=torch.float64)
+        self.adam = torch.optim.Adam([self.alpha], lr=settings.gate_lr)
+        self.history = GateHistory(list(downs))
+        self.largest_gradient = torch.zeros_like(self.alpha)
+        self.losses: list[torch.Tensor] = []
+        self.inner = InnerSteps(self.find_weights) if settings.hypergradient == "unrolled" else None
+        self.kept: list[str] | None = None
+        self.unchanged = 0
+        # What a validation pass switches off: it changes LoRA's output, or adds noise (NEFTune) to the embeddings.
+        self.noisy = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+        self.noisy.append(model.get_base_model().get_input_embeddings())
+        self.progress = Progress(
+            TextColumn("layersel: searching layers"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("training loss {task.fields[train]:.4f} validation loss {task.fields[validation]:.4f}"),
+            disable=engines.get_rank() != 0,
+            transient=True,
+        )
+        self.bar = self.progress.add_task("", total=settings.steps, train=float("nan"), validation=float("nan"))
+
+    # --- Training -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Put the gates on the modules, and follow the trainer's steps, within the block."""
+        self.gates.attach()
+        self.hold_gates(True)
+        try:
+            with self.progress:
+                yield
+        finally:
+            self.gates.detach()
+
+    def start(self, train_dataloader: Any) -> None:
+        """Follow the trainer, whose engine is there and whose training begins."""
+        self.validation.follow(train_dataloader)
+        upstream = self.trainer.training_step
+
+        def training_step(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            if self.inner:
+                self.inner.add(inputs, num_items_in_batch, self.trainer.optimizer.param_groups[0]["lr"])
+            loss = upstream(model, inputs, num_items_in_batch)
+            self.losses.append(loss)
+            return loss
+
+        self.trainer.training_step = training_step
+        if self.inner:
+            self.inner.begin()
+
+    def finish_step(self, step: int) -> bool:
+        """Make the gate step after optimizer step ``step``, if it is time; every rank must call this.
+
+        Returns:
+            Whether the search can stop: what is kept has not changed for ``patience`` gate steps.
+        """
+        train_loss = float(torch.stack(self.losses).sum())
+        self.losses.clear()
+        if self.inner:
+            self.inner.end_step()
+        validation_loss, moved = None, step % self.settings.inner_steps == 0
+        if moved:
+            validation_loss = self.step_gates(step)
+        self.history.add(train_loss, validation_loss, self.alpha.tolist())
+        shown = {} if validation_loss is None else {"validation": validation_loss}
+        self.progress.update(self.bar, completed=step, train=train_loss, **shown)
+        return moved and self.settings.patience is not None and self.has_settled()
+
+    def has_settled(self) -> bool:
+        """Return whether what would be kept is the same as after each of the last ``patience`` gate steps."""
+        try:
+            kept = self.choose(self.history.final)
+        except LayerselError:
+            kept = None  # no choice yet
+        self.unchanged = self.unchanged + 1 if kept is not None and kept == self.kept else 0
+        self.kept = kept
+        return self.unchanged >= self.settings.patience
+
+    def conclude(self) -> None:
+        """Settle the history, and check that the search was one; every rank must call this.
+
+        Raises:
+            LayerselError: if it ended early, reached no gate of some layers, or differed between ranks.
+        """
+        history = self.history
+        stopped = self.unchanged >= (self.settings.patience or 1)
+        if not history.gates or (len(history.gates) < self.settings.steps and not stopped):
+            raise LayerselError(
+                f"layersel.selection.flexora.val_samples: {self.settings.val_samples} leaves too few rows to train on: "
+                f"the search ended after {len(history.gates)} of {self.settings.steps} steps. Lower val_samples, use "
+                "`val_source: eval`, or make batches smaller."
+            )
+        losses = torch.tensor(history.train_losses, dtype=torch.float64)
+        engines.average(losses)
+        history.train_losses = losses.tolist()
+        differing = engines.find_differing_ranks(self.alpha.numpy().tobytes())
+        if differing:
+            raise LayerselError(f"layersel: the gates of ranks {differing} differ from rank 0's. Report this, please.")
+        untouched = [name for name, largest in zip(history.names, self.largest_gradient) if largest == 0]
+        if untouched:
+            raise LayerselError(
+                f"layersel.selection.method: flexora: no gradient reached the gate of {', '.join(untouched)}: the LoRA "
+                "there did not train, or is computed past its modules. Raise flexora.steps or the learning rate, or "
+                "look for fused LoRA code."
+            )
+
+    # --- Gates --------------------------------------------------------------------------------------------------------
+
+    def hold_gates(self, held: bool) -> None:
+        """Let the gates be constants, as in LoRA steps, or not."""
+        for gate in self.gates.leaves.values():
+            gate.requires_grad_(not held)
+
+    def step_gates(self, step: int) -> float:
+        """Step the gates on the next validation micro-batches and return the loss; every rank must call this.
+
+        Raises:
+            LayerselError: if the loss or a gradient is not a number.
+        """
+        measure = self.measure_unrolled if self.inner else self.measure_first_order
+        self.gates.clear_gradient()
+        self.hold_gates(False)
+        with self.frozen(), engines.offload_activations(self.trainer):
+            loss, targets = measure([self.validation.draw() for _ in range(self.settings.val_batches)])
+        self.hold_gates(True)
+        # Each rank has added up over its labels: all together, divided by all labels.
+        sums = torch.cat([self.gates.gradient, loss.view(1), targets.view(1)])
+        engines.add_up(sums)
+        gradient, loss, _ = (sums / sums[-1]).double().cpu().split([len(self.alpha), 1, 1])
+        self.check_finite(gradient, loss, step)
+        self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs())
+        self.alpha.grad = find_alpha_gradient(self.alpha, gradient)
+        self.adam.step()
+        self.gates.values.copy_(find_multipliers(self.alpha))
+        if self.inner:
+            self.inner.begin()
+        return float(loss)
+
+    def check_finite(self, gradient: torch.Tensor, loss: torch.Tensor, step: int) -> None:
+        """Raise LayerselError naming the first gate whose gradient is NaN or infinite."""
+        if gradient.isfinite().all() and loss.isfinite().all():
+            return
+        bad = (~gradient.isfinite()).nonzero()
+        where = f"the gradient of gate {self.history.names[int(bad[0])]}" if len(bad) else "the validation loss"
+        raise LayerselError(
+            f"layersel.selection.method: flexora: NaN or infinity in {where} after step {step} of the search. Lower "
+            "the learning rate, look at the validation rows, and at the base model's precision (try bf16)."
+        )
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let no parameter get a gradient, and nothing be random, within the block.
+
+        The model stays in training mode, without which it would not checkpoint its activations.
+        """
+        trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+        training = [module for module in self.noisy if module.training]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module in training:
+                module.training = True
+
+    def compute_loss(self, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the loss over a micro-batch's labels, with a graph, and the number of them."""
+        inputs = engines.prepare_inputs(self.trainer, inputs)
+        targets = count_targets(inputs, engines.shifts_labels(self.trainer))
+        # The inner model: the engine's own forward would set its reduction of gradients going.
+        loss = self.trainer.compute_loss(self.trainer.model, inputs) * targets
+        return loss, torch.tensor(float(targets), device=self.gates.values.device)
+
+    def measure_first_order(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss summed over the labels of ``batches``, and their number; the gradient is in the gates."""
+        total, labels = torch.zeros(2, device=self.gates.values.device)
+        for inputs in batches:
+            loss, targets = self.compute_loss(inputs)
+            loss.backward()
+            total, labels = total + loss.detach(), labels + targets
+        return total, labels
+
+    # --- Unrolled -----------------------------------------------------------------------------------------------------
+
+    def find_weights(self) -> dict[str, nn.Parameter]:
+        """Return the LoRA weights under gates, by their name in the model."""
+        linears = {id(linear) for linears in self.gates.linears.values() for linear in linears}
+        adapter = adapters.get_adapter_name(self.model)
+        weights: dict[str, nn.Parameter] = {}
+        for name, module in self.model.named_modules():
+            if hasattr(module, "lora_A") and adapter in module.lora_A and id(module.lora_A[adapter]) in linears:
+                for side in ("lora_A", "lora_B"):
+                    weights[f"{name}.{side}.{adapter}.weight"] = getattr(module, side)[adapter].weight
+        return weights
+
+    def measure_unrolled(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do as ``measure_first_order``, at and through the weights that the inner steps lead to as SGD steps."""
+        assert self.inner is not None
+        labels = torch.zeros((), device=self.gates.values.device)
+        names, model = list(self.inner.weights), LossOf(self.trainer)
+
+        def evaluate(weights: list[torch.Tensor], compute: Callable, *args: Any) -> Any:
+            swapped = {f"model.{name}": weight for name, weight in zip(names, weights, strict=True)}
+            return torch.func.functional_call(model, swapped, (compute, *args))
+
+        def make_inner_loss(step: list[tuple[Any, Any]]) -> Loss:
+            def inner_loss(weights: list[torch.Tensor]) -> torch.Tensor:
+                losses = [evaluate(weights, self.compute_inner_loss, *part, len(step)) for part in step]
+                return torch.stack(losses).sum()
+
+            return inner_loss
+
+        def validate(weights: list[torch.Tensor]) -> torch.Tensor:
+            nonlocal labels
+            losses = []
+            for inputs in batches:
+                loss, targets = evaluate(weights, self.compute_loss, inputs)
+                losses.append(loss)
+                labels = labels + targets
+            return torch.stack(losses).sum()
+
+        with without_checkpointing(self.model), sdpa_kernel(SDPBackend.MATH):
+            loss, gradients = find_unrolled_gradient(
+                [weight.requires_grad_() for weight in self.inner.weights.values()],
+                list(self.gates.leaves.values()),
+                [make_inner_loss(step) for step in self.inner.steps],
+                self.inner.learning_rates,
+                validate,
+                engines.average_differentiably,
+            )
+        self.gates.gradient.copy_(torch.cat(gradients))
+        return loss, labels
+
+    def compute_inner_loss(self, inputs: Any, num_items_in_batch: Any, micro_batches: int) -> torch.Tensor:
+        """Return the loss of a training micro-batch as the trainer weighs it in an optimizer step."""
+        trainer = self.trainer
+        prepared = engines.prepare_inputs(trainer, dict(inputs))
+        loss = trainer.compute_loss(trainer.model, prepared, num_items_in_batch=num_items_in_batch)
+        by_labels = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        return loss if by_labels and num_items_in_batch is not None else loss / micro_batches
+
+
+class InnerSteps:
+    """The optimizer steps since the last gate step: where they began, and on what batches.
+
+    Attributes:
+        weights: the LoRA weights at the beginning, fp32, by name.
+        steps: the micro-batches of each step, with the number of labels that the trainer gave them.
+        learning_rates: of each step.
+    """
+
+    def __init__(self, find_weights: Callable[[], dict[str, nn.Parameter]]) -> None:
+        self.find_weights = find_weights
+
+    def begin(self) -> None:
+        """Start with the weights as they are now."""
+        self.weights = {name: weight.detach().float().clone() for name, weight in self.find_weights().items()}
+        self.steps: list[list[tuple[Any, Any]]] = []
+        self.learning_rates: list[float] = []
+        self.micro_batches: list[tuple[Any, Any]] = []
+
+    def add(self, inputs: Any, num_items_in_batch: Any, learning_rate: float) -> None:
+        """Add a micro-batch to the current step."""
+        self.micro_batches.append((dict(inputs), num_items_in_batch))
+        self.learning_rate = learning_rate
+
+    def end_step(self) -> None:
+        """Add the current step."""
+        self.steps.append(self.micro_batches)
+        self.learning_rates.append(float(self.learning_rate))
+        self.micro_batches = []
+
+
+class LossOf(nn.Module):
+    """A trainer's model, which ``torch.func.functional_call`` gives other weights while a loss is computed."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.model = trainer.model
+
+    def forward(self, compute: Callable, *args: Any) -> Any:
+        """Return what ``compute`` does."""
+        return compute(*args)
+
+
+@contextlib.contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Let the model keep its activations: recomputed in the backward pass, they would be of the wrong weights."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+
+
+class SearchCallback(TrainerCallback):
+    """When the search starts and steps; it only delegates."""
+
+    def __init__(self, search: GateSearch) -> None:
+        self.search = search
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.search.start(kwargs["train_dataloader"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.search.finish_step(state.global_step):
+            control.should_training_stop = True

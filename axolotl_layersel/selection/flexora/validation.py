@@ -1,0 +1,160 @@
+"""The rows that the gates learn from: which ones, and how they become micro-batches."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from transformers import Trainer
+
+from axolotl_layersel import engines
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.selection.calibration import IGNORED_LABEL
+
+Row = dict[str, Any]
+
+
+def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int) -> tuple[list[int], list[int]]:
+    """Return the rows to train on, ascending, and ``samples`` rows to validate on, in the order drawn by ``seed``.
+
+    Args:
+        dataset: tokenised rows; of those with labels only such as have a label to learn are validated on.
+        samples: number of validation rows.
+        least: rows that must be left to train on, a batch.
+        seed: what draws.
+
+    Raises:
+        LayerselError: if too few rows are left.
+    """
+    key = "layersel.selection.flexora.val_samples"
+    most = len(dataset) - least
+    if samples > most:
+        way_out = f"Set it to at most {most}, or use" if most > 0 else "Give more data, or use"
+        raise LayerselError(
+            f"{key}: {samples} of the {len(dataset)} training rows leaves no training rows for the search, which needs "
+            f"{least} for a batch. {way_out} `val_source: eval`."
+        )
+    validation = draw_labelled(dataset, samples, seed)
+    if len(validation) < samples:
+        raise LayerselError(
+            f"{key}: only {len(validation)} training rows have a label to learn, {samples} are to be held out. Lower "
+            "it, or look at the labels of your data."
+        )
+    held = set(validation)
+    return [row for row in range(len(dataset)) if row not in held], validation
+
+
+def draw_labelled(dataset: Sequence[Row], samples: int, seed: int) -> list[int]:
+    """Return up to ``samples`` different rows with a label to learn, in an order drawn by ``seed``."""
+    order = random.Random(seed).sample(range(len(dataset)), len(dataset))
+    return list(itertools.islice((row for row in order if has_target(dataset[row])), samples))
+
+
+def has_target(row: Row) -> bool:
+    """Return whether a row has a label to learn, or is of a kind that has no list of labels."""
+    labels = row.get("labels")
+    if not isinstance(labels, Sequence):
+        return True
+    return any(label != IGNORED_LABEL for label in labels[1:])  # the first token is never predicted
+
+
+def find_eval_rows(eval_dataset: Any, samples: int, seed: int) -> tuple[Sequence[Row], list[int]]:
+    """Return the eval set, several as one, and up to ``samples`` of its rows drawn by ``seed``.
+
+    Raises:
+        LayerselError: if there is none, or it cannot be indexed.
+    """
+    key = "layersel.selection.flexora.val_source: 'eval'"
+    if eval_dataset is None:
+        raise LayerselError(f"{key} needs an eval set, and the trainer has none. Give one, or use `val_source: train`.")
+    if isinstance(eval_dataset, dict):
+        eval_dataset = concatenate_datasets(list(eval_dataset.values()))
+    check_indexable(eval_dataset, key)
+    rows = draw_labelled(eval_dataset, samples, seed)
+    if not rows:
+        raise LayerselError(f"{key}: no row of the eval set has a label to learn. Use `val_source: train`.")
+    return eval_dataset, rows
+
+
+def check_indexable(dataset: Any, key: str) -> None:
+    """Raise LayerselError for a dataset whose rows cannot be drawn."""
+    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise LayerselError(
+            f"{key}: rows of a {type(dataset).__name__} cannot be drawn. Load the dataset whole (no streaming), or use "
+            "a method that needs no data: random, first, last, explicit."
+        )
+
+
+def take_rows(dataset: Any, rows: list[int]) -> Any:
+    """Return the part of ``dataset`` with these rows, in their order."""
+    return dataset.select(rows) if isinstance(dataset, Dataset) else torch.utils.data.Subset(dataset, rows)
+
+
+def draw_micro_batches(count: int, lengths: list[int] | None, size: int, seed: int) -> Iterator[list[int]]:
+    """Yield micro-batches of the rows 0 to ``count`` − 1 without end, each pass over them in another order.
+
+    Args:
+        count: number of rows.
+        lengths: tokens of each row, where rows are packed.
+        size: rows of a micro-batch, or with ``lengths`` tokens that it holds; one row is always in it.
+        seed: of the orders.
+    """
+    generator = random.Random(seed)
+    stream = (row for _ in itertools.count() for row in generator.sample(range(count), count))
+    if lengths is None:
+        while True:
+            yield list(itertools.islice(stream, size))
+    batch, tokens = [next(stream)], 0
+    tokens = lengths[batch[0]]
+    for row in stream:
+        if tokens + lengths[row] > size:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(row)
+        tokens += lengths[row]
+
+
+class ValidationBatches:
+    """An endless stream of validation micro-batches, collated as the trainer collates; each process has its share.
+
+    Args:
+        trainer: whose batch size and packing are used.
+        rows: the validation rows.
+        seed: of their order.
+    """
+
+    def __init__(self, trainer: Trainer, rows: list[Row], seed: int) -> None:
+        self.rows = rows
+        arguments = trainer.args
+        lengths, size = None, arguments.per_device_train_batch_size
+        if getattr(arguments, "sample_packing", False):
+            lengths, size = [len(row["input_ids"]) for row in rows], size * arguments.max_seq_length
+        stream = draw_micro_batches(len(rows), lengths, size, seed)
+        self.stream = itertools.islice(stream, engines.get_rank(), None, arguments.world_size)
+        self.collate: Callable[[list[Row]], Any] | None = None
+        self.columns: list[str] | None = None
+
+    def follow(self, train_dataloader: Any) -> None:
+        """Collate as ``train_dataloader`` does, with the columns that it has left in its rows."""
+        self.collate = train_dataloader.collate_fn
+        self.columns = getattr(train_dataloader.dataset, "column_names", None)
+
+    def draw(self) -> Any:
+        """Return this process's next micro-batch."""
+        assert self.collate is not None, "follow a dataloader first"
+        rows = [self.rows[index] for index in next(self.stream)]
+        # Copies: collators change rows in place.
+        return self.collate([{key: row[key] for key in self.columns or row if key in row} for row in rows])
+
+
+def count_targets(inputs: Any, shifted: bool) -> int:
+    """Return how many labels the loss of a micro-batch is the mean over; its rows, where it has no labels.
+
+    ``shifted``: whether each token is predicted from those before it, so that the first one is not predicted.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        return len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+    return int((labels[..., 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORED_LABEL).sum())

@@ -1,0 +1,90 @@
+"""Train for a while with the run's own settings, and leave everything as if that had not happened."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from peft import PeftModel
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from axolotl_layersel import engines
+from axolotl_layersel.selection.passes import keep_random_state
+
+
+def run_trial(
+    trainer: Trainer, model: PeftModel, steps: int, train_dataset: Any, callback: TrainerCallback, seed: int
+) -> None:
+    """Train the parameters that require a gradient for ``steps`` optimizer steps, then undo it; every rank calls this.
+
+    The run's own engine, optimizer, batch size, packing and precision are used, and its schedule of learning rates,
+    compressed to ``steps``. Nothing is saved, evaluated or logged, and of the callbacks only ``callback`` is called.
+    Afterwards weights, random state and trainer are as before; ZeRO-3 and FSDP2 keep the weights in shards.
+
+    Args:
+        trainer: one that has not trained.
+        model: its PEFT model, unwrapped.
+        steps: optimizer steps.
+        train_dataset: what is trained on.
+        callback: may stop the trial.
+        seed: of dropout and of the order of rows.
+    """
+    weights = engines.copy_trained(trainer, model)
+    planned = engines.count_optimizer_steps(trainer)
+    with keep_random_state(), engines.keep_deepspeed_config(trainer), keep_trainer(trainer, model):
+        set_seed(seed)
+        trainer.args = compress_arguments(trainer.args, steps, planned)
+        trainer.train_dataset = train_dataset
+        trainer.control = TrainerControl()
+        trainer.callback_handler = CallbackHandler(
+            [DefaultFlowCallback(), callback], trainer.model, trainer.processing_class, None, None
+        )
+        trainer.train()
+        engines.restore_trained(trainer, model, weights)
+        engines.release(trainer, model)
+
+
+def compress_arguments(arguments: TrainingArguments, steps: int, planned: int) -> TrainingArguments:
+    """Return a copy for a trial of ``steps`` of the run's ``planned`` optimizer steps.
+
+    Warmup, and what the schedule's own settings count in steps, keep their share of the run.
+    """
+    scale = functools.partial(compress_steps, steps=steps, planned=planned)
+    arguments = copy.copy(arguments)
+    warmup = arguments.get_warmup_steps(planned)
+    # From 1 it is a number of steps, below it a share.
+    arguments.warmup_steps = scale(warmup) if warmup else 0
+    arguments.lr_scheduler_kwargs = {
+        key: scale(value) if key.endswith("_steps") and isinstance(value, int) else value
+        for key, value in (arguments.lr_scheduler_kwargs or {}).items()
+    }
+    arguments.max_steps = steps
+    arguments.eval_strategy = arguments.logging_strategy = IntervalStrategy.NO
+    arguments.save_strategy = SaveStrategy.NO
+    arguments.eval_on_start = arguments.load_best_model_at_end = arguments.push_to_hub = False
+    return arguments
+
+
+def compress_steps(count: int, steps: int, planned: int) -> int:
+    """Return ``count`` of ``planned`` steps as a number of ``steps``, rounded, at least 1."""
+    return max(1, round(count * steps / planned))
+
+
+@contextlib.contextmanager
+def keep_trainer(trainer: Trainer, model: PeftModel) -> Iterator[None]:
+    """Give the trainer its attributes back at the end of the block, and the model its ``forward``."""
+    attributes = dict(vars(trainer))
+    forward = {name: value for name, value in vars(model).items() if name in engines.FORWARD_ATTRIBUTES}
+    for name in engines.METRIC_ATTRIBUTES & attributes.keys():
+        setattr(trainer, name, copy.deepcopy(attributes[name]))  # filled in place
+    try:
+        yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(attributes)
+        for name in engines.FORWARD_ATTRIBUTES & vars(model).keys():
+            delattr(model, name)
+        vars(model).update(forward)
