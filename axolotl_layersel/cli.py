@@ -50,24 +50,35 @@ def plan(
 @app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="A plan.json, or the folder of a run or checkpoint.")],
-    picture: Annotated[Path | None, typer.Option(help="Also draw the ranks to this file, such as ranks.png.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw ranks, or a search's gates, to this file, such as run.png.")
+    ] = None,
 ) -> None:
-    """Print what was decided: the chosen layers, and the rank of every module."""
+    """Print what was decided: the chosen layers, and the rank of every module.
+
+    Of a run with both ranks and a search, the picture of the gates has -gates in its name.
+    """
     from axolotl_layersel.l1ra.records import RankHistory, ranks_path
     from axolotl_layersel.plan import plan_path, read_plan
-    from axolotl_layersel.report import draw_ranks, print_plan, print_ranks
+    from axolotl_layersel.report import draw_gates, draw_ranks, print_plan, print_ranks
+    from axolotl_layersel.selection.flexora.records import GateHistory, gates_path
 
     has_ranks = path.is_dir() and ranks_path(path).exists()
+    has_gates = path.is_dir() and gates_path(path).exists()
     try:
         if not has_ranks or plan_path(path).exists():
             print_plan(read_plan(plan_path(path) if path.is_dir() else path, key="PATH"))
         if has_ranks:
             history = RankHistory.read(path)
             print_ranks(history.ranks[0], history.ranks[max(history.ranks)])
-        if picture and not has_ranks:
-            raise LayerselError(f"--picture: {path} has no layersel/ranks.csv to draw. Give the folder of a run.")
-        if picture:
+        if picture and not has_ranks and not has_gates:
+            raise LayerselError(
+                f"--picture: {path} has no layersel/ranks.csv or gates.csv to draw. Give the folder of a run."
+            )
+        if picture and has_ranks:
             draw_ranks(history.ranks, picture)
+        if picture and has_gates:
+            draw_gates(GateHistory.read(path), picture.with_stem(f"{picture.stem}-gates") if has_ranks else picture)
     except LayerselError as error:
         fail(str(error))
 

@@ -4,15 +4,24 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.records import group_by_type
-from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan import Plan, Stability
+from axolotl_layersel.selection.flexora.records import GateHistory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BAR_WIDTH = 24
+MOST_LABELS = 40
+# Two random halves of many layers overlap by a third. Below this, less than three in four of the layers that one of
+# two choices keeps are in both.
+LOW_OVERLAP = 0.6
 
 
 def make_table(plan: Plan) -> Table:
@@ -38,10 +47,87 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
     others = "frozen" if plan.unselected == "freeze" else "without an adapter"
     count = f"{len(plan.selected)} of {len(plan.layers)} layers"
+    if plan.module_scores:
+        count = f"{len(plan.modules)} of {len(plan.module_scores)} LoRA modules, in {count}"
     console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}", highlight=False)
-    console.print(make_table(plan))
+    console.print(make_module_table(plan) if plan.module_scores else make_table(plan))
+    if plan.stability is not None:
+        print_stability(plan.stability, console)
     for layer, reason in sorted(plan.unscored.items()):
         console.print(f"layer {layer} is not scored: {reason}")
+
+
+def make_module_table(plan: Plan) -> Table:
+    """Return the scores of modules by layer (rows) and type (columns); a star marks those that were chosen."""
+    places = {name: find_place(name) for name in plan.module_scores}
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    table = Table()
+    for heading in ("layer", *kinds):
+        table.add_column(heading, justify="right")
+    kept = set(plan.modules)
+    for layer in dict.fromkeys(layer for layer, _ in places.values()):
+        row = {places[name][1]: name for name in plan.module_scores if places[name][0] == layer}
+        cells = {kind: f"{plan.module_scores[name]:.3g}{' *' if name in kept else '  '}" for kind, name in row.items()}
+        table.add_row(layer, *(cells.get(kind, "") for kind in kinds))
+    return table
+
+
+def print_stability(stability: Stability, console: Console) -> None:
+    """Print what each seed chose and how far the choices agree, with a warning where they do not."""
+    for seed, layers in stability.selected.items():
+        console.print(f"seed {seed}: layers {', '.join(map(str, layers))}", highlight=False)
+    console.print(
+        f"layersel: {len(stability.selected)} seeds agree with a mean overlap (Jaccard) of {stability.overlap:.2f}; "
+        "1 is the same choice each time",
+        highlight=False,
+    )
+    if stability.overlap < LOW_OVERLAP:
+        console.print(
+            "layersel: WARNING: the choice depends on the seed, so it says little about your data. Give the method "
+            "more to look at (num_samples; for flexora steps and val_samples), or keep more layers.",
+            style="yellow",
+        )
+
+
+def draw_gates(history: GateHistory, path: Path) -> None:
+    """Draw the gates and both losses over the steps of a search.
+
+    Args:
+        history: of the search.
+        path: of the picture; its ending says the format.
+
+    Raises:
+        LayerselError: if matplotlib is not installed.
+    """
+    figure = make_figure((11, 4.5))
+    over_time, losses = figure.subplots(1, 2)
+    steps = range(1, len(history.gates) + 1)
+    labelled = len(history.names) <= MOST_LABELS
+    for index, name in enumerate(history.names):
+        over_time.plot(steps, [gates[index] for gates in history.gates], label=name if labelled else None)
+    over_time.axhline(0, color="grey", linewidth=0.8)
+    over_time.set(xlabel="optimizer step of the search", ylabel="gate")
+    if labelled:
+        over_time.legend(fontsize="small", title="layer")
+    losses.plot(steps, history.train_losses, label="training", alpha=0.6)
+    validated = [(step, loss) for step, loss in zip(steps, history.validation_losses) if loss is not None]
+    losses.plot(*zip(*validated), label="validation", alpha=0.6)
+    losses.set(xlabel="optimizer step of the search", ylabel="loss")
+    losses.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def make_figure(size: tuple[float, float]) -> "Figure":
+    """Return an empty figure of ``size`` inches.
+
+    Raises:
+        LayerselError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise LayerselError("--picture needs matplotlib. Install it: pip install 'axolotl-layersel[plots]'.") from error
+    return Figure(figsize=size, layout="constrained")
 
 
 def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
@@ -72,15 +158,11 @@ def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
     Raises:
         LayerselError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LayerselError("--picture needs matplotlib. Install it: pip install 'axolotl-layersel[plots]'.") from error
     steps = sorted(history)
     places = {name: find_place(name) for name in history[steps[-1]]}
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     layers = list(dict.fromkeys(layer for layer, _ in places.values()))
-    figure = Figure(figsize=(11, 2 + 0.2 * len(layers)), layout="constrained")
+    figure = make_figure((11, 2 + 0.2 * len(layers)))
     over_time, at_end = figure.subplots(1, 2)
     means = {kind: [mean(group_by_type(history[step])[kind]) for step in steps] for kind in kinds}
     for kind, values in means.items():

@@ -80,7 +80,7 @@ def make_trainer(model, folder: Path, rows: list[dict] | None = None, **argument
 
 def selection(method: str = "cka", **values) -> dict:
     """Return a ``layersel`` block; methods that score take an odd number of rows, for unequal shares of two."""
-    scoring = {} if method in ("random", "first", "last", "explicit") else {"num_samples": 15}
+    scoring = {"num_samples": 15} if method in ("cka", "cosine", "fisher") else {}
     return {"layersel": {"selection": {"method": method, **scoring, **values}}}
 
 

@@ -31,7 +31,7 @@ from axolotl_layersel.selection.calibration import Sample, find_token_positions,
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Choice, choose, count_kept, find_candidates, find_mean_overlap
 from axolotl_layersel.selection.flexora import choice as flexora
-from axolotl_layersel.selection.flexora.records import GateHistory
+from axolotl_layersel.selection.flexora.records import GateHistory, gates_path
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -76,6 +76,8 @@ def select_layers(
     if engines.get_rank() == 0:
         if history is not None:
             history.write(trainer.args.output_dir)
+        elif reused is None:
+            gates_path(trainer.args.output_dir).unlink(missing_ok=True)  # an earlier run's
         write_plan(plan, plan_path(trainer.args.output_dir))
     apply_plan(model, stack, plan)
     if engines.get_rank() == 0:
