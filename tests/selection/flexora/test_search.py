@@ -273,7 +273,7 @@ def test_a_search_that_comes_to_nothing_says_why_and_leaves_no_plan(tmp_path, ch
 
 def test_a_number_that_is_none_ends_the_search(tmp_path):
     trainer = make(tmp_path)
-    trainer.model.get_base_model().model.layers[1].self_attn.q_proj.lora_B["default"].weight.data.fill_(float("nan"))
+    trainer.model.get_base_model().model.layers[1].self_attn.q_proj.base_layer.weight.data[0, 0] = float("nan")
     with pytest.raises(LayerselError, match="NaN or infinity in the gradient of gate 0 after step 2 of the search"):
         search(tmp_path, trainer=trainer)
     assert not plan_path(tmp_path).exists()
