@@ -75,7 +75,11 @@ def check_plain_lora(model: PeftModel, setting: str) -> None:
         )
     for name, module in find_lora_modules(model.get_base_model()).items():
         linear = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
-        if not linear or module.lora_A[adapter].weight.dim() != 2:
+        # A partitioned weight has its shape elsewhere.
+        shape = (
+            getattr(module.lora_A[adapter].weight, "ds_shape", module.lora_A[adapter].weight.shape) if linear else ()
+        )
+        if len(shape) != 2:
             raise LayerselError(
                 f"lora_target_modules: {name} is a {type(module.get_base_layer()).__name__}, on whose LoRA {setting} "
                 "cannot put gates. Target linear modules, such as q_proj and down_proj."

@@ -3,7 +3,8 @@
 They change nothing, unless the environment says so: ``LAYERSEL_TEST_SIGNAL="KILL:3"`` sends every rank SIGKILL at
 the end of step 3; ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"DRIFT:3"`` moves a
 gate on rank 1 alone; ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
-``"BYPASS:0"`` computes the LoRA of one module past it.
+``"BYPASS:0"`` computes the LoRA of one module past it; ``"SEARCHKILL:3"`` sends every rank SIGKILL in step 3 of a
+search for layers.
 """
 
 import json
@@ -19,6 +20,7 @@ from transformers import TrainerCallback
 
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.selection.flexora.search import GateSearch
 
 TOKENS = torch.arange(40).reshape(2, 20) + 300
 
@@ -56,8 +58,53 @@ class ProbeCallback(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def collect_gradients(trainer) -> list[torch.Tensor]:
+    """Return copies of all gradients there are: of parameters, and in the buffers of DeepSpeed's optimizer."""
+    found = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    optimizer = getattr(trainer.model_wrapped, "optimizer", None)
+    waiting = [value for name, value in vars(optimizer).items() if "grad" in name or "ipg" in name] if optimizer else []
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+        elif type(value).__module__.startswith("deepspeed") and hasattr(value, "__dict__"):
+            waiting.extend(vars(value).values())
+    return [(tensor.to_local() if hasattr(tensor, "to_local") else tensor).clone() for tensor in found]
+
+
+def watch_search(trainer) -> None:
+    """Record what every gate step of a search for layers changes, in gate_steps.json."""
+    upstream_step, upstream_finish = GateSearch.step_gates, GateSearch.finish_step
+    record = []
+
+    def step_gates(search, step):
+        before = collect_gradients(trainer)
+        loss = upstream_step(search, step)
+        after = collect_gradients(trainer)
+        same = len(before) == len(after) and all(torch.equal(one, two) for one, two in zip(before, after))
+        record.append({"step": step, "gradients_are_as_before": same, "gradients": len(before)})
+        (Path(trainer.args.output_dir) / f"gate_steps_{trainer.args.process_index}.json").write_text(json.dumps(record))
+        return loss
+
+    def finish_step(search, step):
+        name, _, fatal = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
+        if name == "SEARCHKILL" and step == int(fatal):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return upstream_finish(search, step)
+
+    GateSearch.step_gates, GateSearch.finish_step = step_gates, finish_step
+
+
 class ProbePlugin(BasePlugin):
     recorded = False
+
+    def post_trainer_create(self, cfg, trainer):
+        """Listed before the plugin under test, which searches here."""
+        watch_search(trainer)
 
     def add_callbacks_post_trainer(self, cfg, trainer):
         return [ProbeCallback(trainer)]

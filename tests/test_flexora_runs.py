@@ -1,5 +1,7 @@
 """Whole runs of Axolotl that search with gates first, on every engine."""
 
+import json
+
 import pytest
 from conftest import ENGINES, Run, selection
 from safetensors.torch import load_file
@@ -50,6 +52,17 @@ def test_a_search_chooses_and_the_run_follows(searched, engine):
     assert gates == {int(name): value for name, value in history.final.items()}
     assert min(gates[layer] for layer in run.selected) > max(gates[i] for i in gates if i not in run.selected)
     assert len(run.losses()) == 4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gate_steps_touch_no_gradient_of_the_engine(searched, engine):
+    run = searched[engine]
+    for rank in range(run.engine["processes"]):
+        steps = json.loads((run.folder / f"gate_steps_{rank}.json").read_text())
+        assert [step["step"] for step in steps] == [2, 4, 6]
+        assert all(step["gradients_are_as_before"] for step in steps)
+        if engine.startswith("zero"):
+            assert steps[-1]["gradients"] > 0, "DeepSpeed's buffers were not found"
 
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
