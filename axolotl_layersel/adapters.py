@@ -62,10 +62,13 @@ def check_experts(model: PeftModel) -> None:
         )
 
 
-def check_plain_lora(model: PeftModel, setting: str) -> None:
+def check_plain_lora(model: PeftModel, modules: dict[str, LoraLayer], setting: str) -> None:
     """Raise LayerselError for a LoRA module that is more than B·A·x·scaling with linear A and B.
 
-    ``setting``: the YAML key that puts gates on the modules.
+    Args:
+        model: whose adapter it is.
+        modules: those that get gates, by name.
+        setting: the YAML key that puts gates on them.
     """
     adapter, method = get_adapter_name(model), get_initialisation(get_config(model))
     if method not in SEEDED_INITIALISATIONS:
@@ -73,7 +76,7 @@ def check_plain_lora(model: PeftModel, setting: str) -> None:
             f"peft_init_lora_weights: {method!r} is not supported by {setting}, whose gates need an adapter that "
             "starts from nothing. Remove it, or use `gaussian`."
         )
-    for name, module in find_lora_modules(model.get_base_model()).items():
+    for name, module in modules.items():
         linear = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
         # A partitioned weight has its shape elsewhere.
         shape = (

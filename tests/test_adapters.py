@@ -139,4 +139,5 @@ def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeyp
 )
 def test_what_is_more_than_linear_lora_is_refused(make, message):
     with pytest.raises(LayerselError, match=message):
-        adapters.check_plain_lora(make(), "layersel.l1ra")
+        model = make()
+        adapters.check_plain_lora(model, find_lora_modules(model.get_base_model()), "layersel.l1ra")

@@ -9,6 +9,11 @@ from safetensors.torch import load_file, save_file
 MODEL_LOADS = "Loading weights"
 
 
+def flexora(**values) -> dict:
+    """Return a ``layersel`` block that searches."""
+    return selection("flexora", flexora=values)
+
+
 BEFORE_THE_MODEL = {
     "no block": ({"layersel": None}, "layersel: the plugin is listed but its block is missing or empty"),
     "misspelt block": (
@@ -131,15 +136,45 @@ BEFORE_THE_MODEL = {
         {**l1ra(), "resume_from_checkpoint": "elsewhere/checkpoint-4"},
         "resume_from_checkpoint: elsewhere/checkpoint-4/layersel/state.safetensors is missing",
     ),
+    "flexora: no step": (flexora(steps=0), "layersel.selection.flexora.steps: 0 is too few. Set 1 or more."),
+    "flexora: more inner steps than steps": (
+        flexora(steps=4, inner_steps=5),
+        "layersel.selection.flexora.inner_steps: 5 is more than steps: 4, so no gate would ever move",
+    ),
+    "flexora: no eval set": (
+        flexora(val_source="eval"),
+        "layersel.selection.flexora.val_source: 'eval' needs an eval set, and this run has none. Set `val_set_size`",
+    ),
+    "flexora: kernels": (
+        {**flexora(), "lora_o_kernel": True},
+        "lora_o_kernel: True bypasses the modules that layersel.selection.method: flexora looks into",
+    ),
+    "flexora: unrolled on shards": (
+        {**flexora(hypergradient="unrolled"), "fsdp_version": 2, "fsdp_config": {"offload_params": False}},
+        "flexora.hypergradient: 'unrolled' needs the LoRA weights whole on every process, and FSDP2 splits them",
+    ),
+    "flexora: unknown key": (flexora(step=3), "layersel.selection.flexora.step is not a setting: did you mean 'steps'"),
+    "flexora: no mapping": (
+        selection("flexora", flexora=True),
+        "layersel.selection.flexora: True is not a mapping",
+    ),
 }
 AFTER_THE_MODEL = {
+    "flexora: no training rows left": (
+        flexora(val_samples=63),
+        "layersel.selection.flexora.val_samples: 63 of the 64 training rows leaves no training rows for the search",
+    ),
+    "flexora: nothing kept": (
+        flexora(gate_lr=0, steps=2, val_samples=9),
+        "layersel.selection.keep: 'positive' keeps nothing: the gates ended at 0: 0, 1: 0, 2: 0",
+    ),
     "l1ra: a run too short": (
         l1ra(update_ratio=0.4),
         "layersel.l1ra.update_ratio: 0.4 (warmup_ratio: 0.0) leaves 1 rank updates in a run of 6 optimizer steps",
     ),
     "l1ra: embeddings": (
         {**l1ra(), "lora_target_modules": ["q_proj", "embed_tokens"]},
-        "lora_target_modules: model.embed_tokens is a Embedding, whose rank layersel.l1ra cannot move",
+        "lora_target_modules: model.embed_tokens is a Embedding, on whose LoRA layersel.l1ra cannot put gates",
     ),
     "l1ra: a rank above the room": (
         {**l1ra(max_rank=6), "lora_rank_pattern": {"q_proj": 7}},

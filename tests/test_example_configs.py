@@ -8,11 +8,15 @@ import yaml
 from conftest import ROOT
 from pydantic import ValidationError
 
-from axolotl_layersel.args import LORA_KERNELS, L1RAArgs, LayerselBlock, SelectionArgs
+from axolotl_layersel.args import LORA_KERNELS, FlexoraArgs, L1RAArgs, LayerselBlock, SelectionArgs
 
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
-PROCESSES = {"llama-3.1-8b-qlora-zero2": 8, "llama-3.1-8b-fsdp2": 8, "llama-3.1-70b-zero3-multinode": 16}
+PROCESSES = {
+    "llama-3.1-8b-qlora-zero2": 8,
+    "llama-3.1-8b-fsdp2": 8,
+    "llama-3.1-70b-zero3-multinode": 16,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +70,10 @@ def find_unknown_keys(content: dict) -> set[str]:
 
 
 def test_the_examples_are_there():
-    assert [path.stem for path in CONFIGS] == ["demo", *sorted(["llama-3.1-8b-l1ra", "llama-3.1-8b-lora", *PROCESSES])]
+    assert [path.stem for path in CONFIGS] == [
+        "demo",
+        *sorted(["llama-3.1-8b-flexora", "llama-3.1-8b-l1ra", "llama-3.1-8b-lora", *PROCESSES]),
+    ]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -111,16 +118,20 @@ def test_a_deepspeed_file_is_of_the_stage_that_the_name_says(path):
 
 def test_the_kernels_that_axolotl_switches_on_by_itself_stay_off_where_gates_need_the_modules():
     kernels = {}
-    for name in ("llama-3.1-8b-lora", "llama-3.1-8b-l1ra"):
+    for name in ("llama-3.1-8b-lora", "llama-3.1-8b-l1ra", "llama-3.1-8b-flexora"):
         cfg = validate(read(ROOT / "example_configs" / f"{name}.yml"))
         kernels[name] = [bool(cfg[key]) for key in LORA_KERNELS]
-    assert kernels["llama-3.1-8b-l1ra"] == [False] * 4
+    assert kernels["llama-3.1-8b-l1ra"] == kernels["llama-3.1-8b-flexora"] == [False] * 4
     assert True in kernels["llama-3.1-8b-lora"]
 
 
 def test_the_readme_explains_every_key_of_the_block_once():
     text = (ROOT / "README.md").read_text()
-    for block, heading in ((SelectionArgs, "## The YAML block"), (L1RAArgs, "## Moving rank while training")):
+    for block, heading in (
+        (SelectionArgs, "## The YAML block"),
+        (FlexoraArgs, "### Searching with gates"),
+        (L1RAArgs, "## Moving rank while training"),
+    ):
         table = text.split(f"\n{heading}\n")[1].split("\n##")[0].split("| key |")[1].split("\n\n")[0]
         assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == sorted(block.model_fields)
 

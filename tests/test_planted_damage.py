@@ -1,92 +1,56 @@
-"""Whether rank goes where it is needed: two layers are damaged, and repairing them is all there is to learn."""
-
-import random
+"""Whether rank and adapters go where they are needed: two layers are damaged, and that is all there is to repair."""
 
 import pytest
 import torch
-from conftest import make_small_llama, make_trainer
+from conftest import make_trainer
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
-from axolotl_layersel.args import L1RAArgs, LayerselBlock
+from axolotl_layersel.args import L1RAArgs, LayerselBlock, SelectionArgs
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.prepare import prepare_trainer
-from demo.prepare import write_problems
+from benchmarks.planted import (
+    LAYERS,
+    LINEARS,
+    draw_damaged,
+    draw_passages,
+    make_damaged,
+    make_rows,
+    make_text,
+    pretrain,
+)
 
-LAYERS, STEPS, BATCH, LENGTH, RANK = 8, 200, 4, 96, 8
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+STEPS, SEARCH_STEPS, BATCH, RANK = 200, 60, 4, 8
 
 
 @pytest.fixture(scope="module")
 def text() -> torch.Tensor:
-    """The base's domain, one token a character: narrow enough for a small model to need all of its layers."""
-    problems = (f"{row['instruction']}\n{row['output']}\n" for row in write_problems(6000, seed=5))
-    return torch.tensor(list("".join(problems).encode()))
-
-
-def draw_passages(text: torch.Tensor, count: int, seed: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(text) - LENGTH, (count,), generator=generator).tolist()
-    return [text[start : start + LENGTH].tolist() for start in starts]
-
-
-def make_model():
-    return make_small_llama(LAYERS, hidden_size=64, intermediate_size=160, vocab_size=128, tie_word_embeddings=True)
+    return make_text()
 
 
 @pytest.fixture(scope="module")
 def base(text) -> dict[str, torch.Tensor]:
-    """The weights of a Llama pre-trained on ``text``."""
-    model, steps, batch = make_model(), 300, 8
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 20) * (1 - 0.9 * step / steps)
-    )
-    passages = torch.tensor(draw_passages(text, steps * batch, seed=0))
-    for rows in passages.split(batch):
-        loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.7
-    return model.state_dict()
+    return pretrain(text)
 
 
-@torch.no_grad()
-def damage(model, layers: list[int], seed: int) -> None:
-    """Add to each linear weight of ``layers`` a random matrix of rank 8 and of twice the weight's norm."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers:
-        for module in model.model.layers[layer].modules():
-            if isinstance(module, nn.Linear):
-                rows, columns = module.weight.shape
-                noise = torch.randn(rows, 8, generator=generator) @ torch.randn(8, columns, generator=generator)
-                module.weight += noise * (2 * module.weight.norm() / noise.norm())
-
-
-def fine_tune(base, text, damaged: list[int], seed: int, folder) -> dict[int, dict[str, int]]:
-    """Damage layers, fine-tune on the base's own domain with the default settings, and return the ranks by step."""
-    model = make_model()
-    model.load_state_dict(base)
-    damage(model, damaged, seed)
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS))
-    rows = [
-        {"input_ids": ids, "attention_mask": [1] * LENGTH, "labels": ids}
-        for ids in draw_passages(text, BATCH * STEPS, seed=100 + seed)
-    ]
+def prepare(base, text, seed: int, folder, settings: LayerselBlock, steps: int = STEPS):
+    """Return a trainer of a damaged base on the base's own domain, prepared with ``settings``, and its plan."""
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS)
     trainer = make_trainer(
-        model,
+        get_peft_model(make_damaged(base, seed), lora),
         folder,
-        rows,
+        make_rows(text, BATCH * STEPS, seed=100 + seed),
         per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
+        max_steps=steps,
         learning_rate=2e-3,
         save_strategy="no",
         seed=seed,
     )
-    prepare_trainer(trainer, LayerselBlock(l1ra=L1RAArgs()))
+    return trainer, prepare_trainer(trainer, settings)
+
+
+def move_rank(base, text, seed: int, folder) -> dict[int, dict[str, int]]:
+    """Fine-tune with the default settings of l1ra, and return the ranks by step."""
+    trainer, _ = prepare(base, text, seed, folder, LayerselBlock(l1ra=L1RAArgs()))
     trainer.train()
     ranks = next(c.ranks for c in trainer.callback_handler.callbacks if isinstance(c, RankCallback))
     updates = [entry for entry in trainer.state.log_history if "layersel/pool" in entry]
@@ -107,9 +71,62 @@ def compare_mean_ranks(ranks: dict[str, int], layers: list[int]) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rank_goes_to_the_damaged_layers(base, text, seed, tmp_path):
-    damaged = sorted(random.Random(seed).sample(range(LAYERS), 2))
-    history = fine_tune(base, text, damaged, seed, tmp_path)
+    history = move_rank(base, text, seed, tmp_path)
     assert set(history[0].values()) == {RANK}
     # After the last update, and after the last prune. Without damage 0.83 to 1.16 were seen, with it 1.48 to 1.79.
     for step in (STEPS - 20, STEPS):
-        assert compare_mean_ranks(history[step], damaged) >= 1.3
+        assert compare_mean_ranks(history[step], draw_damaged(seed)) >= 1.3
+
+
+def search_for_damage(base, text, seed: int, folder, hypergradient: str):
+    """Search for half of the layers in as many steps as the run has; return the trainer, and the plan."""
+    search = {"steps": SEARCH_STEPS, "val_samples": SEARCH_STEPS, "hypergradient": hypergradient}
+    settings = SelectionArgs(method="flexora", ratio=0.5, flexora=search)
+    return prepare(base, text, seed, folder, LayerselBlock(selection=settings), SEARCH_STEPS)
+
+
+@pytest.fixture(scope="module")
+def searched(base, text, tmp_path_factory) -> dict[int, tuple]:
+    """The trainers that a search of first order has prepared, and their plans, by seed."""
+    return {
+        seed: search_for_damage(base, text, seed, tmp_path_factory.mktemp("searched"), "first_order")
+        for seed in (0, 1, 2)
+    }
+
+
+def rank_layers(plan) -> list[int]:
+    """Return the layers, the one with the highest gate first."""
+    return sorted(range(LAYERS), key=lambda layer: -plan.layers[layer].score)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_search_puts_the_damaged_layers_among_the_three_highest_gates(searched, seed):
+    _, plan = searched[seed]
+    assert set(draw_damaged(seed)) <= set(rank_layers(plan)[:3])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_so_does_an_unrolled_search(base, text, seed, tmp_path):
+    _, plan = search_for_damage(base, text, seed, tmp_path, "unrolled")
+    assert set(draw_damaged(seed)) <= set(rank_layers(plan)[:3])
+
+
+@torch.no_grad()
+def measure_loss(model, text) -> float:
+    """Return the loss on passages that no run has seen."""
+    rows = torch.tensor(draw_passages(text, 128, seed=999))
+    return sum(model.eval()(input_ids=part, labels=part).loss.item() for part in rows.split(32)) / 4
+
+
+def test_the_half_that_is_chosen_repairs_more_than_a_random_half(base, text, searched, tmp_path):
+    chosen, random_half = [], []
+    for seed, (trainer, _) in searched.items():
+        trainer.train()
+        chosen.append(measure_loss(trainer.model, text))
+        # Another seed than the damage's, whose random layers would be the damaged ones.
+        settings = LayerselBlock(selection=SelectionArgs(method="random", ratio=0.5, seed=100 + seed))
+        other, plan = prepare(base, text, seed, tmp_path / str(seed), settings, SEARCH_STEPS)
+        assert len(plan.selected) == LAYERS // 2
+        other.train()
+        random_half.append(measure_loss(other.model, text))
+    assert sum(chosen) / 3 < sum(random_half) / 3 - 0.02, (chosen, random_half)

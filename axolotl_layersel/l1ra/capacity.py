@@ -73,7 +73,7 @@ def make_room(trainer: Trainer, settings: L1RAArgs, lora_r: int | None, scaling:
         LayerselError: if rank cannot move.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    adapters.check_plain_lora(model, "layersel.l1ra")
+    adapters.check_plain_lora(model, find_lora_modules(model.get_base_model()), "layersel.l1ra")
     lora_r = lora_r or adapters.get_config(model).r
     check_trainer(trainer, settings, lora_r)
     max_rank = settings.max_rank or 2 * lora_r

@@ -81,5 +81,5 @@ def test_a_rank_above_the_room_is_refused_with_the_module():
 def test_encoders_are_plain_enough():
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 97}
     model = make_lora(BertModel(BertConfig(num_hidden_layers=2, **size)), ["query", "value"])
-    adapters.check_plain_lora(model, "layersel.l1ra")
+    adapters.check_plain_lora(model, find_lora_modules(model.get_base_model()), "layersel.l1ra")
     assert len(grow_modules(model, 8)) == 4

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,7 +73,10 @@ def search_gates(
     Raises:
         LayerselError: on every rank, if the search cannot be made or comes to nothing.
     """
-    engines.decide_on_rank_zero(lambda: check_search(trainer, model, settings))
+    lora = find_lora_modules(model.get_base_model())
+    engines.decide_on_rank_zero(
+        lambda: check_search(trainer, model, settings, {m: lora[m] for names in gated.values() for m in names})
+    )
     if settings.val_source == "eval":
         train_dataset = trainer.train_dataset
         source, rows = find_eval_rows(trainer.eval_dataset, settings.val_samples, seed)
@@ -83,7 +87,6 @@ def search_gates(
         train_rows, rows = hold_out(source, settings.val_samples, batch, seed)
         train_dataset = take_rows(source, train_rows)
     validation = [dict(source[row]) for row in rows]
-    lora = find_lora_modules(model.get_base_model())
     adapter = adapters.get_adapter_name(model)
     downs = {name: [lora[module].lora_A[adapter] for module in modules] for name, modules in gated.items()}
     search = GateSearch(trainer, model, stack, settings, downs, ValidationBatches(trainer, validation, seed), choose)
@@ -93,10 +96,10 @@ def search_gates(
     return SearchResult(search.history, rows, validation)
 
 
-def check_search(trainer: Trainer, model: PeftModel, settings: FlexoraArgs) -> None:
-    """Raise LayerselError for a run in which no search can be made."""
+def check_search(trainer: Trainer, model: PeftModel, settings: FlexoraArgs, modules: dict[str, LoraLayer]) -> None:
+    """Raise LayerselError for a run in which no search can be made with gates on ``modules``."""
     key = "layersel.selection.method: flexora"
-    adapters.check_plain_lora(model, key)
+    adapters.check_plain_lora(model, modules, key)
     if trainer.optimizer is not None:
         raise LayerselError("optimizer: it was made before the trainer was prepared, so it holds other LoRA weights.")
     if trainer.args.fp16 or trainer.accelerator.mixed_precision == "fp16":
