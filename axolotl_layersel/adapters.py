@@ -186,6 +186,31 @@ def lora_parameters(module: LoraLayer) -> list[nn.Parameter]:
     return [parameter for name, parameter in module.named_parameters() if not name.startswith("base_layer.")]
 
 
+def keep_trained_alone(model: PeftModel) -> None:
+    """Let what trains, and nothing else, train again after the adapter was switched off for a while.
+
+    PEFT then makes every LoRA weight train, also frozen ones; trainers whose reference model is the base, such as
+    DPO's, switch it off in the middle of a loss.
+    """
+    tuner = model.base_model
+    upstream_disable, upstream_enable = tuner.disable_adapter_layers, tuner.enable_adapter_layers
+    trained: list[set[int]] = []
+
+    def disable_adapter_layers() -> None:
+        trained[:] = [{id(parameter) for parameter in model.parameters() if parameter.requires_grad}]
+        upstream_disable()
+
+    def enable_adapter_layers() -> None:
+        upstream_enable()
+        for before in trained:
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in before)
+        trained.clear()
+
+    tuner.disable_adapter_layers = disable_adapter_layers
+    tuner.enable_adapter_layers = enable_adapter_layers
+
+
 def adapter_parameters(model: PeftModel, embeddings: bool | str = False) -> dict[str, nn.Parameter]:
     """Return the parameters that an adapter file holds, by their name in that file (PEFT's naming).
 

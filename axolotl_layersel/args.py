@@ -32,6 +32,7 @@ GRANULARITIES = ("layer", "module")
 # Code that can be differentiated once only: the second time autograd fails or takes what it saved for constants.
 FUSED_PLUGINS = ("liger", "cut_cross_entropy", "kernels")
 FUSED_ATTENTION = ("flash", "flex", "xformers", "sage")
+FUSED_KEYS = ("tiled_mlp", "fused_attn_kernel", "large_head_attention", "gemma4_hybrid_attn_impl")
 
 BUDGETS = ("rank", "parameters")
 DEFAULT_GATE_LR = 0.02
@@ -69,24 +70,42 @@ class FlexoraArgs(Block):
     """``layersel.selection.flexora``: the search that ``method: flexora`` makes."""
 
     path: ClassVar[str] = "layersel.selection.flexora"
+    # Not the fields' own, so that a key that was left out contradicts no plan.
+    defaults: ClassVar[dict[str, Any]] = {
+        "steps": 200,
+        "inner_steps": 1,
+        "gate_lr": 0.01,
+        "val_batches": 1,
+        "val_source": "train",
+        "val_samples": 200,
+        "hypergradient": "first_order",
+        "granularity": "layer",
+    }
 
-    steps: int = Field(default=200, description="Optimizer steps of the search.")
-    inner_steps: int = Field(default=1, description="K: LoRA steps between two gate steps.")
-    gate_lr: float = Field(default=0.01, description="Learning rate of the gates (Adam, constant).")
-    val_batches: int = Field(default=1, description="Validation micro-batches of a gate step, on every process.")
-    val_source: str = Field(
-        default="train",
-        description="Where validation rows are from. `train`: training rows, which the search does not train on; "
-        "`eval`: the run's own eval set.",
+    steps: int | None = Field(default=None, description="Optimizer steps of the search. Default 200.")
+    inner_steps: int | None = Field(default=None, description="K: LoRA steps between two gate steps. Default 1.")
+    gate_lr: float | None = Field(
+        default=None, description="Learning rate of the gates (Adam, constant). Default 0.01."
     )
-    val_samples: int = Field(default=200, description="Validation rows. Of a smaller eval set all are taken.")
-    hypergradient: str = Field(
-        default="first_order",
-        description="`first_order`: the gradient of the validation loss with the LoRA weights as they are; `unrolled`: "
-        "exact through the K LoRA steps before it, made again as SGD steps. Needs whole weights: one process, DDP, "
-        "ZeRO-1 or 2.",
+    val_batches: int | None = Field(
+        default=None, description="Validation micro-batches of a gate step, on every process. Default 1."
     )
-    granularity: str = Field(default="layer", description="A gate for each `layer`, or for each LoRA `module`.")
+    val_source: str | None = Field(
+        default=None,
+        description="Where validation rows are from. `train` (default): training rows, which the search does not train "
+        "on; `eval`: the run's own eval set.",
+    )
+    val_samples: int | None = Field(
+        default=None, description="Validation rows. Of a smaller eval set all are taken. Default 200."
+    )
+    hypergradient: str | None = Field(
+        default=None,
+        description="`first_order` (default): the gradient of the validation loss with the LoRA weights as they are; "
+        "`unrolled`: exact through K LoRA steps made as SGD steps. Needs whole weights: one process, DDP, ZeRO-1 or 2.",
+    )
+    granularity: str | None = Field(
+        default=None, description="A gate for each `layer` (default), or for each LoRA `module`."
+    )
     patience: int | None = Field(
         default=None, description="Stop when what is kept has not changed for this many gate steps. Default: never."
     )
@@ -95,7 +114,7 @@ class FlexoraArgs(Block):
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
         known = {"val_source": VALIDATION_SOURCES, "hypergradient": HYPERGRADIENTS, "granularity": GRANULARITIES}
-        if value not in known[info.field_name]:
+        if value is not None and value not in known[info.field_name]:
             raise ValueError(
                 f"{cls.path}.{info.field_name}: {value!r} is not known: {suggest(str(value), known[info.field_name])}"
             )
@@ -110,19 +129,24 @@ class FlexoraArgs(Block):
 
     @field_validator("gate_lr")
     @classmethod
-    def check_gate_lr(cls, value: float) -> float:
-        if not 0 <= value < math.inf:
+    def check_gate_lr(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.01.")
         return value
 
     @model_validator(mode="after")
     def check_steps(self) -> "FlexoraArgs":
-        if self.inner_steps > self.steps:
+        steps, inner_steps = (getattr(self, key) or self.defaults[key] for key in ("steps", "inner_steps"))
+        if inner_steps > steps:
             raise ValueError(
-                f"{self.path}.inner_steps: {self.inner_steps} is more than steps: {self.steps}, so no gate would ever "
-                f"move. Set it to at most {self.steps}, or raise steps."
+                f"{self.path}.inner_steps: {inner_steps} is more than steps: {steps}, so no gate would ever "
+                f"move. Set it to at most {steps}, or raise steps."
             )
         return self
+
+    def resolve(self) -> "FlexoraArgs":
+        """Return the settings as they take effect, defaults filled in."""
+        return FlexoraArgs(**{**self.defaults, **self.model_dump(exclude_none=True)})
 
 
 class SelectionArgs(Block):
@@ -239,6 +263,11 @@ class SelectionArgs(Block):
         if len(given) > 1:
             shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
             raise ValueError(f"{self.path}: {shown} both say how many layers are kept. Keep one of them.")
+        if self.flexora is not None and self.flexora.gate_lr == 0 and self.ratio != 1:
+            raise ValueError(
+                f"{FlexoraArgs.path}.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by. Set it "
+                "above 0, or keep everything with `ratio: 1`."
+            )
         if self.flexora is not None and self.flexora.granularity == "module" and self.num_layers is not None:
             raise ValueError(
                 f"{self.path}.num_layers: {self.num_layers} counts layers, but flexora.granularity: module chooses "
@@ -265,7 +294,7 @@ class SelectionArgs(Block):
             else:
                 values["ratio"] = DEFAULT_RATIO
         if self.method == "flexora":
-            values["flexora"] = (self.flexora or FlexoraArgs()).model_dump()
+            values["flexora"] = (self.flexora or FlexoraArgs()).resolve().model_dump()
         if self.candidates is not None:
             values["candidates"] = sorted(self.candidates)
         values["unselected"] = self.unselected or DEFAULT_UNSELECTED
@@ -578,6 +607,24 @@ def check_search(data: Mapping[str, Any], search: Any) -> None:
         raise ValueError(
             f"{key}: 'unrolled' differentiates twice, which {attention[0] if attention else implementation} does not "
             "support. Use `attn_implementation: sdpa` or `eager`, or `hypergradient: first_order`."
+        )
+    fused = next((name for name in FUSED_KEYS if data.get(name)), None)
+    if fused:
+        raise ValueError(
+            f"{key}: 'unrolled' differentiates twice, which {fused}: {data[fused]} does not support. Remove {fused}, "
+            "or use `first_order`."
+        )
+    # Axolotl routes packed rows through a kernel of its own on GPUs, unless it is told not to.
+    if data.get("sample_packing") and implementation != "eager" and data.get("sdpa_varlen") is not False:
+        raise ValueError(
+            f"{key}: 'unrolled' differentiates twice, which the attention kernel for packed rows does not support. "
+            "Set `sdpa_varlen: false`, or use `first_order`."
+        )
+    several = next((name for name in ("loraplus_lr_ratio", "lr_groups") if data.get(name)), None)
+    if several:
+        raise ValueError(
+            f"{key}: 'unrolled' makes the LoRA steps with one learning rate, and {several}: {data[several]} sets "
+            f"several. Remove {several}, or use `first_order`."
         )
     if data.get("fsdp") or data.get("fsdp_config") or find_zero_stage(data.get("deepspeed")) == 3:
         raise ValueError(describe_sharded("FSDP2" if not data.get("deepspeed") else "ZeRO-3"))

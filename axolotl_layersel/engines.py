@@ -22,7 +22,8 @@ fails loudly when one of them changes):
   of the number of processes, ``safe_set_local_*`` take the padded partition.
 * transformers 5.16.1, ``Trainer.train`` can be called again on a trainer whose attributes were put back;
   accelerate 1.13.0 keeps a model in mixed precision in its ``forward`` and ``_original_forward``; axolotl 0.19.0
-  and trl 1.9.0 collect what they will log in ``_stored_metrics`` and ``_metrics``.
+  and trl 1.9.0 collect what they will log in ``_stored_metrics`` and ``_metrics``. Of axolotl's arguments those in
+  ``STEP_COUNTS`` count optimizer steps of its schedule.
 * transformers 5.16.1, ``Trainer._prepare_inputs``: puts a micro-batch on the device; ``Trainer._loss_shifts_labels``:
   whether the loss predicts each token from those before it;
   axolotl 0.19.0, ``activation_offload_context``: where it exists, forward passes that train run inside.
@@ -53,6 +54,7 @@ T = TypeVar("T")
 
 FORWARD_ATTRIBUTES = {"forward", "_original_forward"}
 METRIC_ATTRIBUTES = {"_stored_metrics", "_metrics"}
+STEP_COUNTS = ("jagged_restart_steps", "jagged_restart_warmup_steps", "jagged_restart_anneal_steps")
 
 
 def name_engine(trainer: Trainer) -> str:
@@ -196,7 +198,7 @@ def copy_trained(trainer: Trainer, model: nn.Module) -> dict[str, torch.Tensor]:
     """
     if is_streamed(trainer):
         return gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().clone().cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -440,6 +442,12 @@ def edit_zero_state(parameter: nn.Parameter, edit: Edit, moment: str | None) -> 
         utils.safe_set_local_fp32_param(parameter, part)
     else:
         utils.safe_set_local_optimizer_state(parameter, part, moment)
+
+
+def broadcast(tensor: torch.Tensor) -> None:
+    """Give every rank rank 0's ``tensor``, in place; a collective call."""
+    if is_distributed():
+        torch.distributed.broadcast(tensor, src=0)
 
 
 def add_up(tensor: torch.Tensor) -> None:

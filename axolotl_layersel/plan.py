@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 
-from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.args import Block, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 
 SCHEMA_VERSION = 1
@@ -154,9 +154,10 @@ def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
     for key in SelectionArgs.model_fields:
         if key == "plan" or getattr(settings, key) is None:
             continue
-        made_with = plan.settings.get(key)
-        if isinstance(asked[key], dict) and isinstance(made_with, dict):
-            pairs = {f"{key}.{part}": (value, made_with.get(part)) for part, value in asked[key].items()}
+        given, made_with = getattr(settings, key), plan.settings.get(key)
+        if isinstance(given, Block) and isinstance(made_with, dict):
+            parts = given.model_dump(exclude_none=True)
+            pairs = {f"{key}.{part}": (value, made_with.get(part)) for part, value in parts.items()}
         else:
             pairs = {key: (asked[key], made_with)}
         for name, (value, other) in pairs.items():

@@ -56,6 +56,7 @@ def prepare_trainer(
         raise LayerselError(f"adapter: the trainer's model is a {type(model).__name__}, not a PEFT model with LoRA.")
     engines.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
     adapters.check_experts(model)
+    adapters.keep_trained_alone(model)
     seeded = not continues_adapter and adapters.initialize_lora(model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
     # First, for after a search the weights may lie in shards.

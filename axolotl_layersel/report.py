@@ -108,7 +108,7 @@ def draw_gates(history: GateHistory, path: Path) -> None:
     over_time.axhline(0, color="grey", linewidth=0.8)
     over_time.set(xlabel="optimizer step of the search", ylabel="gate")
     if labelled:
-        over_time.legend(fontsize="small", title="layer")
+        over_time.legend(fontsize="small", title="gate of")
     losses.plot(steps, history.train_losses, label="training", alpha=0.6)
     validated = [(step, loss) for step, loss in zip(steps, history.validation_losses) if loss is not None]
     losses.plot(*zip(*validated), label="validation", alpha=0.6)

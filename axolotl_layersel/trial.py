@@ -61,6 +61,9 @@ def compress_arguments(arguments: TrainingArguments, steps: int, planned: int) -
         key: scale(value) if key.endswith("_steps") and isinstance(value, int) else value
         for key, value in (arguments.lr_scheduler_kwargs or {}).items()
     }
+    for name in engines.STEP_COUNTS:
+        if getattr(arguments, name, None):
+            setattr(arguments, name, scale(getattr(arguments, name)))
     arguments.max_steps = steps
     arguments.eval_strategy = arguments.logging_strategy = IntervalStrategy.NO
     arguments.save_strategy = SaveStrategy.NO

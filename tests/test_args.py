@@ -64,6 +64,9 @@ def test_a_block_that_contradicts_itself_is_refused(settings, message):
             {"attn_implementation": "flash_attention_2"},
             "twice, which flash_attention_2 does not support",
         ),
+        ({"hypergradient": "unrolled"}, {"tiled_mlp": True}, "twice, which tiled_mlp: True does not support"),
+        ({"hypergradient": "unrolled"}, {"sample_packing": True}, "the attention kernel for packed rows does not sup"),
+        ({"hypergradient": "unrolled"}, {"loraplus_lr_ratio": 16}, "with one learning rate, and loraplus_lr_ratio: 16"),
         (
             {"hypergradient": "unrolled"},
             {"deepspeed": {"zero_optimization": {"stage": 3}}},
@@ -91,7 +94,7 @@ def test_a_deepspeed_file_is_read_for_its_stage(tmp_path):
 def test_what_takes_effect_is_written_out():
     values = SelectionArgs(method="flexora").resolve(run_seed=4)
     assert values["keep"] == "positive" and values["ratio"] is None and values["num_samples"] is None
-    assert values["flexora"] == FlexoraArgs().model_dump()
+    assert values["flexora"] == {**FlexoraArgs.defaults, "patience": None}
     assert SelectionArgs(method="flexora", ratio=0.3).resolve(4)["keep"] is None
     assert SelectionArgs(method="cka").resolve(4)["keep"] is None
 
@@ -119,6 +122,7 @@ def test_a_plan_of_another_search_is_refused_by_the_key_that_differs():
         **about,
     )
     check_settings(plan, settings, "there")
-    check_settings(plan, SelectionArgs(method="flexora"), "there")
+    for left_out in (None, {}, {"steps": 9}):
+        check_settings(plan, SelectionArgs(method="flexora", flexora=left_out), "there")
     with pytest.raises(LayerselError, match=r"selection\.flexora\.steps: 8 contradicts the plan from there.* with 9\."):
         check_settings(plan, SelectionArgs(method="flexora", flexora={"steps": 8}), "there")

@@ -136,6 +136,10 @@ BEFORE_THE_MODEL = {
         {**l1ra(), "resume_from_checkpoint": "elsewhere/checkpoint-4"},
         "resume_from_checkpoint: elsewhere/checkpoint-4/layersel/state.safetensors is missing",
     ),
+    "flexora: no learning rate": (
+        flexora(gate_lr=0),
+        "layersel.selection.flexora.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by",
+    ),
     "flexora: no step": (flexora(steps=0), "layersel.selection.flexora.steps: 0 is too few. Set 1 or more."),
     "flexora: more inner steps than steps": (
         flexora(steps=4, inner_steps=5),
@@ -163,10 +167,6 @@ AFTER_THE_MODEL = {
     "flexora: no training rows left": (
         flexora(val_samples=63),
         "layersel.selection.flexora.val_samples: 63 of the 64 training rows leaves no training rows for the search",
-    ),
-    "flexora: nothing kept": (
-        flexora(gate_lr=0, steps=2, val_samples=9),
-        "layersel.selection.keep: 'positive' keeps nothing: the gates ended at 0: 0, 1: 0, 2: 0",
     ),
     "l1ra: a run too short": (
         l1ra(update_ratio=0.4),

@@ -55,8 +55,8 @@ def find_candidates(settings: SelectionArgs, stack: LayerStack) -> list[int]:
     return sorted(settings.candidates or stack.lora_modules)
 
 
-def count_kept(settings: SelectionArgs, candidates: int) -> int:
-    """Return how many layers are kept: floor(ratio × candidates + 1e-9), for 0.29 × 100 is 28.999….
+def count_kept(settings: SelectionArgs, candidates: int, what: str = "layers") -> int:
+    """Return how many of ``what`` are kept: floor(ratio × candidates + 1e-9), for 0.29 × 100 is 28.999….
 
     Raises:
         LayerselError: if that is none, or more than there are.
@@ -73,9 +73,10 @@ def count_kept(settings: SelectionArgs, candidates: int) -> int:
     ratio = DEFAULT_RATIO if settings.ratio is None else settings.ratio
     keep = math.floor(ratio * candidates + 1e-9)
     if keep == 0:
+        way_out = ", or `num_layers: 1`" if what == "layers" else ""
         raise LayerselError(
-            f"layersel.selection.ratio: {ratio} of {candidates} layers keeps none. Set at least {1 / candidates:.3f}, "
-            "or `num_layers: 1`."
+            f"layersel.selection.ratio: {ratio} of {candidates} {what} keeps none. Set at least "
+            f"{1 / candidates:.3f}{way_out}."
         )
     return keep
 
@@ -95,10 +96,11 @@ def choose(
             f"layersel.selection.method: {method} could score only {len(scored)} of {len(candidates)} layers, {keep} "
             f"are to be kept ({reasons}). Use `token: auto` or `mean`, or keep fewer layers."
         )
+    more = "more flexora.steps" if method == "flexora" else "more `num_samples`"
     if keep < len(scored) and len({scores[layer] for layer in scored}) == 1:
         raise LayerselError(
             f"layersel.selection.method: {method} gives every layer the score {scores[scored[0]]}, so there is "
-            "nothing to choose by. Use other data, more `num_samples`, or another method."
+            f"nothing to choose by. Use other data, {more}, or another method."
         )
     return sorted(sorted(scored, key=lambda layer: (-scores[layer], layer))[:keep])  # type: ignore[operator]
 

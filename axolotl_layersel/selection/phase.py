@@ -15,6 +15,7 @@ from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_TOKEN, SelectionArg
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack, find_layer_stack
 from axolotl_layersel.plan import (
+    FOLDER,
     LayerChoice,
     Plan,
     Stability,
@@ -23,6 +24,7 @@ from axolotl_layersel.plan import (
     check_settings,
     plan_path,
     read_plan,
+    write_atomically,
     write_plan,
 )
 from axolotl_layersel.report import print_plan
@@ -64,26 +66,46 @@ def select_layers(
     reused = engines.decide_on_rank_zero(lambda: find_plan(settings, resume_from))
     if continues_adapter and reused is None:
         check_continuing(settings)
-    history = None
+    output = Path(trainer.args.output_dir)
     if reused is None:
         plan, history = make_plan(trainer, model, stack, settings, engine)
+        engines.decide_on_rank_zero(lambda: write_choice(plan, history, output))
         if repeat > 1:
             plan.stability = measure_stability(trainer, model, stack, settings, plan, repeat)
+            engines.decide_on_rank_zero(lambda: write_choice(plan, history, output))
     else:
         plan, source = reused
         check_model(plan, stack.name, len(stack.layers), stack.lora_modules, source)
         LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
-    if engines.get_rank() == 0:
-        if history is not None:
-            history.write(trainer.args.output_dir)
-        elif reused is None:
-            gates_path(trainer.args.output_dir).unlink(missing_ok=True)  # an earlier run's
-        write_plan(plan, plan_path(trainer.args.output_dir))
+        engines.decide_on_rank_zero(lambda: carry_over(plan, Path(source), output))
     apply_plan(model, stack, plan)
     if engines.get_rank() == 0:
         print_plan(plan)
     trainer.add_callback(LayerSelectionCallback(trainer, stack, plan))
     return plan
+
+
+def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
+    """Write the plan, and beside it the course of its search; another search's goes."""
+    if history is None:
+        gates_path(output).unlink(missing_ok=True)
+    else:
+        history.write(output)
+    write_plan(plan, plan_path(output))
+
+
+def carry_over(plan: Plan, source: Path, output: Path) -> None:
+    """Write a plan that was read from ``source``, and the course of its search, which lies there or, for a
+    checkpoint's plan, in its run.
+    """
+    target = gates_path(output)
+    places = [gates_path(folder) for folder in source.resolve().parents[1:3]] if source.parent.name == FOLDER else []
+    found = next((place for place in places if plan.method == "flexora" and place.exists()), None)
+    if found is None:
+        target.unlink(missing_ok=True)
+    elif found != target.resolve():
+        write_atomically(target, found.read_bytes())
+    write_plan(plan, plan_path(output))
 
 
 def check_continuing(settings: SelectionArgs) -> None:

@@ -5,6 +5,7 @@ from transformers import Trainer
 
 from axolotl_layersel import engines
 from axolotl_layersel.args import FlexoraArgs, SelectionArgs
+from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.selection.calibration import fingerprint, read_sample
 from axolotl_layersel.selection.choosing import Choice, choose, count_kept
@@ -21,14 +22,21 @@ def choose_by_search(
     Raises:
         LayerselError: on every rank, if the search cannot be made, or its gates say nothing.
     """
-    search = settings.flexora or FlexoraArgs()
+    search = (settings.flexora or FlexoraArgs()).resolve()
     by_module = search.granularity == "module"
     if by_module:
         gated = {name: [name] for layer in candidates for name in stack.lora_modules[layer]}
     else:
         gated = {str(layer): stack.lora_modules[layer] for layer in candidates}
     by_share = settings.ratio is not None or settings.num_layers is not None
-    keep = engines.decide_on_rank_zero(lambda: count_kept(settings, len(gated)) if by_share else None)
+    if not by_share and len(gated) < 2:
+        raise LayerselError(
+            f"layersel.selection.keep: 'positive' needs two or more gates to compare, and there is {len(gated)}. Give "
+            "more `candidates`, or set `num_layers`."
+        )
+    keep = engines.decide_on_rank_zero(
+        lambda: count_kept(settings, len(gated), f"{search.granularity}s") if by_share else None
+    )
 
     def choose_gates(gates: dict[str, float]) -> list[str]:
         if keep is None:

@@ -166,9 +166,6 @@ class GateSearch:
         self.inner = InnerSteps(self.find_weights) if settings.hypergradient == "unrolled" else None
         self.kept: list[str] | None = None
         self.unchanged = 0
-        # What a validation pass switches off: it changes LoRA's output, or adds noise (NEFTune) to the embeddings.
-        self.noisy = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-        self.noisy.append(model.get_base_model().get_input_embeddings())
         self.progress = Progress(
             TextColumn("layersel: searching layers"),
             BarColumn(),
@@ -200,7 +197,8 @@ class GateSearch:
 
         def training_step(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
             if self.inner:
-                self.inner.add(inputs, num_items_in_batch, self.trainer.optimizer.param_groups[0]["lr"])
+                rates = {float(group["lr"]) for group in self.trainer.optimizer.param_groups}
+                self.inner.add(inputs, num_items_in_batch, rates)
             loss = upstream(model, inputs, num_items_in_batch)
             self.losses.append(loss)
             return loss
@@ -241,7 +239,7 @@ class GateSearch:
         """Settle the history, and check that the search was one; every rank must call this.
 
         Raises:
-            LayerselError: if it ended early, reached no gate of some layers, or differed between ranks.
+            LayerselError: if it ended early, or its gradients did not reach some gates.
         """
         history = self.history
         stopped = self.unchanged >= (self.settings.patience or 1)
@@ -251,12 +249,9 @@ class GateSearch:
                 f"the search ended after {len(history.gates)} of {self.settings.steps} steps. Lower val_samples, use "
                 "`val_source: eval`, or make batches smaller."
             )
-        losses = torch.tensor(history.train_losses, dtype=torch.float64)
+        losses = torch.tensor(history.train_losses, dtype=torch.float64, device=self.gates.values.device)
         engines.average(losses)
         history.train_losses = losses.tolist()
-        differing = engines.find_differing_ranks(self.alpha.numpy().tobytes())
-        if differing:
-            raise LayerselError(f"layersel: the gates of ranks {differing} differ from rank 0's. Report this, please.")
         untouched = [name for name, largest in zip(history.names, self.largest_gradient) if largest == 0]
         if untouched:
             raise LayerselError(
@@ -281,7 +276,7 @@ class GateSearch:
         measure = self.measure_unrolled if self.inner else self.measure_first_order
         self.gates.clear_gradient()
         self.hold_gates(False)
-        with self.frozen(), engines.offload_activations(self.trainer):
+        with self.frozen():
             loss, targets = measure([self.validation.draw() for _ in range(self.settings.val_batches)])
         self.hold_gates(True)
         # Each rank has added up over its labels: all together, divided by all labels.
@@ -292,7 +287,12 @@ class GateSearch:
         self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs())
         self.alpha.grad = find_alpha_gradient(self.alpha, gradient)
         self.adam.step()
-        self.gates.values.copy_(find_multipliers(self.alpha))
+        # Rank 0's: on nodes with other processors the last bits could differ, and with them when a search stops.
+        gates = torch.cat([self.alpha, find_multipliers(self.alpha)]).to(self.gates.values.device)
+        engines.broadcast(gates)
+        alpha, multipliers = gates.split(len(self.alpha))
+        self.alpha.copy_(alpha)
+        self.gates.values.copy_(multipliers)
         if self.inner:
             self.inner.begin()
         return float(loss)
@@ -310,12 +310,16 @@ class GateSearch:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Let no parameter get a gradient, and nothing be random, within the block.
+        """Let no parameter get a gradient, and nothing be random (dropout, NEFTune), within the block.
 
-        The model stays in training mode, without which it would not checkpoint its activations.
+        Only the modules that checkpoint their activations stay in training mode, in which alone they do.
         """
         trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
-        training = [module for module in self.noisy if module.training]
+        training = [
+            module
+            for module in self.trainer.model.modules()
+            if module.training and not getattr(module, "gradient_checkpointing", False)
+        ]
         for parameter in trained:
             parameter.requires_grad_(False)
         for module in training:
@@ -340,8 +344,9 @@ class GateSearch:
         """Return the loss summed over the labels of ``batches``, and their number; the gradient is in the gates."""
         total, labels = torch.zeros(2, device=self.gates.values.device)
         for inputs in batches:
-            loss, targets = self.compute_loss(inputs)
-            loss.backward()
+            with engines.offload_activations(self.trainer):
+                loss, targets = self.compute_loss(inputs)
+                loss.backward()
             total, labels = total + loss.detach(), labels + targets
         return total, labels
 
@@ -388,7 +393,7 @@ class GateSearch:
             loss, gradients = find_unrolled_gradient(
                 [weight.requires_grad_() for weight in self.inner.weights.values()],
                 list(self.gates.leaves.values()),
-                [make_inner_loss(step) for step in self.inner.steps],
+                [make_inner_loss(step) for step in self.inner.steps if step],
                 self.inner.learning_rates,
                 validate,
                 engines.average_differentiably,
@@ -401,8 +406,8 @@ class GateSearch:
         trainer = self.trainer
         prepared = engines.prepare_inputs(trainer, dict(inputs))
         loss = trainer.compute_loss(trainer.model, prepared, num_items_in_batch=num_items_in_batch)
-        by_labels = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        return loss if by_labels and num_items_in_batch is not None else loss / micro_batches
+        by_labels = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return loss if by_labels or trainer.compute_loss_func is not None else loss / micro_batches
 
 
 class InnerSteps:
@@ -410,30 +415,39 @@ class InnerSteps:
 
     Attributes:
         weights: the LoRA weights at the beginning, fp32, by name.
-        steps: the micro-batches of each step, with the number of labels that the trainer gave them.
+        steps: the micro-batches of each step, with the number of labels that the trainer gave them; the last one may
+            be under way.
         learning_rates: of each step.
     """
 
     def __init__(self, find_weights: Callable[[], dict[str, nn.Parameter]]) -> None:
         self.find_weights = find_weights
+        self.weights: dict[str, torch.Tensor] = {}
+        self.steps: list[list[tuple[Any, Any]]] = []
+        self.learning_rates: list[float] = []
 
     def begin(self) -> None:
         """Start with the weights as they are now."""
         self.weights = {name: weight.detach().float().clone() for name, weight in self.find_weights().items()}
-        self.steps: list[list[tuple[Any, Any]]] = []
-        self.learning_rates: list[float] = []
-        self.micro_batches: list[tuple[Any, Any]] = []
+        self.steps, self.learning_rates = [[]], []
 
-    def add(self, inputs: Any, num_items_in_batch: Any, learning_rate: float) -> None:
-        """Add a micro-batch to the current step."""
-        self.micro_batches.append((dict(inputs), num_items_in_batch))
-        self.learning_rate = learning_rate
+    def add(self, inputs: Any, num_items_in_batch: Any, learning_rates: set[float]) -> None:
+        """Add a micro-batch to the step that is under way, made with ``learning_rates``.
+
+        Raises:
+            LayerselError: if there are several.
+        """
+        if len(learning_rates) > 1:
+            raise LayerselError(
+                "layersel.selection.flexora.hypergradient: 'unrolled' makes the LoRA steps with one learning rate, and "
+                f"the optimizer has {len(learning_rates)}. Use `first_order`, or one learning rate."
+            )
+        self.steps[-1].append((dict(inputs), num_items_in_batch))
+        self.learning_rates[len(self.steps) - 1 :] = learning_rates
 
     def end_step(self) -> None:
-        """Add the current step."""
-        self.steps.append(self.micro_batches)
-        self.learning_rates.append(float(self.learning_rate))
-        self.micro_batches = []
+        """End the step that is under way."""
+        self.steps.append([])
 
 
 class LossOf(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from transformers import Trainer
 
 from axolotl_layersel import engines
@@ -55,9 +55,9 @@ def draw_labelled(dataset: Sequence[Row], samples: int, seed: int) -> list[int]:
 def has_target(row: Row) -> bool:
     """Return whether a row has a label to learn, or is of a kind that has no list of labels."""
     labels = row.get("labels")
-    if not isinstance(labels, Sequence):
+    if not hasattr(labels, "__len__") or len(torch.as_tensor(labels).shape) == 0:
         return True
-    return any(label != IGNORED_LABEL for label in labels[1:])  # the first token is never predicted
+    return bool(torch.as_tensor(labels)[1:].ne(IGNORED_LABEL).any())  # the first token is never predicted
 
 
 def find_eval_rows(eval_dataset: Any, samples: int, seed: int) -> tuple[Sequence[Row], list[int]]:
@@ -67,11 +67,12 @@ def find_eval_rows(eval_dataset: Any, samples: int, seed: int) -> tuple[Sequence
         LayerselError: if there is none, or it cannot be indexed.
     """
     key = "layersel.selection.flexora.val_source: 'eval'"
-    if eval_dataset is None:
+    parts = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    if parts in ([], [None]):
         raise LayerselError(f"{key} needs an eval set, and the trainer has none. Give one, or use `val_source: train`.")
-    if isinstance(eval_dataset, dict):
-        eval_dataset = concatenate_datasets(list(eval_dataset.values()))
-    check_indexable(eval_dataset, key)
+    for part in parts:
+        check_indexable(part, key)
+    eval_dataset = parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
     rows = draw_labelled(eval_dataset, samples, seed)
     if not rows:
         raise LayerselError(f"{key}: no row of the eval set has a label to learn. Use `val_source: train`.")
@@ -106,10 +107,10 @@ def draw_micro_batches(count: int, lengths: list[int] | None, size: int, seed: i
     if lengths is None:
         while True:
             yield list(itertools.islice(stream, size))
-    batch, tokens = [next(stream)], 0
-    tokens = lengths[batch[0]]
+    batch: list[int] = []
+    tokens = 0
     for row in stream:
-        if tokens + lengths[row] > size:
+        if batch and tokens + lengths[row] > size:
             yield batch
             batch, tokens = [], 0
         batch.append(row)
@@ -144,9 +145,17 @@ class ValidationBatches:
     def draw(self) -> Any:
         """Return this process's next micro-batch."""
         assert self.collate is not None, "follow a dataloader first"
-        rows = [self.rows[index] for index in next(self.stream)]
-        # Copies: collators change rows in place.
-        return self.collate([{key: row[key] for key in self.columns or row if key in row} for row in rows])
+        return self.collate([self.prepare(self.rows[index]) for index in next(self.stream)])
+
+    def prepare(self, row: Row) -> Row:
+        """Return a copy of ``row``, for collators change rows in place, with the columns of the training rows."""
+        if self.columns is None:
+            return dict(row)
+        row = {key: row[key] for key in self.columns if key in row}
+        if "position_ids" in self.columns and "position_ids" not in row:
+            # Rows of an eval set that is not packed have none, and packed together they would see each other.
+            row["position_ids"] = list(range(len(row["input_ids"])))
+        return row
 
 
 def count_targets(inputs: Any, shifted: bool) -> int:

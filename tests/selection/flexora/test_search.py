@@ -21,11 +21,12 @@ def make(folder, model=None, **arguments):
     return make_trainer(model, folder, make_rows(40), logging_steps=1, save_strategy="no", **arguments)
 
 
-def search(folder, *, trainer=None, search=None, **settings):
+def search(folder, *, trainer=None, search=None, gate_lr=None, **settings):
     """Return the trainer and the plan after a search of six steps on six layers."""
     trainer = trainer or make(folder)
     sized = {} if {"keep", "num_layers", "ratio"} & settings.keys() else {"ratio": 0.5}
     settings = SelectionArgs(method="flexora", flexora={**SEARCH, **(search or {})}, **sized, **settings)
+    settings.flexora.gate_lr = gate_lr or settings.flexora.gate_lr
     return trainer, prepare_trainer(trainer, LayerselBlock(selection=settings))
 
 
@@ -113,22 +114,68 @@ def test_activations_are_recomputed_in_gate_steps_too(tmp_path, monkeypatch):
     assert counts == [2, 2, 2]
 
 
+def test_keeping_nothing_is_an_error_after_the_search(tmp_path, monkeypatch):
+    # Gates that do not move; the block refuses that.
+    monkeypatch.setattr(GateSearch, "step_gates", lambda self, step: self.largest_gradient.fill_(1).sum().item())
+    with pytest.raises(LayerselError, match="keep: 'positive' keeps nothing: the gates ended at 0: 0, 1: 0, 2: 0"):
+        search(tmp_path, keep="positive")
+    assert not plan_path(tmp_path).exists() and not gates_path(tmp_path).exists()
+
+
+def test_the_history_of_another_search_does_not_stay_beside_a_plan(tmp_path):
+    search(tmp_path / "one", seed=1)
+    search(tmp_path / "other", seed=2)
+    first = gates_path(tmp_path / "one").read_text()
+    assert gates_path(tmp_path / "other").read_text() != first
+
+    def apply(**settings) -> None:
+        settings = SelectionArgs(**{"method": "flexora", **settings})
+        prepare_trainer(make(tmp_path / "other"), LayerselBlock(selection=settings))
+
+    apply(plan=str(plan_path(tmp_path / "one")))
+    assert gates_path(tmp_path / "other").read_text() == first
+    apply(plan=str(plan_path(tmp_path / "other")))
+    assert gates_path(tmp_path / "other").read_text() == first
+    apply(method="first")
+    assert not gates_path(tmp_path / "other").exists()
+
+
+def test_the_adapter_can_be_switched_off_within_a_loss(tmp_path, watched, monkeypatch):
+    """As preference training does for its reference; PEFT then makes all LoRA weights train."""
+    model = make_lora(make_small_llama(), ["q_proj", "v_proj"])
+    kind = {"use_reentrant": False}
+    trainer = make(tmp_path, model, gradient_checkpointing=True, gradient_checkpointing_kwargs=kind)
+    upstream, seen = trainer.compute_loss, []
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        inner = trainer.accelerator.unwrap_model(model)
+        loss = upstream(model, dict(inputs), *args, **kwargs)
+        with torch.no_grad(), inner.disable_adapter():
+            reference = upstream(model, dict(inputs), *args, **kwargs)
+        seen.append({name for name, parameter in inner.named_parameters() if parameter.requires_grad})
+        return loss - reference
+
+    trainer.compute_loss = compute_loss
+    search(tmp_path, trainer=trainer, candidates=[1, 3, 4], num_layers=2, search={"val_batches": 2})
+    assert len(watched) == 3 and not any(step["gradients"] for step in watched)
+    trained = {len(names) for names in seen}
+    assert trained == {0, 3 * 2 * 2}, "nothing in gate steps, the candidates' LoRA in LoRA steps"
+
+
 def test_dropout_is_off_where_gates_are_measured_and_on_where_lora_trains(tmp_path, monkeypatch):
     model = make_lora(make_small_llama(), lora_dropout=0.5)
-    trainer = make(tmp_path, model)
+    trainer = make(tmp_path, model, gradient_checkpointing=True)
     dropout = find_lora_modules(model.get_base_model())["model.layers.0.self_attn.q_proj"].lora_dropout["default"]
     modes, upstream = [], GateSearch.compute_loss
 
     def compute_loss(self, inputs):
-        modes.append((dropout.training, layer_mode()))
+        layer = model.get_base_model().model.layers[0]
+        modes.append((dropout.training, layer.self_attn.training, layer.training))
         return upstream(self, inputs)
-
-    def layer_mode() -> bool:
-        return model.get_base_model().model.layers[0].training
 
     monkeypatch.setattr(GateSearch, "compute_loss", compute_loss)
     search(tmp_path, trainer=trainer)
-    assert modes == [(False, True)] * 3
+    assert modes == [(False, False, True)] * 3, "the layer itself checkpoints in training mode alone"
     assert dropout.training
 
 
@@ -261,7 +308,13 @@ def test_a_method_that_draws_nothing_cannot_be_repeated(tmp_path):
     [
         ({}, {"search": {"val_samples": 38}}, "val_samples: 38 of the 40 training rows leaves no training rows"),
         ({}, {"search": {"val_source": "eval"}}, "val_source: 'eval' needs an eval set, and the trainer has none"),
-        ({}, {"keep": "positive", "search": {"gate_lr": 0}}, "keep: 'positive' keeps nothing: the gates ended at 0: 0"),
+        ({}, {"keep": "positive", "candidates": [3]}, "keep: 'positive' needs two or more gates to compare, and there"),
+        ({}, {"ratio": 0.01}, "ratio: 0.01 of 6 layers keeps none. Set at least 0.167, or `num_layers: 1`"),
+        (
+            {},
+            {"ratio": 0.01, "search": {"granularity": "module"}},
+            r"ratio: 0.01 of 18 modules keeps none. Set at least 0.056\.",
+        ),
         ({"learning_rate": 0.0}, {}, "no gradient reached the gate of 0, 1, 2, 3, 4, 5: the LoRA there did not train"),
     ],
 )

@@ -60,8 +60,19 @@ def test_several_eval_sets_count_as_one_and_small_ones_are_taken_whole():
     assert sorted(rows) == list(range(9))
     assert source[8]["input_ids"] == other[3]["input_ids"]
     assert len(find_eval_rows(one, 3, seed=0)[1]) == 3
-    with pytest.raises(LayerselError, match="val_source: 'eval' needs an eval set"):
-        find_eval_rows(None, 3, seed=0)
+    source, rows = find_eval_rows({"one": make_rows(3), "other": one}, 200, seed=0)
+    assert sorted(rows) == list(range(8)) and dict(source[7]) == dict(one[4])
+    for nothing in (None, {}):
+        with pytest.raises(LayerselError, match="val_source: 'eval' needs an eval set"):
+            find_eval_rows(nothing, 3, seed=0)
+
+
+def test_labels_count_in_any_format():
+    rows = make_rows(8)
+    for row in rows[:5]:
+        row["labels"] = [-100] * len(row["input_ids"])
+    for kind in ("torch", "numpy"):
+        assert sorted(hold_out(Dataset.from_list(rows).with_format(kind), 3, 2, seed=0)[1]) == [5, 6, 7]
 
 
 @pytest.mark.parametrize("make", [Dataset.from_list, list])
