@@ -84,6 +84,19 @@ def selection(method: str = "cka", **values) -> dict:
     return {"layersel": {"selection": {"method": method, **scoring, **values}}}
 
 
+# For what must not change plain LoRA. Two micro-batches a step, and gradients that are clipped.
+ACCUMULATED = {
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 0.01,
+    "max_steps": 6,
+    "num_epochs": 2,
+    "save_steps": 6,
+    "val_set_size": 0.1,
+    "warmup_steps": 2,
+}
+PLAIN = {**ACCUMULATED, **selection("flexora", ratio=1.0, flexora={"steps": 6, "gate_lr": 0, "val_source": "eval"})}
+
+
 def l1ra(**values) -> dict:
     """Return a ``layersel`` block that redistributes rank."""
     return {"layersel": {"l1ra": values}}
@@ -314,3 +327,24 @@ def train(zygote, make_config):
         return Run(output, codes, re.sub(r"\x1b\[[0-9;]*m", "", text))
 
     return run
+
+
+class RunsByEngine(dict):
+    """Runs that are made when they are first asked for, and once."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, engine: str):
+        self[engine] = self.make(engine)
+        return self[engine]
+
+
+@pytest.fixture(scope="session")
+def plain_runs(train) -> dict[str, Run]:
+    """On each engine plain LoRA in all layers, in two micro-batches a step, with gradients that are clipped.
+
+    Before it a search whose gates are held at 0, of as many steps, on the same rows in the same order: plain LoRA too.
+    """
+    return RunsByEngine(lambda engine: train(engine, **PLAIN))

@@ -105,7 +105,9 @@ def test_preference_training_searches_too(train, tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = train(
-        **search(val_samples=6),
+        **search(val_samples=6, val_batches=2),
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         rl="dpo",
         datasets=[
             {"path": str(path), "ds_type": "json", "type": "chat_template.default", "field_messages": "conversation"}

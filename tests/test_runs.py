@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENGINES, ENVIRONMENT, ROOT, Run
+from conftest import ENGINES, ENVIRONMENT, ROOT, Run, RunsByEngine
 from safetensors.torch import load_file
 
 KILLED = -9
@@ -36,18 +36,6 @@ for folder in folders:
 assert "axolotl_layersel" not in sys.modules
 save_file(results, output)
 """
-
-
-class RunsByEngine(dict):
-    """Runs that are made when they are first asked for, and once."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def __missing__(self, engine: str):
-        self[engine] = self.make(engine)
-        return self[engine]
 
 
 @pytest.fixture(scope="module")

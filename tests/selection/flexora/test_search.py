@@ -21,12 +21,11 @@ def make(folder, model=None, **arguments):
     return make_trainer(model, folder, make_rows(40), logging_steps=1, save_strategy="no", **arguments)
 
 
-def search(folder, *, trainer=None, search=None, gate_lr=None, **settings):
+def search(folder, *, trainer=None, search=None, **settings):
     """Return the trainer and the plan after a search of six steps on six layers."""
     trainer = trainer or make(folder)
     sized = {} if {"keep", "num_layers", "ratio"} & settings.keys() else {"ratio": 0.5}
     settings = SelectionArgs(method="flexora", flexora={**SEARCH, **(search or {})}, **sized, **settings)
-    settings.flexora.gate_lr = gate_lr or settings.flexora.gate_lr
     return trainer, prepare_trainer(trainer, LayerselBlock(selection=settings))
 
 
