@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import l1ra, selection
+from conftest import deepspeed_config, l1ra, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
@@ -135,3 +135,17 @@ def test_choices_with_several_seeds_are_compared(zygote, make_config, engine):
     assert 0 <= plan["stability"]["overlap"] <= 1
     assert len(plan["modules"]) == 12 and len(plan["module_scores"]) == 24
     assert "2 seeds agree with a mean overlap (Jaccard) of" in text
+
+
+def test_a_schedule_of_deepspeeds_own_and_bf16_weights_come_back(train, tmp_path):
+    config = deepspeed_config(2)
+    keys = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
+    config["scheduler"] = {"type": "WarmupDecayLR", "params": dict.fromkeys(keys, "auto")}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(config))
+    settings = {"deepspeed": str(tmp_path / "deepspeed.json"), "bf16": True, "warmup_steps": 2}
+    searched = train("zero2", **search(), **settings)
+    plan = str(searched.folder / "layersel" / "plan.json")
+    given = train("zero2", **selection("flexora", plan=plan), **settings)
+    assert given.engine["engine"] == "zero2"
+    assert given.losses() == searched.losses()
+    assert difference(given.adapter(), searched.adapter()) == 0

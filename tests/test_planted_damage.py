@@ -19,7 +19,7 @@ from benchmarks.planted import (
     pretrain,
 )
 
-STEPS, SEARCH_STEPS, BATCH, RANK = 200, 60, 4, 8
+STEPS, SEARCH_STEPS, UNROLLED_STEPS, BATCH, RANK = 200, 60, 40, 4, 8
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +78,18 @@ def test_rank_goes_to_the_damaged_layers(base, text, seed, tmp_path):
         assert compare_mean_ranks(history[step], draw_damaged(seed)) >= 1.3
 
 
-def search_for_damage(base, text, seed: int, folder, hypergradient: str):
+def search_for_damage(base, text, seed: int, folder, hypergradient: str, steps: int):
     """Search for half of the layers in as many steps as the run has; return the trainer, and the plan."""
-    search = {"steps": SEARCH_STEPS, "val_samples": SEARCH_STEPS, "hypergradient": hypergradient}
+    search = {"steps": steps, "val_samples": 60, "hypergradient": hypergradient}
     settings = SelectionArgs(method="flexora", ratio=0.5, flexora=search)
-    return prepare(base, text, seed, folder, LayerselBlock(selection=settings), SEARCH_STEPS)
+    return prepare(base, text, seed, folder, LayerselBlock(selection=settings), steps)
 
 
 @pytest.fixture(scope="module")
 def searched(base, text, tmp_path_factory) -> dict[int, tuple]:
     """The trainers that a search of first order has prepared, and their plans, by seed."""
     return {
-        seed: search_for_damage(base, text, seed, tmp_path_factory.mktemp("searched"), "first_order")
+        seed: search_for_damage(base, text, seed, tmp_path_factory.mktemp("searched"), "first_order", SEARCH_STEPS)
         for seed in (0, 1, 2)
     }
 
@@ -107,7 +107,7 @@ def test_a_search_puts_the_damaged_layers_among_the_three_highest_gates(searched
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_so_does_an_unrolled_search(base, text, seed, tmp_path):
-    _, plan = search_for_damage(base, text, seed, tmp_path, "unrolled")
+    _, plan = search_for_damage(base, text, seed, tmp_path, "unrolled", UNROLLED_STEPS)
     assert set(draw_damaged(seed)) <= set(rank_layers(plan)[:3])
 
 
