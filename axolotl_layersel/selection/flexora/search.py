@@ -11,7 +11,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_layersel import adapters, engines
@@ -20,8 +19,8 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.layers import LayerStack, find_lora_modules
 from axolotl_layersel.selection.flexora.gating import find_alpha_gradient, find_multipliers
-from axolotl_layersel.selection.flexora.hypergradient import Loss, find_unrolled_gradient
 from axolotl_layersel.selection.flexora.records import GateHistory
+from axolotl_layersel.selection.flexora.unrolled import InnerSteps
 from axolotl_layersel.selection.flexora.validation import (
     ValidationBatches,
     check_indexable,
@@ -89,7 +88,17 @@ def search_gates(
     validation = [dict(source[row]) for row in rows]
     adapter = adapters.get_adapter_name(model)
     downs = {name: [lora[module].lora_A[adapter] for module in modules] for name, modules in gated.items()}
-    search = GateSearch(trainer, model, stack, settings, downs, ValidationBatches(trainer, validation, seed), choose)
+    search = GateSearch(trainer, settings, downs, ValidationBatches(trainer, validation, seed), choose)
+    if engines.get_rank() == 0:
+        LOG.info(
+            "layersel: a search with %d gates: %d optimizer steps on %d training rows, a gate step after every %d of "
+            "them on %d validation rows",
+            len(gated),
+            settings.steps,
+            len(train_dataset),
+            settings.inner_steps,
+            len(rows),
+        )
     with leaving_out(model, stack, [name for modules in gated.values() for name in modules]), search.attached():
         run_trial(trainer, model, settings.steps, train_dataset, SearchCallback(search), seed)
     search.conclude()
@@ -144,16 +153,12 @@ class GateSearch:
     def __init__(
         self,
         trainer: Trainer,
-        model: PeftModel,
-        stack: LayerStack,
         settings: FlexoraArgs,
         downs: dict[str, list[nn.Module]],
         validation: ValidationBatches,
         choose: Callable[[dict[str, float]], list[str]],
     ) -> None:
         self.trainer = trainer
-        self.model = model
-        self.stack = stack
         self.settings = settings
         self.validation = validation
         self.choose = choose
@@ -163,7 +168,7 @@ class GateSearch:
         self.history = GateHistory(list(downs))
         self.largest_gradient = torch.zeros_like(self.alpha)
         self.losses: list[torch.Tensor] = []
-        self.inner = InnerSteps(self.find_weights) if settings.hypergradient == "unrolled" else None
+        self.inner = InnerSteps(trainer, self.gates) if settings.hypergradient == "unrolled" else None
         self.kept: list[str] | None = None
         self.unchanged = 0
         self.progress = Progress(
@@ -197,8 +202,7 @@ class GateSearch:
 
         def training_step(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
             if self.inner:
-                rates = {float(group["lr"]) for group in self.trainer.optimizer.param_groups}
-                self.inner.add(inputs, num_items_in_batch, rates)
+                self.inner.add(inputs, num_items_in_batch)
             loss = upstream(model, inputs, num_items_in_batch)
             self.losses.append(loss)
             return loss
@@ -223,7 +227,20 @@ class GateSearch:
         self.history.add(train_loss, validation_loss, self.alpha.tolist())
         shown = {} if validation_loss is None else {"validation": validation_loss}
         self.progress.update(self.bar, completed=step, train=train_loss, **shown)
+        if validation_loss is not None and engines.get_rank() == 0 and self.is_time_to_log(step):
+            LOG.info(
+                "layersel: search step %d of %d: training loss %.4f, validation loss %.4f",
+                step,
+                self.settings.steps,
+                train_loss,
+                validation_loss,
+            )
         return moved and self.settings.patience is not None and self.has_settled()
+
+    def is_time_to_log(self, step: int) -> bool:
+        """Return whether a tenth of the search was completed since the last gate step, for logs without a bar."""
+        steps, before = self.settings.steps, step - self.settings.inner_steps
+        return step * 10 // steps > before * 10 // steps
 
     def has_settled(self) -> bool:
         """Return whether what would be kept is the same as after each of the last ``patience`` gate steps."""
@@ -273,11 +290,13 @@ class GateSearch:
         Raises:
             LayerselError: if the loss or a gradient is not a number.
         """
-        measure = self.measure_unrolled if self.inner else self.measure_first_order
         self.gates.clear_gradient()
         self.hold_gates(False)
         with self.frozen():
-            loss, targets = measure([self.validation.draw() for _ in range(self.settings.val_batches)])
+            batches = [self.validation.draw() for _ in range(self.settings.val_batches)]
+            loss, targets = (
+                self.inner.measure(batches, self.compute_loss) if self.inner else self.measure_first_order(batches)
+            )
         self.hold_gates(True)
         # Each rank has added up over its labels: all together, divided by all labels.
         sums = torch.cat([self.gates.gradient, loss.view(1), targets.view(1)])
@@ -349,130 +368,6 @@ class GateSearch:
                 loss.backward()
             total, labels = total + loss.detach(), labels + targets
         return total, labels
-
-    # --- Unrolled -----------------------------------------------------------------------------------------------------
-
-    def find_weights(self) -> dict[str, nn.Parameter]:
-        """Return the LoRA weights under gates, by their name in the model."""
-        linears = {id(linear) for linears in self.gates.linears.values() for linear in linears}
-        adapter = adapters.get_adapter_name(self.model)
-        weights: dict[str, nn.Parameter] = {}
-        for name, module in self.model.named_modules():
-            if hasattr(module, "lora_A") and adapter in module.lora_A and id(module.lora_A[adapter]) in linears:
-                for side in ("lora_A", "lora_B"):
-                    weights[f"{name}.{side}.{adapter}.weight"] = getattr(module, side)[adapter].weight
-        return weights
-
-    def measure_unrolled(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do as ``measure_first_order``, at and through the weights that the inner steps lead to as SGD steps."""
-        assert self.inner is not None
-        labels = torch.zeros((), device=self.gates.values.device)
-        names, model = list(self.inner.weights), LossOf(self.trainer)
-
-        def evaluate(weights: list[torch.Tensor], compute: Callable, *args: Any) -> Any:
-            swapped = {f"model.{name}": weight for name, weight in zip(names, weights, strict=True)}
-            return torch.func.functional_call(model, swapped, (compute, *args))
-
-        def make_inner_loss(step: list[tuple[Any, Any]]) -> Loss:
-            def inner_loss(weights: list[torch.Tensor]) -> torch.Tensor:
-                losses = [evaluate(weights, self.compute_inner_loss, *part, len(step)) for part in step]
-                return torch.stack(losses).sum()
-
-            return inner_loss
-
-        def validate(weights: list[torch.Tensor]) -> torch.Tensor:
-            nonlocal labels
-            losses = []
-            for inputs in batches:
-                loss, targets = evaluate(weights, self.compute_loss, inputs)
-                losses.append(loss)
-                labels = labels + targets
-            return torch.stack(losses).sum()
-
-        with without_checkpointing(self.model), sdpa_kernel(SDPBackend.MATH):
-            loss, gradients = find_unrolled_gradient(
-                [weight.requires_grad_() for weight in self.inner.weights.values()],
-                list(self.gates.leaves.values()),
-                [make_inner_loss(step) for step in self.inner.steps if step],
-                self.inner.learning_rates,
-                validate,
-                engines.average_differentiably,
-            )
-        self.gates.gradient.copy_(torch.cat(gradients))
-        return loss, labels
-
-    def compute_inner_loss(self, inputs: Any, num_items_in_batch: Any, micro_batches: int) -> torch.Tensor:
-        """Return the loss of a training micro-batch as the trainer weighs it in an optimizer step."""
-        trainer = self.trainer
-        prepared = engines.prepare_inputs(trainer, dict(inputs))
-        loss = trainer.compute_loss(trainer.model, prepared, num_items_in_batch=num_items_in_batch)
-        by_labels = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return loss if by_labels or trainer.compute_loss_func is not None else loss / micro_batches
-
-
-class InnerSteps:
-    """The optimizer steps since the last gate step: where they began, and on what batches.
-
-    Attributes:
-        weights: the LoRA weights at the beginning, fp32, by name.
-        steps: the micro-batches of each step, with the number of labels that the trainer gave them; the last one may
-            be under way.
-        learning_rates: of each step.
-    """
-
-    def __init__(self, find_weights: Callable[[], dict[str, nn.Parameter]]) -> None:
-        self.find_weights = find_weights
-        self.weights: dict[str, torch.Tensor] = {}
-        self.steps: list[list[tuple[Any, Any]]] = []
-        self.learning_rates: list[float] = []
-
-    def begin(self) -> None:
-        """Start with the weights as they are now."""
-        self.weights = {name: weight.detach().float().clone() for name, weight in self.find_weights().items()}
-        self.steps, self.learning_rates = [[]], []
-
-    def add(self, inputs: Any, num_items_in_batch: Any, learning_rates: set[float]) -> None:
-        """Add a micro-batch to the step that is under way, made with ``learning_rates``.
-
-        Raises:
-            LayerselError: if there are several.
-        """
-        if len(learning_rates) > 1:
-            raise LayerselError(
-                "layersel.selection.flexora.hypergradient: 'unrolled' makes the LoRA steps with one learning rate, and "
-                f"the optimizer has {len(learning_rates)}. Use `first_order`, or one learning rate."
-            )
-        self.steps[-1].append((dict(inputs), num_items_in_batch))
-        self.learning_rates[len(self.steps) - 1 :] = learning_rates
-
-    def end_step(self) -> None:
-        """End the step that is under way."""
-        self.steps.append([])
-
-
-class LossOf(nn.Module):
-    """A trainer's model, which ``torch.func.functional_call`` gives other weights while a loss is computed."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__()
-        self.model = trainer.model
-
-    def forward(self, compute: Callable, *args: Any) -> Any:
-        """Return what ``compute`` does."""
-        return compute(*args)
-
-
-@contextlib.contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Let the model keep its activations: recomputed in the backward pass, they would be of the wrong weights."""
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
 
 
 class SearchCallback(TrainerCallback):

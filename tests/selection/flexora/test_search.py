@@ -12,6 +12,7 @@ from axolotl_layersel.plan import plan_path, read_plan
 from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.selection.flexora.records import GateHistory, gates_path
 from axolotl_layersel.selection.flexora.search import GateSearch
+from axolotl_layersel.selection.flexora.unrolled import InnerSteps
 
 SEARCH = {"steps": 6, "inner_steps": 2, "val_samples": 9, "gate_lr": 0.05}
 
@@ -40,13 +41,13 @@ def watched(monkeypatch):
     steps, upstream = [], GateSearch.step_gates
 
     def step_gates(self, step):
-        lora = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        lora = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
         before = [parameter.detach().clone() for parameter in lora]
         loss = upstream(self, step)
         steps.append(
             {
                 "moved": max(float((p - value).abs().max()) for p, value in zip(lora, before)),
-                "gradients": [p.grad for p in self.model.parameters() if p.grad is not None],
+                "gradients": [p.grad for p in self.trainer.model.parameters() if p.grad is not None],
                 "trained": all(p.requires_grad for p in lora),
                 "held": not any(gate.requires_grad for gate in self.gates.leaves.values()),
                 "multipliers": self.gates.values.clone(),
@@ -181,17 +182,15 @@ def test_dropout_is_off_where_gates_are_measured_and_on_where_lora_trains(tmp_pa
 def test_an_unrolled_search_sees_the_weights_that_sgd_reaches(tmp_path, monkeypatch):
     """With SGD as the run's optimizer the virtual steps are the real ones."""
     trainer = make(tmp_path, optim="sgd", max_grad_norm=0, learning_rate=0.5, gradient_accumulation_steps=2)
-    losses, upstream = [], GateSearch.measure_unrolled
+    losses, upstream = [], InnerSteps.measure
 
-    def measure(self, batches):
-        loss, labels = upstream(self, batches)
-        gradient = self.gates.gradient.clone()
-        now, _ = self.measure_first_order([dict(batch) for batch in batches])
-        self.gates.gradient.copy_(gradient)
+    def measure(self, batches, compute_loss):
+        loss, labels = upstream(self, batches, compute_loss)
+        now = sum(compute_loss(dict(batch))[0].detach() for batch in batches)
         losses.append((float(loss / labels), float(now / labels)))
         return loss, labels
 
-    monkeypatch.setattr(GateSearch, "measure_unrolled", measure)
+    monkeypatch.setattr(InnerSteps, "measure", measure)
     search(tmp_path, trainer=trainer, search={"hypergradient": "unrolled"})
     assert len(losses) == 3
     for unrolled, reached in losses:
@@ -233,7 +232,7 @@ def test_only_candidates_take_part(tmp_path, monkeypatch):
 
     def finish_step(self, step):
         for layer in range(6):
-            module = self.model.get_base_model().model.layers[layer].self_attn.q_proj
+            module = self.trainer.model.get_base_model().model.layers[layer].self_attn.q_proj
             seen[layer] = float(module.lora_B["default"].weight.norm())
         return upstream(self, step)
 
