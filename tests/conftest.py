@@ -102,6 +102,22 @@ def l1ra(**values) -> dict:
     return {"layersel": {"l1ra": values}}
 
 
+def preferences(folder: Path) -> dict:
+    """Write 24 pairs of answers to ``folder``, and return the YAML keys of preference training on them."""
+    path = folder / "preferences.jsonl"
+    rows = [
+        {
+            "conversation": [{"role": "user", "content": f"How many apples are {i} and {i + 1}?"}],
+            "chosen": {"role": "assistant", "content": f"They are {2 * i + 1} apples."},
+            "rejected": {"role": "assistant", "content": f"They are {2 * i} pears."},
+        }
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kind = {"ds_type": "json", "type": "chat_template.default", "field_messages": "conversation"}
+    return {"rl": "dpo", "datasets": [{"path": str(path), **kind}], "chat_template": "chatml"}
+
+
 def deepspeed_config(stage: int) -> dict:
     zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
     if stage == 3:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import deepspeed_config, l1ra, selection
+from conftest import deepspeed_config, l1ra, preferences, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
@@ -94,25 +94,11 @@ def test_a_packed_4_bit_run_searches_too(train):
 
 
 def test_preference_training_searches_too(train, tmp_path):
-    path = tmp_path / "preferences.jsonl"
-    rows = [
-        {
-            "conversation": [{"role": "user", "content": f"How many apples are {i} and {i + 1}?"}],
-            "chosen": {"role": "assistant", "content": f"They are {2 * i + 1} apples."},
-            "rejected": {"role": "assistant", "content": f"They are {2 * i} pears."},
-        }
-        for i in range(24)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = train(
         **search(val_samples=6, val_batches=2),
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        rl="dpo",
-        datasets=[
-            {"path": str(path), "ds_type": "json", "type": "chat_template.default", "field_messages": "conversation"}
-        ],
-        chat_template="chatml",
+        **preferences(tmp_path),
         max_steps=2,
         save_steps=2,
     )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ENGINES, selection
+from conftest import ENGINES, preferences, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
@@ -192,22 +192,8 @@ def test_a_resumed_run_that_asks_for_another_selection_is_refused(train, compute
 
 
 def test_preference_training_selects_too(train, tmp_path):
-    path = tmp_path / "preferences.jsonl"
-    rows = [
-        {
-            "conversation": [{"role": "user", "content": f"How many apples are {i} and {i + 1}?"}],
-            "chosen": {"role": "assistant", "content": f"They are {2 * i + 1} apples."},
-            "rejected": {"role": "assistant", "content": f"They are {2 * i} pears."},
-        }
-        for i in range(24)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = train(
-        rl="dpo",
-        datasets=[
-            {"path": str(path), "ds_type": "json", "type": "chat_template.default", "field_messages": "conversation"}
-        ],
-        chat_template="chatml",
+        **preferences(tmp_path),
         max_steps=2,
     )
     assert len(run.selected) == 4
