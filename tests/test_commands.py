@@ -41,12 +41,16 @@ def trained(make_config):
 def test_plan_selects_without_training_and_writes_what_training_would(trained, make_config):
     _, trained_output = trained
     path, _, output = make_config("zero2")
-    text = call("axolotl-layersel", "plan", str(path), "--launcher", "torchrun", "--", "--nproc_per_node=2")
+    command = ("axolotl-layersel", "plan", str(path), "--repeat", "2", "--launcher", "torchrun")
+    text = call(*command, "--", "--nproc_per_node=2")
+    assert "2 seeds agree with a mean overlap (Jaccard) of" in text
     assert f"plan: {output / 'layersel' / 'plan.json'}" in text
     assert "layersel: method cka keeps 4 of 8 layers" in text
     plans = [json.loads((folder / "layersel" / "plan.json").read_text()) for folder in (output, trained_output)]
     for plan in plans:
         plan.pop("seconds")
+    assert set(plans[0].pop("stability")["selected"]) == {"7", "8"}
+    assert plans[1].pop("stability") is None
     assert plans[0] == plans[1]
     assert not (output / "adapter_model.safetensors").exists()
 

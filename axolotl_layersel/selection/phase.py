@@ -66,6 +66,10 @@ def select_layers(
     reused = engines.decide_on_rank_zero(lambda: find_plan(settings, resume_from))
     if continues_adapter and reused is None:
         check_continuing(settings)
+    if reused is not None and repeat > 1:
+        raise LayerselError(
+            f"--repeat: nothing is chosen with {reused[1]} as the plan. Remove `plan` from the block, or --repeat."
+        )
     output = Path(trainer.args.output_dir)
     if reused is None:
         plan, history = make_plan(trainer, model, stack, settings, engine)

@@ -48,8 +48,13 @@ def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int) -> tup
 
 def draw_labelled(dataset: Sequence[Row], samples: int, seed: int) -> list[int]:
     """Return up to ``samples`` different rows with a label to learn, in an order drawn by ``seed``."""
-    order = random.Random(seed).sample(range(len(dataset)), len(dataset))
-    return list(itertools.islice((row for row in order if has_target(dataset[row])), samples))
+    count = len(dataset)
+    # Few of a large set are enough, where most rows have labels.
+    drawn = min(count, 4 * samples)
+    rows = [row for row in random.Random(seed).sample(range(count), drawn) if has_target(dataset[row])]
+    if len(rows) < samples and drawn < count:
+        rows = [row for row in random.Random(seed).sample(range(count), count) if has_target(dataset[row])]
+    return rows[:samples]
 
 
 def has_target(row: Row) -> bool:

@@ -296,6 +296,13 @@ def test_choices_with_several_seeds_are_compared(tmp_path, capsys):
     assert read_plan(plan_path(tmp_path / "run")) == plan
 
 
+def test_a_plan_that_is_given_cannot_be_repeated(tmp_path):
+    search(tmp_path)
+    settings = SelectionArgs(method="flexora", plan=str(plan_path(tmp_path)))
+    with pytest.raises(LayerselError, match=r"--repeat: nothing is chosen with .*plan.json as the plan"):
+        prepare_trainer(make(tmp_path), LayerselBlock(selection=settings), repeat=2)
+
+
 def test_a_method_that_draws_nothing_cannot_be_repeated(tmp_path):
     with pytest.raises(LayerselError, match="--repeat: 2 choices by method first would say nothing"):
         prepare_trainer(make(tmp_path), LayerselBlock(selection=SelectionArgs(method="first")), repeat=2)

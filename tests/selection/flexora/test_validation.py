@@ -27,6 +27,14 @@ def test_held_out_rows_and_the_others_are_the_whole_set():
     assert hold_out(rows, 10, 4, seed=4) != (train, held)
 
 
+def test_rows_with_labels_are_found_where_they_are_few():
+    rows = make_rows(60)
+    for row in rows[:-3]:
+        row["labels"] = [-100] * len(row["input_ids"])
+    for seed in range(5):
+        assert sorted(hold_out(rows, 3, 4, seed)[1]) == [57, 58, 59]
+
+
 def test_rows_without_a_label_to_learn_are_not_validated_on():
     rows = make_rows(12)
     for row in rows[:6]:
