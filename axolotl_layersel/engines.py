@@ -25,8 +25,8 @@ fails loudly when one of them changes):
   and trl 1.9.0 collect what they will log in ``_stored_metrics`` and ``_metrics``. Of axolotl's arguments those in
   ``STEP_COUNTS`` count optimizer steps of its schedule.
 * transformers 5.16.1, ``Trainer._prepare_inputs``: puts a micro-batch on the device; ``Trainer._loss_shifts_labels``:
-  whether the loss predicts each token from those before it;
-  axolotl 0.19.0, ``activation_offload_context``: where it exists, forward passes that train run inside.
+  whether the loss predicts each token from those before it. axolotl 0.19.0, ``activation_offload_context``: where it
+  exists, forward passes that train run inside.
 * deepspeed 0.18.9: a second ZeRO-3 engine over the same parameters fails unless each one's
   ``ds_active_sub_modules`` was cleared and the first engine's ``empty_partition_cache`` called; it fills ``auto`` in
   the configuration that it is given in place.

@@ -68,6 +68,38 @@ def test_fsdp2s_full_state_dict_is_read_by_rank_zero_and_broadcast_upstream():
     assert "state_dict = {}" in ast.unparse(tree)
 
 
+def test_what_a_trial_gives_back_is_where_the_libraries_keep_it():
+    from accelerate import Accelerator
+    from axolotl.core.trainers.base import AxolotlTrainer
+    from axolotl.core.training_args import AxolotlTrainingArguments
+    from trl import DPOTrainer
+
+    assert "self._stored_metrics = " in inspect.getsource(AxolotlTrainer.__init__)
+    assert "self._metrics = " in inspect.getsource(DPOTrainer.__init__)
+    assert "model._original_forward = model.forward" in inspect.getsource(Accelerator.prepare_model)
+    counts = {name for name in AxolotlTrainingArguments.__dataclass_fields__ if name.startswith("jagged_")}
+    assert counts == set(engines.STEP_COUNTS)
+
+
+def test_a_gate_step_prepares_and_weighs_its_rows_as_the_trainer_does():
+    from axolotl.core.trainers.mixins import ActivationOffloadingMixin
+
+    assert "inputs = self._prepare_inputs(inputs)" in inspect.getsource(Trainer.training_step)
+    assert "if self._loss_shifts_labels" in inspect.getsource(Trainer._get_num_items_in_batch)
+    assert "with self.activation_offload_context:" in inspect.getsource(ActivationOffloadingMixin.training_step)
+
+
+def test_a_second_engine_can_be_built_over_the_parameters_of_the_first():
+    from accelerate import Accelerator
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero import partition_parameters
+
+    assert "ds_active_sub_modules" in inspect.getsource(partition_parameters)
+    assert hasattr(DeepSpeedEngine, "empty_partition_cache")
+    assert "engine.destroy()" in inspect.getsource(Accelerator.free_memory)
+    assert "p._local_tensor.data_ptr() if isinstance(p, DTensor)" in inspect.getsource(Accelerator._prepare_fsdp2)
+
+
 @pytest.mark.parametrize(
     ("kind", "plugin", "name"),
     [
