@@ -2,13 +2,14 @@
 
 import hashlib
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
@@ -193,22 +194,24 @@ def keep_trained_alone(model: PeftModel) -> None:
     DPO's, switch it off in the middle of a loss.
     """
     tuner = model.base_model
-    upstream_disable, upstream_enable = tuner.disable_adapter_layers, tuner.enable_adapter_layers
-    trained: list[set[int]] = []
+    # Methods, not closures: a deep copy of the model switches its own adapter off.
+    tuner.disable_adapter_layers = types.MethodType(disable_adapter_layers, tuner)
+    tuner.enable_adapter_layers = types.MethodType(enable_adapter_layers, tuner)
 
-    def disable_adapter_layers() -> None:
-        trained[:] = [{id(parameter) for parameter in model.parameters() if parameter.requires_grad}]
-        upstream_disable()
 
-    def enable_adapter_layers() -> None:
-        upstream_enable()
-        for before in trained:
-            for parameter in model.parameters():
-                parameter.requires_grad_(id(parameter) in before)
-        trained.clear()
+def disable_adapter_layers(tuner: BaseTuner) -> None:
+    """Switch the adapter off, and note what trains."""
+    tuner.layersel_trained = {name for name, parameter in tuner.named_parameters() if parameter.requires_grad}
+    type(tuner).disable_adapter_layers(tuner)
 
-    tuner.disable_adapter_layers = disable_adapter_layers
-    tuner.enable_adapter_layers = enable_adapter_layers
+
+def enable_adapter_layers(tuner: BaseTuner) -> None:
+    """Switch the adapter on again, and let train what did."""
+    type(tuner).enable_adapter_layers(tuner)
+    trained = tuner.__dict__.pop("layersel_trained", None)
+    if trained is not None:
+        for name, parameter in tuner.named_parameters():
+            parameter.requires_grad_(name in trained)
 
 
 def adapter_parameters(model: PeftModel, embeddings: bool | str = False) -> dict[str, nn.Parameter]:

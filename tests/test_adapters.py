@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -141,3 +142,28 @@ def test_what_is_more_than_linear_lora_is_refused(make, message):
     with pytest.raises(LayerselError, match=message):
         model = make()
         adapters.check_plain_lora(model, find_lora_modules(model.get_base_model()), "layersel.l1ra")
+
+
+def test_frozen_weights_stay_frozen_when_the_adapter_was_switched_off():
+    model = make_lora(make_small_llama())
+    adapters.keep_trained_alone(model)
+    stack = find_layer_stack(model)
+    adapters.freeze_unselected(model, stack, stack.lora_modules[1])
+    twin = copy.deepcopy(model)
+    tokens = torch.arange(3, 33)[None]
+
+    def trained(model) -> set[str]:
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    before = trained(model)
+    assert len(before) == 2 * 3
+    for parameter in (p for p in twin.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    plain = model(tokens).logits
+    assert not torch.equal(twin(tokens).logits, plain)
+    with twin.disable_adapter():
+        assert torch.equal(twin(tokens).logits, plain)
+        assert trained(twin) == set()
+        assert trained(model) == before, "a copy switches its own adapter off"
+    assert trained(twin) == trained(model) == before
+    assert not torch.equal(twin(tokens).logits, plain)
