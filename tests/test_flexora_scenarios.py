@@ -72,9 +72,9 @@ def test_unrolled_gradients_are_those_of_one_process(train, engine):
     assert together.selected == alone.selected
 
 
-def test_a_packed_4_bit_run_searches_too(train):
+def test_a_packed_4_bit_run_searches_too_and_keeps_what_has_a_gate_above_zero(train):
     run = train(
-        **search(val_batches=2),
+        **selection("flexora", flexora={**SEARCH, "val_batches": 2}),
         adapter="qlora",
         load_in_4bit=True,
         sample_packing=True,
@@ -87,10 +87,12 @@ def test_a_packed_4_bit_run_searches_too(train):
         save_steps=2,
         num_epochs=4,
     )
-    assert len(run.selected) == 4
     history = GateHistory.read(run.folder)
     assert len(history.gates) == 4 and history.validation_losses[3] > 0
     assert len(set(history.final.values())) == 8
+    assert run.plan["settings"]["keep"] == "positive"
+    assert run.selected == [int(layer) for layer, gate in history.final.items() if gate > 0]
+    assert 0 < len(run.selected) < 8
 
 
 def test_preference_training_searches_too(train, tmp_path):
