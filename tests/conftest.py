@@ -198,6 +198,7 @@ class Zygote:
     process: subprocess.Popen
     answers: dict[int, queue.Queue] = field(default_factory=dict)
     jobs: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def listen(self) -> None:
         for line in self.process.stdout:
@@ -209,11 +210,12 @@ class Zygote:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.jobs += 1
-        job = {"id": self.jobs, "target": target, "args": args, "world": world, "log": str(log), "env": env}
-        mine = self.answers[self.jobs] = queue.Queue()
-        self.process.stdin.write(json.dumps({**job, "port": port}) + "\n")
-        self.process.stdin.flush()
+        job = {"target": target, "args": args, "world": world, "log": str(log), "env": env, "port": port}
+        with self.lock:
+            self.jobs += 1
+            mine = self.answers[self.jobs] = queue.Queue()
+            self.process.stdin.write(json.dumps({**job, "id": self.jobs}) + "\n")
+            self.process.stdin.flush()
         pids = mine.get(timeout=60)["pids"]
         try:
             return mine.get(timeout=timeout)["codes"]

@@ -1,6 +1,7 @@
 """Files that cannot be honoured: real Axolotl ends with an error code and one sentence that says what to do."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import l1ra, selection
@@ -190,18 +191,25 @@ AFTER_THE_MODEL = {
 }
 
 
+@pytest.fixture(scope="module")
+def refused(request, train):
+    """The runs of the cases that are asked for, two at a time, for each is one process's work."""
+    cases = {**BEFORE_THE_MODEL, **AFTER_THE_MODEL}
+    asked = [item.callspec.params["case"] for item in request.session.items if "refused" in item.fixturenames]
+    with ThreadPoolExecutor(2) as pool:
+        yield {case: pool.submit(train, expect=1, **cases[case][0]) for case in asked}
+
+
 @pytest.mark.parametrize("case", BEFORE_THE_MODEL)
-def test_a_file_that_cannot_be_honoured_ends_before_the_model_loads(train, case):
-    settings, message = BEFORE_THE_MODEL[case]
-    run = train(expect=1, **settings)
+def test_a_file_that_cannot_be_honoured_ends_before_the_model_loads(refused, case):
+    run, (_, message) = refused[case].result(), BEFORE_THE_MODEL[case]
     assert message in run.log
     assert MODEL_LOADS not in run.log
 
 
 @pytest.mark.parametrize("case", AFTER_THE_MODEL)
-def test_what_only_the_model_shows_ends_before_training(train, case):
-    settings, message = AFTER_THE_MODEL[case]
-    run = train(expect=1, **settings)
+def test_what_only_the_model_shows_ends_before_training(refused, case):
+    run, (_, message) = refused[case].result(), AFTER_THE_MODEL[case]
     assert message in run.log
     assert "Starting trainer" not in run.log
     assert not (run.folder / "layersel").exists()
