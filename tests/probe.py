@@ -44,6 +44,10 @@ class ProbeCallback(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         parameters = adapters.adapter_parameters(model)
         weights = {name: engines.gather_parameter(p).contiguous() for name, p in parameters.items()}
+        if engines.name_engine(self.trainer) == "fsdp2":
+            held = [id(p) for group in self.trainer.optimizer.param_groups for p in group["params"]]
+            record = {"parameters": len(held), "different": len(set(held))}
+            (self.folder / f"optimizer_{args.process_index}.json").write_text(json.dumps(record))
         if args.process_index == 0:
             save_file(weights, self.folder / f"weights_at_{state.global_step}.safetensors")
             record = json.loads((self.folder / "engine.json").read_text())
