@@ -22,6 +22,15 @@ from benchmarks.planted import (
 STEPS, SEARCH_STEPS, UNROLLED_STEPS, BATCH, RANK = 200, 60, 40, 4, 8
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The model is so small that a second thread gains nothing, and loses much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def text() -> torch.Tensor:
     return make_text()
