@@ -138,13 +138,19 @@ def draw_row(like: torch.Tensor, method: bool | str, seed: int, module: str, row
     return torch.rand(like.shape, generator=generator) * (2 * bound) - bound
 
 
+def find_others(stack: LayerStack, kept: list[str]) -> list[str]:
+    """Return the names of the LoRA modules of the layers, but for those ``kept``."""
+    staying = set(kept)
+    return [name for name in stack.list_modules(stack.lora_modules) if name not in staying]
+
+
 def remove_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> None:
     """Put the base modules back in place of the LoRA modules of the layers, but for those ``kept``.
 
     The configuration then names exactly the LoRA modules that exist, so that stock PEFT rebuilds them.
     """
     base = model.get_base_model()
-    removed = [name for names in stack.lora_modules.values() for name in names if name not in set(kept)]
+    removed = find_others(stack, kept)
     for name in removed:
         parent, _, child = name.rpartition(".")
         module = base.get_submodule(name)
@@ -177,7 +183,7 @@ def name_exactly(config: LoraConfig, base: nn.Module) -> None:
 def freeze_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> None:
     """Stop the LoRA weights of the layers from training, but for the modules ``kept``; their values stay."""
     base = model.get_base_model()
-    for name in (name for names in stack.lora_modules.values() for name in names if name not in set(kept)):
+    for name in find_others(stack, kept):
         for parameter in lora_parameters(base.get_submodule(name)):
             parameter.requires_grad_(False)
 
@@ -304,6 +310,4 @@ def restore_fsdp_adapter(trainer: Trainer, path: Path, prefix: str = "") -> None
     engines.reshard(trainer)
     parameters = adapter_parameters(model, embeddings=True)
     for name in names:
-        parameter = parameters[name]
-        value = tensors.get(name, torch.empty(parameter.shape, dtype=parameter.dtype))
-        engines.set_fsdp_parameter(parameter, value)
+        engines.set_fsdp_parameter(parameters[name], tensors.get(name))

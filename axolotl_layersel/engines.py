@@ -210,7 +210,7 @@ def restore_trained(trainer: Trainer, model: nn.Module, values: dict[str, torch.
     for name in decide_on_rank_zero(lambda: list(values)):
         parameter = parameters[name]
         if engine == "fsdp2":
-            set_fsdp_parameter(parameter, values.get(name, torch.empty(parameter.shape, dtype=parameter.dtype)))
+            set_fsdp_parameter(parameter, values.get(name))
         elif engine == "zero3":
             import deepspeed
 
@@ -305,10 +305,14 @@ def gather_shards(shards: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(local, mesh, shards.placements, shape=shards.shape, stride=shards.stride()).full_tensor()
 
 
-def set_fsdp_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Write rank 0's ``value`` (whole) into the shards of an FSDP2 ``parameter`` on all ranks; a collective call."""
+def set_fsdp_parameter(parameter: torch.Tensor, value: torch.Tensor | None) -> None:
+    """Write rank 0's ``value`` (whole) into the shards of an FSDP2 ``parameter`` on all ranks; a collective call.
+
+    What other ranks pass does not count, and may be None.
+    """
     from torch.distributed.tensor import distribute_tensor
 
+    value = torch.empty(parameter.shape, dtype=parameter.dtype) if value is None else value
     whole = value.to(device=parameter.device_mesh.device_type, dtype=parameter.dtype)
     shards = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Find the stack of layers of a model's language model, and the LoRA modules in it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -24,6 +25,10 @@ class LayerStack:
     layers: nn.ModuleList
     owner: nn.Module
     lora_modules: dict[int, list[str]]
+
+    def list_modules(self, layers: Iterable[int]) -> list[str]:
+        """Return the names of the LoRA modules of ``layers``, in their order."""
+        return [name for layer in layers for name in self.lora_modules[layer]]
 
 
 def find_lora_modules(model: nn.Module) -> dict[str, LoraLayer]:

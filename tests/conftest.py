@@ -97,6 +97,16 @@ ACCUMULATED = {
 PLAIN = {**ACCUMULATED, **selection("flexora", ratio=1.0, flexora={"steps": 6, "gate_lr": 0, "val_source": "eval"})}
 
 
+PACKED_QLORA = {
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "sample_packing": True,
+    "pad_to_sequence_len": True,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+}
+
+
 def l1ra(**values) -> dict:
     """Return a ``layersel`` block that redistributes rank."""
     return {"layersel": {"l1ra": values}}

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import deepspeed_config, l1ra, preferences, selection
+from conftest import PACKED_QLORA, deepspeed_config, l1ra, preferences, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
@@ -77,13 +77,8 @@ def test_unrolled_gradients_are_those_of_one_process(train, engine):
 def test_a_packed_4_bit_run_searches_too_and_keeps_what_has_a_gate_above_zero(train):
     run = train(
         **selection("flexora", flexora={**SEARCH, "val_batches": 2}),
-        adapter="qlora",
-        load_in_4bit=True,
-        sample_packing=True,
-        pad_to_sequence_len=True,
+        **PACKED_QLORA,
         sequence_len=256,
-        micro_batch_size=1,
-        gradient_accumulation_steps=2,
         gradient_checkpointing=True,
         max_steps=2,
         save_steps=2,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ENGINES, preferences, selection
+from conftest import ENGINES, PACKED_QLORA, preferences, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
@@ -78,13 +78,8 @@ def test_every_score_is_the_same_on_one_process_and_on_sharded_weights(make_plan
 
 def test_qlora_with_packing_accumulation_and_a_regex_trains_and_loads(train, base_model, tmp_path):
     run = train(
-        adapter="qlora",
-        load_in_4bit=True,
-        sample_packing=True,
-        pad_to_sequence_len=True,
+        **PACKED_QLORA,
         sequence_len=512,
-        micro_batch_size=1,
-        gradient_accumulation_steps=2,
         val_set_size=0.1,
         eval_sample_packing=False,
         eval_steps=2,

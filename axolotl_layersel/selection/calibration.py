@@ -43,12 +43,17 @@ def read_samples(dataset: object, num_samples: int, seed: int) -> list[Sample]:
     Raises:
         LayerselError: if the set cannot be indexed, is too small, or its rows are not tokenised.
     """
+    check_indexable(dataset, "datasets")
+    return [read_sample(dataset[row], row) for row in draw_rows(len(dataset), num_samples, seed)]
+
+
+def check_indexable(dataset: object, key: str) -> None:
+    """Raise LayerselError, naming ``key``, for a dataset whose rows cannot be drawn."""
     if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise LayerselError(
-            f"datasets: {type(dataset).__name__} cannot be sampled by row. Load the dataset whole (no streaming), or "
+            f"{key}: {type(dataset).__name__} cannot be sampled by row. Load the dataset whole (no streaming), or "
             "use a method that needs no data: random, first, last, explicit."
         )
-    return [read_sample(dataset[row], row) for row in draw_rows(len(dataset), num_samples, seed)]
 
 
 def read_sample(values: dict, row: int) -> Sample:

@@ -163,8 +163,7 @@ def make_plan(
     elif settings.method in DATA_FREE_METHODS:
         keep = engines.decide_on_rank_zero(lambda: count_kept(settings, len(candidates)))
         selected = controls.choose_without_data(settings.method, candidates, keep, resolved["seed"], settings.layers)
-        modules = [name for layer in selected for name in stack.lora_modules[layer]]
-        choice = Choice(modules, scores=[None] * len(stack.layers))
+        choice = Choice(stack.list_modules(selected), scores=[None] * len(stack.layers))
     else:
         choice = choose_by_score(trainer, model, stack, settings, resolved, candidates)
     kept = set(choice.modules)
@@ -210,9 +209,8 @@ def choose_by_score(
     samples = read_samples(trainer.train_dataset, resolved["num_samples"], resolved["seed"])
     scores, unscored = score(trainer, model, stack, settings.method, resolved["token"], samples)
     selected = engines.decide_on_rank_zero(lambda: choose(scores, unscored, candidates, keep, settings.method))
-    modules = [name for layer in selected for name in stack.lora_modules[layer]]
     rows = [sample.row for sample in samples]
-    return Choice(modules, scores, unscored, rows=rows, fingerprint=fingerprint(samples))
+    return Choice(stack.list_modules(selected), scores, unscored, rows=rows, fingerprint=fingerprint(samples))
 
 
 def measure_stability(

@@ -25,7 +25,7 @@ def choose_by_search(
     search = (settings.flexora or FlexoraArgs()).resolve()
     by_module = search.granularity == "module"
     if by_module:
-        gated = {name: [name] for layer in candidates for name in stack.lora_modules[layer]}
+        gated = {name: [name] for name in stack.list_modules(candidates)}
     else:
         gated = {str(layer): stack.lora_modules[layer] for layer in candidates}
     by_share = settings.ratio is not None or settings.num_layers is not None

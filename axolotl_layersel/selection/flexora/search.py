@@ -18,12 +18,12 @@ from axolotl_layersel.args import FUSED_ATTENTION, FlexoraArgs, describe_sharded
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.layers import LayerStack, find_lora_modules
+from axolotl_layersel.selection.calibration import check_indexable
 from axolotl_layersel.selection.flexora.gating import find_alpha_gradient, find_multipliers
 from axolotl_layersel.selection.flexora.records import GateHistory
 from axolotl_layersel.selection.flexora.unrolled import InnerSteps
 from axolotl_layersel.selection.flexora.validation import (
     ValidationBatches,
-    check_indexable,
     count_targets,
     find_eval_rows,
     hold_out,

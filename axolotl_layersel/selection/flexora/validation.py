@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import Trainer
 
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.selection.calibration import IGNORED_LABEL
+from axolotl_layersel.selection.calibration import IGNORED_LABEL, check_indexable
 
 Row = dict[str, Any]
 
@@ -82,15 +82,6 @@ def find_eval_rows(eval_dataset: Any, samples: int, seed: int) -> tuple[Sequence
     if not rows:
         raise LayerselError(f"{key}: no row of the eval set has a label to learn. Use `val_source: train`.")
     return eval_dataset, rows
-
-
-def check_indexable(dataset: Any, key: str) -> None:
-    """Raise LayerselError for a dataset whose rows cannot be drawn."""
-    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise LayerselError(
-            f"{key}: rows of a {type(dataset).__name__} cannot be drawn. Load the dataset whole (no streaming), or use "
-            "a method that needs no data: random, first, last, explicit."
-        )
 
 
 def take_rows(dataset: Any, rows: list[int]) -> Any:
