@@ -1,10 +1,6 @@
 """The plan: which layers were chosen, why, and on what. Read, checked and written here."""
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +9,9 @@ from safetensors import safe_open
 
 from axolotl_layersel.args import Block, SelectionArgs
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
 
 SCHEMA_VERSION = 1
-FOLDER = "layersel"
 FILE = "plan.json"
 
 
@@ -82,66 +78,59 @@ def read_plan(path: str | Path, key: str = "layersel.selection.plan") -> Plan:
     """Return the plan in the file ``path``.
 
     Raises:
-        LayerselError: naming ``key`` if the file is missing, not JSON, or not of this schema.
+        LayerselError: naming ``key`` if the file is missing, not JSON, not of this schema, or contradicts itself.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LayerselError(
-            f"{key}: {path} cannot be read ({error.strerror}). Give the path of a plan.json, "
-            "or remove the key to select layers anew."
-        ) from error
-    except ValueError as error:
-        raise LayerselError(
-            f"{key}: {path} is not valid JSON, truncated or damaged ({error}). Make the plan anew."
-        ) from error
+    way_out = "Give the path of a plan.json, or make the plan anew."
+    content = read_json(key, path, way_out)
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION or isinstance(version, bool):
         raise LayerselError(
             f"{key}: {path} has schema_version {version!r}, this version of axolotl-layersel reads {SCHEMA_VERSION}. "
             "Make the plan anew with `axolotl-layersel plan`."
         )
     try:
-        plan = Plan.model_validate(content)
+        # As JSON, whose keys are text, and strictly: "yes" is no Boolean and 1.0 is no layer.
+        plan = Plan.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise LayerselError(
-            f"{key}: {path} is not a plan: {where}: {first['msg']} ({error.error_count()} problems). Make it anew."
-        ) from error
-    if not plan.selected or [choice.layer for choice in plan.layers] != list(range(len(plan.layers))):
-        raise LayerselError(f"{key}: {path} does not list every layer once, or selects none. Make the plan anew.")
+        fault = f"is not a plan: {where}: {first['msg']} ({error.error_count()} problems)"
+        raise refuse(key, path, fault, way_out) from error
+    fault = find_contradiction(plan)
+    if fault:
+        raise refuse(key, path, fault, way_out)
     return plan
+
+
+def find_contradiction(plan: Plan) -> str | None:
+    """Return in what parts of ``plan`` contradict each other, or None where they do not."""
+    if not plan.selected or [choice.layer for choice in plan.layers] != list(range(len(plan.layers))):
+        return "does not list every layer once, or selects none"
+    if not set(plan.unscored) <= set(range(len(plan.layers))):
+        return "says why layers are not scored that it does not list"
+    for name, values in (("modules", plan.modules), ("calibration_rows", plan.calibration_rows)):
+        if len(set(values)) != len(values):
+            return f"lists something twice in {name}"
+    if any(row < 0 for row in plan.calibration_rows):
+        return "lists a negative row in calibration_rows"
+    layers = [find_layer(plan.stack, module) for module in plan.modules]
+    if None in layers or set(layers) != set(plan.selected):
+        return f"does not keep modules of just the layers that it selects at {plan.stack!r}"
+    if plan.module_scores and not set(plan.modules) <= set(plan.module_scores):
+        return "keeps modules that module_scores does not list"
+    return None
+
+
+def find_layer(stack: str, module: str) -> int | None:
+    """Return the layer of the ``stack`` that a module is in, by its name, or None where it is in none."""
+    number, _, rest = module.removeprefix(f"{stack}.").partition(".")
+    inside = module.startswith(f"{stack}.") and number.isdecimal() and number.isascii() and rest
+    return int(number) if inside else None
 
 
 def write_plan(plan: Plan, path: str | Path) -> None:
     """Write ``plan`` to the file ``path``, which appears at once and complete."""
     write_atomically(path, (plan.model_dump_json(indent=2) + "\n").encode("utf-8"))
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, which appears at once and complete."""
-    with replace_atomically(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def replace_atomically(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary file beside ``path``, then flush it to disk and rename it to ``path``; on failure remove it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:

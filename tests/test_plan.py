@@ -15,7 +15,6 @@ from axolotl_layersel.plan import (
     check_model,
     check_settings,
     read_plan,
-    write_atomically,
     write_plan,
 )
 
@@ -75,20 +74,6 @@ def test_a_plan_that_selects_nothing_or_skips_a_layer_is_refused(tmp_path):
         write_plan(plan, tmp_path / "plan.json")
         with pytest.raises(LayerselError, match="does not list every layer once, or selects none"):
             read_plan(tmp_path / "plan.json")
-
-
-def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "plan.json"
-    write_atomically(path, b"old")
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
-    assert path.read_bytes() == b"old"
 
 
 def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from axolotl_layersel.plan import FOLDER, write_atomically
+from axolotl_layersel.files import FOLDER, write_atomically
 
 FILE = "ranks.csv"
 HEADER = ["step", "module", "rank"]

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from axolotl_layersel.args import L1RAArgs
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plan import FOLDER, replace_atomically
+from axolotl_layersel.files import FOLDER, replace_atomically
 
 STATE_FILE = "state.safetensors"
 SCHEMA_VERSION = "1"
@@ -29,7 +29,8 @@ def write_state(
     """Write weights, gates and what they must be checked against to ``path``; the file appears at once and complete."""
     tensors = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in adapter.items()}
     tensors |= {f"{GATE_PREFIX}{name}": tensor.cpu() for name, tensor in gates.items()}
-    with replace_atomically(path) as temporary:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with replace_atomically(path, size) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "schema_version": SCHEMA_VERSION, **metadata})
 
 

@@ -13,9 +13,9 @@ from transformers import Trainer
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_TOKEN, SelectionArgs
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import FOLDER, write_atomically
 from axolotl_layersel.layers import LayerStack, find_layer_stack
 from axolotl_layersel.plan import (
-    FOLDER,
     LayerChoice,
     Plan,
     Stability,
@@ -24,7 +24,6 @@ from axolotl_layersel.plan import (
     check_settings,
     plan_path,
     read_plan,
-    write_atomically,
     write_plan,
 )
 from axolotl_layersel.report import print_plan

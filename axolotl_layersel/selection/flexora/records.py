@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plan import FOLDER, write_atomically
+from axolotl_layersel.files import FOLDER, write_atomically
 
 FILE = "gates.csv"
 LEADING = ["step", "train_loss", "validation_loss"]

@@ -1,0 +1,98 @@
+"""Files are written complete or not at all, and read with one clear error."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import check_output, read_json, write_atomically
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    write_atomically(path, b"old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(LayerselError, match=r"plan.json cannot be written .disk full"):
+        write_atomically(path, b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "layersel").write_text("not a folder")
+    with pytest.raises(LayerselError, match=r"layersel/plan.json cannot be written: .*/layersel is a file, where"):
+        write_atomically(tmp_path / "layersel" / "plan.json", b"new")
+    with pytest.raises(LayerselError, match=r"^output_dir: .*/layersel is a file, where a folder is needed. Move it"):
+        check_output(tmp_path, ("plan.json",))
+    with pytest.raises(LayerselError, match=r"^output_dir: .*/layersel is a file"):
+        check_output(tmp_path / "layersel" / "below", ("plan.json",))
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "layersel" / "plan.json").mkdir(parents=True)
+    with pytest.raises(LayerselError, match=r"plan.json cannot be written .Is a directory"):
+        write_atomically(tmp_path / "layersel" / "plan.json", b"new")
+    with pytest.raises(LayerselError, match=r"^output_dir: .*/plan.json is a folder, where a file is to be written"):
+        check_output(tmp_path, ("plan.json",))
+    assert [entry.name for entry in (tmp_path / "layersel").iterdir()] == ["plan.json"]
+
+
+def test_looking_whether_a_run_can_write_leaves_no_trace(tmp_path):
+    check_output(tmp_path / "new" / "run", ("plan.json",))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_on_the_size_of_files_is_said_in_bytes(tmp_path):
+    # In a process of its own: the limit stays.
+    code = f"""if True:
+        import resource, signal
+        from axolotl_layersel.files import write_atomically
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        write_atomically({str(tmp_path / "plan.json")!r}, b"x" * 2000)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "plan.json cannot be written (File too large): it takes 2,000 bytes, and " in last
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "not valid JSON, truncated or damaged"),
+        (b"{", "not valid JSON, truncated or damaged"),
+        (b'{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
+        (b'{"a": NaN}', "NaN is no finite number"),
+        (b'{"a": -Infinity}', "-Infinity is no finite number"),
+        (b'{"a": 1e999}', "1e999 is no finite number"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b'"\\ud800"', "surrogates not allowed"),
+        (b"\xff\xfe{}", "damaged .UnicodeDecodeError"),
+    ],
+)
+def test_json_that_is_damaged_is_refused_in_one_sentence(tmp_path, content, fault):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(LayerselError, match=rf"^KEY: .*plan.json is .*{fault}.*Make it anew.$"):
+        read_json("KEY", path, "Make it anew.")
+
+
+def test_what_is_no_file_is_refused_in_one_sentence(tmp_path):
+    for path, fault in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file"), ("a\0b", "null byte")):
+        with pytest.raises(LayerselError, match=rf"^KEY: .*{fault}.*Make it anew.$"):
+            read_json("KEY", path, "Make it anew.")
+
+
+def test_valid_json_is_read_as_it_is(tmp_path):
+    content = {"a": [1, 2.5, None, True, "ä"], "b": {}}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert read_json("KEY", tmp_path / "a.json", "") == content
