@@ -47,6 +47,26 @@ def test_rows_are_padded_on_the_right_and_masked():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
+def test_segments_are_padded_too():
+    rows = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 1, 1]}, {"input_ids": [8], "token_type_ids": [1]}]
+    batch = collate([read_sample(row, i) for i, row in enumerate(rows)], 99, torch.device("cpu"))
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1], [1, 0, 0]]
+
+
+def test_padding_of_the_data_set_is_left_out():
+    row = {"input_ids": [9, 5, 6, 9], "attention_mask": [0, 1, 1, 0], "labels": [9, -100, 6, 9]}
+    sample = read_sample({**row, "token_type_ids": [1, 0, 1, 1]}, 3)
+    assert (sample.input_ids, sample.labels, sample.token_type_ids) == ([5, 6], [-100, 6], [0, 1])
+    assert read_sample({**row, "labels": 1}, 3).labels == 1
+
+
+def test_rows_may_be_arrays():
+    row = {"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [-100, 6]}
+    arrays = {name: torch.tensor(value) for name, value in row.items()}
+    assert read_sample(arrays, 0) == read_sample(row, 0)
+    assert fingerprint([read_sample(arrays, 0)]) == fingerprint([read_sample(row, 0)])
+
+
 def test_a_preference_row_stands_for_its_prompt_and_chosen_answer():
     sample = read_sample({"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}, 0)
     assert (sample.input_ids, sample.labels) == ([1, 2, 3, 4], [-100, -100, 3, 4])
