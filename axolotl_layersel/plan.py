@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 
-from axolotl_layersel.args import Block, SelectionArgs
+from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
 
