@@ -162,8 +162,8 @@ class SelectionArgs(Block):
     )
     token: str | None = Field(
         default=None,
-        description="cka: the token that stands for a row. `auto` (default): the last one before the ending that all "
-        "rows share; `last`, `mean` (of the row's tokens), `cls` (the first).",
+        description="cka: the token that stands for a row. `auto` (default): the last one before the ending that "
+        "nearly all rows share (others are left out); `last`, `mean` (of the row's tokens), `cls` (the first).",
     )
     seed: int | None = Field(
         default=None, description="Seed of the calibration sample, or of the search. Default: the run's seed."

@@ -57,6 +57,9 @@ class Plan(BaseModel):
         description="rows of the training set (flexora with val_source eval: of the eval set) that were scored or "
         "validated on, in the order drawn"
     )
+    rows_left_out: list[int] = Field(
+        default_factory=list, description="rows that were drawn too, but lack the ending that the others share"
+    )
     dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens")
     base_model: str | None
     versions: dict[str, str]

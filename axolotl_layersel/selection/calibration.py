@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,29 +118,48 @@ def fingerprint(samples: list[Sample]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def count_shared_suffix(samples: list[Sample]) -> int:
-    """Return how many tokens at the end are the same in all samples (at most the shortest sample's length)."""
-    reversed_ids = [sample.input_ids[::-1] for sample in samples]
-    shared = 0
-    for tokens in zip(*reversed_ids):
-        if any(token != tokens[0] for token in tokens):
-            break
-        shared += 1
-    return shared
+def are_most(count: int, samples: int) -> bool:
+    """Return whether ``count`` of so many samples are nearly all of them: nine in ten."""
+    return 10 * count >= 9 * samples
 
 
-def find_token_positions(samples: list[Sample], token: str) -> list[int] | None:
-    """Return the position of the token that stands for each sample, or None for the mean of all its tokens.
+def find_ending(samples: list[Sample]) -> list[int]:
+    """Return the longest run of tokens that nearly all samples end in, each after a token of its own.
 
-    ``auto`` is the last position before the suffix that all samples share: prepared rows end alike, and where
-    all do, the embedding of that token says nothing.
+    Nearly all and not all, for a row that was cut at ``sequence_len`` lacks the ending of the others.
+    """
+    ending: list[int] = []
+    alike = [sample.input_ids for sample in samples]
+    while True:
+        place = len(ending) + 1
+        longer = [ids for ids in alike if len(ids) > place]
+        token, count = max(Counter(ids[-place] for ids in longer).items(), key=lambda item: item[1], default=(0, 0))
+        if not are_most(count, len(samples)):
+            return ending
+        ending.insert(0, token)
+        alike = [ids for ids in longer if ids[-place] == token]
+
+
+def place_token(samples: list[Sample], token: str) -> tuple[list[Sample], list[int] | None]:
+    """Return the samples that can be compared at ``token``, and the position that stands for each of them.
+
+    Positions are None for the mean over all tokens. ``auto`` is the last position before the ending that nearly all
+    samples share: prepared rows end alike, and where all do, the embedding of that token says nothing. Samples without
+    that ending are left out: their last token is not one of the same kind.
     """
     if token == "mean":
-        return None
+        return samples, None
     if token == "cls":
-        return [0] * len(samples)
-    skipped = count_shared_suffix(samples) if token == "auto" else 0
-    return [max(len(sample.input_ids) - 1 - skipped, 0) for sample in samples]
+        return samples, [0] * len(samples)
+    ending = find_ending(samples) if token == "auto" else []
+    ended = [sample for sample in samples if sample.input_ids[len(sample.input_ids) - len(ending) :] == ending]
+    kept = [sample for sample in ended if len(sample.input_ids) > len(ending)]
+    return kept, [len(sample.input_ids) - len(ending) - 1 for sample in kept]
+
+
+def count_most_common(samples: list[Sample], positions: list[int]) -> int:
+    """Return how many samples have the same token at their position, of the token of which most do."""
+    return max(Counter(sample.input_ids[i] for sample, i in zip(samples, positions)).values())
 
 
 def collate(samples: list[Sample], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from conftest import make_lora, make_rows, make_small_bert, make_small_llama, ma
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_layer_stack
 from axolotl_layersel.selection import cka, passes
-from axolotl_layersel.selection.calibration import find_token_positions, read_samples
+from axolotl_layersel.selection.calibration import place_token, read_samples
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def plain_hidden_states(model, samples) -> list[list[torch.Tensor]]:
 def test_token_states_are_hugging_faces_hidden_states(model, tmp_path, token):
     trainer = make_trainer(model, tmp_path)
     stack, samples = find_layer_stack(model), read(trainer)
-    positions = find_token_positions(samples, token)
+    samples, positions = place_token(samples, token)
     states = passes.measure_token_states(trainer, model, stack, samples, positions)
     assert states.shape == (11, 7, 32)
     for i, hidden in enumerate(plain_hidden_states(model, samples)):
@@ -54,7 +54,7 @@ def test_padded_and_unpadded_batches_give_the_same_scores(model, tmp_path):
     for size in (1, 5):
         trainer = make_trainer(model, tmp_path, per_device_train_batch_size=size)
         stack, samples = find_layer_stack(model), read(trainer)
-        states = passes.measure_token_states(trainer, model, stack, samples, find_token_positions(samples, "auto"))
+        states = passes.measure_token_states(trainer, model, stack, *place_token(samples, "auto"))
         scores.append(cka.score_layers(states)[0])
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
