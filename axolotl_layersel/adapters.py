@@ -145,12 +145,16 @@ def find_others(stack: LayerStack, kept: list[str]) -> list[str]:
 
 
 def remove_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> None:
-    """Put the base modules back in place of the LoRA modules of the layers, but for those ``kept``.
+    """Put the base modules back in place of the LoRA modules of the layers, but for those ``kept``."""
+    remove_modules(model, find_others(stack, kept))
+
+
+def remove_modules(model: PeftModel, removed: list[str]) -> None:
+    """Put the base modules back in place of the LoRA modules named ``removed``.
 
     The configuration then names exactly the LoRA modules that exist, so that stock PEFT rebuilds them.
     """
     base = model.get_base_model()
-    removed = find_others(stack, kept)
     for name in removed:
         parent, _, child = name.rpartition(".")
         module = base.get_submodule(name)

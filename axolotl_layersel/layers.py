@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedConfig
 
 from axolotl_layersel.errors import LayerselError
 
@@ -19,12 +20,15 @@ class LayerStack:
         layers: the layers, lowest first.
         owner: the module that runs them and ends in the final norm, if the model has one.
         lora_modules: names in the base model of the LoRA modules of each layer that carries any, by layer.
+        towers: names of the LoRA modules outside of the layers, by the place that they are in, such as
+            ``model.vision_tower``, ``model.multi_modal_projector``, the other side's ``encoder``, or ``lm_head``.
     """
 
     name: str
     layers: nn.ModuleList
     owner: nn.Module
     lora_modules: dict[int, list[str]]
+    towers: dict[str, list[str]]
 
     def list_modules(self, layers: Iterable[int]) -> list[str]:
         """Return the names of the LoRA modules of ``layers``, in their order."""
@@ -43,9 +47,7 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
         LayerselError: if no stack, or more than one, could be meant.
     """
     base = model.get_base_model()
-    text_config = base.config.get_text_config()
-    # BERT-like models call it so too; GPT-2's `n_layer` is mapped to this name by its configuration.
-    expected = getattr(text_config, "num_hidden_layers", None)
+    expected = count_decoder_layers(base.config.get_text_config())
     lora_names = list(find_lora_modules(base))
     found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     # Of a multimodal model this is the language model alone, of a text model all of it or its body.
@@ -69,8 +71,27 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
         )
     name = outermost[0]
     modules: dict[int, list[str]] = {}
+    towers: dict[str, list[str]] = {}
     for lora in lora_names:
         if lora.startswith(f"{name}."):
             modules.setdefault(int(lora[len(name) + 1 :].split(".", 1)[0]), []).append(lora)
+        else:
+            towers.setdefault(find_tower(lora, name), []).append(lora)
     owner = base.get_submodule(name.rpartition(".")[0])
-    return LayerStack(name=name, layers=carrying[name], owner=owner, lora_modules=modules)
+    return LayerStack(name=name, layers=carrying[name], owner=owner, lora_modules=modules, towers=towers)
+
+
+def count_decoder_layers(config: PreTrainedConfig) -> int | None:
+    """Return how many layers the language model has, of an encoder-decoder model the decoder, None if it says not.
+
+    T5's name, BART's, and everyone's, encoders' as well; GPT-2's ``n_layer`` is mapped to the last one by its class.
+    """
+    names = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
+
+def find_tower(module: str, stack: str) -> str:
+    """Return the outermost part of the model around ``module`` that does not hold the layers at ``stack`` too."""
+    parts, others = module.split("."), stack.split(".")
+    shared = next(i for i, part in enumerate(parts) if others[i : i + 1] != [part])
+    return ".".join(parts[: shared + 1])

@@ -1,14 +1,14 @@
 """The plan: which layers were chosen, why, and on what. Read, checked and written here."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 
-from axolotl_layersel.args import SelectionArgs
-from axolotl_layersel.block import Block
+from axolotl_layersel.args import Block, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
 
@@ -24,6 +24,16 @@ class LayerChoice(BaseModel):
     layer: int
     score: float | None
     selected: bool
+
+
+class Tower(BaseModel):
+    """LoRA outside of the layers, in one place of the model; ``trained`` counts those of its modules that train."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    place: str
+    modules: list[str]
+    trained: int
 
 
 class Stability(BaseModel):
@@ -44,6 +54,11 @@ class Plan(BaseModel):
     method: str
     layers: list[LayerChoice]
     unselected: Literal["remove", "freeze"]
+    towers: Literal["keep", "remove"] = Field(default="keep", description="what became of LoRA outside of the layers")
+    outside: list[Tower] = Field(
+        default_factory=list,
+        description="LoRA modules outside of the layers, before any were removed, by place in the base model",
+    )
     unscored: dict[int, str] = Field(default_factory=dict, description="why a layer has no score, by layer")
     stack: str = Field(description="where the layers are in the base model, such as model.layers")
     modules: list[str] = Field(description="LoRA modules of the selected layers, by their name in the base model")
@@ -57,9 +72,6 @@ class Plan(BaseModel):
         description="rows of the training set (flexora with val_source eval: of the eval set) that were scored or "
         "validated on, in the order drawn"
     )
-    rows_left_out: list[int] = Field(
-        default_factory=list, description="rows that were drawn too, but lack the ending that the others share"
-    )
     dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens")
     base_model: str | None
     versions: dict[str, str]
@@ -71,6 +83,11 @@ class Plan(BaseModel):
     def selected(self) -> list[int]:
         """The selected layers, ascending."""
         return [choice.layer for choice in self.layers if choice.selected]
+
+    @property
+    def modules_outside(self) -> list[str]:
+        """The LoRA modules outside of the layers that are kept."""
+        return [name for tower in self.outside for name in tower.modules] if self.towers == "keep" else []
 
 
 def plan_path(run_folder: str | Path) -> Path:
@@ -112,9 +129,15 @@ def find_contradiction(plan: Plan) -> str | None:
         return "does not list every layer once, or selects none"
     if not set(plan.unscored) <= set(range(len(plan.layers))):
         return "says why layers are not scored that it does not list"
-    for name, values in (("modules", plan.modules), ("calibration_rows", plan.calibration_rows)):
+    outside = [name for tower in plan.outside for name in tower.modules]
+    lists = {"modules": plan.modules, "calibration_rows": plan.calibration_rows, "outside": outside}
+    for name, values in lists.items():
         if len(set(values)) != len(values):
             return f"lists something twice in {name}"
+    if any(find_layer(plan.stack, name) is not None for name in outside):
+        return "lists a module of the layers in outside"
+    if any(not 0 <= tower.trained <= len(tower.modules) for tower in plan.outside):
+        return "counts more modules that train in outside than it lists there"
     if any(row < 0 for row in plan.calibration_rows):
         return "lists a negative row in calibration_rows"
     layers = [find_layer(plan.stack, module) for module in plan.modules]
@@ -164,7 +187,8 @@ def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
 def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
     """Check that the adapter in ``checkpoint`` has LoRA on the modules that ``plan`` says, by its tensors' names.
 
-    A checkpoint with fewer layers would load into a model with more without an error, and the other way round.
+    That is in the layers and outside of them. A checkpoint with fewer layers would load into a model with more
+    without an error, and the other way round.
 
     Raises:
         LayerselError: if the adapter is missing or another.
@@ -176,8 +200,10 @@ def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
         )
     with safe_open(path, framework="numpy") as file:
         names = [name.removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118
-    held = {name.rpartition(".lora_")[0] for name in names if ".lora_" in name and name.startswith(f"{plan.stack}.")}
-    differing = set(plan.modules) - held if plan.unselected == "freeze" else set(plan.modules) ^ held
+    held = {name.rpartition(".lora_")[0] for name in names if ".lora_" in name}
+    said = {*plan.modules, *plan.modules_outside}
+    frozen = {name for name in held if plan.unselected == "freeze" and name.startswith(f"{plan.stack}.")}
+    differing = said ^ (held - (frozen - said))
     if differing:
         raise LayerselError(
             f"resume_from_checkpoint: the adapter in {checkpoint} is not of the plan beside it: they differ in "
@@ -185,8 +211,18 @@ def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
         )
 
 
-def check_model(plan: Plan, stack: str, num_layers: int, modules: dict[int, list[str]], source: str) -> None:
-    """Check that ``plan`` fits a model with ``num_layers`` layers at ``stack`` and these LoRA ``modules`` by layer.
+def check_model(
+    plan: Plan, stack: str, num_layers: int, modules: dict[int, list[str]], outside: Collection[str], source: str
+) -> None:
+    """Check that ``plan`` fits a model.
+
+    Args:
+        plan: from ``source``.
+        stack: where the model's layers are.
+        num_layers: how many there are.
+        modules: the LoRA modules of each layer that carries any.
+        outside: the LoRA modules outside of the layers.
+        source: of the plan, for messages.
 
     Raises:
         LayerselError: saying what differs.
@@ -207,6 +243,9 @@ def check_model(plan: Plan, stack: str, num_layers: int, modules: dict[int, list
     scored = [choice.layer for choice in plan.layers if choice.score is not None]
     layers = scored if plan.module_scores else plan.selected
     present = {name for layer in layers for name in modules.get(layer, [])}
+    if plan.towers == "keep":
+        known |= set(plan.modules_outside)
+        present |= set(outside)
     missing, extra = sorted(known - present), sorted(present - known)
     if missing:
         refuse(f"the model has no LoRA on {missing[0]} ({len(missing)} such modules)")

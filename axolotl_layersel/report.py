@@ -1,7 +1,8 @@
 """Tables and pictures for people."""
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -10,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.records import group_by_type
-from axolotl_layersel.plan import Plan, Stability
+from axolotl_layersel.plan import Plan, Stability, Tower
 from axolotl_layersel.selection.flexora.records import GateHistory
 
 if TYPE_CHECKING:
@@ -51,15 +51,31 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         count = f"{len(plan.modules)} of {len(plan.module_scores)} LoRA modules, in {count}"
     console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}", highlight=False)
     console.print(make_module_table(plan) if plan.module_scores else make_table(plan))
+    for tower in plan.outside:
+        console.print(
+            f"{tower.place}: {describe_tower(tower, plan.towers)}", highlight=False, markup=False, soft_wrap=True
+        )
     if plan.stability is not None:
         print_stability(plan.stability, console)
     for layer, reason in sorted(plan.unscored.items()):
         console.print(f"layer {layer} is not scored: {reason}")
 
 
+def describe_tower(tower: Tower, towers: str) -> str:
+    """Return how many LoRA modules a place outside of the layers has, or had, and what became of them."""
+    count = len(tower.modules)
+    if towers == "remove":
+        state = "removed"
+    elif tower.trained == count:
+        state = "kept and trained"
+    else:
+        state = f"kept, {tower.trained or 'none'} of them trained"
+    return f"{count} LoRA module{'s' if count > 1 else ''} outside of the layers, {state}"
+
+
 def make_module_table(plan: Plan) -> Table:
     """Return the scores of modules by layer (rows) and type (columns); a star marks those that were chosen."""
-    places = {name: find_place(name) for name in plan.module_scores}
+    places = find_places(plan.module_scores)
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     table = Table()
     for heading in ("layer", *kinds):
@@ -132,7 +148,7 @@ def make_figure(size: tuple[float, float]) -> "Figure":
 
 def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
     """Return the ranks by layer (rows) and type of module (columns), with means, and the means before."""
-    places = {name: find_place(name) for name in after}
+    places = find_places(after)
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     layers = list(dict.fromkeys(layer for layer, _ in places.values()))
     table = Table()
@@ -159,12 +175,13 @@ def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
         LayerselError: if matplotlib is not installed.
     """
     steps = sorted(history)
-    places = {name: find_place(name) for name in history[steps[-1]]}
+    places = find_places(history[steps[-1]])
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     layers = list(dict.fromkeys(layer for layer, _ in places.values()))
     figure = make_figure((11, 2 + 0.2 * len(layers)))
     over_time, at_end = figure.subplots(1, 2)
-    means = {kind: [mean(group_by_type(history[step])[kind]) for step in steps] for kind in kinds}
+    members = {kind: [name for name, (_, other) in places.items() if other == kind] for kind in kinds}
+    means = {kind: [mean(history[step][name] for name in names) for step in steps] for kind, names in members.items()}
     for kind, values in means.items():
         over_time.step(steps, values, where="post", label=kind)
     over_time.set(xlabel="optimizer step", ylabel="mean rank")
@@ -181,11 +198,36 @@ def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
     figure.savefig(path)
 
 
-def find_place(module: str) -> tuple[str, str]:
-    """Return the layer of a module, or what its name begins with, and its type: ``("3", "q_proj")``."""
+def find_places(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return the row and the column of each module in a table, no two the same: ``("3", "q_proj")``.
+
+    The row is the number of the layer, with the stack's name where there are several, such as a vision tower's; outside
+    of a stack it is what the name begins with. The column is the module's type, with as much of its name before it
+    as tells it from the others in its row, such as an attention to the encoder.
+    """
+    split = {name: split_at_layer(name) for name in modules}
+    several = len({stack for stack, layer, _ in split.values() if layer}) > 1
+    rows = {
+        name: f"{stack}.{layer}" if layer and several else layer or stack for name, (stack, layer, _) in split.items()
+    }
+    columns = {name: path[-1] for name, (_, _, path) in split.items()}
+    for length in range(2, 1 + max((len(path) for _, _, path in split.values()), default=0)):
+        counts = Counter((rows[name], columns[name]) for name in split)
+        ambiguous = {column for (_, column), count in counts.items() if count > 1}
+        columns.update({name: ".".join(split[name][2][-length:]) for name in split if columns[name] in ambiguous})
+    return {name: (rows[name], columns[name]) for name in split}
+
+
+def split_at_layer(module: str) -> tuple[str, str, list[str]]:
+    """Return the name of the stack that a module is in, the number of its layer, and the parts of its name in that.
+
+    Outside of a stack: what its name begins with, nothing, and the last part.
+    """
     parts = module.split(".")
-    layer = next((part for part in parts if part.isdigit()), ".".join(parts[:-1]))
-    return layer, parts[-1]
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None or at == len(parts) - 1:
+        return ".".join(parts[:-1]), "", parts[-1:]
+    return ".".join(parts[:at]), parts[at], parts[at + 1 :]
 
 
 def print_ranks(before: Mapping[str, int], after: Mapping[str, int], console: Console | None = None) -> None:

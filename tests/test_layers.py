@@ -1,14 +1,18 @@
 import pytest
 import torch
-from conftest import make_lora, make_small_bert, make_small_llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from conftest import make_lora, make_small_llama
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_layer_stack
+from axolotl_layersel.layers import find_layer_stack, find_lora_modules
+
+SIDE = {"ffn_dim": 48, "attention_heads": 4}
 
 
 def make_bert():
-    return make_small_bert("BertForSequenceClassification")
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+    )
 
 
 def make_gpt2():
@@ -23,6 +27,37 @@ def make_llava():
     text = LlamaConfig(vocab_size=97, num_key_value_heads=2, **size)
     vision = CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=32, **size)
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=96))
+
+
+def make_t5(layers: int = 4):
+    """A decoder of ``layers`` layers beside an encoder of 4."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 4}
+    config = T5Config(vocab_size=97, num_decoder_layers=layers, decoder_start_token_id=0, **size)
+    return T5ForConditionalGeneration(config)
+
+
+def bart_config(layers: int):
+    from transformers import BartConfig
+
+    size = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SIDE.items()}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 1}
+    return BartConfig(vocab_size=97, d_model=32, encoder_layers=4, decoder_layers=layers, **size, **tokens)
+
+
+def make_bart(layers: int = 4):
+    """A decoder of ``layers`` layers beside an encoder of 4, and modules of the same names."""
+    from transformers import BartForConditionalGeneration
+
+    return BartForConditionalGeneration(bart_config(layers))
+
+
+def make_bart_decoder(layers: int = 4):
+    """What Axolotl loads of BART by default."""
+    from transformers import BartForCausalLM
+
+    return BartForCausalLM(bart_config(layers))
 
 
 def make_mixtral():
@@ -41,6 +76,7 @@ def make_mixtral():
         (make_gpt2, ["c_attn"], "transformer.h"),
         (make_llava, ["q_proj"], "model.language_model.layers"),
         (make_mixtral, ["q_proj"], "model.layers"),
+        (make_bart_decoder, r".*self_attn\.q_proj", "model.decoder.layers"),
     ],
 )
 def test_the_stack_of_the_language_model_is_found(make, targets, name):
@@ -68,6 +104,41 @@ def test_lora_in_the_vision_tower_alone_is_not_taken_for_the_language_model():
     model = make_lora(make_llava(), r".*vision_tower.*q_proj")
     with pytest.raises(LayerselError, match="no stack of layers"):
         find_layer_stack(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "name", "towers"),
+    [
+        (make_small_llama, ["q_proj"], "model.layers", {}),
+        (
+            make_small_llama,
+            ["q_proj", "lm_head", "embed_tokens"],
+            "model.layers",
+            {"model.embed_tokens": 1, "lm_head": 1},
+        ),
+        (make_bert, ["query", "dense"], "bert.encoder.layer", {"bert.pooler": 1}),
+        (
+            make_llava,
+            ["q_proj", "linear_1", "linear_2"],
+            "model.language_model.layers",
+            {"model.vision_tower": 4, "model.multi_modal_projector": 2},
+        ),
+        (make_t5, ["q", "v"], "decoder.block", {"encoder": 8}),
+        (lambda: make_t5(2), ["q"], "decoder.block", {"encoder": 4}),
+        (make_bart, ["q_proj"], "model.decoder.layers", {"model.encoder": 4}),
+        (lambda: make_bart(3), ["q_proj"], "model.decoder.layers", {"model.encoder": 4}),
+        (lambda: make_bart_decoder(3), ["q_proj"], "model.decoder.layers", {}),
+    ],
+)
+def test_lora_outside_of_the_layers_is_counted_by_place(make, targets, name, towers):
+    model = make_lora(make(), targets)
+    stack = find_layer_stack(model)
+    assert stack.name == name
+    assert {place: len(names) for place, names in stack.towers.items()} == towers
+    outside = [module for names in stack.towers.values() for module in names]
+    everything = set(find_lora_modules(model.get_base_model()))
+    assert {*stack.list_modules(stack.lora_modules), *outside} == everything
+    assert len(stack.list_modules(stack.lora_modules)) + len(outside) == len(everything)
 
 
 @pytest.mark.parametrize("make", [make_bert, make_gpt2])

@@ -106,7 +106,7 @@ def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():
 )
 def test_a_plan_for_another_model_is_refused_with_the_difference(stack, layers, modules, difference):
     with pytest.raises(LayerselError, match=difference):
-        check_model(make_plan(), stack, layers, modules, "there")
+        check_model(make_plan(), stack, layers, modules, [], "there")
 
 
 @pytest.mark.parametrize("unselected", ["remove", "freeze"])
@@ -125,4 +125,4 @@ def test_a_checkpoint_must_hold_the_plans_modules(tmp_path, unselected):
 
 
 def test_a_plan_for_this_model_is_accepted():
-    check_model(make_plan(), "model.layers", 3, {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, "there")
+    check_model(make_plan(), "model.layers", 3, {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there")

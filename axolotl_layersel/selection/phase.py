@@ -11,14 +11,15 @@ from peft import PeftModel
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
-from axolotl_layersel.args import DATA_FREE_METHODS, SelectionArgs
+from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_TOKEN, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, write_atomically
-from axolotl_layersel.layers import LayerStack, find_layer_stack
+from axolotl_layersel.layers import LayerStack, find_layer_stack, find_lora_modules
 from axolotl_layersel.plan import (
     LayerChoice,
     Plan,
     Stability,
+    Tower,
     check_checkpoint,
     check_model,
     check_settings,
@@ -28,14 +29,7 @@ from axolotl_layersel.plan import (
 )
 from axolotl_layersel.report import print_plan
 from axolotl_layersel.selection import cka, controls, cosine, fisher, passes
-from axolotl_layersel.selection.calibration import (
-    Sample,
-    are_most,
-    count_most_common,
-    fingerprint,
-    place_token,
-    read_samples,
-)
+from axolotl_layersel.selection.calibration import Sample, find_token_positions, fingerprint, read_samples
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Choice, choose, count_kept, find_candidates, find_mean_overlap
 from axolotl_layersel.selection.flexora import choice as flexora
@@ -78,6 +72,8 @@ def select_layers(
         )
     output = Path(trainer.args.output_dir)
     if reused is None:
+        # Before anything is scored or searched: what the run will not have takes no part in that either.
+        remove_towers(model, stack, settings.resolve(trainer.args.seed)["towers"])
         plan, history = make_plan(trainer, model, stack, settings, engine)
         engines.decide_on_rank_zero(lambda: write_choice(plan, history, output))
         if repeat > 1:
@@ -85,7 +81,10 @@ def select_layers(
             engines.decide_on_rank_zero(lambda: write_choice(plan, history, output))
     else:
         plan, source = reused
-        check_model(plan, stack.name, len(stack.layers), stack.lora_modules, source)
+        outside = [name for names in stack.towers.values() for name in names]
+        check_model(plan, stack.name, len(stack.layers), stack.lora_modules, outside, source)
+        remove_towers(model, stack, plan.towers)
+        plan.outside = describe_towers(model, stack)
         LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
         engines.decide_on_rank_zero(lambda: carry_over(plan, Path(source), output))
     apply_plan(model, stack, plan)
@@ -181,6 +180,8 @@ def make_plan(
         method=settings.method,
         layers=layers,
         unselected=resolved["unselected"],
+        towers=resolved["towers"],
+        outside=describe_towers(model, stack),
         unscored=choice.unscored,
         stack=stack.name,
         modules=choice.modules,
@@ -188,7 +189,6 @@ def make_plan(
         settings=resolved,
         seed=resolved["seed"],
         calibration_rows=choice.rows,
-        rows_left_out=choice.left_out,
         dataset_fingerprint=choice.fingerprint,
         base_model=adapters.get_config(model).base_model_name_or_path,
         versions={
@@ -213,45 +213,11 @@ def choose_by_score(
 ) -> Choice:
     """Score the layers on a calibration sample, and choose the highest."""
     keep = engines.decide_on_rank_zero(lambda: count_kept(settings, len(candidates)))
-    drawn = read_samples(trainer.train_dataset, resolved["num_samples"], resolved["seed"])
-    samples, positions = place_token(drawn, resolved["token"]) if settings.method == "cka" else (drawn, None)
-    scored = {sample.row for sample in samples}
-    left_out = [sample.row for sample in drawn if sample.row not in scored]
-    if settings.method == "cka" and engines.get_rank() == 0:
-        report_token(samples, positions, left_out, resolved["token"])
-    scores, unscored = score(trainer, model, stack, settings.method, samples, positions)
+    samples = read_samples(trainer.train_dataset, resolved["num_samples"], resolved["seed"])
+    scores, unscored = score(trainer, model, stack, settings.method, resolved["token"], samples)
     selected = engines.decide_on_rank_zero(lambda: choose(scores, unscored, candidates, keep, settings.method))
-    return Choice(
-        stack.list_modules(selected),
-        scores,
-        unscored,
-        rows=[sample.row for sample in samples],
-        left_out=left_out,
-        fingerprint=fingerprint(samples),
-    )
-
-
-def report_token(samples: list[Sample], positions: list[int] | None, left_out: list[int], token: str) -> None:
-    """Log which rows are not scored, and a warning where the token that stands for a row says little about it."""
-    if left_out:
-        LOG.warning(
-            "layersel: token: %s: %d of the %d rows drawn lack the ending that the others share, as rows do that are "
-            "cut at sequence_len, and are not scored: %s",
-            token,
-            len(left_out),
-            len(samples) + len(left_out),
-            ", ".join(map(str, left_out)),
-        )
-    alike = 0 if positions is None else count_most_common(samples, positions)
-    if are_most(alike, len(samples)):
-        LOG.warning(
-            "layersel: token: %s: %d of %d rows have the same token there, so its embedding says next to nothing about "
-            "a row, and the score of layer 0 hangs on few rows or on none. %s",
-            token,
-            alike,
-            len(samples),
-            "Use `token: mean`." if token == "auto" else "Use `token: auto` or `mean`.",
-        )
+    rows = [sample.row for sample in samples]
+    return Choice(stack.list_modules(selected), scores, unscored, rows=rows, fingerprint=fingerprint(samples))
 
 
 def measure_stability(
@@ -278,17 +244,13 @@ def measure_stability(
 
 
 def score(
-    trainer: Trainer,
-    model: PeftModel,
-    stack: LayerStack,
-    method: str,
-    samples: list[Sample],
-    positions: list[int] | None,
+    trainer: Trainer, model: PeftModel, stack: LayerStack, method: str, token: str | None, samples: list[Sample]
 ) -> tuple[list[float | None], dict[int, str]]:
     """Return the importance of every layer by ``method``, and why a layer has none; rank 0 computes it."""
     rows = [sample.row for sample in samples]
     places = [f"layer {layer}" for layer in range(len(stack.layers))]
     if method == "cka":
+        positions = find_token_positions(samples, token or DEFAULT_TOKEN)
         states = passes.measure_token_states(trainer, model, stack, samples, positions)
 
         def conclude() -> tuple[list[float | None], dict[int, str]]:
@@ -331,9 +293,25 @@ def check_finite(measured: torch.Tensor, places: list[str], rows: list[int]) -> 
         )
 
 
+def remove_towers(model: PeftModel, stack: LayerStack, towers: str) -> None:
+    """Remove the LoRA modules outside of the layers, unless ``towers`` is ``keep``."""
+    if towers == "remove" and stack.towers:
+        adapters.remove_modules(model, [name for names in stack.towers.values() for name in names])
+
+
+def describe_towers(model: PeftModel, stack: LayerStack) -> list[Tower]:
+    """Return what LoRA there is, or was, outside of the layers, and how much of it trains in this run."""
+    lora = find_lora_modules(model.get_base_model())
+
+    def trains(name: str) -> bool:
+        return name in lora and any(parameter.requires_grad for parameter in adapters.lora_parameters(lora[name]))
+
+    return [Tower(place=place, modules=names, trained=sum(map(trains, names))) for place, names in stack.towers.items()]
+
+
 def apply_plan(model: PeftModel, stack: LayerStack, plan: Plan) -> None:
     """Remove or freeze the LoRA modules of the layers that ``plan`` does not select."""
     change = adapters.remove_unselected if plan.unselected == "remove" else adapters.freeze_unselected
     change(model, stack, plan.modules)
     trainable = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad)
-    LOG.info("layersel: %s trainable parameters in %d layers", f"{trainable:,}", len(plan.selected))
+    LOG.info("layersel: %s parameters train; %d layers keep LoRA", f"{trainable:,}", len(plan.selected))

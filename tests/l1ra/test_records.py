@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from axolotl_layersel.cli import app
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
-from axolotl_layersel.report import print_ranks
+from axolotl_layersel.report import find_places, print_ranks
 
 RANKS = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 6, "model.layers.1.self_attn.q_proj": 3}
 
@@ -43,6 +43,29 @@ def test_the_table_shows_ranks_by_layer_and_type():
     assert ["mean", "2.5", "6.0", "3.7"] in lines
     assert ["before", "4.0", "4.0", "4.0"] in lines
     assert "in all 12 before, 11 now, from 2 to 6" in output.getvalue()
+
+
+def test_modules_of_one_name_and_number_have_places_of_their_own():
+    attention = ["self_attn", "encoder_attn"]
+    decoder = [f"model.decoder.layers.0.{name}.q_proj" for name in attention]
+    encoder = "model.encoder.layers.0.self_attn.q_proj"
+    assert find_places([*decoder, "lm_head"]) == {
+        decoder[0]: ("0", "self_attn.q_proj"),
+        decoder[1]: ("0", "encoder_attn.q_proj"),
+        "lm_head": ("", "lm_head"),
+    }
+    both = find_places([decoder[0], encoder])
+    assert both == {
+        decoder[0]: ("model.decoder.layers.0", "q_proj"),
+        encoder: ("model.encoder.layers.0", "q_proj"),
+    }
+    experts = [f"model.layers.1.mlp.experts.{i}.{name}" for i in range(2) for name in ("w1", "w2")]
+    assert len(set(find_places([*experts, "model.layers.0.mlp.up_proj"]).values())) == 5
+    output = StringIO()
+    print_ranks({decoder[0]: 4, encoder: 4}, {decoder[0]: 1, encoder: 7}, Console(file=output, width=100))
+    lines = [line.replace("│", " ").split() for line in output.getvalue().splitlines()]
+    assert ["model.decoder.layers.0", "1", "1.0"] in lines
+    assert ["model.encoder.layers.0", "7", "7.0"] in lines
 
 
 def test_show_prints_and_draws_the_ranks_of_a_run_without_a_plan(tmp_path):

@@ -5,12 +5,18 @@ import torch
 from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from test_layers import make_bart, make_llava, make_t5
+from transformers import Trainer
 
 from axolotl_layersel.args import DATA_FREE_METHODS, LayerselBlock, SelectionArgs
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.plan import plan_path, read_plan
+from axolotl_layersel.plan import plan_path, read_plan, write_plan
 from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.report import print_plan
 from axolotl_layersel.selection.choosing import choose, count_kept
 
 
@@ -92,35 +98,6 @@ def test_without_an_end_to_differ_in_layer_0_is_unscored_and_not_chosen(tmp_path
     assert select(tmp_path / "auto", token="auto")[1].layers[0].score is not None
 
 
-def test_a_row_that_was_cut_changes_no_choice_and_is_named(tmp_path, caplog):
-    whole = make_rows(60)
-    _, plan = select(tmp_path / "whole", rows=whole, num_samples=50)
-    assert "token: auto" not in caplog.text
-    cut = plan.calibration_rows[4]
-    rows = [{name: values[:-1] for name, values in row.items()} if i == cut else row for i, row in enumerate(whole)]
-    _, with_cut = select(tmp_path / "cut", rows=rows, num_samples=50)
-    assert with_cut.calibration_rows == [row for row in plan.calibration_rows if row != cut]
-    assert with_cut.rows_left_out == [cut] and plan.rows_left_out == []
-    assert "token: auto: 1 of the 50 rows drawn lack the ending that the others share" in caplog.text
-    assert f"are not scored: {cut}\n" in caplog.text
-    assert with_cut.selected == plan.selected
-    scores = [choice.score for choice in with_cut.layers]
-    assert scores == pytest.approx([choice.score for choice in plan.layers], abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("token", "way_out"), [("last", "Use `token: auto` or `mean`."), ("auto", "Use `token: mean`.")]
-)
-def test_a_token_that_nearly_all_rows_share_is_warned_of(tmp_path, caplog, token, way_out):
-    rows = make_rows(20)
-    for i, row in enumerate(rows):
-        # 18 rows end in 1; of these 17 have a 7 before it, too few of the 20 to be a part of the ending.
-        row["input_ids"][-2:] = [3 + i, 9 + i] if i < 2 else [8 if i == 2 else 7, 1]
-    select(tmp_path, rows=rows, num_samples=20, token=token, num_layers=2)
-    assert f"token: {token}: {'18 of 20' if token == 'last' else '17 of 18'} rows have the same token" in caplog.text
-    assert way_out in caplog.text
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -168,3 +145,127 @@ def test_a_trainer_without_an_adapter_is_refused(tmp_path):
     trainer = make_trainer(make_small_llama(), tmp_path)
     with pytest.raises(LayerselError, match="adapter: the trainer's model is a LlamaForCausalLM"):
         prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="last")))
+
+
+def select_with_towers(folder, *, make=make_llava, targets=("q_proj", "v_proj"), freeze=None, resume=None, **settings):
+    model = make_lora(make(), targets)
+    if freeze:
+        freeze(model)
+    trainer = make_trainer(model, folder)
+    settings = SelectionArgs(**{"method": "last", **settings})
+    return trainer, prepare_trainer(trainer, LayerselBlock(selection=settings), resume)
+
+
+def test_lora_in_a_vision_tower_is_kept_counted_and_said(tmp_path, capsys):
+    trainer, plan = select_with_towers(tmp_path, method="cka", num_samples=12, num_layers=1)
+    (tower,) = plan.outside
+    assert (tower.place, len(tower.modules), tower.trained) == ("model.vision_tower", 8, 8)
+    assert {*plan.modules, *tower.modules} == set(find_lora_modules(trainer.model.get_base_model()))
+    assert len(plan.modules) == 2
+    line = "model.vision_tower: 8 LoRA modules outside of the layers, kept and trained"
+    assert line in capsys.readouterr().out
+    print_plan(read_plan(plan_path(tmp_path)))
+    assert line in capsys.readouterr().out
+
+
+def test_lora_that_the_run_itself_freezes_is_not_said_to_train(tmp_path, capsys):
+    from axolotl.utils.freeze import freeze_mm_modules
+
+    _, plan = select_with_towers(tmp_path, freeze=freeze_mm_modules)
+    assert plan.outside[0].trained == 0
+    assert "model.vision_tower: 8 LoRA modules outside of the layers, kept, none of them trained" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("unselected", ["remove", "freeze"])
+def test_towers_can_be_left_without_an_adapter(tmp_path, capsys, unselected):
+    trainer, plan = select_with_towers(tmp_path, towers="remove", unselected=unselected, num_layers=1)
+    assert "model.vision_tower: 8 LoRA modules outside of the layers, removed" in capsys.readouterr().out
+    left = find_lora_modules(trainer.model.get_base_model())
+    assert set(left) >= set(plan.modules)
+    assert len(left) == (2 if unselected == "remove" else 8)
+    assert all(name.startswith("model.language_model.layers.") for name in left)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    rebuilt = PeftModel.from_pretrained(make_llava(), tmp_path / "adapter")
+    assert set(find_lora_modules(rebuilt.get_base_model())) == set(left)
+
+
+@pytest.mark.parametrize("make", [make_t5, make_bart])
+def test_an_encoder_beside_the_decoder_is_a_tower(tmp_path, make):
+    targets = ["q", "v"] if make is make_t5 else ["q_proj", "v_proj"]
+    for towers, outside in (("keep", 8), ("remove", 0)):
+        trainer, plan = select_with_towers(tmp_path / towers, make=make, targets=targets, towers=towers, num_layers=1)
+        assert plan.selected == [3]
+        assert len(plan.modules) == 4, "attention to itself and to the encoder"
+        before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert len(before) == 2 * (4 + outside)
+        trainer.train()
+        after = dict(trainer.model.named_parameters())
+        assert all(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_plan_without_towers_is_applied_again_and_on_resume(tmp_path):
+    trainer, plan = select_with_towers(tmp_path, towers="remove", num_layers=1)
+    checkpoint = tmp_path / "checkpoint-2"
+    trainer.save_model(str(checkpoint))
+    for resume, settings in ((str(checkpoint), {}), (None, {"plan": str(plan_path(tmp_path))})):
+        again, plan_again = select_with_towers(tmp_path / "again", resume=resume, **settings)
+        assert set(find_lora_modules(again.model.get_base_model())) == set(plan.modules)
+        assert (plan_again.towers, plan_again.outside) == ("remove", plan.outside)
+        with pytest.raises(LayerselError, match=r"towers: 'keep' contradicts the plan from .* made with 'remove'"):
+            select_with_towers(tmp_path / "again", resume=resume, towers="keep", **settings)
+
+
+def test_a_plan_with_towers_needs_them_in_the_model_and_in_the_checkpoint(tmp_path):
+    trainer, plan = select_with_towers(tmp_path, num_layers=1)
+    given = {"plan": str(plan_path(tmp_path))}
+    assert select_with_towers(tmp_path / "again", **given)[1].outside == plan.outside
+    language_model = r".*language_model.*\.(q_proj|v_proj)"
+    with pytest.raises(LayerselError, match=r"the model has no LoRA on model\.vision_tower.* \(8 such modules\)"):
+        select_with_towers(tmp_path / "again", targets=language_model, **given)
+    with pytest.raises(LayerselError, match=r"LoRA on model\.multi_modal_projector\.linear_1, unknown to the plan"):
+        select_with_towers(tmp_path / "again", targets=["q_proj", "v_proj", "linear_1"], **given)
+    checkpoint = tmp_path / "checkpoint-2"
+    other, _ = select_with_towers(tmp_path / "other", towers="remove", num_layers=1)
+    other.save_model(str(checkpoint))
+    trainer.save_model(str(tmp_path / "good"))
+    write_plan(plan, plan_path(checkpoint))
+    with pytest.raises(LayerselError, match=r"they differ in model\.vision_tower.* \(8 such modules\)"):
+        select_with_towers(tmp_path / "again", resume=str(checkpoint))
+    select_with_towers(tmp_path / "again", resume=str(tmp_path / "good"))
+
+
+@pytest.mark.parametrize("towers", ["keep", "remove"])
+def test_a_search_trains_lora_outside_of_the_layers_without_a_gate_if_the_run_does(tmp_path, towers):
+    model = make_lora(make_small_llama(), ["q_proj", "lm_head"])
+    trainer = make_trainer(model, tmp_path)
+    seen = []
+
+    def training_step(*args, **kwargs):
+        seen.append({name: p.abs().sum().item() for name, p in model.named_parameters() if "lm_head.lora_B" in name})
+        return Trainer.training_step(trainer, *args, **kwargs)
+
+    trainer.training_step = training_step
+    settings = SelectionArgs(method="flexora", ratio=0.5, towers=towers, flexora={"steps": 3, "val_samples": 4})
+    plan = prepare_trainer(trainer, LayerselBlock(selection=settings))
+    assert plan.towers == towers
+    assert plan.outside[0].modules == ["lm_head"]
+    assert len(seen) == 3
+    assert [bool(step and sum(step.values()) > 0) for step in seen] == [False, *[towers == "keep"] * 2]
+    assert "lm_head" not in "".join(plan.modules)
+    head = model.get_base_model().lm_head
+    assert not isinstance(head, LoraLayer) if towers == "remove" else not head.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize("towers", [None, "keep", "remove"])
+def test_rank_moves_outside_of_the_layers_too_where_lora_is_kept_there(tmp_path, towers):
+    model = make_lora(make_small_llama(), ["q_proj", "lm_head"])
+    trainer = make_trainer(model, tmp_path, max_steps=10)
+    selection = SelectionArgs(method="last", num_layers=2, towers=towers) if towers else None
+    prepare_trainer(trainer, LayerselBlock(selection=selection, l1ra={"update_ratio": 0.2}))
+    trainer.train()
+    ranks = RankHistory.read(tmp_path).ranks[10]
+    assert ("lm_head" in ranks) == (towers != "remove")
+    assert len(ranks) == (6 if towers is None else 2) + (towers != "remove")
