@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,14 @@ from transformers import Trainer
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack, find_lora_modules
-from axolotl_layersel.layouts import write_adapter
+from axolotl_layersel.layouts import list_ends, write_adapter
 
 # From the adapter's tensors and configuration in training to those of a plain adapter.
 Fold = Callable[[dict[str, torch.Tensor], LoraConfig], tuple[dict[str, torch.Tensor], LoraConfig]]
 # PEFT's own initialisations that draw nothing but A: those that look at the base weights keep PEFT's result.
 SEEDED_INITIALISATIONS = (True, "gaussian")
+# Where PEFT reads the number of a module's layer: after the first name that a number follows.
+NUMBERED_LAYER = re.compile(r".*?\.(?P<list>[^.]*)\.(?P<number>\d+)\.")
 
 
 def get_adapter_name(model: PeftModel) -> str:
@@ -161,27 +164,46 @@ def remove_modules(model: PeftModel, removed: list[str]) -> None:
         while isinstance(module, BaseTunerLayer):
             module = module.base_layer
         setattr(base.get_submodule(parent), child, module)
-    model.base_model.targeted_module_names = [
-        name for name in model.base_model.targeted_module_names if name not in set(removed)
-    ]
+    gone = set(removed)
+    tuner = model.base_model
+    tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in gone]
     name_exactly(get_config(model), base)
 
 
 def name_exactly(config: LoraConfig, base: nn.Module) -> None:
-    """Make ``config.target_modules`` name exactly the LoRA modules of ``base``, by their full names."""
-    present = set(find_lora_modules(base))
+    """Make ``config`` name exactly the LoRA modules of ``base``.
+
+    In this order, whichever is exact: the ends of their names, such as ``q_proj``, with the numbers of their layers,
+    which PEFT loads fastest; their full names; a regular expression. vLLM and SGLang look at the ends of the names
+    and, for the layers, at the tensors in the file; SGLang refuses regular expressions.
+    """
+    present, others = list(find_lora_modules(base)), list_other_modules(base)
+    layers = [NUMBERED_LAYER.match(name) for name in present]
+    if all(layers):
+        config.target_modules = sorted({name.rpartition(".")[2] for name in present})
+        config.layers_to_transform = sorted({int(layer["number"]) for layer in layers})
+        config.layers_pattern = sorted({layer["list"] for layer in layers})
+        matched = [name for name in (*present, *others) if check_target_module_exists(config, name)]
+        if matched == present:
+            return
     config.target_modules = sorted(present)
     config.layers_to_transform = None
     config.layers_pattern = None
-    # PEFT also matches a full name as the end of a longer one; where that would hit another module, use a regex.
-    inside_lora = tuple(f"{name}." for name in present)
-    matched = {
-        name
-        for name, _ in base.named_modules()
-        if not name.startswith(inside_lora) and check_target_module_exists(config, name) is True
-    }
-    if matched != present:
-        config.target_modules = "|".join(name.replace(".", r"\.") for name in sorted(present))
+    # PEFT takes a full name as the end of a longer one too.
+    names = set(present)
+    if not all(names.isdisjoint(list_ends(name)) for name in others):
+        config.target_modules = "|".join(map(re.escape, sorted(present)))
+
+
+def list_other_modules(base: nn.Module) -> list[str]:
+    """Return the names of the modules of ``base`` that neither are nor lie in a LoRA module."""
+    others, inside = [], "."
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            inside = f"{name}."
+        elif not name.startswith(inside):
+            others.append(name)
+    return others
 
 
 def freeze_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> None:

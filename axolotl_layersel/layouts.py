@@ -3,14 +3,15 @@
 import copy
 import math
 import os
+import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from axolotl_layersel.errors import LayerselError
@@ -90,17 +91,36 @@ def lay_out(
     config.r = config.lora_alpha = highest
     config.use_rslora = False
     ranks = {module: pair.rank for module, pair in factors.items()}
-    config.rank_pattern = order_pattern(ranks) if layout == "ragged" else {}
+    config.rank_pattern = write_pattern(ranks) if layout == "ragged" else {}
     config.alpha_pattern = dict(config.rank_pattern)
     return tensors, config
 
 
-def order_pattern(pattern: dict[str, float]) -> dict[str, float]:
-    """Return a ``rank_pattern`` or ``alpha_pattern`` by full names in an order in which PEFT finds the right one.
+def write_pattern(values: dict[str, float]) -> dict[str, float]:
+    """Return a ``rank_pattern`` or ``alpha_pattern`` that gives each module, by its full name, its value.
 
-    PEFT takes the first name that a module's name ends in: longer names first.
+    It has one pattern for each distinct value, not for each module: PEFT matches every module against every pattern,
+    and Python keeps 512 compiled ones; past that each match is compiled anew. PEFT also takes a name as the end of a
+    longer one, so a name that another one ends in is tied to the beginning.
     """
-    return dict(sorted(pattern.items(), key=lambda item: (-len(item[0]), item[0])))
+    ends = {end for name in values for end in list_ends(name)}
+    names: dict[float, list[str]] = {}
+    for name in sorted(values):
+        names.setdefault(values[name], []).append(f"{'^' if name in ends else ''}{re.escape(name)}")
+    return {"|".join(names[value]): value for value in sorted(names)}
+
+
+def read_pattern(patterns: dict[str, float], modules: Iterable[str]) -> dict[str, float]:
+    """Return the values that PEFT reads from a ``rank_pattern`` or ``alpha_pattern``, of the modules that it names."""
+    compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+    found = {name: next((value for pattern, value in compiled if pattern.match(name)), None) for name in modules}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def list_ends(name: str) -> list[str]:
+    """Return what a module's name ends in after each of its dots: ``a.b.c`` ends in ``b.c`` and ``c``."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
 
 
 def write_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig) -> None:
@@ -150,17 +170,22 @@ def export_adapter(folder: str | Path, layout: str, output: str | Path) -> int:
     factors, rest = split(tensors)
     if not factors:
         raise LayerselError(f"{folder}: the adapter holds no LoRA matrices.")
-    folded = {module: fold(pair, find_scaling(config, module)) for module, pair in factors.items()}
+    scalings = find_scalings(config, factors)
+    folded = {module: fold(pair, scalings[module]) for module, pair in factors.items()}
     tensors, config = lay_out(folded, rest, config, layout)
     write_adapter(output, tensors, config)
     return config.r
 
 
-def find_scaling(config: LoraConfig, module: str) -> float:
-    """Return the scaling that PEFT gives ``module``."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+def find_scalings(config: LoraConfig, modules: Iterable[str]) -> dict[str, float]:
+    """Return the scaling that PEFT gives each of ``modules``."""
+    modules = list(modules)
+    ranks, alphas = (read_pattern(pattern or {}, modules) for pattern in (config.rank_pattern, config.alpha_pattern))
+    scalings = {}
+    for name in modules:
+        rank, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
+        scalings[name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return scalings
 
 
 def find_vllm_rank(rank: int) -> int | None:

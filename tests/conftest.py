@@ -186,6 +186,19 @@ class Run:
     def config(self, place: str = ".") -> dict:
         return json.loads((self.folder / place / "adapter_config.json").read_text())
 
+    def target(self, place: str = ".") -> tuple[list[str], list[int], list[str]]:
+        """Where the configuration says that LoRA is: ends of names, layers, and what the layers are called."""
+        config = self.config(place)
+        return tuple(sorted(config[key]) for key in ("target_modules", "layers_to_transform", "layers_pattern"))
+
+    def pattern(self, key: str = "rank_pattern", place: str = ".") -> dict[str, int]:
+        """What PEFT reads from ``rank_pattern`` or ``alpha_pattern`` for each module in the adapter's file."""
+        from peft.utils.other import get_pattern_key
+
+        pattern = self.config(place)[key]
+        names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in self.adapter(place)}
+        return {name: pattern[get_pattern_key(pattern, name)] for name in names}
+
     def ranks(self, place: str = ".") -> dict[int, dict[str, int]]:
         with open(self.folder / place / "layersel" / "ranks.csv", newline="") as file:
             rows = list(csv.DictReader(file))

@@ -4,12 +4,14 @@ import json
 import pytest
 import torch
 from conftest import make_lora, make_small_llama, make_trainer
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from axolotl_layersel import adapters, layouts
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_layer_stack, find_lora_modules
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def lora_weights(model) -> dict[str, torch.Tensor]:
@@ -78,24 +80,50 @@ def test_stock_peft_rebuilds_exactly_the_layers_that_are_left(tmp_path, targets)
         torch.testing.assert_close(rebuilt(tokens).logits, model.eval()(tokens).logits, atol=1e-6, rtol=1e-6)
     assert not model.get_base_model().model.layers[0].self_attn.q_proj.__class__.__module__.startswith("peft")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert all(name.split(".")[2] in "14" for name in config["target_modules"])
+    assert sorted(config["target_modules"]) == (
+        ["down_proj", "q_proj"] if targets != "all-linear" else sorted(ALL_LINEAR)
+    )
+    assert config["layers_to_transform"] == [1, 4] and config["layers_pattern"] == ["layers"]
 
 
-def test_names_that_are_the_end_of_others_become_a_regular_expression():
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = torch.nn.Linear(4, 4)
-            self.inner = torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4)})
+class Tower(torch.nn.Module):
+    """Two stacks of layers with modules of the same names, and a module that is named as one inside another."""
 
-    from peft import LoraConfig, get_peft_model
+    def __init__(self):
+        super().__init__()
+        for name in ("text", "vision"):
+            layers = [
+                torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4), "out": torch.nn.Linear(4, 4)}) for _ in range(3)
+            ]
+            setattr(self, name, torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)}))
+        self.head = torch.nn.Linear(4, 4)
+        self.inner = torch.nn.ModuleDict({"head": torch.nn.Linear(4, 4)})
 
-    model = get_peft_model(Twice(), LoraConfig(target_modules=["proj"]))
+
+@pytest.mark.parametrize(
+    ("kept", "target", "layers"),
+    [
+        (["text.layers.1.proj", "vision.layers.1.proj"], ["proj"], [1]),
+        (
+            ["text.layers.0.proj", "text.layers.0.out", "vision.layers.0.proj", "vision.layers.0.out"],
+            ["out", "proj"],
+            [0],
+        ),
+        (["text.layers.1.proj", "text.layers.2.proj"], ["text.layers.1.proj", "text.layers.2.proj"], None),
+        (["text.layers.0.proj", "vision.layers.1.out"], ["text.layers.0.proj", "vision.layers.1.out"], None),
+        (["text.layers.1.proj", "inner.head"], ["inner.head", "text.layers.1.proj"], None),
+        (["text.layers.1.proj", "head"], r"head|text\.layers\.1\.proj", None),
+    ],
+)
+def test_the_configuration_names_the_modules_that_carry_lora_and_no_other(kept, target, layers):
+    model = get_peft_model(Tower(), LoraConfig(target_modules=["proj", "out", "head"]))
     base = model.get_base_model()
-    base.inner["proj"] = base.inner["proj"].base_layer
+    for name in set(find_lora_modules(base)) - set(kept):
+        base.set_submodule(name, base.get_submodule(name).base_layer)
     config = model.peft_config["default"]
     adapters.name_exactly(config, base)
-    assert set(find_lora_modules(get_peft_model(Twice(), config).get_base_model())) == {"proj"}
+    assert (config.target_modules, config.layers_to_transform) == (target, layers)
+    assert set(find_lora_modules(get_peft_model(Tower(), config).get_base_model())) == set(kept)
 
 
 def test_modules_to_save_are_in_the_file(tmp_path):

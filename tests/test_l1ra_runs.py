@@ -136,7 +136,7 @@ def test_the_best_model_comes_back_with_its_gates_and_ranks(whole_runs, engine):
     history = run.ranks()
     assert history[10] == history[2] != history[8]
     assert difference(run.adapter(), run.adapter("checkpoint-2")) <= 1e-7
-    assert run.config()["rank_pattern"] == run.config("checkpoint-2")["rank_pattern"] == history[2]
+    assert run.pattern() == run.pattern(place="checkpoint-2") == history[2]
 
 
 def test_stock_peft_computes_what_the_model_in_training_computes(whole_runs, base_model, tmp_path):
@@ -157,7 +157,7 @@ def test_every_adapter_holds_the_ranks_in_use_alone(whole_runs, engine):
     for place in (".", *(f"checkpoint-{step}" for step in (*UPDATES, 10))):
         config, ranks = run.config(place), run.ranks(place)
         ranks = ranks[max(ranks)]
-        assert config["rank_pattern"] == config["alpha_pattern"] == ranks
+        assert run.pattern(place=place) == run.pattern("alpha_pattern", place) == ranks
         assert config["r"] == config["lora_alpha"] == max(ranks.values())
         for name, value in run.adapter(place).items():
             module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]

@@ -113,7 +113,7 @@ def test_selection_and_redistribution_go_together(train, base_model, tmp_path):
     assert {int(module.split(".")[2]) for module in last(run.ranks())} == {5, 6, 7}
     assert sum(run.ranks()[8].values()) == 9 * 4
     assert {int(name.split(".layers.")[1][0]) for name in run.adapter()} == {5, 6, 7}
-    assert sorted(run.config()["target_modules"]) == sorted(run.plan["modules"])
+    assert run.target() == (["down_proj", "q_proj", "v_proj"], [5, 6, 7], ["layers"])
     stock = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
     assert float((stock - load_file(run.folder / "logits.safetensors")["logits"]).abs().max()) <= 1e-5
 
@@ -130,7 +130,7 @@ def test_frozen_layers_keep_their_lora_and_take_no_part(train):
 def test_an_interrupted_run_leaves_the_adapter_that_a_checkpoint_of_that_step_holds(train, runs, engine):
     run = train(engine, expect=INTERRUPTED, env={"LAYERSEL_TEST_SIGNAL": "INT:6"}, **SETTINGS)
     assert not (run.folder / "checkpoint-6").exists()
-    assert run.config()["rank_pattern"] == runs[False].ranks()[6]
+    assert run.pattern() == runs[False].ranks()[6]
     tolerance = 0 if engine == "single" else 1e-3
     assert difference(run.adapter(), runs[False].adapter("checkpoint-6")) <= tolerance
 
@@ -197,7 +197,7 @@ def test_a_run_that_stops_early_ends_with_the_ranks_of_its_best_checkpoint(train
     run = train(**{**SETTINGS, **evaluated})
     history = run.ranks()
     assert list(history) == [0, 2, 4]
-    assert run.config()["rank_pattern"] == history[4] == history[2]
+    assert run.pattern() == history[4] == history[2]
     assert difference(run.adapter(), run.adapter("checkpoint-2")) <= 1e-7
 
 
@@ -261,7 +261,7 @@ def test_preference_training_moves_rank(train, tmp_path):
     dataset = {"path": str(path), "ds_type": "json", "type": "chat_template.default", "field_messages": "conversation"}
     run = train(rl="dpo", datasets=[dataset], chat_template="chatml", **SETTINGS)
     assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) > 1
-    assert run.config()["rank_pattern"] == last(run.ranks())
+    assert run.pattern() == last(run.ranks())
 
 
 def test_ranks_that_differ_between_processes_stop_the_run(train):

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -6,12 +7,14 @@ from conftest import make_lora, make_small_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from axolotl_layersel import layouts
 from axolotl_layersel.cli import app
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.layouts import Factors
 
 TOKENS = torch.arange(3, 33)[None]
@@ -35,6 +38,10 @@ def compute(folder) -> torch.Tensor:
         return PeftModel.from_pretrained(make_small_llama(), str(folder)).eval()(TOKENS).logits
 
 
+def read_as_peft(pattern: dict, names) -> dict:
+    return {name: pattern[get_pattern_key(pattern, name)] for name in names}
+
+
 def read_config(folder) -> dict:
     return json.loads((folder / "adapter_config.json").read_text())
 
@@ -53,10 +60,11 @@ def test_ragged_names_the_rank_of_every_module_and_the_top_level_scaling_is_the_
     layouts.export_adapter(tmp_path / "uneven", "ragged", tmp_path / "out")
     config, tensors = read_config(tmp_path / "out"), load_file(tmp_path / "out" / "adapter_model.safetensors")
     factors, _ = layouts.split(tensors)
-    assert config["rank_pattern"] == config["alpha_pattern"] == {name: pair.rank for name, pair in factors.items()}
+    ranks = read_as_peft(config["rank_pattern"], factors)
+    assert ranks == read_as_peft(config["alpha_pattern"], factors)
+    assert ranks == {name: pair.rank for name, pair in factors.items()}
     assert config["lora_alpha"] / config["r"] == 1 and not config["use_rslora"]
     assert {pair.rank for pair in factors.values()} == {2, 3, 4, 7}
-    ranks = config["rank_pattern"]
     assert ranks["model.layers.1.self_attn.q_proj"] == 7 and ranks["model.layers.0.self_attn.q_proj"] == 2
 
 
@@ -151,9 +159,43 @@ def test_what_is_not_a_plain_lora_adapter_is_refused(tmp_path, change, message):
     assert result.exit_code == 1 and "Traceback" not in result.output
 
 
-def test_the_longer_of_two_names_that_end_alike_comes_first():
-    pair = Factors(torch.ones(1, 2), torch.ones(2, 1))
-    wide = Factors(torch.ones(3, 2), torch.ones(2, 3))
-    _, config = layouts.lay_out({"proj": pair, "inner.proj": wide}, {}, LoraConfig(), "ragged")
-    assert list(config.rank_pattern) == ["inner.proj", "proj"]
-    assert layouts.find_scaling(config, "inner.proj") == layouts.find_scaling(config, "proj") == 1
+def test_names_that_others_end_in_are_told_apart():
+    ranks = {"proj": 1, "inner.proj": 3, "outer.inner.proj": 1, "layers.1.a-b": 3, "layers_1_a-b": 2}
+    pattern = layouts.write_pattern(ranks)
+    assert sorted(pattern.values()) == [1, 2, 3]
+    assert read_as_peft(pattern, ranks) == layouts.read_pattern(pattern, ranks) == ranks
+
+
+@given(
+    st.dictionaries(st.from_regex(r"[a-c.](\.\d)?(\.[ab]){0,2}", fullmatch=True), st.integers(1, 3), max_size=5),
+    st.lists(st.from_regex(r"[a-c](\.\d)?(\.[ab]){0,3}", fullmatch=True), max_size=5),
+)
+def test_a_pattern_of_anybody_is_read_as_peft_reads_it(pattern, names):
+    expected = {
+        name: pattern[get_pattern_key(pattern, name)] for name in names if get_pattern_key(pattern, name) in pattern
+    }
+    assert layouts.read_pattern(pattern, names) == expected
+
+
+def test_hundreds_of_modules_are_loaded_and_exported_as_fast_as_few(tmp_path, monkeypatch):
+    layers, linears = 80, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    factors = {
+        f"model.layers.{layer}.{'mlp' if linear in linears[4:] else 'self_attn'}.{linear}": Factors(
+            torch.ones(1 + (layer + index) % 4, 8), torch.ones(8, 1 + (layer + index) % 4)
+        )
+        for layer in range(layers)
+        for index, linear in enumerate(linears)
+    }
+    tensors, config = layouts.lay_out(factors, {}, LoraConfig(target_modules=linears), "ragged")
+    layouts.write_adapter(tmp_path / "ragged", tensors, config)
+    assert len(factors) == 560 and sorted(read_config(tmp_path / "ragged")["rank_pattern"].values()) == [1, 2, 3, 4]
+
+    compiler = getattr(re, "_compiler", None) or re.sre_compile
+    upstream, compiled = compiler.compile, []
+    monkeypatch.setattr(compiler, "compile", lambda *args: compiled.append(args) or upstream(*args))
+    model = PeftModel.from_pretrained(make_small_llama(layers, **size), str(tmp_path / "ragged"))
+    ranks = {name: module.r["default"] for name, module in find_lora_modules(model.get_base_model()).items()}
+    assert ranks == {name: pair.rank for name, pair in factors.items()}
+    layouts.export_adapter(tmp_path / "ragged", "uniform", tmp_path / "uniform")
+    assert len(compiled) < 100, "patterns are compiled again for every module"

@@ -119,7 +119,7 @@ def test_the_adapter_holds_the_selected_layers_alone(whole_runs, engine):
     assert len(run.selected) == 4
     layers = {int(name.split(".layers.")[1].split(".")[0]) for name in run.adapter()}
     assert layers == set(run.selected)
-    assert sorted(run.config()["target_modules"]) == sorted(run.plan["modules"])
+    assert run.target() == (["down_proj", "q_proj", "v_proj"], run.selected, ["layers"])
     assert len(run.adapter()) == 2 * len(run.plan["modules"])
 
 
@@ -134,7 +134,7 @@ def test_every_checkpoint_holds_an_adapter_and_the_plan(whole_runs, engine):
     run = whole_runs[engine]
     for checkpoint in ("checkpoint-2", "checkpoint-4", "checkpoint-6"):
         assert run.adapter(checkpoint).keys() == run.adapter().keys()
-        assert run.config(checkpoint)["target_modules"] == run.config()["target_modules"]
+        assert run.target(checkpoint) == run.target()
         assert (run.folder / checkpoint / "layersel" / "plan.json").read_text() == (
             run.folder / "layersel" / "plan.json"
         ).read_text()

@@ -89,7 +89,7 @@ def test_qlora_with_packing_accumulation_and_a_regex_trains_and_loads(train, bas
         lora_target_modules=r"model\.layers\.[\d]+\.(self_attn\.(q|v)_proj|mlp\.up_proj)",
     )
     assert len(run.selected) == 4
-    assert sorted(run.config()["target_modules"]) == sorted(run.plan["modules"])
+    assert run.target() == (["q_proj", "up_proj", "v_proj"], run.selected, ["layers"])
     assert {name.rpartition(".")[2] for name in run.plan["modules"]} == {"q_proj", "v_proj", "up_proj"}
     best = json.loads((run.folder / "checkpoint-4" / "trainer_state.json").read_text())["best_model_checkpoint"]
     assert difference(run.adapter(), run.adapter(best.rpartition("/")[2])) == 0

@@ -14,7 +14,7 @@ from axolotl_layersel.args import ADAM_OPTIMIZERS, L1RAArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.schedule import check_run_length
 from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.layouts import Factors, find_used, order_pattern
+from axolotl_layersel.layouts import Factors, find_used, write_pattern
 
 
 def check_trainer(trainer: Trainer, settings: L1RAArgs, lora_r: int) -> None:
@@ -150,5 +150,5 @@ def describe_capacity(config: LoraConfig, modules: dict[str, LoraLayer], adapter
     config.use_rslora = False
     config.rank_pattern = {}
     same = len(set(alphas.values())) == 1
-    config.alpha_pattern = {} if same else order_pattern(alphas)
+    config.alpha_pattern = {} if same else write_pattern(alphas)
     return config
