@@ -626,8 +626,8 @@ def check_search(data: Mapping[str, Any], search: Any) -> None:
     # Axolotl routes packed rows through a kernel of its own on GPUs, unless it is told not to.
     if data.get("sample_packing") and implementation != "eager" and data.get("sdpa_varlen") is not False:
         raise ValueError(
-            f"{key}: 'unrolled' differentiates twice, which the attention kernel for packed rows does not support. "
-            "Set `sdpa_varlen: false`, or use `first_order`."
+            f"{key}: 'unrolled' differentiates twice, which the attention kernel for packed rows does not support, and "
+            "sample_packing is on. Set `sdpa_varlen: false`, or use `first_order`."
         )
     several = next((name for name in ("loraplus_lr_ratio", "lr_groups") if data.get(name)), None)
     if several:
