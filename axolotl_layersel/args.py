@@ -6,20 +6,21 @@ here: the same file also goes through ``preprocess``, ``evaluate``, ``inference`
 
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from axolotl_layersel.errors import suggest
+from axolotl_layersel.block import Block, as_mapping, as_number, as_whole, as_whole_list, check_known, quote
 
 DATA_FREE_METHODS = ("random", "first", "last", "explicit")
 SAMPLING_METHODS = ("cka", "cosine", "fisher")
 METHODS = (*SAMPLING_METHODS, "flexora", *DATA_FREE_METHODS)
 TOKENS = ("auto", "last", "mean", "cls")
 UNSELECTED = ("remove", "freeze")
+# What NumPy takes, which the Trainer seeds.
+SEEDS = range(2**32)
 DEFAULT_RATIO = 0.5
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_TOKEN = "auto"
@@ -37,6 +38,8 @@ FUSED_ATTENTION = ("flash", "flex", "xformers", "sage")
 FUSED_KEYS = ("tiled_mlp", "fused_attn_kernel", "large_head_attention", "gemma4_hybrid_attn_impl")
 
 BUDGETS = ("rank", "parameters")
+# No model has matrices with more rows and columns; room for such a rank would take all memory.
+HIGHEST_RANK = 2**16
 DEFAULT_GATE_LR = 0.02
 # In a shorter run gates of that learning rate could not get from 1 to 0 and back: with `l1_lambda: auto` the pressure
 # would exceed what any gradient can move a gate by, η a step, and all of them would end at 0.
@@ -49,23 +52,6 @@ PLAIN_INITIALISATIONS = (True, "true", "gaussian")
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 PARALLELISM = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
-
-
-class Block(BaseModel):
-    """A YAML mapping in which an unknown key is an error that suggests the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid")
-    path: ClassVar[str]
-
-    @model_validator(mode="before")
-    @classmethod
-    def check_keys(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            raise ValueError(f"{cls.path}: {data!r} is not a mapping. Write its keys on lines of their own below it.")
-        for key in data:
-            if key not in cls.model_fields:
-                raise ValueError(f"{cls.path}.{key} is not a setting: {suggest(str(key), cls.model_fields)}")
-        return dict(data)
 
 
 class FlexoraArgs(Block):
@@ -116,11 +102,7 @@ class FlexoraArgs(Block):
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
         known = {"val_source": VALIDATION_SOURCES, "hypergradient": HYPERGRADIENTS, "granularity": GRANULARITIES}
-        if value is not None and value not in known[info.field_name]:
-            raise ValueError(
-                f"{cls.path}.{info.field_name}: {value!r} is not known: {suggest(str(value), known[info.field_name])}"
-            )
-        return value
+        return check_known(f"{cls.path}.{info.field_name}", value, known[info.field_name])
 
     @field_validator("steps", "inner_steps", "val_batches", "val_samples", "patience")
     @classmethod
@@ -132,7 +114,7 @@ class FlexoraArgs(Block):
     @field_validator("gate_lr")
     @classmethod
     def check_gate_lr(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value < math.inf:
+        if value is not None and value < 0:
             raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.01.")
         return value
 
@@ -187,8 +169,8 @@ class SelectionArgs(Block):
     )
     token: str | None = Field(
         default=None,
-        description="cka: the token that stands for a row. `auto` (default): the last one before the ending that all "
-        "rows share; `last`, `mean` (of the row's tokens), `cls` (the first).",
+        description="cka: the token that stands for a row. `auto` (default): the last one before the ending that "
+        "nearly all rows share (others are left out); `last`, `mean` (of the row's tokens), `cls` (the first).",
     )
     seed: int | None = Field(
         default=None, description="Seed of the calibration sample, or of the search. Default: the run's seed."
@@ -204,10 +186,7 @@ class SelectionArgs(Block):
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
         choices = {"method": METHODS, "token": TOKENS, "unselected": UNSELECTED, "towers": TOWERS, "keep": KEEP}
-        known = choices[info.field_name]
-        if value is not None and value not in known:
-            raise ValueError(f"{cls.path}.{info.field_name}: {value!r} is not known: {suggest(str(value), known)}")
-        return value
+        return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
 
     @field_validator("ratio")
     @classmethod
@@ -223,11 +202,11 @@ class SelectionArgs(Block):
             raise ValueError(f"{cls.path}.num_layers: {value} keeps no layer. Set 1 or more.")
         return value
 
-    @field_validator("num_samples")
+    @field_validator("seed")
     @classmethod
-    def check_num_samples(cls, value: int | None) -> int | None:
-        if value is not None and value < 2:
-            raise ValueError(f"{cls.path}.num_samples: {value} is too few to compare rows. Set 2 or more.")
+    def check_seed(cls, value: int | None) -> int | None:
+        if value is not None and value not in SEEDS:
+            raise ValueError(f"{cls.path}.seed: {value} is {describe_seeds()}")
         return value
 
     @field_validator("layers", "candidates")
@@ -267,6 +246,13 @@ class SelectionArgs(Block):
                 value = getattr(self, key)
                 shown = "the block" if isinstance(value, Block) else value
                 raise ValueError(f"{self.path}.{key}: {shown} has no effect with method {self.method}. Remove the key.")
+        # The CKA of two rows is always 1.
+        fewest = 3 if self.method == "cka" else 2
+        if self.num_samples is not None and self.num_samples < fewest:
+            raise ValueError(
+                f"{self.path}.num_samples: {self.num_samples} is too few to compare rows by {self.method}. "
+                f"Set {fewest} or more."
+            )
         given = [key for key in ("keep", "ratio", "num_layers", "layers") if getattr(self, key) is not None]
         if len(given) > 1:
             shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
@@ -349,21 +335,16 @@ class L1RAArgs(Block):
     @field_validator("budget", mode="before")
     @classmethod
     def check_budget(cls, value: Any) -> Any:
-        if value not in BUDGETS:
-            raise ValueError(f"{cls.path}.budget: {value!r} is not known: {suggest(str(value), BUDGETS)}")
-        return value
+        return check_known(f"{cls.path}.budget", value, BUDGETS)
 
     @field_validator("l1_lambda", mode="before")
     @classmethod
     def check_lambda(cls, value: Any) -> Any:
         if value == "auto":
             return value
-        try:
-            number = float(value)  # YAML reads 1e-3 as text
-        except (TypeError, ValueError):
-            number = math.nan
-        if isinstance(value, bool) or not 0 <= number < math.inf:
-            raise ValueError(f"{cls.path}.l1_lambda: {value!r} is not `auto` or a number from 0. Set `auto`.")
+        number = as_number(value)
+        if number is None or number < 0:
+            raise ValueError(f"{cls.path}.l1_lambda: {quote(value)} is not `auto` or a number from 0. Set `auto`.")
         return number
 
     @field_validator("max_rank", "min_rank")
@@ -371,12 +352,17 @@ class L1RAArgs(Block):
     def check_rank(cls, value: int | None, info: Any) -> int | None:
         if value is not None and value < 1:
             raise ValueError(f"{cls.path}.{info.field_name}: {value} is no rank of a module. Set 1 or more.")
+        if value is not None and value > HIGHEST_RANK:
+            raise ValueError(
+                f"{cls.path}.{info.field_name}: {value} is more than the rank of any weight. "
+                f"Set {HIGHEST_RANK} or less."
+            )
         return value
 
     @field_validator("gate_lr")
     @classmethod
     def check_gate_lr(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value < math.inf:
+        if value is not None and value < 0:
             raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.02.")
         return value
 
@@ -452,25 +438,37 @@ class LayerselArgs(BaseModel):
             ValueError: with the key, its value and the way out.
         """
         # Axolotl keeps the plugins of earlier files in one process: judge only files that list this one.
-        if not isinstance(data, Mapping) or not any("axolotl_layersel" in name for name in data.get("plugins") or []):
+        if not isinstance(data, Mapping) or not any("axolotl_layersel" in name for name in list_plugins(data)):
             return data
         if data.get("layersel") is None:
             raise ValueError(missing_block(data))
         check_adapter(data)
         check_engine(data)
-        block = data["layersel"] if isinstance(data["layersel"], Mapping) else {}
-        selection, l1ra = block.get("selection"), block.get("l1ra")
-        if isinstance(l1ra, Mapping):
-            check_ranks(data, l1ra)
+        check_seed(data)
+        try:
+            block = LayerselBlock.model_validate(data["layersel"])
+        except ValidationError:
+            return data  # the field itself will say it
+        if block.l1ra:
+            check_ranks(data, block.l1ra)
             check_plain_lora(data, "layersel.l1ra")
             check_optimizer(data)
-        if isinstance(selection, Mapping):
-            check_layers_to_transform(data, selection)
-            check_dataset(data, selection)
-            if selection.get("method") == "flexora" and not selection.get("plan"):
+        if block.selection:
+            check_layers_to_transform(data, block.selection)
+            check_dataset(data, block.selection)
+            if block.selection.method == "flexora" and block.selection.plan is None:
                 check_plain_lora(data, "layersel.selection.method: flexora")
-                check_search(data, selection.get("flexora") or {})
+                check_search(data, block.selection.flexora or FlexoraArgs())
         return data
+
+
+# Axolotl refuses values of a wrong type in most of the keys that are read below: those pass here.
+
+
+def list_plugins(data: Mapping[str, Any]) -> list[str]:
+    """Return the names under ``plugins``."""
+    plugins = data.get("plugins")
+    return [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
 
 
 def missing_block(data: Mapping[str, Any]) -> str:
@@ -493,6 +491,8 @@ def check_adapter(data: Mapping[str, Any]) -> None:
             f"adapter: {adapter!r} has no LoRA layers to choose from (full fine-tuning is not supported). "
             "Set `adapter: lora` or `adapter: qlora`, or remove axolotl_layersel from `plugins`."
         )
+    if data.get("lora_r") is not None and (as_whole(data["lora_r"]) or 0) < 1:
+        raise ValueError(f"lora_r: {quote(data['lora_r'])} is no rank that LoRA can have. Set 1 or more, such as 16.")
     if data.get("relora") or data.get("relora_steps"):
         key = "relora" if data.get("relora") else "relora_steps"
         raise ValueError(
@@ -508,10 +508,16 @@ def check_adapter(data: Mapping[str, Any]) -> None:
 def check_engine(data: Mapping[str, Any]) -> None:
     """Raise ValueError for a way of distributing the model that the plugin does not support."""
     for key in PARALLELISM:
-        value = data.get(key)
-        if isinstance(value, int) and value > 1:
+        value = as_whole(data.get(key))
+        if value is None and data.get(key) is not None:
+            raise ValueError(f"{key}: {quote(data[key])} is not a whole number. Set it to 1.")
+        if value is not None and value > 1:
             raise ValueError(f"{key}: {value} splits layers over devices, which is not supported. Set it to 1.")
     fsdp_config = data.get("fsdp_config") or {}
+    if not isinstance(fsdp_config, Mapping):
+        raise ValueError(
+            f"fsdp_config: {quote(fsdp_config)} is not a mapping. Write its keys on lines of their own below it."
+        )
     if data.get("fsdp") or fsdp_config:
         version = data.get("fsdp_version") or fsdp_config.get("fsdp_version") or fsdp_config.get("version")
         if str(version) != "2":
@@ -524,27 +530,38 @@ def check_engine(data: Mapping[str, Any]) -> None:
             )
 
 
-def check_ranks(data: Mapping[str, Any], l1ra: Mapping[str, Any]) -> None:
+def check_seed(data: Mapping[str, Any]) -> None:
+    """Raise ValueError for a seed of the run that the Trainer cannot use, which it would notice late."""
+    seed = as_whole(data.get("seed"))
+    if seed is not None and seed not in SEEDS:
+        raise ValueError(f"seed: {seed} is {describe_seeds()}")
+
+
+def describe_seeds() -> str:
+    """Return the end of the message for a seed that is none."""
+    return f"outside of {SEEDS.start} to {SEEDS.stop - 1}, the seeds that NumPy takes. Set one of these."
+
+
+def check_ranks(data: Mapping[str, Any], l1ra: L1RAArgs) -> None:
     """Raise ValueError where the ranks of ``layersel.l1ra`` do not go with ``lora_r``."""
-    rank = data.get("lora_r")
-    if not isinstance(rank, int):
-        raise ValueError(f"lora_r: {rank!r} is no rank that layersel.l1ra could start from. Set `lora_r`, such as 16.")
+    rank = as_whole(data.get("lora_r"))
+    if rank is None:
+        raise ValueError("lora_r: None is no rank that layersel.l1ra could start from. Set `lora_r`, such as 16.")
     alpha = data.get("lora_alpha")
-    if not isinstance(alpha, int | float):
-        raise ValueError(f"lora_alpha: {alpha!r} is no number that a scaling could come from. Set it, such as {rank}.")
-    for key, wrong, way_out in (
-        ("max_rank", lambda value: value < rank, f"Set {rank} or more, or leave it out for {2 * rank}"),
-        ("min_rank", lambda value: value > rank, f"Set {rank} or less"),
-    ):
-        try:
-            value = int(l1ra[key])
-        except (KeyError, TypeError, ValueError):
-            continue  # left out, or what the block's own types refuse
-        if wrong(value):
-            side = "less" if key == "max_rank" else "more"
-            raise ValueError(
-                f"layersel.l1ra.{key}: {value} is {side} than lora_r: {rank}, with which modules start. {way_out}."
-            )
+    if as_number(alpha) is None:
+        raise ValueError(
+            f"lora_alpha: {quote(alpha)} is no number that a scaling could come from. Set it, such as {rank}."
+        )
+    if l1ra.max_rank is not None and l1ra.max_rank < rank:
+        raise ValueError(
+            f"layersel.l1ra.max_rank: {l1ra.max_rank} is less than lora_r: {rank}, with which modules start. Set "
+            f"{rank} or more, or leave it out for {2 * rank}."
+        )
+    if l1ra.min_rank > rank:
+        raise ValueError(
+            f"layersel.l1ra.min_rank: {l1ra.min_rank} is more than lora_r: {rank}, with which modules start. Set "
+            f"{rank} or less."
+        )
 
 
 def check_plain_lora(data: Mapping[str, Any], setting: str) -> None:
@@ -561,7 +578,7 @@ def check_plain_lora(data: Mapping[str, Any], setting: str) -> None:
             f"peft_init_lora_weights: {data['peft_init_lora_weights']!r} is not supported by {setting}, whose gates "
             "need an adapter that starts from nothing. Remove it, or use `gaussian`."
         )
-    if isinstance(data.get("peft"), Mapping) and data["peft"].get("loftq_config"):
+    if as_mapping(data.get("peft")).get("loftq_config"):
         raise ValueError("peft.loftq_config: LoftQ changes the base to match LoRA, and is not supported. Remove it.")
     if data.get("fp16") and data["fp16"] != "auto":
         raise ValueError(
@@ -571,8 +588,7 @@ def check_plain_lora(data: Mapping[str, Any], setting: str) -> None:
     if data.get("auto_find_batch_size"):
         raise ValueError(f"auto_find_batch_size: true starts training over, which {setting} does not support.")
     rl = getattr(data.get("rl"), "value", data.get("rl"))
-    trl = data["trl"] if isinstance(data.get("trl"), Mapping) else {}
-    if rl in GENERATING_TRAINERS or trl.get("use_vllm"):
+    if rl in GENERATING_TRAINERS or as_mapping(data.get("trl")).get("use_vllm"):
         raise ValueError(
             f"rl: {rl!r} generates text from a merged copy of the adapter that knows nothing of the gates of "
             f"{setting}. Use another method of `selection` alone with it."
@@ -591,20 +607,17 @@ def check_optimizer(data: Mapping[str, Any]) -> None:
         )
 
 
-def check_search(data: Mapping[str, Any], search: Any) -> None:
-    """Raise ValueError where a Flexora search cannot be made in this run; ``search`` is its block."""
-    search = search if isinstance(search, Mapping) else {}
-    if search.get("val_source") == "eval" and not (data.get("val_set_size") or data.get("test_datasets")):
+def check_search(data: Mapping[str, Any], search: FlexoraArgs) -> None:
+    """Raise ValueError where a Flexora search cannot be made in this run."""
+    if search.val_source == "eval" and not (data.get("val_set_size") or data.get("test_datasets")):
         raise ValueError(
             f"{FlexoraArgs.path}.val_source: 'eval' needs an eval set, and this run has none. Set `val_set_size` or "
             "`test_datasets`, or use `val_source: train`."
         )
-    if search.get("hypergradient") != "unrolled":
+    if search.hypergradient != "unrolled":
         return
     key = f"{FlexoraArgs.path}.hypergradient"
-    fused = next(
-        (name for name in data.get("plugins") or [] if any(part in name.lower() for part in FUSED_PLUGINS)), None
-    )
+    fused = next((name for name in list_plugins(data) if any(part in name.lower() for part in FUSED_PLUGINS)), None)
     if fused:
         raise ValueError(
             f"{key}: 'unrolled' differentiates twice, which the fused code of the plugin {fused} does not support. "
@@ -652,38 +665,38 @@ def find_zero_stage(deepspeed: Any) -> int | None:
     try:
         content = deepspeed if isinstance(deepspeed, Mapping) else json.loads(Path(str(deepspeed)).read_text())
         return int(content["zero_optimization"]["stage"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None  # Axolotl itself says what is wrong with the file
 
 
-def check_layers_to_transform(data: Mapping[str, Any], selection: Mapping[str, Any]) -> None:
+def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionArgs) -> None:
     """Raise ValueError where ``peft_layers_to_transform`` leaves no room for the selection."""
-    allowed = data.get("peft_layers_to_transform")
+    value = data.get("peft_layers_to_transform")
+    allowed = as_whole_list(value if isinstance(value, list) else [value])
     if allowed is None:
         return
-    allowed = [allowed] if isinstance(allowed, int) else list(allowed)
     for key in ("layers", "candidates"):
-        outside = sorted(set(selection.get(key) or []) - set(allowed))
+        outside = sorted(set(getattr(selection, key) or []) - set(allowed))
         if outside:
             raise ValueError(
                 f"peft_layers_to_transform: {allowed} contradicts layersel.selection.{key}: layers {outside} would "
                 "carry no LoRA. Remove peft_layers_to_transform (the plugin decides the layers), or add them to it."
             )
-    if (selection.get("num_layers") or 0) > len(allowed):
+    if (selection.num_layers or 0) > len(allowed):
         raise ValueError(
             f"peft_layers_to_transform: {allowed} contradicts layersel.selection.num_layers: "
-            f"{selection['num_layers']}. Remove peft_layers_to_transform, or lower num_layers."
+            f"{selection.num_layers}. Remove peft_layers_to_transform, or lower num_layers."
         )
 
 
-def check_dataset(data: Mapping[str, Any], selection: Mapping[str, Any]) -> None:
+def check_dataset(data: Mapping[str, Any], selection: SelectionArgs) -> None:
     """Raise ValueError where the method needs rows that cannot be drawn at random."""
-    if selection.get("method") in DATA_FREE_METHODS or selection.get("plan"):
+    if selection.method in DATA_FREE_METHODS or selection.plan is not None:
         return
     streamed = next((key for key in ("streaming", "pretraining_dataset") if data.get(key)), None)
     if streamed:
         raise ValueError(
             f"{streamed}: {data[streamed]!r} cannot be sampled for layersel.selection.method: "
-            f"{selection.get('method')!r}. Use a dataset that is loaded whole, give a saved `plan`, or one of the "
+            f"{selection.method!r}. Use a dataset that is loaded whole, give a saved `plan`, or one of the "
             f"methods that need no data: {', '.join(DATA_FREE_METHODS)}."
         )

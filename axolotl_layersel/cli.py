@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from axolotl_layersel.block import quote
 from axolotl_layersel.errors import LayerselError
 
 app = typer.Typer(
@@ -124,12 +125,14 @@ def fail(message: str) -> None:
 
 
 def describe(error: Exception) -> str:
-    """Return an error as sentences for a person: ours as they are, pydantic's with the key they are about."""
+    """Return an error as sentences for a person: ours as they are, pydantic's with the key and the value."""
     if not isinstance(error, ValidationError):
         return str(error)
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] not in ("value_error", "missing"):
+            message = f"{quote(problem['input'])} is refused. {message}"
         lines.append(message if problem["type"] == "value_error" or not where else f"{where}: {message}")
     return "\n".join(dict.fromkeys(lines))

@@ -24,9 +24,8 @@ fails loudly when one of them changes):
   accelerate 1.13.0 keeps a model in mixed precision in its ``forward`` and ``_original_forward``; axolotl 0.19.0
   and trl 1.9.0 collect what they will log in ``_stored_metrics`` and ``_metrics``. Of axolotl's arguments those in
   ``STEP_COUNTS`` count optimizer steps of its schedule.
-* transformers 5.16.1, ``Trainer._prepare_inputs``: puts a micro-batch on the device; ``Trainer._loss_shifts_labels``:
-  whether the loss predicts each token from those before it. axolotl 0.19.0, ``activation_offload_context``: where it
-  exists, forward passes that train run inside.
+* transformers 5.16.1, ``Trainer._prepare_inputs``: puts a micro-batch on the device. axolotl 0.19.0,
+  ``activation_offload_context``: where it exists, forward passes that train run inside.
 * deepspeed 0.18.9: a second ZeRO-3 engine over the same parameters fails unless each one's
   ``ds_active_sub_modules`` was cleared and the first engine's ``empty_partition_cache`` called; it fills ``auto`` in
   the configuration that it is given in place.
@@ -259,11 +258,6 @@ def keep_deepspeed_config(trainer: Trainer) -> Iterator[None]:
 def prepare_inputs(trainer: Trainer, inputs: dict) -> dict:
     """Return a micro-batch on the trainer's device, as its own steps prepare it."""
     return trainer._prepare_inputs(inputs)
-
-
-def shifts_labels(trainer: Trainer) -> bool:
-    """Return whether the loss predicts each token from those before it, so that no row's first token counts."""
-    return trainer._loss_shifts_labels
 
 
 def offload_activations(trainer: Trainer) -> contextlib.AbstractContextManager:

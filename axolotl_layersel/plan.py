@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 
-from axolotl_layersel.args import Block, SelectionArgs
+from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
 
@@ -71,6 +72,9 @@ class Plan(BaseModel):
     calibration_rows: list[int] = Field(
         description="rows of the training set (flexora with val_source eval: of the eval set) that were scored or "
         "validated on, in the order drawn"
+    )
+    rows_left_out: list[int] = Field(
+        default_factory=list, description="rows that were drawn too, but lack the ending that the others share"
     )
     dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens")
     base_model: str | None

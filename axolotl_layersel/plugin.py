@@ -84,7 +84,7 @@ class LayerSelectionPlugin(BasePlugin):
             resume_from,
             continues_adapter=bool(cfg.lora_model_dir),
             lora_r=cfg.lora_r,
-            scaling=find_scaling(cfg) if cfg.lora_model_dir else None,
+            scaling=find_scaling(cfg) if cfg.lora_model_dir and settings.l1ra else None,
             repeat=self.repeat,
         )
         self.trained, self.moves_rank, self.writes = False, settings.l1ra is not None, engines.get_rank() == 0

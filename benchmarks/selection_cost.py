@@ -39,7 +39,7 @@ from transformers import Trainer
 
 from axolotl_layersel.layers import find_layer_stack
 from axolotl_layersel.selection import cka, passes
-from axolotl_layersel.selection.calibration import Sample, find_token_positions
+from axolotl_layersel.selection.calibration import Sample, place_token
 
 PLAIN, OURS = "plain", "layersel"
 WAYS = (PLAIN, OURS)
@@ -94,12 +94,12 @@ def make_ways(setup: Setup, folder: str) -> dict[str, Callable[[list[Sample]], l
     stack = find_layer_stack(model)
 
     def plain(samples: list[Sample]) -> list[float | None]:
-        states = measure_plainly(trainer, model, samples, find_token_positions(samples, "last"))
+        states = measure_plainly(trainer, model, *place_token(samples, "last"))
         return cka.score_layers(states)[0]
 
     def ours(samples: list[Sample]) -> list[float | None]:
-        positions = find_token_positions(samples, "last")
-        return cka.score_layers(passes.measure_token_states(trainer, model, stack, samples, positions))[0]
+        states = passes.measure_token_states(trainer, model, stack, *place_token(samples, "last"))
+        return cka.score_layers(states)[0]
 
     for way in (plain, ours):
         way(draw_samples(setup, 2, 32))

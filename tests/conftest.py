@@ -43,6 +43,15 @@ def make_small_llama(layers: int = 6, seed: int = 0, **settings):
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **{"vocab_size": 97, **values, **settings}))
 
 
+def make_small_bert(kind: str = "BertForMaskedLM", **settings):
+    """Return a random BERT of width 32 with 4 layers, of one of transformers' classes."""
+    import transformers
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+    return getattr(transformers, kind)(transformers.BertConfig(vocab_size=97, **size, **settings))
+
+
 def make_lora(model, targets: object = ("q_proj", "v_proj", "down_proj"), **settings):
     """Return ``model`` under LoRA of rank 4, the target modules a list or a regular expression."""
     from peft import LoraConfig, get_peft_model

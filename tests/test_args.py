@@ -1,15 +1,29 @@
 """What the block refuses by itself; tests/test_bad_input.py shows it through Axolotl."""
 
 import json
+import math
 
+import hypothesis
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from axolotl_layersel.args import FlexoraArgs, LayerselArgs, SelectionArgs
+from axolotl_layersel.args import (
+    FUSED_KEYS,
+    METHODS,
+    PARALLELISM,
+    FlexoraArgs,
+    L1RAArgs,
+    LayerselArgs,
+    SelectionArgs,
+)
+from axolotl_layersel.block import as_number, as_whole_list, quote
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import LayerChoice, Plan, check_settings
 
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
+RUN = {"plugins": [PLUGIN], "adapter": "lora", "lora_r": 4, "lora_alpha": 8}
 
 
 def check(search: dict | None = None, **values) -> None:
@@ -27,6 +41,27 @@ def check(search: dict | None = None, **values) -> None:
         ({"method": "cka", "flexora": {"steps": 3}}, "selection.flexora: the block has no effect with method cka"),
         ({"method": "flexora", "num_samples": 9}, "selection.num_samples: 9 has no effect with method flexora"),
         ({"method": "flexora", "token": "last"}, "selection.token: last has no effect with method flexora"),
+        (
+            {"method": "cka", "num_samples": 2},
+            "selection.num_samples: 2 is too few to compare rows by cka. Set 3",
+        ),
+        (
+            {"method": "cosine", "num_samples": 1},
+            "selection.num_samples: 1 is too few to compare rows by cosine",
+        ),
+        ({"method": "cka", "ratio": True}, r"selection.ratio: True .*`on`.* is not a finite number"),
+        ({"method": "cka", "num_layers": True}, "selection.num_layers: True .* is not a whole number"),
+        ({"method": "cka", "num_samples": True}, "selection.num_samples: True .* is not a whole number"),
+        ({"method": "explicit", "layers": [True]}, r"selection.layers: \[True\] is not a list of whole numbers"),
+        ({"method": "explicit", "layers": "0-5"}, "selection.layers: '0-5' is not a list of whole numbers, such as"),
+        ({"method": "explicit", "layers": [[0]]}, r"selection.layers: \[\[0\]\] is not a list of whole numbers"),
+        ({"method": "cka", "candidates": {"a": 1}}, "selection.candidates: {'a': 1} is not a list of whole numbers"),
+        ({"method": "cka", "candidates": 5}, "selection.candidates: 5 is not a list of whole numbers"),
+        ({"method": "cka", "seed": -1}, "selection.seed: -1 is outside of 0 to 4294967295"),
+        ({"method": "cka", "seed": 2**32}, "selection.seed: 4294967296 is outside of 0 to 4294967295"),
+        ({"method": "cka", "plan": 5}, "selection.plan: 5 is not some text"),
+        ({"ratio": 0.5}, "selection.method is missing. How layers are chosen: cka, cosine"),
+        ({"method": "flexora", "flexora": {"steps": True}}, "flexora.steps: True .* is not a whole number"),
         ({"method": "flexora", "keep": "negative"}, "selection.keep: 'negative' is not known"),
         (
             {"method": "flexora", "num_layers": 2, "flexora": {"granularity": "module"}},
@@ -36,12 +71,135 @@ def check(search: dict | None = None, **values) -> None:
         ({"method": "flexora", "flexora": {"val_batches": 0}}, "flexora.val_batches: 0 is too few"),
         ({"method": "flexora", "flexora": {"patience": 0}}, "flexora.patience: 0 is too few"),
         ({"method": "flexora", "flexora": {"gate_lr": -1}}, "flexora.gate_lr: -1.0 is not a learning rate"),
-        ({"method": "flexora", "flexora": {"gate_lr": float("nan")}}, "flexora.gate_lr: nan is not a learning rate"),
+        ({"method": "flexora", "flexora": {"gate_lr": float("nan")}}, "flexora.gate_lr: nan is not a finite number"),
     ],
 )
 def test_a_block_that_contradicts_itself_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         SelectionArgs(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_rank": math.inf}, "l1ra.max_rank: inf is not a whole number"),
+        ({"max_rank": math.nan}, "l1ra.max_rank: nan is not a whole number"),
+        ({"max_rank": 16.5}, "l1ra.max_rank: 16.5 is not a whole number"),
+        ({"max_rank": "1e9"}, "l1ra.max_rank: 1000000000 is more than the rank of any weight. Set 65536 or less"),
+        ({"min_rank": True}, "l1ra.min_rank: True .* is not a whole number"),
+        ({"min_rank": None}, "l1ra.min_rank: the value is blank. Write one, or leave the key out"),
+        ({"update_ratio": True}, "l1ra.update_ratio: True .* is not a finite number"),
+        ({"reassign": 1}, "l1ra.reassign: 1 is not true or false"),
+    ],
+)
+def test_ranks_of_another_type_or_size_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        LayerselArgs.model_validate({**RUN, "layersel": {"l1ra": settings}})
+
+
+def test_numbers_may_be_text_since_yaml_reads_some_so():
+    settings = L1RAArgs(max_rank="16", update_ratio="1e-1", l1_lambda="1e-3")
+    assert (settings.max_rank, settings.update_ratio, settings.l1_lambda) == (16, 0.1, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"lora_r": 0}, "lora_r: 0 is no rank that LoRA can have"),
+        ({"lora_r": -4}, "lora_r: -4 is no rank"),
+        ({"lora_r": True}, "lora_r: True is no rank"),
+        ({"lora_r": "high"}, "lora_r: 'high' is no rank"),
+        ({"seed": -1}, "seed: -1 is outside of 0 to 4294967295, the seeds that NumPy takes"),
+        ({"seed": 2**32}, "seed: 4294967296 is outside of 0 to 4294967295"),
+        ({"fsdp_config": [{"offload_params": False}]}, r"fsdp_config: \[{'offload_params': False}\] is not a mapping"),
+        ({"tensor_parallel_size": "two"}, "tensor_parallel_size: 'two' is not a whole number"),
+        ({"context_parallel_size": "2"}, "context_parallel_size: 2 splits layers over devices"),
+    ],
+)
+def test_other_keys_of_the_file_that_are_read_are_refused_by_name(run, message):
+    for block in ({"selection": {"method": "last"}}, {"l1ra": {}}):
+        with pytest.raises(ValidationError, match=message):
+            LayerselArgs.model_validate({**RUN, "layersel": block, **run})
+
+
+# What a YAML file can hold.
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.sampled_from([2**32, 10**30, -(10**400)]),
+    st.floats(),
+    st.sampled_from(["auto", "last", "0-5", "16", "1e-3", "1e9", "", "positive", "random"]),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.dates(),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3),
+    max_leaves=5,
+)
+BLOCKS = {"layersel.selection": SelectionArgs, "layersel.selection.flexora": FlexoraArgs, "layersel.l1ra": L1RAArgs}
+KEYS = [
+    ("layersel", "selection"),
+    ("layersel", "l1ra"),
+    *((path, key) for path in BLOCKS for key in BLOCKS[path].model_fields),
+]
+READ_BY_US = (
+    *("plugins", "adapter", "relora", "relora_steps", "lora_target_parameters", "lora_r", "lora_alpha", "seed"),
+    *("fsdp", "fsdp_config", "fsdp_version", "deepspeed", "peft", "peft_use_dora", "peft_init_lora_weights", "fp16"),
+    *("auto_find_batch_size", "rl", "trl", "optimizer", "val_set_size", "test_datasets", "attn_implementation"),
+    *("sample_packing", "sdpa_varlen", "loraplus_lr_ratio", "lr_groups", "peft_layers_to_transform", "streaming"),
+    *("pretraining_dataset", "layersel", *PARALLELISM, *FUSED_KEYS),
+)
+
+
+def collect_errors(data: dict) -> list[str]:
+    """Return what is said of a file; anything but pydantic's errors of value is raised."""
+    try:
+        LayerselArgs.model_validate(data)
+    except ValidationError as error:
+        assert all(problem["type"] == "value_error" for problem in error.errors()), error
+        return [problem["msg"].removeprefix("Value error, ") for problem in error.errors()]
+    return []
+
+
+@hypothesis.settings(max_examples=400, deadline=None)
+@given(place=st.sampled_from(KEYS), method=st.sampled_from(METHODS), value=VALUES)
+@example(place=("layersel.l1ra", "max_rank"), method="cka", value=math.inf)
+@example(place=("layersel.selection", "candidates"), method="cka", value=[[0]])
+@example(place=("layersel.selection", "ratio"), method="cka", value=True)
+@example(place=("layersel.selection", "seed"), method="cka", value=1 << 20_000)
+def test_any_value_of_our_keys_is_taken_or_refused_by_key_and_value(place, method, value):
+    path, key = place
+    selection = {"method": method, **({"layers": [0]} if method == "explicit" else {})}
+    block = {
+        "layersel": {key: value},
+        "layersel.selection": {"selection": {**selection, key: value}},
+        "layersel.selection.flexora": {"selection": {"method": "flexora", "flexora": {key: value}}},
+        "layersel.l1ra": {"l1ra": {key: value}},
+    }[path]
+    messages = collect_errors({**RUN, "layersel": block})
+    for message in messages:
+        assert message.startswith(f"{path}.{key}") or f"{key}:" in message or value is None, message
+        if isinstance(value, str | int | float | list) and as_number(value) is None and as_whole_list(value) is None:
+            assert quote(value) in message, message
+    booleans = ("reassign", "exclude_pruned")
+    if value is True or (isinstance(value, list) and True in [item is True for item in value]):
+        assert messages or key in booleans
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from(READ_BY_US), value=VALUES, block=st.sampled_from(["cka", "flexora", "l1ra"]))
+@example(key="fsdp_config", value=[1], block="cka")
+@example(key="peft_layers_to_transform", value=2.5, block="cka")
+@example(key="plugins", value=5, block="cka")
+def test_any_value_of_other_keys_is_passed_by_or_refused_by_key(key, value, block):
+    search = {"method": "flexora", "flexora": {"hypergradient": "unrolled", "val_source": "eval"}}
+    blocks = {"cka": {"selection": {"method": "cka"}}, "flexora": {"selection": search}, "l1ra": {"l1ra": {}}}
+    data = {**RUN, "val_set_size": 0.1, "layersel": blocks[block], key: value}
+    for message in collect_errors(data):
+        assert key.removesuffix("_config") in message, message
 
 
 @pytest.mark.parametrize(

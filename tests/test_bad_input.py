@@ -47,6 +47,12 @@ BEFORE_THE_MODEL = {
     "unknown part": ({"layersel": {"selectoin": {}}}, "layersel.selectoin is not a setting: did you mean 'selection'?"),
     "unknown token": (selection(token="first"), "layersel.selection.token: 'first' is not known"),
     "one sample": (selection(num_samples=1), "layersel.selection.num_samples: 1 is too few"),
+    "two samples for cka": (
+        selection(num_samples=2),
+        "num_samples: 2 is too few to compare rows by cka. Set 3",
+    ),
+    "a seed that NumPy does not take": ({"seed": 2**32}, "seed: 4294967296 is outside of 0 to 4294967295"),
+    "a list for a mapping": ({"fsdp_config": [1]}, "fsdp_config: [1] is not a mapping. Write its keys on lines"),
     "token without cka": (
         selection(method="cosine", token="mean"),
         "layersel.selection.token: mean has no effect with method cosine. Remove the key.",
@@ -96,6 +102,7 @@ BEFORE_THE_MODEL = {
     "l1ra: unknown key": (l1ra(max_rnk=3), "layersel.l1ra.max_rnk is not a setting: did you mean 'max_rank'?"),
     "l1ra: no mapping": ({"layersel": {"l1ra": True}}, "layersel.l1ra: True is not a mapping"),
     "l1ra: no room": (l1ra(max_rank=3), "layersel.l1ra.max_rank: 3 is less than lora_r: 4, with which modules start."),
+    "l1ra: endless rank": (l1ra(max_rank=float("inf")), "layersel.l1ra.max_rank: inf is not a whole number."),
     "l1ra: floor above the start": (l1ra(min_rank=5), "layersel.l1ra.min_rank: 5 is more than lora_r: 4"),
     "l1ra: no floor": (l1ra(min_rank=0), "layersel.l1ra.min_rank: 0 is no rank of a module"),
     "l1ra: negative lambda": (l1ra(l1_lambda=-0.1), "layersel.l1ra.l1_lambda: -0.1 is not `auto` or a number from 0"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import make_lora, make_small_llama
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from conftest import make_lora, make_small_bert, make_small_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_layer_stack, find_lora_modules
@@ -10,9 +10,7 @@ SIDE = {"ffn_dim": 48, "attention_heads": 4}
 
 
 def make_bert():
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
-    )
+    return make_small_bert("BertForSequenceClassification")
 
 
 def make_gpt2():

@@ -2,25 +2,34 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 
 from axolotl_layersel.errors import LayerselError
-
-IGNORED_LABEL = -100
+from axolotl_layersel.targets import IGNORED_LABEL, get_labels
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training row: its place in the training set, its token ids and labels (−100 where not trained on)."""
+    """One training row, without padding.
+
+    Attributes:
+        row: its place in the training set.
+        input_ids: its tokens.
+        labels: of its tokens, −100 where not trained on; or of the whole row; None where it has none.
+        token_type_ids: of its tokens, where the data set has them.
+    """
 
     row: int
     input_ids: list[int]
-    labels: list[int] | None
+    labels: Any = None
+    token_type_ids: list[int] | None = None
 
 
 def draw_rows(num_rows: int, num_samples: int, seed: int) -> list[int]:
@@ -56,26 +65,49 @@ def check_indexable(dataset: object, key: str) -> None:
         )
 
 
-def read_sample(values: dict, row: int) -> Sample:
+def has_tokens(values: Mapping[str, Any]) -> bool:
+    """Return whether a row is tokenised: most are, those of multimodal sets only when they become a batch."""
+    return bool({"input_ids", "chosen_input_ids", "chosen_ids", "completion_ids"} & values.keys())
+
+
+def read_sample(values: Mapping[str, Any], row: int) -> Sample:
     """Return one row as a sample; a preference row stands for its prompt and chosen answer.
 
     Raises:
         LayerselError: if the row has no tokens.
     """
-    if "input_ids" in values:
-        ids, labels = values["input_ids"], values.get("labels")
-    elif "prompt_ids" in values and ("chosen_ids" in values or "completion_ids" in values):
-        prompt, chosen = list(values["prompt_ids"]), list(values.get("chosen_ids") or values["completion_ids"])
-        ids, labels = prompt + chosen, [IGNORED_LABEL] * len(prompt) + chosen
-    else:
+    if not has_tokens(values):
         raise LayerselError(
             f"datasets: training rows have the columns {sorted(values)}, without token ids (multimodal sets, for "
             "one, are tokenised batch by batch). Use a method that needs no data: random, first, last, explicit."
         )
+    columns = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
+    types = None
+    if "input_ids" in columns:
+        ids, labels, types = columns["input_ids"], get_labels(columns), columns.get("token_type_ids")
+        ids, labels, types = drop_padding(columns.get("attention_mask"), ids, labels, types)
+    elif "chosen_input_ids" in columns:  # prompt and answer, of ORPO and SimPO
+        ids, labels = columns["chosen_input_ids"], columns.get("chosen_labels")
+    elif "prompt_ids" in columns:  # of DPO, and of KTO, whose answer may be a bad one
+        prompt, answer = columns["prompt_ids"], columns["chosen_ids" if "chosen_ids" in columns else "completion_ids"]
+        ids, labels = [*prompt, *answer], [*[IGNORED_LABEL] * len(prompt), *answer]
+    else:  # prompt and answer, of reward models, which learn from pairs and have no labels
+        ids, labels = columns["chosen_ids"], None
     if len(ids) == 0:
         raise LayerselError(f"datasets: training row {row} has no tokens. Remove empty rows.")
-    labels = list(labels) if isinstance(labels, Sequence) and len(labels) == len(ids) else None
-    return Sample(row=row, input_ids=list(ids), labels=labels)
+    return Sample(row=row, input_ids=list(ids), labels=labels, token_type_ids=types)
+
+
+def drop_padding(mask: list[int] | None, *columns: Any) -> list[Any]:
+    """Return ``columns`` without the tokens where ``mask`` is 0; what is not a list of as many entries stays."""
+    if mask is None or all(mask):
+        return list(columns)
+    return [
+        [value for value, is_token in zip(column, mask) if is_token]
+        if isinstance(column, list) and len(column) == len(mask)
+        else column
+        for column in columns
+    ]
 
 
 def fingerprint(samples: list[Sample]) -> str:
@@ -86,36 +118,64 @@ def fingerprint(samples: list[Sample]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def count_shared_suffix(samples: list[Sample]) -> int:
-    """Return how many tokens at the end are the same in all samples (at most the shortest sample's length)."""
-    reversed_ids = [sample.input_ids[::-1] for sample in samples]
-    shared = 0
-    for tokens in zip(*reversed_ids):
-        if any(token != tokens[0] for token in tokens):
-            break
-        shared += 1
-    return shared
+def are_most(count: int, samples: int) -> bool:
+    """Return whether ``count`` of so many samples are nearly all of them: nine in ten."""
+    return 10 * count >= 9 * samples
 
 
-def find_token_positions(samples: list[Sample], token: str) -> list[int] | None:
-    """Return the position of the token that stands for each sample, or None for the mean of all its tokens.
+def find_ending(samples: list[Sample]) -> list[int]:
+    """Return the longest run of tokens that nearly all samples end in, each after a token of its own.
 
-    ``auto`` is the last position before the suffix that all samples share: prepared rows end alike, and where
-    all do, the embedding of that token says nothing.
+    Nearly all and not all, for a row that was cut at ``sequence_len`` lacks the ending of the others.
+    """
+    ending: list[int] = []
+    alike = [sample.input_ids for sample in samples]
+    while True:
+        place = len(ending) + 1
+        longer = [ids for ids in alike if len(ids) > place]
+        token, count = max(Counter(ids[-place] for ids in longer).items(), key=lambda item: item[1], default=(0, 0))
+        if not are_most(count, len(samples)):
+            return ending
+        ending.insert(0, token)
+        alike = [ids for ids in longer if ids[-place] == token]
+
+
+def place_token(samples: list[Sample], token: str) -> tuple[list[Sample], list[int] | None]:
+    """Return the samples that can be compared at ``token``, and the position that stands for each of them.
+
+    Positions are None for the mean over all tokens. ``auto`` is the last position before the ending that nearly all
+    samples share: prepared rows end alike, and where all do, the embedding of that token says nothing. Samples without
+    that ending are left out: their last token is not one of the same kind.
     """
     if token == "mean":
-        return None
+        return samples, None
     if token == "cls":
-        return [0] * len(samples)
-    skipped = count_shared_suffix(samples) if token == "auto" else 0
-    return [max(len(sample.input_ids) - 1 - skipped, 0) for sample in samples]
+        return samples, [0] * len(samples)
+    ending = find_ending(samples) if token == "auto" else []
+    ended = [sample for sample in samples if sample.input_ids[len(sample.input_ids) - len(ending) :] == ending]
+    kept = [sample for sample in ended if len(sample.input_ids) > len(ending)]
+    return kept, [len(sample.input_ids) - len(ending) - 1 for sample in kept]
+
+
+def count_most_common(samples: list[Sample], positions: list[int]) -> int:
+    """Return how many samples have the same token at their position, of the token of which most do."""
+    return max(Counter(sample.input_ids[i] for sample, i in zip(samples, positions)).values())
 
 
 def collate(samples: list[Sample], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return ``input_ids`` and ``attention_mask`` of shape (samples, longest), int64, padded on the right."""
-    ids = [torch.tensor(sample.input_ids) for sample in samples]
-    masks = [torch.ones(len(row), dtype=torch.int64) for row in ids]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device),
-        "attention_mask": pad_sequence(masks, batch_first=True, padding_value=0).to(device),
+    """Return ``input_ids`` and ``attention_mask`` of shape (samples, longest), int64, padded on the right.
+
+    ``token_type_ids`` too, where the samples have them.
+    """
+
+    def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
+
+    batch = {
+        "input_ids": pad([sample.input_ids for sample in samples], pad_token_id),
+        "attention_mask": pad([[1] * len(sample.input_ids) for sample in samples], 0),
     }
+    if any(sample.token_type_ids for sample in samples):
+        types = [sample.token_type_ids or [0] * len(sample.input_ids) for sample in samples]
+        batch["token_type_ids"] = pad(types, 0)
+    return batch

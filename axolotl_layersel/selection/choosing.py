@@ -21,6 +21,7 @@ class Choice:
         unscored: why a layer has no score, by layer.
         module_scores: importance of every LoRA module, where modules were chosen.
         rows: of the dataset, that were looked at, in the order drawn.
+        left_out: rows that were drawn, but could not be compared with the others.
         fingerprint: of those rows.
     """
 
@@ -29,6 +30,7 @@ class Choice:
     unscored: dict[int, str] = field(default_factory=dict)
     module_scores: dict[str, float] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
     fingerprint: str | None = None
 
 

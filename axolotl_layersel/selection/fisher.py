@@ -24,18 +24,6 @@ def ghost_norm(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     return (g.T @ x).double().square().sum()
 
 
-def log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the summed log-likelihood of the labelled tokens, a scalar in fp32.
-
-    Args:
-        logits: (tokens, vocabulary) of one sample; position t predicts token t + 1.
-        labels: (tokens,), −100 where the token is not part of the response.
-    """
-    targets = labels[1:]
-    answered = targets != -100
-    return -torch.nn.functional.cross_entropy(logits[:-1][answered].float(), targets[answered], reduction="sum")
-
-
 def score_layers(squares: torch.Tensor, weights: torch.Tensor) -> tuple[list[float | None], dict[int, str]]:
     """Return each layer's mean squared gradient, over samples and over its own LoRA-target weights.
 

@@ -22,7 +22,15 @@ from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack, find_lora_modules
 from axolotl_layersel.selection import cosine, fisher
-from axolotl_layersel.selection.calibration import IGNORED_LABEL, Sample, collate
+from axolotl_layersel.selection.calibration import Sample, collate
+from axolotl_layersel.targets import (
+    IGNORED_LABEL,
+    ROW,
+    align,
+    find_kind,
+    log_likelihood,
+    row_log_likelihood,
+)
 
 # Tokens of a forward pass that gathers or copies each layer's weights: at 70B the activations of one layer
 # take some 5 GB, and the copy is hidden behind enough work.
@@ -101,13 +109,10 @@ def measure_squared_gradients(
     layer is computed again in the backward pass, so no more than one layer's activations are held.
 
     Raises:
-        LayerselError: if the rows have no labels.
+        LayerselError: if the rows have no labels of the kind that the model's logits answer.
     """
-    unlabelled = [sample.row for sample in samples if sample.labels is None]
-    if unlabelled:
-        raise LayerselError(
-            f"layersel.selection.method: fisher needs labels of tokens, training row {unlabelled[0]} has none. Use cka."
-        )
+    kind = find_kind(model)
+    check_labels(samples, kind)
     base = model.get_base_model()
     lora = find_lora_modules(base)
     squares = torch.zeros(len(stack.layers), dtype=torch.float64)
@@ -129,12 +134,17 @@ def measure_squared_gradients(
     def measure(indices: list[int]) -> list[torch.Tensor]:
         (sample,) = (samples[i] for i in indices)
         squares.zero_()
-        labels = torch.tensor(sample.labels, device=trainer.args.device)
-        if bool((labels[1:] != IGNORED_LABEL).any()) or engines.runs_in_lockstep(trainer):
+        targets = align(torch.tensor(sample.labels), kind)
+        if bool((targets != IGNORED_LABEL).any()) or engines.runs_in_lockstep(trainer):
             inputs = collate([sample], get_pad_token_id(trainer), trainer.args.device)
             with torch.enable_grad():
                 logits = call(model, inputs, logits_to_keep=0).logits[0]
-                fisher.log_likelihood(logits, labels.to(logits.device)).backward()
+                targets = targets.to(logits.device)
+                if kind == ROW:
+                    likelihood = row_log_likelihood(logits, targets, base.config.problem_type)
+                else:
+                    likelihood = log_likelihood(logits, targets)
+                likelihood.backward()
         return [squares.clone()]
 
     with scoring(trainer, model, stack, backward=True), contextlib.ExitStack() as hooks:
@@ -142,6 +152,20 @@ def measure_squared_gradients(
             for name in names:
                 hooks.enter_context(handle_removed(watch(layer, lora[name])))
         return over_samples(trainer, samples, measure, 1)
+
+
+def check_labels(samples: list[Sample], kind: str) -> None:
+    """Raise LayerselError unless every sample has labels that logits of this ``kind`` answer."""
+    for sample in samples:
+        labels = sample.labels
+        if kind == ROW and isinstance(labels, int | float):
+            continue
+        if isinstance(labels, list) and (kind == ROW or len(labels) == len(sample.input_ids)):
+            continue
+        what = "a label of each row" if kind == ROW else "labels of tokens"
+        raise LayerselError(
+            f"layersel.selection.method: fisher needs {what}, training row {sample.row} has none. Use cka."
+        )
 
 
 def count_target_weights(model: PeftModel, stack: LayerStack) -> torch.Tensor:
@@ -202,8 +226,12 @@ def call(model: PeftModel, inputs: dict[str, torch.Tensor], logits_to_keep: int 
     """Run the model under the adapter, without a cache; logits of the last ``logits_to_keep`` tokens (0: all)."""
     base = model.get_base_model()
     known = inspect.signature(base.forward).parameters
-    options = {"use_cache": False, "logits_to_keep": logits_to_keep}
-    return base(**inputs, **{key: value for key, value in options.items() if key in known})
+    options = {"use_cache": False, "logits_to_keep": logits_to_keep, "token_type_ids": inputs.get("token_type_ids")}
+    return base(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        **{key: value for key, value in options.items() if key in known},
+    )
 
 
 def get_hidden(args: tuple, kwargs: dict) -> torch.Tensor:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
-from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_TOKEN, SelectionArgs
+from axolotl_layersel.args import DATA_FREE_METHODS, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, write_atomically
 from axolotl_layersel.layers import LayerStack, find_layer_stack, find_lora_modules
@@ -29,7 +29,14 @@ from axolotl_layersel.plan import (
 )
 from axolotl_layersel.report import print_plan
 from axolotl_layersel.selection import cka, controls, cosine, fisher, passes
-from axolotl_layersel.selection.calibration import Sample, find_token_positions, fingerprint, read_samples
+from axolotl_layersel.selection.calibration import (
+    Sample,
+    are_most,
+    count_most_common,
+    fingerprint,
+    place_token,
+    read_samples,
+)
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Choice, choose, count_kept, find_candidates, find_mean_overlap
 from axolotl_layersel.selection.flexora import choice as flexora
@@ -189,6 +196,7 @@ def make_plan(
         settings=resolved,
         seed=resolved["seed"],
         calibration_rows=choice.rows,
+        rows_left_out=choice.left_out,
         dataset_fingerprint=choice.fingerprint,
         base_model=adapters.get_config(model).base_model_name_or_path,
         versions={
@@ -213,11 +221,45 @@ def choose_by_score(
 ) -> Choice:
     """Score the layers on a calibration sample, and choose the highest."""
     keep = engines.decide_on_rank_zero(lambda: count_kept(settings, len(candidates)))
-    samples = read_samples(trainer.train_dataset, resolved["num_samples"], resolved["seed"])
-    scores, unscored = score(trainer, model, stack, settings.method, resolved["token"], samples)
+    drawn = read_samples(trainer.train_dataset, resolved["num_samples"], resolved["seed"])
+    samples, positions = place_token(drawn, resolved["token"]) if settings.method == "cka" else (drawn, None)
+    scored = {sample.row for sample in samples}
+    left_out = [sample.row for sample in drawn if sample.row not in scored]
+    if settings.method == "cka" and engines.get_rank() == 0:
+        report_token(samples, positions, left_out, resolved["token"])
+    scores, unscored = score(trainer, model, stack, settings.method, samples, positions)
     selected = engines.decide_on_rank_zero(lambda: choose(scores, unscored, candidates, keep, settings.method))
-    rows = [sample.row for sample in samples]
-    return Choice(stack.list_modules(selected), scores, unscored, rows=rows, fingerprint=fingerprint(samples))
+    return Choice(
+        stack.list_modules(selected),
+        scores,
+        unscored,
+        rows=[sample.row for sample in samples],
+        left_out=left_out,
+        fingerprint=fingerprint(samples),
+    )
+
+
+def report_token(samples: list[Sample], positions: list[int] | None, left_out: list[int], token: str) -> None:
+    """Log which rows are not scored, and a warning where the token that stands for a row says little about it."""
+    if left_out:
+        LOG.warning(
+            "layersel: token: %s: %d of the %d rows drawn lack the ending that the others share, as rows do that are "
+            "cut at sequence_len, and are not scored: %s",
+            token,
+            len(left_out),
+            len(samples) + len(left_out),
+            ", ".join(map(str, left_out)),
+        )
+    alike = 0 if positions is None else count_most_common(samples, positions)
+    if are_most(alike, len(samples)):
+        LOG.warning(
+            "layersel: token: %s: %d of %d rows have the same token there, so its embedding says next to nothing about "
+            "a row, and the score of layer 0 hangs on few rows or on none. %s",
+            token,
+            alike,
+            len(samples),
+            "Use `token: mean`." if token == "auto" else "Use `token: auto` or `mean`.",
+        )
 
 
 def measure_stability(
@@ -244,13 +286,17 @@ def measure_stability(
 
 
 def score(
-    trainer: Trainer, model: PeftModel, stack: LayerStack, method: str, token: str | None, samples: list[Sample]
+    trainer: Trainer,
+    model: PeftModel,
+    stack: LayerStack,
+    method: str,
+    samples: list[Sample],
+    positions: list[int] | None,
 ) -> tuple[list[float | None], dict[int, str]]:
     """Return the importance of every layer by ``method``, and why a layer has none; rank 0 computes it."""
     rows = [sample.row for sample in samples]
     places = [f"layer {layer}" for layer in range(len(stack.layers))]
     if method == "cka":
-        positions = find_token_positions(samples, token or DEFAULT_TOKEN)
         states = passes.measure_token_states(trainer, model, stack, samples, positions)
 
         def conclude() -> tuple[list[float | None], dict[int, str]]:

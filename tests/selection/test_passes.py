@@ -5,12 +5,12 @@ import random
 import numpy
 import pytest
 import torch
-from conftest import make_lora, make_rows, make_small_llama, make_trainer
+from conftest import make_lora, make_rows, make_small_bert, make_small_llama, make_trainer
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.selection import cka, fisher, passes
-from axolotl_layersel.selection.calibration import find_token_positions, read_samples
+from axolotl_layersel.selection import cka, passes
+from axolotl_layersel.selection.calibration import place_token, read_samples
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def plain_hidden_states(model, samples) -> list[list[torch.Tensor]]:
 def test_token_states_are_hugging_faces_hidden_states(model, tmp_path, token):
     trainer = make_trainer(model, tmp_path)
     stack, samples = find_layer_stack(model), read(trainer)
-    positions = find_token_positions(samples, token)
+    samples, positions = place_token(samples, token)
     states = passes.measure_token_states(trainer, model, stack, samples, positions)
     assert states.shape == (11, 7, 32)
     for i, hidden in enumerate(plain_hidden_states(model, samples)):
@@ -54,7 +54,7 @@ def test_padded_and_unpadded_batches_give_the_same_scores(model, tmp_path):
     for size in (1, 5):
         trainer = make_trainer(model, tmp_path, per_device_train_batch_size=size)
         stack, samples = find_layer_stack(model), read(trainer)
-        states = passes.measure_token_states(trainer, model, stack, samples, find_token_positions(samples, "auto"))
+        states = passes.measure_token_states(trainer, model, stack, *place_token(samples, "auto"))
         scores.append(cka.score_layers(states)[0])
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
@@ -71,26 +71,110 @@ def test_turns_are_those_of_each_layers_own_input_and_output(model, tmp_path):
     assert (turns[:, 5] > 0).all()
 
 
-def test_squared_gradients_are_autograds(model, tmp_path):
-    trainer = make_trainer(model, tmp_path)
+def make_rows_of(kind: str) -> list[dict]:
+    """Return rows with the labels that models of ``kind`` learn, and with two segments where BERT sees them."""
+    rows = make_rows()
+    for number, row in enumerate(rows):
+        length = len(row["input_ids"])
+        if "Bert" in kind:
+            row["token_type_ids"] = [0] * 3 + [1] * (length - 3)
+        if kind == "BertForMaskedLM":
+            row["labels"] = [token if i % 3 == 1 else -100 for i, token in enumerate(row["input_ids"])]
+        elif kind == "BertForTokenClassification":
+            row["labels"] = [token % 3 if i % 2 else -100 for i, token in enumerate(row["input_ids"])]
+        elif kind.endswith("several classes"):
+            row["labels"] = [float(number % 2), 1.0, 0.0]
+        elif kind.endswith("a number"):
+            row["labels"] = number / 10
+        elif "Sequence" in kind:
+            row["labels"] = number % 3
+    return rows
+
+
+def make_labelled(kind: str):
+    """Return a small model of ``kind`` under LoRA."""
+    name = kind.split(":")[0]
+    if name == "LlamaForSequenceClassification":
+        from transformers import LlamaConfig, LlamaForSequenceClassification
+
+        torch.manual_seed(0)
+        size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+        base = LlamaForSequenceClassification(
+            LlamaConfig(vocab_size=97, num_labels=3, pad_token_id=0, num_key_value_heads=2, **size)
+        )
+    elif "Bert" in name:
+        base = make_small_bert(name, num_labels=1 if kind.endswith("a number") else 3)
+    else:
+        base = make_small_llama()
+    return make_lora(base, ["query", "value"] if "Bert" in name else ["q_proj", "v_proj", "down_proj"])
+
+
+# What the mean of a model's own loss is taken over, for one row.
+TERMS = {
+    "LlamaForCausalLM": lambda labels: (labels[:, 1:] != -100).sum(),
+    "BertForMaskedLM": lambda labels: (labels != -100).sum(),
+    "BertForTokenClassification": lambda labels: (labels != -100).sum(),
+    "LlamaForSequenceClassification": lambda labels: 1,
+    "BertForSequenceClassification: a class": lambda labels: 1,
+    "BertForSequenceClassification: several classes": lambda labels: 3,
+    "BertForSequenceClassification: a number": lambda labels: 1,
+}
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_squared_gradients_are_those_of_the_models_own_loss(tmp_path, kind):
+    model = make_labelled(kind)
+    rows = make_rows_of(kind)
+    trainer = make_trainer(model, tmp_path, rows)
     stack, samples = find_layer_stack(model), read(trainer)
     squares = passes.measure_squared_gradients(trainer, model, stack, samples)
 
     model.eval()
+    base = model.get_base_model()
     weights = {
-        layer: [model.get_base_model().get_submodule(name).base_layer.weight for name in names]
+        layer: [base.get_submodule(name).base_layer.weight for name in names]
         for layer, names in stack.lora_modules.items()
     }
     for i, sample in enumerate(samples):
         for weight in (weight for group in weights.values() for weight in group):
             weight.requires_grad_(True).grad = None
-        logits = model(torch.tensor([sample.input_ids])).logits[0]
-        fisher.log_likelihood(logits, torch.tensor(sample.labels)).backward()
+        row = {key: torch.tensor([value]) for key, value in rows[sample.row].items()}
+        (base(**row).loss * TERMS[kind](row["labels"])).backward()
         for layer, group in weights.items():
             expected = sum(weight.grad.double().square().sum().item() for weight in group)
             assert squares[i, layer].item() == pytest.approx(expected, rel=1e-4)
+            assert expected > 0
     counts = passes.count_target_weights(model, stack)
-    assert counts.tolist() == [sum(weight.numel() for weight in weights[layer]) for layer in range(6)]
+    assert counts.tolist() == [sum(weight.numel() for weight in weights[layer]) for layer in range(len(stack.layers))]
+
+
+def test_segments_are_what_the_data_set_says(tmp_path):
+    model = make_labelled("BertForMaskedLM")
+    rows = make_rows_of("BertForMaskedLM")
+    trainer = make_trainer(model, tmp_path, rows)
+    samples = read(trainer)
+    states = passes.measure_token_states(trainer, model, find_layer_stack(model), samples, None)
+    model.eval()
+    for i, sample in enumerate(samples):
+        row = {key: torch.tensor([rows[sample.row][key]]) for key in ("input_ids", "token_type_ids")}
+        hidden = model.get_base_model()(**row, output_hidden_states=True).hidden_states
+        for place, tokens in enumerate(hidden):
+            torch.testing.assert_close(states[i, place], tokens[0].mean(dim=0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        ("BertForSequenceClassification", None, r"fisher needs a label of each row, training row \d+ has none"),
+        ("BertForMaskedLM", 1, r"fisher needs labels of tokens, training row \d+ has none"),
+    ],
+)
+def test_labels_of_another_kind_are_an_error(tmp_path, kind, labels, message):
+    model = make_labelled(kind)
+    rows = [{**row, "labels": labels} for row in make_rows_of(kind)]
+    trainer = make_trainer(model, tmp_path, rows)
+    with pytest.raises(LayerselError, match=message):
+        passes.measure_squared_gradients(trainer, model, find_layer_stack(model), read(trainer))
 
 
 @pytest.mark.parametrize("measure", ["measure_turns", "measure_squared_gradients"])

@@ -98,6 +98,35 @@ def test_without_an_end_to_differ_in_layer_0_is_unscored_and_not_chosen(tmp_path
     assert select(tmp_path / "auto", token="auto")[1].layers[0].score is not None
 
 
+def test_a_row_that_was_cut_changes_no_choice_and_is_named(tmp_path, caplog):
+    whole = make_rows(60)
+    _, plan = select(tmp_path / "whole", rows=whole, num_samples=50)
+    assert "token: auto" not in caplog.text
+    cut = plan.calibration_rows[4]
+    rows = [{name: values[:-1] for name, values in row.items()} if i == cut else row for i, row in enumerate(whole)]
+    _, with_cut = select(tmp_path / "cut", rows=rows, num_samples=50)
+    assert with_cut.calibration_rows == [row for row in plan.calibration_rows if row != cut]
+    assert with_cut.rows_left_out == [cut] and plan.rows_left_out == []
+    assert "token: auto: 1 of the 50 rows drawn lack the ending that the others share" in caplog.text
+    assert f"are not scored: {cut}\n" in caplog.text
+    assert with_cut.selected == plan.selected
+    scores = [choice.score for choice in with_cut.layers]
+    assert scores == pytest.approx([choice.score for choice in plan.layers], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("token", "way_out"), [("last", "Use `token: auto` or `mean`."), ("auto", "Use `token: mean`.")]
+)
+def test_a_token_that_nearly_all_rows_share_is_warned_of(tmp_path, caplog, token, way_out):
+    rows = make_rows(20)
+    for i, row in enumerate(rows):
+        # 18 rows end in 1; of these 17 have a 7 before it, too few of the 20 to be a part of the ending.
+        row["input_ids"][-2:] = [3 + i, 9 + i] if i < 2 else [8 if i == 2 else 7, 1]
+    select(tmp_path, rows=rows, num_samples=20, token=token, num_layers=2)
+    assert f"token: {token}: {'18 of 20' if token == 'last' else '17 of 18'} rows have the same token" in caplog.text
+    assert way_out in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

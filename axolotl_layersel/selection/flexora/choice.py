@@ -7,7 +7,7 @@ from axolotl_layersel import engines
 from axolotl_layersel.args import FlexoraArgs, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack
-from axolotl_layersel.selection.calibration import fingerprint, read_sample
+from axolotl_layersel.selection.calibration import fingerprint, has_tokens, read_sample
 from axolotl_layersel.selection.choosing import Choice, choose, count_kept
 from axolotl_layersel.selection.flexora.gating import choose_positive
 from axolotl_layersel.selection.flexora.records import GateHistory
@@ -51,7 +51,7 @@ def choose_by_search(
     for layer in candidates:
         names = stack.lora_modules[layer] if by_module else [str(layer)]
         scores[layer] = max(gates[name] for name in names)
-    tokenised = all("input_ids" in row or "prompt_ids" in row for row in result.validation)
+    tokenised = all(has_tokens(row) for row in result.validation)
     samples = [read_sample(values, row) for row, values in zip(result.validation_rows, result.validation) if tokenised]
     choice = Choice(
         modules=[module for name in kept for module in gated[name]],

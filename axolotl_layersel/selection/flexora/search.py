@@ -29,6 +29,7 @@ from axolotl_layersel.selection.flexora.validation import (
     hold_out,
     take_rows,
 )
+from axolotl_layersel.targets import find_kind
 from axolotl_layersel.trial import run_trial
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -76,19 +77,20 @@ def search_gates(
     engines.decide_on_rank_zero(
         lambda: check_search(trainer, model, settings, {m: lora[m] for names in gated.values() for m in names})
     )
+    kind = find_kind(model)
     if settings.val_source == "eval":
         train_dataset = trainer.train_dataset
-        source, rows = find_eval_rows(trainer.eval_dataset, settings.val_samples, seed)
+        source, rows = find_eval_rows(trainer.eval_dataset, settings.val_samples, seed, kind)
     else:
         source = trainer.train_dataset
         check_indexable(source, "datasets")
         batch = trainer.args.train_batch_size * trainer.args.world_size
-        train_rows, rows = hold_out(source, settings.val_samples, batch, seed)
+        train_rows, rows = hold_out(source, settings.val_samples, batch, seed, kind)
         train_dataset = take_rows(source, train_rows)
     validation = [dict(source[row]) for row in rows]
     adapter = adapters.get_adapter_name(model)
     downs = {name: [lora[module].lora_A[adapter] for module in modules] for name, modules in gated.items()}
-    search = GateSearch(trainer, settings, downs, ValidationBatches(trainer, validation, seed), choose)
+    search = GateSearch(trainer, settings, downs, ValidationBatches(trainer, validation, seed), choose, kind)
     if engines.get_rank() == 0:
         LOG.info(
             "layersel: a search with %d gates: %d optimizer steps on %d training rows, a gate step after every %d of "
@@ -147,6 +149,7 @@ class GateSearch:
 
     Attributes:
         alpha: (gates,), float64.
+        kind: which labels the model's logits answer.
         history: of the optimizer steps so far; a rank's own training losses until ``conclude``.
     """
 
@@ -157,11 +160,13 @@ class GateSearch:
         downs: dict[str, list[nn.Module]],
         validation: ValidationBatches,
         choose: Callable[[dict[str, float]], list[str]],
+        kind: str,
     ) -> None:
         self.trainer = trainer
         self.settings = settings
         self.validation = validation
         self.choose = choose
+        self.kind = kind
         self.gates = Gates(downs, 1, trainer.args.device)
         self.alpha = torch.zeros(len(downs), dtype=torch.float64)
         self.adam = torch.optim.Adam([self.alpha], lr=settings.gate_lr)
@@ -354,7 +359,7 @@ class GateSearch:
     def compute_loss(self, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the loss over a micro-batch's labels, with a graph, and the number of them."""
         inputs = engines.prepare_inputs(self.trainer, inputs)
-        targets = count_targets(inputs, engines.shifts_labels(self.trainer))
+        targets = count_targets(inputs, self.kind)
         # The inner model: the engine's own forward would set its reduction of gradients going.
         loss = self.trainer.compute_loss(self.trainer.model, inputs) * targets
         return loss, torch.tensor(float(targets), device=self.gates.values.device)

@@ -11,12 +11,13 @@ from transformers import Trainer
 
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.selection.calibration import IGNORED_LABEL, check_indexable
+from axolotl_layersel.selection.calibration import check_indexable
+from axolotl_layersel.targets import ROW, count_answered, get_labels
 
 Row = dict[str, Any]
 
 
-def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int, kind: str) -> tuple[list[int], list[int]]:
     """Return the rows to train on, ascending, and ``samples`` rows to validate on, in the order drawn by ``seed``.
 
     Args:
@@ -24,6 +25,7 @@ def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int) -> tup
         samples: number of validation rows.
         least: rows that must be left to train on, a batch.
         seed: what draws.
+        kind: which labels the model's logits answer.
 
     Raises:
         LayerselError: if too few rows are left.
@@ -36,7 +38,7 @@ def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int) -> tup
             f"{key}: {samples} of the {len(dataset)} training rows leaves no training rows for the search, which needs "
             f"{least} for a batch. {way_out} `val_source: eval`."
         )
-    validation = draw_labelled(dataset, samples, seed)
+    validation = draw_labelled(dataset, samples, seed, kind)
     if len(validation) < samples:
         raise LayerselError(
             f"{key}: only {len(validation)} training rows have a label to learn, {samples} are to be held out. Lower "
@@ -46,26 +48,29 @@ def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int) -> tup
     return [row for row in range(len(dataset)) if row not in held], validation
 
 
-def draw_labelled(dataset: Sequence[Row], samples: int, seed: int) -> list[int]:
+def draw_labelled(dataset: Sequence[Row], samples: int, seed: int, kind: str) -> list[int]:
     """Return up to ``samples`` different rows with a label to learn, in an order drawn by ``seed``."""
     count = len(dataset)
     # Few of a large set are enough, where most rows have labels.
     drawn = min(count, 4 * samples)
-    rows = [row for row in random.Random(seed).sample(range(count), drawn) if has_target(dataset[row])]
+    rows = [row for row in random.Random(seed).sample(range(count), drawn) if has_target(dataset[row], kind)]
     if len(rows) < samples and drawn < count:
-        rows = [row for row in random.Random(seed).sample(range(count), count) if has_target(dataset[row])]
+        rows = [row for row in random.Random(seed).sample(range(count), count) if has_target(dataset[row], kind)]
     return rows[:samples]
 
 
-def has_target(row: Row) -> bool:
-    """Return whether a row has a label to learn, or is of a kind that has no list of labels."""
-    labels = row.get("labels")
-    if not hasattr(labels, "__len__") or len(torch.as_tensor(labels).shape) == 0:
+def has_target(row: Row, kind: str) -> bool:
+    """Return whether a row has a label to learn, or is of a kind that has no labels of this kind of model."""
+    labels = get_labels(row)
+    if labels is None:
         return True
-    return bool(torch.as_tensor(labels)[1:].ne(IGNORED_LABEL).any())  # the first token is never predicted
+    labels = torch.as_tensor(labels)
+    if kind == ROW:
+        return count_answered(labels.view(1, -1), kind) > 0
+    return labels.dim() == 0 or count_answered(labels, kind) > 0
 
 
-def find_eval_rows(eval_dataset: Any, samples: int, seed: int) -> tuple[Sequence[Row], list[int]]:
+def find_eval_rows(eval_dataset: Any, samples: int, seed: int, kind: str) -> tuple[Sequence[Row], list[int]]:
     """Return the eval set, several as one, and up to ``samples`` of its rows drawn by ``seed``.
 
     Raises:
@@ -78,7 +83,7 @@ def find_eval_rows(eval_dataset: Any, samples: int, seed: int) -> tuple[Sequence
     for part in parts:
         check_indexable(part, key)
     eval_dataset = parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
-    rows = draw_labelled(eval_dataset, samples, seed)
+    rows = draw_labelled(eval_dataset, samples, seed, kind)
     if not rows:
         raise LayerselError(f"{key}: no row of the eval set has a label to learn. Use `val_source: train`.")
     return eval_dataset, rows
@@ -154,12 +159,12 @@ class ValidationBatches:
         return row
 
 
-def count_targets(inputs: Any, shifted: bool) -> int:
+def count_targets(inputs: Any, kind: str) -> int:
     """Return how many labels the loss of a micro-batch is the mean over; its rows, where it has no labels.
 
-    ``shifted``: whether each token is predicted from those before it, so that the first one is not predicted.
+    ``kind``: which labels the model's logits answer.
     """
     labels = inputs.get("labels")
     if labels is None:
         return len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
-    return int((labels[..., 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORED_LABEL).sum())
+    return count_answered(labels, kind)

@@ -16,15 +16,16 @@ from axolotl_layersel.selection.flexora.validation import (
     hold_out,
     take_rows,
 )
+from axolotl_layersel.targets import NEXT_TOKEN, ROW, SAME_TOKEN
 
 
 def test_held_out_rows_and_the_others_are_the_whole_set():
     rows = make_rows(30)
-    train, held = hold_out(rows, 10, 4, seed=3)
+    train, held = hold_out(rows, 10, 4, seed=3, kind=NEXT_TOKEN)
     assert sorted(train + held) == list(range(30))
     assert len(held) == 10 and train == sorted(train)
-    assert hold_out(rows, 10, 4, seed=3) == (train, held)
-    assert hold_out(rows, 10, 4, seed=4) != (train, held)
+    assert hold_out(rows, 10, 4, seed=3, kind=NEXT_TOKEN) == (train, held)
+    assert hold_out(rows, 10, 4, seed=4, kind=NEXT_TOKEN) != (train, held)
 
 
 def test_rows_with_labels_are_found_where_they_are_few():
@@ -32,22 +33,21 @@ def test_rows_with_labels_are_found_where_they_are_few():
     for row in rows[:-3]:
         row["labels"] = [-100] * len(row["input_ids"])
     for seed in range(5):
-        assert sorted(hold_out(rows, 3, 4, seed)[1]) == [57, 58, 59]
+        assert sorted(hold_out(rows, 3, 4, seed, NEXT_TOKEN)[1]) == [57, 58, 59]
 
 
 def test_rows_without_a_label_to_learn_are_not_validated_on():
     rows = make_rows(12)
     for row in rows[:6]:
         row["labels"] = [row["input_ids"][0], *[-100] * (len(row["input_ids"]) - 1)]  # the first is never predicted
-    assert (
-        not has_target(rows[0])
-        and has_target(rows[6])
-        and has_target({"chosen_ids": [1]})
-        and has_target({"labels": 1})
-    )
-    assert sorted(hold_out(rows, 6, 2, seed=0)[1]) == list(range(6, 12))
+    assert not has_target(rows[0], NEXT_TOKEN) and has_target(rows[6], NEXT_TOKEN)
+    assert has_target(rows[0], SAME_TOKEN)
+    assert has_target({"chosen_ids": [1]}, NEXT_TOKEN) and has_target({"label": True}, NEXT_TOKEN)
+    assert has_target({"label": 1}, ROW) and not has_target({"labels": -100}, ROW)
+    assert has_target({"labels": [0.0, 1.0]}, ROW)
+    assert sorted(hold_out(rows, 6, 2, seed=0, kind=NEXT_TOKEN)[1]) == list(range(6, 12))
     with pytest.raises(LayerselError, match="val_samples: only 6 training rows have a label to learn, 7 are"):
-        hold_out(rows, 7, 2, seed=0)
+        hold_out(rows, 7, 2, seed=0, kind=NEXT_TOKEN)
 
 
 @pytest.mark.parametrize(
@@ -59,20 +59,20 @@ def test_rows_without_a_label_to_learn_are_not_validated_on():
 )
 def test_too_few_rows_to_train_on_is_an_error(rows, samples, message):
     with pytest.raises(LayerselError, match=message):
-        hold_out(make_rows(rows), samples, 4, seed=0)
+        hold_out(make_rows(rows), samples, 4, seed=0, kind=NEXT_TOKEN)
 
 
 def test_several_eval_sets_count_as_one_and_small_ones_are_taken_whole():
     one, other = Dataset.from_list(make_rows(5)), Dataset.from_list(make_rows(4, seed=1))
-    source, rows = find_eval_rows({"one": one, "other": other}, 200, seed=0)
+    source, rows = find_eval_rows({"one": one, "other": other}, 200, seed=0, kind=NEXT_TOKEN)
     assert sorted(rows) == list(range(9))
     assert source[8]["input_ids"] == other[3]["input_ids"]
-    assert len(find_eval_rows(one, 3, seed=0)[1]) == 3
-    source, rows = find_eval_rows({"one": make_rows(3), "other": one}, 200, seed=0)
+    assert len(find_eval_rows(one, 3, seed=0, kind=NEXT_TOKEN)[1]) == 3
+    source, rows = find_eval_rows({"one": make_rows(3), "other": one}, 200, seed=0, kind=NEXT_TOKEN)
     assert sorted(rows) == list(range(8)) and dict(source[7]) == dict(one[4])
     for nothing in (None, {}):
         with pytest.raises(LayerselError, match="val_source: 'eval' needs an eval set"):
-            find_eval_rows(nothing, 3, seed=0)
+            find_eval_rows(nothing, 3, seed=0, kind=NEXT_TOKEN)
 
 
 def test_labels_count_in_any_format():
@@ -80,7 +80,11 @@ def test_labels_count_in_any_format():
     for row in rows[:5]:
         row["labels"] = [-100] * len(row["input_ids"])
     for kind in ("torch", "numpy"):
-        assert sorted(hold_out(Dataset.from_list(rows).with_format(kind), 3, 2, seed=0)[1]) == [5, 6, 7]
+        assert sorted(hold_out(Dataset.from_list(rows).with_format(kind), 3, 2, seed=0, kind=NEXT_TOKEN)[1]) == [
+            5,
+            6,
+            7,
+        ]
 
 
 @pytest.mark.parametrize("make", [Dataset.from_list, list])
@@ -117,7 +121,7 @@ def test_packed_micro_batches_hold_as_much_as_fits(lengths, size):
 
 def test_labels_that_the_loss_is_the_mean_over_are_counted():
     labels = torch.tensor([[5, -100, 7, 8], [5, 6, -100, -100]])
-    assert count_targets({"labels": labels}, shifted=True) == 3
-    assert count_targets({"labels": labels}, shifted=False) == 5
-    assert count_targets({"labels": torch.tensor([1, 0, -100])}, shifted=True) == 2
-    assert count_targets({"input_ids": labels}, shifted=True) == 2
+    assert count_targets({"labels": labels}, NEXT_TOKEN) == 3
+    assert count_targets({"labels": labels}, SAME_TOKEN) == 5
+    assert count_targets({"labels": torch.tensor([1, 0, -100])}, ROW) == 2
+    assert count_targets({"input_ids": labels}, NEXT_TOKEN) == 2

@@ -1,0 +1,122 @@
+"""The strict base of this package's YAML blocks: what is not understood is an error that names key and value."""
+
+import math
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+
+from axolotl_layersel.errors import suggest
+
+# Longer values are cut in messages.
+SHOWN = 120
+
+
+class Block(BaseModel):
+    """A YAML mapping in which an unknown key is an error that suggests the nearest known one, and so is a value of
+    another type: a boolean is no number, nor is an infinite one. Numbers may be text, for YAML reads 1e-3 so.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    path: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            raise ValueError(
+                f"{cls.path}: {quote(data)} is not a mapping. Write its keys on lines of their own below it."
+            )
+        for key in data:
+            if key not in cls.model_fields:
+                word = key if isinstance(key, str) else quote(key)
+                raise ValueError(f"{cls.path}.{word} is not a setting: {suggest(word, cls.model_fields)}")
+        for name, field in cls.model_fields.items():
+            if field.is_required() and name not in data:
+                raise ValueError(f"{cls.path}.{name} is missing. {field.description}")
+        return dict(data)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def check_type(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[info.field_name]
+        return read(f"{cls.path}.{info.field_name}", value, field.annotation, field.description)
+
+
+def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
+    """Return the value of ``key`` as the type ``annotation``: int, float, bool, str, list[int], a block, or a union.
+
+    Raises:
+        ValueError: with the key, its value and what is expected, if it is something else.
+    """
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if value is None and type(None) in kinds:
+        return None
+    if value is None:
+        raise ValueError(f"{key}: the value is blank. Write one, or leave the key out. {description}")
+    hint = " (YAML reads `on`, `yes` and `true` as True)" if value is True else ""
+    if int in kinds:
+        result, expected = as_whole(value), "a whole number"
+    elif float in kinds and str in kinds:
+        result, expected = value if isinstance(value, str) else as_number(value), "a finite number or text"
+    elif float in kinds:
+        result, expected = as_number(value), "a finite number"
+    elif bool in kinds:
+        result, expected = value if isinstance(value, bool) else None, "true or false"
+    elif str in kinds:
+        result, expected = value if isinstance(value, str) and value else None, "some text"
+    elif list[int] in kinds:
+        result, expected = as_whole_list(value), "a list of whole numbers, such as [0, 1, 5]"
+    else:
+        return value  # a block, which checks itself
+    if result is None:
+        raise ValueError(f"{key}: {quote(value)}{hint} is not {expected}. Write {expected}, or leave the key out.")
+    return result
+
+
+def check_known(key: str, value: Any, known: Iterable[str]) -> Any:
+    """Return ``value``, or raise ValueError with the nearest of ``known`` if it is another one; None passes."""
+    if value is not None and value not in known:
+        word = value if isinstance(value, str) else quote(value)
+        raise ValueError(f"{key}: {quote(value)} is not known: {suggest(word, known)}")
+    return value
+
+
+def as_number(value: Any) -> float | None:
+    """Return a number, or text that is one, as a finite float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def as_whole(value: Any) -> int | None:
+    """Return a whole number of at most 64 bits, or text that is one; None for anything else."""
+    number = as_number(value)
+    if number is None or not number.is_integer() or not -(2**63) <= number < 2**63:
+        return None
+    return value if isinstance(value, int) else int(number)
+
+
+def as_whole_list(value: Any) -> list[int] | None:
+    """Return a list of whole numbers; None for anything else."""
+    numbers = [as_whole(item) for item in value] if isinstance(value, list) else [None]
+    return None if None in numbers else numbers
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return a mapping, and for anything else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def quote(value: Any) -> str:
+    """Return a value as it may stand in a message."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no whole numbers of thousands of digits
+        return f"this {type(value).__name__}"
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
