@@ -162,6 +162,12 @@ def count_most_common(samples: list[Sample], positions: list[int]) -> int:
     return max(Counter(sample.input_ids[i] for sample, i in zip(samples, positions)).values())
 
 
+def cut_sample(sample: Sample, tokens: int) -> Sample:
+    """Return the first ``tokens`` tokens of a sample, without labels."""
+    types = sample.token_type_ids and sample.token_type_ids[:tokens]
+    return Sample(sample.row, sample.input_ids[:tokens], token_type_ids=types)
+
+
 def collate(samples: list[Sample], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Return ``input_ids`` and ``attention_mask`` of shape (samples, longest), int64, padded on the right.
 

@@ -22,19 +22,15 @@ from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack, find_lora_modules
 from axolotl_layersel.selection import cosine, fisher
-from axolotl_layersel.selection.calibration import Sample, collate
-from axolotl_layersel.targets import (
-    IGNORED_LABEL,
-    ROW,
-    align,
-    find_kind,
-    log_likelihood,
-    row_log_likelihood,
-)
+from axolotl_layersel.selection.calibration import Sample, collate, cut_sample
+from axolotl_layersel.selection.likelihood import count_tokens_at_a_time, differentiate
+from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
 
 # Tokens of a forward pass that gathers or copies each layer's weights: at 70B the activations of one layer
 # take some 5 GB, and the copy is hidden behind enough work.
 STREAMED_TOKENS = 16384
+# Tokens of the forward pass that shows how a model's head works.
+PROBED_TOKENS = 16
 
 
 def measure_token_states(
@@ -106,7 +102,8 @@ def measure_squared_gradients(
     """Return the squared norm of each sample's gradient of the response log-likelihood: (samples, layers), float64.
 
     The gradient is that of the layer's own weights under LoRA. It is never formed for a whole layer, and each
-    layer is computed again in the backward pass, so no more than one layer's activations are held.
+    layer is computed again in the backward pass, so no more than one layer's activations are held; logits are
+    computed for a few tokens at a time.
 
     Raises:
         LayerselError: if the rows have no labels of the kind that the model's logits answer.
@@ -131,26 +128,31 @@ def measure_squared_gradients(
 
         return module.get_base_layer().register_forward_hook(hook)
 
+    def compute_logits(sample: Sample) -> torch.Tensor:
+        inputs = collate([sample], get_pad_token_id(trainer), trainer.args.device)
+        return call(model, inputs, logits_to_keep=0).logits[0]
+
     def measure(indices: list[int]) -> list[torch.Tensor]:
         (sample,) = (samples[i] for i in indices)
         squares.zero_()
         targets = align(torch.tensor(sample.labels), kind)
         if bool((targets != IGNORED_LABEL).any()) or engines.runs_in_lockstep(trainer):
-            inputs = collate([sample], get_pad_token_id(trainer), trainer.args.device)
             with torch.enable_grad():
-                logits = call(model, inputs, logits_to_keep=0).logits[0]
-                targets = targets.to(logits.device)
                 if kind == ROW:
-                    likelihood = row_log_likelihood(logits, targets, base.config.problem_type)
+                    logits = compute_logits(sample)
+                    row_log_likelihood(logits, targets.to(logits.device), base.config.problem_type).backward()
                 else:
-                    likelihood = log_likelihood(logits, targets)
-                likelihood.backward()
+                    differentiate(base, lambda: compute_logits(sample), targets, at_a_time)
         return [squares.clone()]
 
     with scoring(trainer, model, stack, backward=True), contextlib.ExitStack() as hooks:
         for layer, names in stack.lora_modules.items():
             for name in names:
                 hooks.enter_context(handle_removed(watch(layer, lora[name])))
+        at_a_time = None
+        if kind != ROW and engines.get_rank() in engines.ranks_with_weights(trainer):
+            short = cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
+            at_a_time = count_tokens_at_a_time(base, lambda: compute_logits(short))
         return over_samples(trainer, samples, measure, 1)
 
 
