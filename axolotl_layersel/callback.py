@@ -4,7 +4,14 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.interrupt import EXIT_CODE, InterruptFlag
@@ -13,7 +20,9 @@ LOG = logging.getLogger("axolotl.layersel")
 
 
 class RestoreCallback(TrainerCallback):
-    """Restores FSDP2's LoRA weights, which upstream does on one rank only.
+    """Restores what upstream leaves out of a resume, and lets a run that had ended end again without a step.
+
+    FSDP2's LoRA weights are restored upstream on one rank only, and what callbacks have counted, not at all.
 
     Args:
         trainer: whose run it is.
@@ -27,12 +36,27 @@ class RestoreCallback(TrainerCallback):
         self.restore = restore
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if engines.name_engine(self.trainer) == "fsdp2" and state.global_step > 0 and self.resume_from:
+        if state.global_step == 0:
+            return
+        callbacks = self.trainer.callback_handler.callbacks
+        engines.restore_callbacks(callbacks, state)
+        if engines.name_engine(self.trainer) == "fsdp2" and self.resume_from:
             self.restore(self.resume_from)
+        if has_ended(state, callbacks):
+            LOG.info("layersel: the run has ended at step %d already; nothing is trained", state.global_step)
+            control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if engines.name_engine(self.trainer) == "fsdp2" and args.load_best_model_at_end and state.best_model_checkpoint:
             self.restore(state.best_model_checkpoint)
+
+
+def has_ended(state: TrainerState, callbacks: list[TrainerCallback]) -> bool:
+    """Return whether the run that is resumed had come to its last step, or been stopped early."""
+    stopping = [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
+    return state.global_step >= state.max_steps or any(
+        callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in stopping
+    )
 
 
 class InterruptCallback(TrainerCallback):

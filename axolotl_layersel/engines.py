@@ -15,6 +15,12 @@ fails loudly when one of them changes):
 * transformers 5.16.1, ``Trainer._load_from_checkpoint`` and ``_load_best_model``: on one process and DDP both
   restore LoRA weights through the model's own ``load_adapter``, and by nothing else.
 * transformers 5.16.1, ``Trainer._save``: the adapter's files come from the model's own ``save_pretrained``.
+* transformers 5.16.1, ``Trainer._inner_training_loop``: looks at ``should_training_stop`` after every
+  ``_run_epoch`` only, which makes a step at least; nothing saves or evaluates before the first one but
+  ``eval_on_start``.
+* transformers 5.16.1, ``Trainer._save_checkpoint``: leaves ``state()`` of every ``ExportableState`` callback in
+  ``stateful_callbacks``, of several of a class in a list that grows with every checkpoint;
+  ``_load_callback_state`` restores them only on request, by making the callbacks anew at the end of the list.
 * transformers 5.16.1, ``Trainer.set_initial_training_values``: ends in the planned number of optimizer steps.
 * deepspeed 0.18.9: a partitioned parameter has ``ds_id`` and ``ds_process_group``.
 * deepspeed 0.18.9: the functions ``safe_set_*`` change the fp32 master and the optimizer's state, not the weight
@@ -45,7 +51,8 @@ from typing import TypeVar
 import torch
 import torch.distributed
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from axolotl_layersel.errors import LayerselError
 
@@ -258,6 +265,32 @@ def keep_deepspeed_config(trainer: Trainer) -> Iterator[None]:
 def prepare_inputs(trainer: Trainer, inputs: dict) -> dict:
     """Return a micro-batch on the trainer's device, as its own steps prepare it."""
     return trainer._prepare_inputs(inputs)
+
+
+def respect_stop_before_first_step(trainer: Trainer) -> None:
+    """Let a callback's ``should_training_stop`` count at ``on_train_begin`` too, before any step is made."""
+    upstream = trainer._run_epoch
+
+    def run_epoch(*args, **kwargs) -> None:
+        if not trainer.control.should_training_stop:
+            upstream(*args, **kwargs)
+
+    trainer._run_epoch = run_epoch
+
+
+def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState) -> None:
+    """Give callbacks back what they had counted when the checkpoint that ``state`` is from was written.
+
+    They stay the objects that they are, in their order and with the settings of this run.
+    """
+    for kind in {type(callback) for callback in callbacks if isinstance(callback, ExportableState)}:
+        same = [callback for callback in callbacks if type(callback) is kind]
+        # The next checkpoint could not be written without an entry for one that this run is the first to have.
+        saved = state.stateful_callbacks.setdefault(kind.__name__, [callback.state() for callback in same])
+        saved = saved if isinstance(saved, list) else [saved]
+        for callback, values in zip(same, saved[-len(same) :]):
+            for name, value in values["attributes"].items():
+                setattr(callback, name, value)
 
 
 def offload_activations(trainer: Trainer) -> contextlib.AbstractContextManager:

@@ -67,6 +67,10 @@ def prepare_trainer(
     ranks = RankRedistribution(trainer, settings.l1ra, capacity) if settings.l1ra else None
     restore = ranks.restore_fsdp_adapter if ranks else functools.partial(restore_fsdp_adapter, trainer)
     trainer.add_callback(RestoreCallback(trainer, resume_from, restore))
+    engines.respect_stop_before_first_step(trainer)
+    if resume_from:
+        # It would be one evaluation more than the run had that was not killed, and early stopping would count it.
+        trainer.args.eval_on_start = False
     if ranks:
         if resume_from:
             ranks.check(resume_from, "resume_from_checkpoint")

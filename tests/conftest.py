@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import queue
@@ -216,6 +217,14 @@ class Run:
             assert row["module"] not in steps[int(row["step"])], f"{row} is there twice"
             steps[int(row["step"])][row["module"]] = int(row["rank"])
         return steps
+
+    def digest(self) -> dict[str, str]:
+        """Return what tells whether a file changed: the adapter, all checkpoints, and what this package wrote."""
+        owned = [self.folder / "adapter_model.safetensors", *self.folder.glob("layersel/*")]
+        files = [*owned, *(path for path in self.folder.glob("checkpoint-*/**/*") if path.is_file())]
+        return {
+            str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)
+        }
 
     def losses(self) -> list[float]:
         checkpoints = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

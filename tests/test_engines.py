@@ -5,19 +5,36 @@ The distributed halves of these facts are asserted by the runs in test_runs.py o
 
 import ast
 import inspect
+import json
 import textwrap
 import types
 from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import make_lora, make_small_llama
-from transformers import Trainer
+from conftest import make_lora, make_small_llama, make_trainer
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from axolotl_layersel import engines
+from axolotl_layersel.args import LayerselBlock, SelectionArgs
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.prepare import prepare_trainer
 
+COUNTER = "early_stopping_patience_counter"
 SEEN = {"axolotl": "0.19.0", "transformers": "5.16.1", "accelerate": "1.13.0", "peft": "0.20.0"}
+
+
+class Counting(TrainerCallback, ExportableState):
+    """Counts the steps that it sees."""
+
+    count = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.count += 1
+
+    def state(self):
+        return {"args": {}, "attributes": {"count": self.count}}
 
 
 @pytest.mark.parametrize("library", SEEN)
@@ -66,6 +83,38 @@ def test_fsdp2s_full_state_dict_is_read_by_rank_zero_and_broadcast_upstream():
     tree = ast.parse(textwrap.dedent(inspect.getsource(load_fsdp_model)))
     assert "accelerator.is_fsdp2" in ast.unparse(tree)
     assert "state_dict = {}" in ast.unparse(tree)
+
+
+def test_training_looks_for_a_stop_after_an_epoch_only_and_keeps_what_callbacks_counted():
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    begin, epoch, stop = (loop.index(part) for part in ("on_train_begin(", "self._run_epoch(", "should_training_stop"))
+    assert begin < epoch < stop and loop.count("_run_epoch(") == 1
+    assert "args.eval_on_start" in loop[begin:epoch]
+    save = inspect.getsource(Trainer._save_checkpoint)
+    assert "self.state.stateful_callbacks[cb_name].append(cb_state)" in save
+    assert "restore_callback_states_from_checkpoint" in inspect.getsource(Trainer._load_callback_state)
+
+
+def test_callbacks_get_their_counts_back_and_stay_what_and_where_they_are():
+    stopping, other = EarlyStoppingCallback(early_stopping_patience=5), EarlyStoppingCallback(early_stopping_patience=9)
+    callbacks = [DefaultFlowCallback(), stopping, other]
+    counts = [0, 0, 1, 0, 3, 2]  # of both, at the start and in two checkpoints
+    entries = [{"args": {"early_stopping_patience": 4}, "attributes": {COUNTER: count}} for count in counts]
+    engines.restore_callbacks(callbacks, TrainerState(stateful_callbacks={"EarlyStoppingCallback": entries}))
+    assert [callback.early_stopping_patience_counter for callback in callbacks[1:]] == [3, 2]
+    assert callbacks[1:] == [stopping, other] and stopping.early_stopping_patience == 5
+    engines.restore_callbacks(callbacks[:2], TrainerState(stateful_callbacks={"EarlyStoppingCallback": entries[2]}))
+    assert stopping.early_stopping_patience_counter == 1
+
+
+def test_a_callback_that_the_checkpoint_does_not_know_is_saved_with_the_next_one(tmp_path):
+    make_trainer(make_lora(make_small_llama()), tmp_path, save_strategy="steps", save_steps=2).train()
+    again = make_trainer(make_lora(make_small_llama()), tmp_path, save_strategy="steps", save_steps=4)
+    again.add_callback(Counting())
+    prepare_trainer(again, LayerselBlock(selection=SelectionArgs(method="first", ratio=1)))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["Counting"][-1]["attributes"] == {"count": 2}
 
 
 def test_what_a_trial_gives_back_is_where_the_libraries_keep_it():

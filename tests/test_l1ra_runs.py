@@ -130,6 +130,16 @@ def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(whole_ru
     assert difference(whole.adapter(), resumed.adapter()) <= tolerance
 
 
+@pytest.mark.parametrize("engine", ["single", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"])
+def test_a_run_that_has_ended_leaves_its_files_as_they_are_when_it_is_started_again(train, resumed_runs, engine):
+    ended = resumed_runs[engine]
+    before = ended.digest()
+    again = train(engine, output=ended.folder, auto_resume_from_checkpoints=True, **SETTINGS)
+    assert again.engine["engine"] == engine.split("-")[0]
+    assert "the run has ended at step 10 already; nothing is trained" in again.log
+    assert again.digest() == before
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_best_model_comes_back_with_its_gates_and_ranks(whole_runs, engine):
     run = whole_runs[engine]

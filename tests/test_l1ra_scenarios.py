@@ -184,21 +184,36 @@ def test_bf16_weights_and_their_fp32_masters_are_both_written(train, tmp_path, s
         assert torch.equal(rows[f"{key}/lora_A/master"][[changed.index(slot) for slot in added]], rows[name])
 
 
-def test_a_run_that_stops_early_ends_with_the_ranks_of_its_best_checkpoint(train):
-    # The first evaluation is the best one, see test_runs.
-    evaluated = {
-        "eval_steps": 2,
+@pytest.mark.parametrize("engine", ["single", "zero2"])
+def test_early_stopping_counts_what_came_before_a_resume_and_ends_with_the_best_ranks(train, engine):
+    # The first evaluation is the best one, see test_runs; the fourth after it ends the run.
+    settings = {
+        **SETTINGS,
+        "eval_steps": 1,
+        "save_steps": 1,
         "val_set_size": 0.1,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": True,
-        "early_stopping_patience": 1,
+        "early_stopping_patience": 4,
     }
-    run = train(**{**SETTINGS, **evaluated})
-    history = run.ranks()
-    assert list(history) == [0, 2, 4]
-    assert run.pattern() == history[4] == history[2]
-    assert difference(run.adapter(), run.adapter("checkpoint-2")) <= 1e-7
+    whole = train(engine, **settings)
+    killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:4"}, **settings)
+    resumed = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **settings)
+    assert (resumed.folder / "weights_at_3.safetensors").exists(), "it did not resume at step 3"
+    tolerance = 0 if engine == "single" else 1e-6
+    for run in (whole, resumed):
+        assert run.engine["engine"] == engine
+        assert [(run.folder / f"checkpoint-{step}").exists() for step in (5, 6)] == [True, False]
+        assert list(run.ranks()) == [0, 2, 4, 5]
+        assert last(run.ranks()) == run.pattern() == run.ranks("checkpoint-1")[0]
+        assert difference(run.adapter(), run.adapter("checkpoint-1")) <= 1e-7
+        assert difference(run.adapter(), whole.adapter()) <= tolerance
+    assert difference(resumed.adapter("checkpoint-5"), whole.adapter("checkpoint-5")) <= tolerance
+    before = resumed.digest()
+    again = train(engine, output=resumed.folder, auto_resume_from_checkpoints=True, **settings)
+    assert "the run has ended at step 5 already; nothing is trained" in again.log
+    assert again.digest() == before
 
 
 def test_a_budget_of_parameters_is_never_exceeded(train):

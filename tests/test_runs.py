@@ -164,6 +164,16 @@ def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(whole_ru
     assert difference(whole.adapter(), resumed.adapter()) <= tolerance
 
 
+@pytest.mark.parametrize("engine", ["single", "zero3"])
+def test_a_run_that_has_ended_leaves_its_files_as_they_are_when_it_is_started_again(train, resumed_runs, engine):
+    ended = resumed_runs[engine][1]
+    before = ended.digest()
+    again = train(engine, output=ended.folder, auto_resume_from_checkpoints=True, **SETTINGS)
+    assert again.engine["engine"] == engine.split("-")[0]
+    assert "the run has ended at step 6 already; nothing is trained" in again.log
+    assert again.digest() == before
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_resumed_run_keeps_its_plan_and_selects_nothing_again(resumed_runs, engine):
     _, resumed = resumed_runs[engine]
