@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from axolotl_layersel.block import quote
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.terminal import clean, make_encodable, say
 
 app = typer.Typer(
     help="Choose the layers that get a LoRA adapter, and look at what was chosen.",
@@ -112,15 +113,13 @@ def export(
     except LayerselError as error:
         fail(str(error))
     needed = find_vllm_rank(rank)
-    typer.echo(f"{output}: highest rank {rank}")
-    typer.echo(
-        f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: 512 is its highest"
-    )
+    say(f"{output}: highest rank {rank}")
+    say(f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: 512 is its highest")
 
 
 def fail(message: str) -> None:
     """Print one message and leave with exit code 1."""
-    typer.echo(f"axolotl-layersel: {message}", err=True)
+    print(make_encodable(f"axolotl-layersel: {clean(message)}", sys.stderr.encoding), file=sys.stderr)
     raise typer.Exit(1)
 
 

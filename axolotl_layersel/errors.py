@@ -3,9 +3,14 @@
 import difflib
 from collections.abc import Iterable
 
+from axolotl_layersel.terminal import clean
+
 
 class LayerselError(ValueError):
-    """A setting, a file or a model that cannot be honoured: the message names it and the way out."""
+    """A setting, a file or a model that cannot be honoured: the message, one line, names it and the way out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(clean(message))
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

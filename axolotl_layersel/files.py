@@ -195,7 +195,7 @@ def parse_json(text: str) -> Any:
         ValueError: also for keys that come twice, numbers that are not finite, and text that is not Unicode.
         RecursionError: if it is nested too deeply.
     """
-    content = json.loads(text, object_pairs_hook=take_pairs, parse_constant=refuse_number, parse_float=take_number)
+    content = json.loads(text, object_pairs_hook=take_pairs, parse_constant=refuse_number, parse_float=parse_number)
     json.dumps(content, ensure_ascii=False).encode("utf-8")  # a lone half of a surrogate pair cannot be printed
     return content
 
@@ -209,8 +209,12 @@ def take_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def take_number(text: str) -> float:
-    """Return a number of JSON."""
+def parse_number(text: str) -> float:
+    """Return a finite number.
+
+    Raises:
+        ValueError: if ``text`` is none.
+    """
     number = float(text)
     return number if math.isfinite(number) else refuse_number(text)
 
@@ -231,3 +235,14 @@ def parse_csv(text: str) -> list[list[str]]:
     if not rows:
         raise ValueError("it is empty")
     return rows
+
+
+def parse_count(text: str) -> int:
+    """Return a whole number from 0.
+
+    Raises:
+        ValueError: if ``text`` is none, or one that no file of this package can hold.
+    """
+    if not re.fullmatch(r"[0-9]{1,15}", text):
+        raise ValueError(f"{text[:40]!r} is no whole number from 0")
+    return int(text)

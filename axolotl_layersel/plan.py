@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 
-from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.args import METHODS, SelectionArgs
 from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
@@ -131,6 +131,8 @@ def find_contradiction(plan: Plan) -> str | None:
     """Return in what parts of ``plan`` contradict each other, or None where they do not."""
     if not plan.selected or [choice.layer for choice in plan.layers] != list(range(len(plan.layers))):
         return "does not list every layer once, or selects none"
+    if plan.method not in METHODS:
+        return f"is made by a method that is not known, {plan.method!r}"
     if not set(plan.unscored) <= set(range(len(plan.layers))):
         return "says why layers are not scored that it does not list"
     outside = [name for tower in plan.outside for name in tower.modules]

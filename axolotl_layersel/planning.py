@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from axolotl_layersel.cli import describe
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import plan_path
+from axolotl_layersel.terminal import say
 
 
 def make_plan(config: str, repeat: int = 1) -> Path:
@@ -53,7 +54,7 @@ def main(config: str, repeat: int = 1) -> None:
             print(f"axolotl-layersel: {describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     if main_process:
-        print(f"plan: {path}")
+        say(f"plan: {path}")
 
 
 if __name__ == "__main__":

@@ -9,56 +9,61 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import Plan, Stability, Tower
 from axolotl_layersel.selection.flexora.records import GateHistory
+from axolotl_layersel.terminal import clean, make_console, make_encodable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BAR_WIDTH = 24
+FULL_BLOCK = "█"
 MOST_LABELS = 40
 # Two random halves of many layers overlap by a third. Below this, less than three in four of the layers that one of
 # two choices keeps are in both.
 LOW_OVERLAP = 0.6
 
 
-def make_table(plan: Plan) -> Table:
-    """Return the plan as a table: layer, score, a bar relative to the highest score, and what was chosen."""
+def make_table(plan: Plan, bar: str) -> Table:
+    """Return the plan as a table: layer, score, a bar relative to the highest score, and what was chosen.
+
+    ``bar``: the character that bars are made of.
+    """
     table = Table()
-    table.add_column("layer", justify="right")
-    table.add_column("score", justify="right")
+    # Folded where the terminal is narrow: the sign that stands for what is cut off is not in every encoding.
+    table.add_column("layer", justify="right", overflow="fold")
+    table.add_column("score", justify="right", overflow="fold")
     table.add_column("", width=BAR_WIDTH)
-    table.add_column("chosen")
+    table.add_column("chosen", overflow="fold")
     highest = max((choice.score for choice in plan.layers if choice.score is not None), default=0.0)
     for choice in plan.layers:
         score = "-" if choice.score is None else f"{choice.score:.4g}"
         share = 0.0 if choice.score is None or highest <= 0 else max(choice.score, 0.0) / highest
-        bar = "█" * round(share * BAR_WIDTH)
-        table.add_row(
-            str(choice.layer), score, bar, "yes" if choice.selected else "", style="bold" if choice.selected else "dim"
-        )
+        drawn = bar * round(share * BAR_WIDTH)
+        style = "bold" if choice.selected else "dim"
+        table.add_row(str(choice.layer), score, drawn, "yes" if choice.selected else "", style=style)
     return table
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print what was chosen, the plan's table, and under it why layers have no score."""
-    console = console or Console()
+    console = console or make_console()
     others = "frozen" if plan.unselected == "freeze" else "without an adapter"
     count = f"{len(plan.selected)} of {len(plan.layers)} layers"
     if plan.module_scores:
         count = f"{len(plan.modules)} of {len(plan.module_scores)} LoRA modules, in {count}"
-    console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}", highlight=False)
-    console.print(make_module_table(plan) if plan.module_scores else make_table(plan))
+    console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}")
+    bar = FULL_BLOCK if make_encodable(FULL_BLOCK, console.encoding) == FULL_BLOCK else "#"
+    console.print(make_module_table(plan) if plan.module_scores else make_table(plan, bar))
     for tower in plan.outside:
-        console.print(
-            f"{tower.place}: {describe_tower(tower, plan.towers)}", highlight=False, markup=False, soft_wrap=True
-        )
+        console.print(f"{clean(tower.place)}: {describe_tower(tower, plan.towers)}", soft_wrap=True)
     if plan.stability is not None:
         print_stability(plan.stability, console)
     for layer, reason in sorted(plan.unscored.items()):
-        console.print(f"layer {layer} is not scored: {reason}")
+        console.print(f"layer {layer} is not scored: {clean(reason)}")
 
 
 def describe_tower(tower: Tower, towers: str) -> str:
@@ -79,23 +84,22 @@ def make_module_table(plan: Plan) -> Table:
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     table = Table()
     for heading in ("layer", *kinds):
-        table.add_column(heading, justify="right")
+        table.add_column(cell(heading), justify="right", overflow="fold")
     kept = set(plan.modules)
     for layer in dict.fromkeys(layer for layer, _ in places.values()):
         row = {places[name][1]: name for name in plan.module_scores if places[name][0] == layer}
         cells = {kind: f"{plan.module_scores[name]:.3g}{' *' if name in kept else '  '}" for kind, name in row.items()}
-        table.add_row(layer, *(cells.get(kind, "") for kind in kinds))
+        table.add_row(cell(layer), *(cells.get(kind, "") for kind in kinds))
     return table
 
 
 def print_stability(stability: Stability, console: Console) -> None:
     """Print what each seed chose and how far the choices agree, with a warning where they do not."""
     for seed, layers in stability.selected.items():
-        console.print(f"seed {seed}: layers {', '.join(map(str, layers))}", highlight=False)
+        console.print(f"seed {seed}: layers {', '.join(map(str, layers))}")
     console.print(
         f"layersel: {len(stability.selected)} seeds agree with a mean overlap (Jaccard) of {stability.overlap:.2f}; "
         "1 is the same choice each time",
-        highlight=False,
     )
     if stability.overlap < LOW_OVERLAP:
         console.print(
@@ -153,10 +157,10 @@ def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Tabl
     layers = list(dict.fromkeys(layer for layer, _ in places.values()))
     table = Table()
     for heading in ("layer", *kinds, "mean"):
-        table.add_column(heading, justify="right")
+        table.add_column(cell(heading), justify="right", overflow="fold")
     for layer in layers:
         row = {kind: rank for name, rank in after.items() for place, kind in [places[name]] if place == layer}
-        table.add_row(layer, *(str(row.get(kind, "")) for kind in kinds), f"{mean(row.values()):.1f}")
+        table.add_row(cell(layer), *(str(row.get(kind, "")) for kind in kinds), f"{mean(row.values()):.1f}")
     table.add_section()
     for heading, ranks in (("mean", after), ("before", before)):
         columns = [[rank for name, rank in ranks.items() if places[name][1] == kind] for kind in kinds]
@@ -198,6 +202,11 @@ def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
     figure.savefig(path)
 
 
+def cell(text: str) -> Text:
+    """Return what a file says, to be printed as it stands."""
+    return Text(clean(text))
+
+
 def find_places(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return the row and the column of each module in a table, no two the same: ``("3", "q_proj")``.
 
@@ -232,7 +241,7 @@ def split_at_layer(module: str) -> tuple[str, str, list[str]]:
 
 def print_ranks(before: Mapping[str, int], after: Mapping[str, int], console: Console | None = None) -> None:
     """Print the rank that every module started and ended with."""
-    console = console or Console()
+    console = console or make_console()
     total = f"{sum(before.values())} before, {sum(after.values())} now"
     console.print(f"layersel: ranks after l1ra, in all {total}, from {min(after.values())} to {max(after.values())}")
     console.print(make_rank_table(before, after))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from axolotl_layersel.files import FOLDER, write_atomically
+from axolotl_layersel.files import FOLDER, parse_count, parse_csv, read_text, reading, write_atomically
 
 FILE = "ranks.csv"
 HEADER = ["step", "module", "rank"]
@@ -35,16 +35,40 @@ class RankHistory:
 
     @classmethod
     def from_csv(cls, text: str) -> "RankHistory":
-        """Return the history that ``to_csv`` wrote."""
+        """Return the history that ``to_csv`` wrote.
+
+        Raises:
+            ValueError: saying what is wrong with the text, csv.Error too.
+        """
+        header, *rows = parse_csv(text)
+        if header != HEADER:
+            raise ValueError(f"its first line is not {','.join(HEADER)}")
         ranks: dict[int, dict[str, int]] = {}
-        for row in csv.DictReader(io.StringIO(text)):
-            ranks.setdefault(int(row["step"]), {})[row["module"]] = int(row["rank"])
+        for line, row in enumerate(rows, start=2):
+            if len(row) != len(HEADER):
+                raise ValueError(f"line {line} has {len(row)} fields, not {len(HEADER)}")
+            at_step = ranks.setdefault(parse_count(row[0]), {})
+            if row[1] in at_step:
+                raise ValueError(f"line {line} names {row[1]!r} a second time")
+            at_step[row[1]] = parse_count(row[2])
+        if list(ranks) != sorted(ranks) or 0 not in ranks:
+            raise ValueError("its steps do not ascend from 0")
+        differing = next((step for step in ranks if list(ranks[step]) != list(ranks[0])), None)
+        if differing is not None:
+            raise ValueError(f"it lists other modules at step {differing} than at step 0")
         return cls(ranks)
 
     @classmethod
-    def read(cls, folder: str | Path) -> "RankHistory":
-        """Return the history in ranks.csv of the run or checkpoint in ``folder``."""
-        return cls.from_csv(ranks_path(folder).read_text())
+    def read(cls, folder: str | Path, key: str = "PATH") -> "RankHistory":
+        """Return the history in ranks.csv of the run or checkpoint in ``folder``.
+
+        Raises:
+            LayerselError: naming ``key`` if the file is missing or damaged.
+        """
+        path, way_out = ranks_path(folder), "Give another run or checkpoint."
+        text = read_text(key, path, way_out)
+        with reading(key, path, way_out):
+            return cls.from_csv(text)
 
     def write(self, folder: str | Path) -> None:
         """Write ranks.csv for the run or checkpoint in ``folder``; it appears at once and complete."""

@@ -13,7 +13,7 @@ from transformers import Trainer
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.args import DATA_FREE_METHODS, SelectionArgs
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.files import FOLDER, write_atomically
+from axolotl_layersel.files import FOLDER
 from axolotl_layersel.layers import LayerStack, find_layer_stack, find_lora_modules
 from axolotl_layersel.plan import (
     LayerChoice,
@@ -120,7 +120,7 @@ def carry_over(plan: Plan, source: Path, output: Path) -> None:
     if found is None:
         target.unlink(missing_ok=True)
     elif found != target.resolve():
-        write_atomically(target, found.read_bytes())
+        GateHistory.read(found.parents[1], "layersel.selection.plan").write(output)
     write_plan(plan, plan_path(output))
 
 

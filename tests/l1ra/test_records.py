@@ -2,12 +2,14 @@ import subprocess
 import sys
 from io import StringIO
 
-from rich.console import Console
+import pytest
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli import app
+from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.report import find_places, print_ranks
+from axolotl_layersel.terminal import make_console
 
 RANKS = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 6, "model.layers.1.self_attn.q_proj": 3}
 
@@ -36,7 +38,7 @@ def test_an_update_is_described_in_numbers_for_trackers():
 
 def test_the_table_shows_ranks_by_layer_and_type():
     output = StringIO()
-    print_ranks(dict.fromkeys(RANKS, 4), RANKS, Console(file=output, width=100))
+    print_ranks(dict.fromkeys(RANKS, 4), RANKS, make_console(output, width=100))
     lines = [line.replace("│", " ").split() for line in output.getvalue().splitlines()]
     assert ["0", "2", "6", "4.0"] in lines
     assert ["1", "3", "3.0"] in lines
@@ -62,7 +64,7 @@ def test_modules_of_one_name_and_number_have_places_of_their_own():
     experts = [f"model.layers.1.mlp.experts.{i}.{name}" for i in range(2) for name in ("w1", "w2")]
     assert len(set(find_places([*experts, "model.layers.0.mlp.up_proj"]).values())) == 5
     output = StringIO()
-    print_ranks({decoder[0]: 4, encoder: 4}, {decoder[0]: 1, encoder: 7}, Console(file=output, width=100))
+    print_ranks({decoder[0]: 4, encoder: 4}, {decoder[0]: 1, encoder: 7}, make_console(output, width=100))
     lines = [line.replace("│", " ").split() for line in output.getvalue().splitlines()]
     assert ["model.decoder.layers.0", "1", "1.0"] in lines
     assert ["model.encoder.layers.0", "7", "7.0"] in lines
@@ -92,3 +94,35 @@ def test_showing_ranks_imports_no_torch(tmp_path):
         assert not {{"torch", "axolotl", "matplotlib"}} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "it is empty"),
+        (b"\n", "its first line is not step,module,rank"),
+        (b"step,module,rank\n", "its steps do not ascend from 0"),
+        (b"step,module,rnk\n0,a,1\n", "its first line is not"),
+        (b"step,module,rank\n0,a\n", "line 2 has 2 fields"),
+        (b"step,module,rank\n0,a,1,2\n", "line 2 has 4 fields"),
+        (b"step,module,rank\n0,a,-1\n", "'-1' is no whole number from 0"),
+        (b"step,module,rank\n0,a,1.5\n", "'1.5' is no whole number from 0"),
+        (b"step,module,rank\n0,a,nan\n", "'nan' is no whole number from 0"),
+        (b"step,module,rank\n0,a," + b"9" * 20 + b"\n", "is no whole number from 0"),
+        (b"step,module,rank\n0,a,1\n0,a,1\n", "line 3 names 'a' a second time"),
+        (b"step,module,rank\n0,a,1\n3,b,1\n", "it lists other modules at step 3"),
+        (b"step,module,rank\n3,a,1\n0,a,1\n", "its steps do not ascend from 0"),
+        (b"step,module,rank\n0," + b"a" * 200_000 + b",1\n", "field larger than field limit"),
+        (b'step,module,rank\n0,"a,1\n', "unexpected end of data"),
+        (b"step,module,rank\n0,\xff,1\n", "UnicodeDecodeError"),
+    ],
+)
+def test_ranks_that_are_damaged_are_one_line_that_says_where(tmp_path, content, fault):
+    path = tmp_path / "layersel" / "ranks.csv"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(LayerselError, match=f"^KEY: .*ranks.csv is damaged .*{fault}"):
+        RankHistory.read(tmp_path, "KEY")
+    result = CliRunner().invoke(app, ["show", str(tmp_path)])
+    assert result.exit_code == 1
+    assert len(result.output.splitlines()) == 1

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.files import FOLDER, write_atomically
+from axolotl_layersel.files import FOLDER, parse_count, parse_csv, parse_number, read_text, reading, write_atomically
 
 FILE = "gates.csv"
 LEADING = ["step", "train_loss", "validation_loss"]
@@ -57,25 +56,35 @@ class GateHistory:
 
     @classmethod
     def from_csv(cls, text: str) -> "GateHistory":
-        """Return the history that ``to_csv`` wrote."""
-        header, *rows = csv.reader(io.StringIO(text))
+        """Return the history that ``to_csv`` wrote.
+
+        Raises:
+            ValueError: saying what is wrong with the text, csv.Error too.
+        """
+        header, *rows = parse_csv(text)
         history = cls(header[len(LEADING) :])
-        for _, train_loss, validation_loss, *gates in rows:
-            history.add(float(train_loss), float(validation_loss) if validation_loss else None, map(float, gates))
+        if header[: len(LEADING)] != LEADING or not history.names or len(set(history.names)) != len(history.names):
+            raise ValueError(f"its first line is not {','.join(LEADING)} and the names of different gates")
+        for step, row in enumerate(rows, start=1):
+            if len(row) != len(header) or parse_count(row[0]) != step:
+                raise ValueError(f"line {step + 1} is not that of step {step} with {len(header)} fields")
+            _, train_loss, validation_loss, *gates = row
+            # A search that is over can have met a loss that is not finite, but no such gate.
+            seen = parse_number(validation_loss) if validation_loss else None
+            history.add(float(train_loss), seen, map(parse_number, gates))
         return history
 
     @classmethod
-    def read(cls, folder: str | Path) -> "GateHistory":
+    def read(cls, folder: str | Path, key: str = "PATH") -> "GateHistory":
         """Return the history in gates.csv of the run in ``folder``.
 
         Raises:
-            LayerselError: if the file is damaged.
+            LayerselError: naming ``key`` if the file is missing or damaged.
         """
-        path = gates_path(folder)
-        try:
-            return cls.from_csv(path.read_text())
-        except ValueError as error:
-            raise LayerselError(f"PATH: {path} is damaged ({error}). Make the plan anew.") from error
+        path, way_out = gates_path(folder), "Remove it, or make the plan anew."
+        text = read_text(key, path, way_out)
+        with reading(key, path, way_out):
+            return cls.from_csv(text)
 
     def write(self, folder: str | Path) -> None:
         """Write gates.csv for the run in ``folder``; it appears at once and complete."""

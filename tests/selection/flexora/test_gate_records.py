@@ -22,8 +22,22 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert GateHistory(["0"]).final == {}
 
 
-def test_a_damaged_file_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "step,train_loss,validation_loss\n",
+        "step,train_loss,validation_loss,0,0\n1,1,,0,0\n",
+        "step,train_loss,validation_loss,0\n1,x,,0.5\n",
+        "step,train_loss,validation_loss,0\n1,1,,nan\n",
+        "step,train_loss,validation_loss,0\n1,1,,\n",
+        "step,train_loss,validation_loss,0\n1,1,,0.5,0.5\n",
+        "step,train_loss,validation_loss,0\n2,1,,0.5\n",
+        "step,train_loss,validation_loss,0\n1,1,,0." + "5" * 200_000 + "\n",
+    ],
+)
+def test_a_damaged_file_is_an_error(tmp_path, content):
     make_history().write(tmp_path)
-    gates_path(tmp_path).write_text("step,train_loss,validation_loss,0\n1,x,,0.5\n")
-    with pytest.raises(LayerselError, match=r"gates\.csv is damaged"):
+    gates_path(tmp_path).write_text(content)
+    with pytest.raises(LayerselError, match=r"^PATH: .*gates\.csv is damaged .*Remove it, or make the plan anew\.$"):
         GateHistory.read(tmp_path)

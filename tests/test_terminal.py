@@ -1,0 +1,92 @@
+"""Tables and messages print on every terminal, and what files say does not steer it."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ENVIRONMENT, ROOT
+from test_plan import make_plan
+from typer.testing import CliRunner
+
+from axolotl_layersel.cli import app
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.plan import plan_path, write_plan
+from axolotl_layersel.report import print_plan
+from axolotl_layersel.terminal import make_console
+
+MODULE = "model.layers.0.self_attn.q_proj"
+SHOW = "import sys; from axolotl_layersel.cli import app; app(['show', sys.argv[1]])"
+TRAIN = """
+import sys
+from pathlib import Path
+from conftest import make_lora, make_small_llama, make_trainer
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.prepare import prepare_trainer
+block = {"selection": {"method": "cka", "num_samples": 8}, "l1ra": {"update_ratio": 0.2}}
+trainer = make_trainer(make_lora(make_small_llama(2)), Path(sys.argv[1]), max_steps=12)
+prepare_trainer(trainer, LayerselBlock.model_validate(block))
+trainer.train()
+"""
+NARROW = {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+ENCODINGS = [NARROW, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "cp1252"}]
+
+
+def run(code: str, *args: object, **env: str) -> str:
+    """Run Python code and return what it printed to a file, its words one space apart."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, **env},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
+    return " ".join(done.stdout.decode(env.get("PYTHONIOENCODING", "ascii")).split())
+
+
+@pytest.mark.parametrize("env", ENCODINGS)
+def test_show_prints_on_a_terminal_that_is_not_unicode(tmp_path, env):
+    write_plan(make_plan((0.5, None, 0.1), unscored={1: "ärger ☃"}, modules=[MODULE]), plan_path(tmp_path))
+    RankHistory({0: {MODULE: 4}, 9: {MODULE: 123456789}}).write(tmp_path)
+    text = run(SHOW, tmp_path, **env)
+    assert "method cka keeps 1 of 3 layers" in text
+    assert "#" * 24 in text
+    assert "\\u2603" in text
+    assert "123456789" in text
+
+
+def test_a_run_prints_its_tables_where_the_output_is_not_unicode(tmp_path):
+    text = run(f"import sys; sys.path.insert(0, 'tests')\n{TRAIN}", tmp_path, **NARROW)
+    assert "layersel: method cka keeps 1 of 2 layers" in text
+    assert "layersel: ranks after l1ra" in text
+
+
+def test_a_bar_is_a_bar_where_the_terminal_knows_it():
+    output = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    print_plan(make_plan(), make_console(output, width=100))
+    output.flush()
+    assert "█" * 24 in output.buffer.getvalue().decode()
+
+
+def test_show_writes_out_what_would_steer_a_terminal(tmp_path):
+    hostile = "\x1b]0;owned\x07\x1b[2J[bold]x[/] :smile: \u202e\r\n\x9b1m"
+    stack = "m"
+    modules = [f"{stack}.0.{hostile}"]
+    write_plan(make_plan((0.5,), stack=stack, modules=modules, unscored={0: hostile}), plan_path(tmp_path))
+    RankHistory({0: {modules[0]: 4}}).write(tmp_path)
+    result = CliRunner().invoke(app, ["show", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & set(result.output)
+    assert r"\x1b]0;owned\x07\x1b[2J[bold]x[/] :smile: \u202e\r\n\x9b1m" in result.output.replace("\n", "")
+    write_plan(make_plan((0.5,), stack=stack, modules=modules, method="cka"), tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text((tmp_path / "plan.json").read_text().replace('"cka"', '"\\u001b[31mred[/]"'))
+    result = CliRunner().invoke(app, ["show", str(tmp_path / "plan.json")])
+    assert result.exit_code == 1
+    assert len(result.output.splitlines()) == 1
+    assert "\x1b" not in result.output
+
+
+def test_a_message_is_one_line_that_steers_no_terminal():
+    assert str(LayerselError("a\x1b[2Jb\nc ä")) == r"a\x1b[2Jb\nc ä"
