@@ -22,10 +22,12 @@ fails loudly when one of them changes):
   ``stateful_callbacks``, of several of a class in a list that grows with every checkpoint;
   ``_load_callback_state`` restores them only on request, by making the callbacks anew at the end of the list.
 * transformers 5.16.1, ``Trainer.set_initial_training_values``: ends in the planned number of optimizer steps.
-* deepspeed 0.18.9: a partitioned parameter has ``ds_id`` and ``ds_process_group``.
-* deepspeed 0.18.9: the functions ``safe_set_*`` change the fp32 master and the optimizer's state, not the weight
-  that the next forward reads; under ZeRO-3 ``safe_set_full_*`` fail where the number of elements is no multiple
-  of the number of processes, ``safe_set_local_*`` take the padded partition.
+* deepspeed 0.18.9: a partitioned parameter has ``ds_id``, ``ds_shape`` and ``ds_process_group``, and this rank's part
+  of what the next forward gathers in ``ds_tensor``: flat, all ranks' parts of one size, the last ones padded. A
+  parameter that is not gathered has no elements; one under ``stage3_param_persistence_threshold`` stays gathered.
+* deepspeed 0.18.9: ``safe_get_local_*`` and ``safe_set_local_*`` pass the padded part of the fp32 master and of the
+  optimizer's state under ZeRO-3. Under ZeRO-1 and 2 ``_hp_mapping`` is None or holds this rank's part: of the flat
+  parameter from ``lp_fragment_address.start`` on what ``get_hp_fragment`` returns, itself and not a copy.
 * transformers 5.16.1, ``Trainer.train`` can be called again on a trainer whose attributes were put back;
   accelerate 1.13.0 keeps a model in mixed precision in its ``forward`` and ``_original_forward``; axolotl 0.19.0
   and trl 1.9.0 collect what they will log in ``_stored_metrics`` and ``_metrics``. Of axolotl's arguments those in
@@ -346,40 +348,40 @@ def set_fsdp_parameter(parameter: torch.Tensor, value: torch.Tensor | None) -> N
         parameter.to_local().copy_(shards.to_local())
 
 
+# Changes a whole tensor in place: each element by its place and its own value alone, for others' are not known
+# everywhere, and the same way on every rank.
 Edit = Callable[[torch.Tensor], None]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @torch.no_grad()
 def edit_parameter(trainer: Trainer, parameter: nn.Parameter, edit: Edit) -> None:
-    """Change a trained parameter of a live engine between two optimizer steps; every rank must call this.
+    """Change a trained parameter of a live engine between two optimizer steps, on every rank.
 
     What the next forward reads and, where there is one, the fp32 master both change; what ``edit`` leaves as it
-    is stays so bit for bit.
+    is stays so bit for bit. Nothing is communicated: every rank changes the part that it holds.
 
     Args:
         trainer: whose engine it is.
         parameter: one that the engine trains.
-        edit: changes the whole tensor that it is given in place, the same way on every rank.
+        edit: see ``Edit``.
     """
     engine = name_engine(trainer)
     if engine == "fsdp2":
         edit_shards(parameter, edit)
-    elif engine == "zero3":
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            edit(parameter.data)
-        edit_zero_state(parameter, edit, None)
-    else:
+        return
+    if engine == "zero3":
+        edit_partition(parameter, parameter.ds_tensor, edit)
+    # ZeRO-3 keeps small parameters whole between steps, and has none of the others' data then.
+    if parameter.numel():
         edit(parameter.data)
-        if engine.startswith("zero"):
-            edit_zero_state(parameter, edit, None)
+    if engine.startswith("zero"):
+        edit_zero_state(parameter, edit, None)
 
 
 @torch.no_grad()
 def edit_moments(trainer: Trainer, parameter: nn.Parameter, edit: Edit) -> None:
-    """Change both Adam moments of a parameter as ``edit_parameter`` does; every rank must call this.
+    """Change both Adam moments of a parameter as ``edit_parameter`` does.
 
     Raises:
         LayerselError: if the optimizer has none.
@@ -410,15 +412,22 @@ def check_moments(state: dict, optimizer: str) -> None:
 
 
 def check_deepspeed_optimizer(trainer: Trainer) -> None:
-    """Raise LayerselError for a DeepSpeed file whose stage or optimizer rank cannot move under."""
+    """Raise LayerselError for a DeepSpeed file under whose settings rank cannot move."""
     if name_engine(trainer) == "ddp":
         raise LayerselError("deepspeed: ZeRO stage 0 is not supported by layersel.l1ra. Use stage 1, 2 or 3, or DDP.")
-    section = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("optimizer") or {}
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    section = config.get("optimizer") or {}
     kind = str(section.get("type", "Adam"))
     if kind.lower() not in ("adam", "adamw"):
         raise LayerselError(
             f"deepspeed: its file's optimizer.type {kind} keeps no Adam moments that layersel.l1ra could move rank "
             "with. Remove its `optimizer` section, or use AdamW."
+        )
+    offload = config["zero_optimization"].get("offload_param") or {}
+    if offload.get("device") == "nvme":
+        raise LayerselError(
+            "deepspeed: its file's zero_optimization.offload_param.device nvme keeps weights on disk, where "
+            "layersel.l1ra does not write. Use `cpu` or `none`."
         )
 
 
@@ -441,38 +450,59 @@ def reshard(trainer: Trainer) -> None:
 
 
 def edit_shards(shards: torch.Tensor, edit: Edit) -> None:
-    """Change a DTensor as a whole; a collective call."""
-    whole = gather_shards(shards)
+    """Change this rank's part of a DTensor."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, local = shards.device_mesh, shards.to_local()
+    places = torch.arange(shards.numel(), device=mesh.device_type).view(shards.shape)
+    # Without a source every rank cuts its part out of its own tensor.
+    places = distribute_tensor(places, mesh, shards.placements, src_data_rank=None).to_local().to(local.device)
+    whole = local.new_zeros(shards.shape)
+    whole.view(-1)[places] = local
     edit(whole)
-    set_fsdp_parameter(shards, whole)
+    local.copy_(whole.view(-1)[places])
+
+
+def edit_partition(parameter: nn.Parameter, part: torch.Tensor, edit: Edit) -> None:
+    """Change this rank's flat ``part`` of a tensor that has the shape of ``parameter`` and is split by ZeRO-3."""
+    start = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+    edit_slice(part, start, parameter.ds_shape, edit)
+
+
+def edit_slice(part: torch.Tensor, start: int, shape: torch.Size, edit: Edit) -> None:
+    """Change ``part``, the elements from ``start`` on of a flattened tensor of ``shape``; past its end is padding."""
+    whole = part.new_zeros(shape)
+    held = whole.view(-1)[start : start + part.numel()]
+    held.copy_(part[: held.numel()])
+    edit(whole)
+    part[: held.numel()].copy_(held)
 
 
 def edit_zero_state(parameter: nn.Parameter, edit: Edit, moment: str | None) -> None:
-    """Change the fp32 master of a parameter under ZeRO, or one of its Adam moments; a collective call."""
+    """Change this rank's part of the fp32 master of a parameter under ZeRO, or of one of its Adam moments.
+
+    Raises:
+        LayerselError: if there is none.
+    """
     from deepspeed import utils
 
-    if moment is None:
-        whole = utils.safe_get_full_fp32_param(parameter)
-    else:
-        whole = utils.safe_get_full_optimizer_state(parameter, moment)
-    if whole is None:
-        raise LayerselError("deepspeed: the engine keeps no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3.")
-    edit(whole)
-    if not hasattr(parameter, "ds_id"):
+    if hasattr(parameter, "ds_id"):
         if moment is None:
-            utils.safe_set_full_fp32_param(parameter, whole)
+            part = utils.safe_get_local_fp32_param(parameter)
+            store = utils.safe_set_local_fp32_param
         else:
-            utils.safe_set_full_optimizer_state(parameter, whole, moment)
+            part = utils.safe_get_local_optimizer_state(parameter, moment)
+            store = functools.partial(utils.safe_set_local_optimizer_state, optim_state_key=moment)
+        if part is not None:
+            edit_partition(parameter, part, edit)
+            store(parameter, part)
+            return
+    elif hasattr(parameter, "_hp_mapping"):
+        mapping = parameter._hp_mapping  # None on ranks that hold no part of it
+        if mapping is not None:
+            edit_slice(mapping.get_hp_fragment(moment), mapping.lp_fragment_address.start, parameter.shape, edit)
         return
-    local = utils.safe_get_local_fp32_param(parameter)
-    group = parameter.ds_process_group
-    size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    padded = torch.nn.functional.pad(whole.flatten(), (0, local.numel() * size - whole.numel()))
-    part = padded.narrow(0, local.numel() * rank, local.numel())
-    if moment is None:
-        utils.safe_set_local_fp32_param(parameter, part)
-    else:
-        utils.safe_set_local_optimizer_state(parameter, part, moment)
+    raise LayerselError("deepspeed: the engine keeps no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3.")
 
 
 def broadcast(tensor: torch.Tensor) -> None:

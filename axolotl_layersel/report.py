@@ -80,14 +80,12 @@ def describe_tower(tower: Tower, towers: str) -> str:
 
 def make_module_table(plan: Plan) -> Table:
     """Return the scores of modules by layer (rows) and type (columns); a star marks those that were chosen."""
-    places = find_places(plan.module_scores)
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    layers, kinds = arrange(plan.module_scores)
     table = Table()
     for heading in ("layer", *kinds):
         table.add_column(cell(heading), justify="right", overflow="fold")
     kept = set(plan.modules)
-    for layer in dict.fromkeys(layer for layer, _ in places.values()):
-        row = {places[name][1]: name for name in plan.module_scores if places[name][0] == layer}
+    for layer, row in layers.items():
         cells = {kind: f"{plan.module_scores[name]:.3g}{' *' if name in kept else '  '}" for kind, name in row.items()}
         table.add_row(cell(layer), *(cells.get(kind, "") for kind in kinds))
     return table
@@ -152,19 +150,18 @@ def make_figure(size: tuple[float, float]) -> "Figure":
 
 def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
     """Return the ranks by layer (rows) and type of module (columns), with means, and the means before."""
-    places = find_places(after)
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    layers = list(dict.fromkeys(layer for layer, _ in places.values()))
+    layers, kinds = arrange(after)
     table = Table()
     for heading in ("layer", *kinds, "mean"):
         table.add_column(cell(heading), justify="right", overflow="fold")
-    for layer in layers:
-        row = {kind: rank for name, rank in after.items() for place, kind in [places[name]] if place == layer}
-        table.add_row(cell(layer), *(str(row.get(kind, "")) for kind in kinds), f"{mean(row.values()):.1f}")
+    for layer, row in layers.items():
+        ranks = {kind: after[name] for kind, name in row.items()}
+        table.add_row(cell(layer), *(str(ranks.get(kind, "")) for kind in kinds), f"{mean(ranks.values()):.1f}")
     table.add_section()
+    members = {kind: [row[kind] for row in layers.values() if kind in row] for kind in kinds}
     for heading, ranks in (("mean", after), ("before", before)):
-        columns = [[rank for name, rank in ranks.items() if places[name][1] == kind] for kind in kinds]
-        table.add_row(heading, *(f"{mean(column):.1f}" for column in columns), f"{mean(ranks.values()):.1f}")
+        means = [mean(ranks[name] for name in names) for names in members.values()]
+        table.add_row(heading, *(f"{number:.1f}" for number in means), f"{mean(ranks.values()):.1f}")
     return table
 
 
@@ -179,21 +176,17 @@ def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
         LayerselError: if matplotlib is not installed.
     """
     steps = sorted(history)
-    places = find_places(history[steps[-1]])
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    layers = list(dict.fromkeys(layer for layer, _ in places.values()))
+    last = history[steps[-1]]
+    layers, kinds = arrange(last)
     figure = make_figure((11, 2 + 0.2 * len(layers)))
     over_time, at_end = figure.subplots(1, 2)
-    members = {kind: [name for name, (_, other) in places.items() if other == kind] for kind in kinds}
+    members = {kind: [row[kind] for row in layers.values() if kind in row] for kind in kinds}
     means = {kind: [mean(history[step][name] for name in names) for step in steps] for kind, names in members.items()}
     for kind, values in means.items():
         over_time.step(steps, values, where="post", label=kind)
     over_time.set(xlabel="optimizer step", ylabel="mean rank")
     over_time.legend(fontsize="small")
-    grid = [[math.nan] * len(kinds) for _ in layers]
-    for name, rank in history[steps[-1]].items():
-        layer, kind = places[name]
-        grid[layers.index(layer)][kinds.index(kind)] = rank
+    grid = [[last[row[kind]] if kind in row else math.nan for kind in kinds] for row in layers.values()]
     image = at_end.imshow(grid, aspect="auto")
     at_end.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
     at_end.set(ylabel="layer", title=f"rank after step {steps[-1]}")
@@ -205,6 +198,14 @@ def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
 def cell(text: str) -> Text:
     """Return what a file says, to be printed as it stands."""
     return Text(clean(text))
+
+
+def arrange(modules: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Return the names of modules by row and column of a table, see ``find_places``, and the columns, both in order."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, (row, column) in find_places(modules).items():
+        rows.setdefault(row, {})[column] = name
+    return rows, list(dict.fromkeys(column for row in rows.values() for column in row))
 
 
 def find_places(modules: Iterable[str]) -> dict[str, tuple[str, str]]:

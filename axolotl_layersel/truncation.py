@@ -22,9 +22,9 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
     inside = {id(parameter) for parameter in stack.layers.parameters()}
     head = base.get_output_embeddings()
     after = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    tied = {id(parameter) for parameter in base.get_input_embeddings().parameters()}
+    after -= {id(parameter) for parameter in base.get_input_embeddings().parameters()}  # where the two are tied
     for parameter in model.parameters():
-        if parameter.requires_grad and id(parameter) not in inside and id(parameter) not in after - tied:
+        if parameter.requires_grad and id(parameter) not in inside and id(parameter) not in after:
             return 0
     return min(lowest, len(stack.layers) - 1)
 

@@ -16,6 +16,7 @@ import deepspeed
 import torch
 from axolotl.integrations.base import BasePlugin
 from safetensors.torch import save_file
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers import TrainerCallback
 
 from axolotl_layersel import adapters, engines
@@ -150,7 +151,7 @@ class RankProbe(TrainerCallback):
         self.trainer, self.ranks = trainer, ranks
         self.folder = Path(trainer.args.output_dir)
         self.tensors, self.gates, self.waiting = {}, {}, {}
-        self.survivors = 0.0
+        self.survivors, self.collectives = 0.0, {}
         self.upstream_apply, ranks.apply = ranks.apply, self.apply
         for name, module in ranks.modules.items():
             for side in ("lora_A", "lora_B"):
@@ -179,7 +180,9 @@ class RankProbe(TrainerCallback):
             return self.upstream_apply(moves, step, training)
         self.gates[step] = {name: list(module.gates.values()) for name, module in self.ranks.describe().items()}
         before = self.collect()
-        self.upstream_apply(moves, step, training)
+        with CommDebugMode() as communication:
+            self.upstream_apply(moves, step, training)
+        self.collectives[step] = communication.get_total_counts()
         after = self.collect()
         for (name, side, kind), value in after.items():
             changed = sorted({*moves.pruned.get(name, ()), *moves.added.get(name, ())})
@@ -225,7 +228,7 @@ class RankProbe(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if args.process_index == 0:
             save_file(self.tensors, self.folder / "rows.safetensors")
-            record = {"gates": self.gates, "survivors_changed_by": self.survivors}
+            record = {"gates": self.gates, "survivors_changed_by": self.survivors, "collectives": self.collectives}
             (self.folder / "ranks.json").write_text(json.dumps(record))
 
 

@@ -1,5 +1,6 @@
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -124,6 +125,22 @@ def test_the_configuration_names_the_modules_that_carry_lora_and_no_other(kept, 
     adapters.name_exactly(config, base)
     assert (config.target_modules, config.layers_to_transform) == (target, layers)
     assert set(find_lora_modules(get_peft_model(Tower(), config).get_base_model())) == set(kept)
+
+
+def test_naming_the_modules_takes_time_in_proportion_to_their_number():
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    models = [make_lora(make_small_llama(layers, **size), ALL_LINEAR) for layers in (100, 400)]
+
+    def measure(model) -> float:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            adapters.name_exactly(adapters.get_config(model), model.get_base_model())
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    few, many = map(measure, models)
+    assert many / few < 8, "4 would be in proportion, 16 quadratic"
 
 
 def test_modules_to_save_are_in_the_file(tmp_path):

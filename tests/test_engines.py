@@ -137,6 +137,39 @@ def test_a_gate_step_prepares_and_weighs_its_rows_as_the_trainer_does():
     assert "with self.activation_offload_context:" in inspect.getsource(ActivationOffloadingMixin.training_step)
 
 
+def test_each_rank_holds_its_part_of_what_deepspeed_splits_where_an_edit_looks_for_it():
+    from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.utils.tensor_fragment import set_full_hp_param
+
+    source = inspect.getsource(set_full_hp_param)
+    assert "torch.narrow(value.flatten(), 0, lp_frag_address.start, lp_frag_address.numel)" in source
+    assert "hp_fragment = self._hp_mapping.get_hp_fragment(optim_state_key)" in source
+    assert "hp_fragment.data.copy_(value_fragment.data)" in source
+    source = inspect.getsource(partition_parameters)
+    assert "start = partition_size * self.get_partition_rank()" in source
+    assert "param.ds_tensor.copy_(src_tensor)" in source
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_a_tensor_is_changed_part_by_part_as_it_is_as_a_whole(size):
+    torch.manual_seed(0)
+    whole, factors = torch.randn(5, 3), torch.tensor([2.0, 0.5, -1.0])
+
+    def edit(tensor: torch.Tensor) -> None:
+        tensor[2] = torch.arange(3.0)
+        tensor.index_fill_(0, torch.tensor([4]), 0)
+        tensor.mul_(factors)
+
+    expected = whole.clone()
+    edit(expected)
+    length = -(-15 // size)
+    padded = torch.nn.functional.pad(whole.flatten(), (0, size * length - 15), value=7.0)
+    for rank in range(size):
+        engines.edit_slice(padded[rank * length : (rank + 1) * length], rank * length, whole.shape, edit)
+    assert torch.equal(padded[:15].view(5, 3), expected)
+    assert (padded[15:] == 7).all()
+
+
 def test_a_second_engine_can_be_built_over_the_parameters_of_the_first():
     from accelerate import Accelerator
     from deepspeed.runtime.engine import DeepSpeedEngine

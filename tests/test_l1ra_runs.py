@@ -106,6 +106,8 @@ def test_the_next_forward_computes_with_the_rows_that_an_update_wrote(whole_runs
                 assert not rows[f"{key}/{side}/exp_avg"].any() and not rows[f"{key}/{side}/exp_avg_sq"].any()
     assert written > 10
     assert record["survivors_changed_by"] == 0
+    # That all agree is asked once, of objects whose sizes go first; nothing that is written is sent.
+    assert set(record["collectives"].values()) == {0 if engine == "single" else 2}
 
 
 @pytest.mark.parametrize("engine", ENGINES)

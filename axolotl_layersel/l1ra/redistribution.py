@@ -215,6 +215,8 @@ class RankRedistribution:
     def apply(self, moves: Moves, step: int, training: bool = True) -> None:
         """Flip the components of ``moves`` and write their rows and columns, on every rank alike.
 
+        However many modules there are, ranks communicate once, to see that they agree.
+
         ``training``: whether the optimizer steps again, so that its moments matter; after the last step an engine
         that has loaded the best model may hold none.
         """
