@@ -39,6 +39,8 @@ fails loudly when one of them changes):
   the configuration that it is given in place.
 * accelerate 1.13.0, ``_prepare_fsdp2``: knows the parameters of a sharded model that is prepared again by the
   ``data_ptr()`` of their local shards, which is 0 for every empty one.
+* torch 2.13.0: the process group's store is ``distributed_c10d._get_default_store()``, and its ``wait`` raises
+  ``DistStoreError`` when the time is over.
 * torch 2.13.0: an FSDP2 parameter is a ``DTensor``, and so are its optimizer's moments.
 * torch 2.13.0: Adam's and AdamW's moments are ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``; deepspeed's
   Adam has the first two.
@@ -48,6 +50,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -536,13 +539,36 @@ def average_differentiably(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 
-def find_differing_ranks(digest: bytes) -> list[int]:
-    """Return the ranks whose ``digest`` is not that of rank 0, ascending; a collective call."""
+def gather_from_all(value: T) -> list[T]:
+    """Return what every rank passed, by rank; a collective call."""
+    if not is_distributed():
+        return [value]
+    values: list[T] = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def find_differing_ranks(digest: bytes | None) -> list[int]:
+    """Return the ranks whose ``digest`` is not that of rank 0, ascending; None has no say. A collective call."""
+    digests = gather_from_all(digest)
+    return [rank for rank, other in enumerate(digests) if other not in (None, digests[0])]
+
+
+def find_absent_ranks(place: str, seconds: float) -> list[int]:
+    """Return the ranks that have not called this with ``place`` within ``seconds``, ascending.
+
+    No collective call, in which a rank would wait, or worse be answered by one of somebody else's.
+    """
     if not is_distributed():
         return []
-    digests: list[bytes] = [b""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, digest)
-    return [rank for rank, other in enumerate(digests) if other != digests[0]]
+    store = torch.distributed.distributed_c10d._get_default_store()
+    keys = [f"layersel/{place}/{rank}" for rank in range(torch.distributed.get_world_size())]
+    store.set(keys[get_rank()], "here")
+    try:
+        store.wait(keys, timedelta(seconds=seconds))
+    except torch.distributed.DistStoreError:
+        return [rank for rank, key in enumerate(keys) if not store.check([key])]
+    return []
 
 
 def upstream_writes_adapter(trainer: Trainer) -> bool:

@@ -2,9 +2,9 @@
 
 They change nothing, unless the environment says so: ``LAYERSEL_TEST_SIGNAL="KILL:3"`` sends every rank SIGKILL at
 the end of step 3; ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"DRIFT:3"`` moves a
-gate on rank 1 alone; ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
-``"BYPASS:0"`` computes the LoRA of one module past it; ``"SEARCHKILL:3"`` sends every rank SIGKILL in step 3 of a
-search for layers.
+gate on rank 1 alone, ``"BIT:3"`` all gates there by their last bit; ``"NAN:3"`` puts a NaN into a LoRA weight before
+step 3; ``"BYPASS:0"`` computes the LoRA of one module past it; ``"SEARCHKILL:3"`` sends every rank SIGKILL in step 3
+of a search for layers.
 """
 
 import json
@@ -207,6 +207,9 @@ class RankProbe(TrainerCallback):
         name, _, step = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
         if name == "DRIFT" and state.global_step == int(step) and args.process_index == 1:
             self.ranks.gates.values[0] *= 0.5
+        if name == "BIT" and state.global_step == int(step) and args.process_index == 1:
+            gates = self.ranks.gates.values
+            gates.copy_(torch.nextafter(gates, torch.zeros_like(gates)))
 
     def on_step_begin(self, args, state, control, **kwargs):
         name, _, step = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
@@ -226,6 +229,12 @@ class RankProbe(TrainerCallback):
             save_file({"logits": logits.float().contiguous()}, folder / "logits.safetensors")
 
     def on_train_end(self, args, state, control, **kwargs):
+        if os.environ.get("LAYERSEL_TEST_SIGNAL", "").startswith("BIT"):
+            weights = adapters.adapter_parameters(self.ranks.model)
+            save_file(
+                {name: weight.detach().contiguous() for name, weight in weights.items()},
+                self.folder / f"end_{args.process_index}.safetensors",
+            )
         if args.process_index == 0:
             save_file(self.tensors, self.folder / "rows.safetensors")
             record = {"gates": self.gates, "survivors_changed_by": self.survivors, "collectives": self.collectives}

@@ -281,8 +281,18 @@ def test_preference_training_moves_rank(train, tmp_path):
 
 def test_ranks_that_differ_between_processes_stop_the_run(train):
     run = train("ddp", expect=1, env={"LAYERSEL_TEST_SIGNAL": "DRIFT:3"}, **SETTINGS)
-    assert "layersel.l1ra: after step 4 ranks [1] came to other gates or moves than rank 0" in run.log
+    assert "layersel.l1ra: after step 4 ranks [1] came to other gates or moves than rank 0: gate 0 of model" in run.log
+    assert run.log.count("of model.layers.0.self_attn.q_proj is 0.") >= 2
     assert (run.folder / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+def test_ranks_that_differ_in_the_last_bit_take_the_gates_of_rank_zero(train, runs):
+    run = train("ddp", env={"LAYERSEL_TEST_SIGNAL": "BIT:3"}, **SETTINGS)
+    assert run.engine["engine"] == "ddp"
+    ends = [load_file(run.folder / f"end_{rank}.safetensors") for rank in range(2)]
+    assert ends[0] and difference(*ends) == 0
+    assert run.ranks() == runs[False].ranks()
+    assert difference(run.adapter(), runs[False].adapter()) <= 1e-3
 
 
 def test_a_gate_that_is_no_number_stops_the_run_at_that_step_and_names_its_module(train, base_model, tmp_path):

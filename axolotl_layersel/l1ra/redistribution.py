@@ -29,6 +29,9 @@ from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.report import print_ranks
 
 LOG = logging.getLogger("axolotl.layersel")
+# By how much a step may let a gate differ between ranks. Their gradients are the same average, so only the arithmetic
+# of a step of at most 0.4 (gate_lr in the shortest runs) is rounded differently, and m is at most 32·√v: 0.4·32·2⁻²⁴.
+ROUNDING = 2.0**-20
 
 
 class RankRedistribution:
@@ -171,6 +174,7 @@ class RankRedistribution:
 
     def update(self, step: int) -> None:
         """Move rank after optimizer step ``step``."""
+        self.settle(step)
         self.check_gradients(step)
         settings = self.settings
         moves = allocate(
@@ -249,16 +253,49 @@ class RankRedistribution:
         for tensor in tensors:
             tensor.index_fill_(0, where, value)
 
-    def check_agreement(self, moves: Moves, step: int) -> None:
-        """Raise LayerselError, on every rank, unless all ranks have the same gates and come to the same moves."""
-        content = [self.gates.values.cpu().numpy().tobytes(), self.active.cpu().numpy().tobytes(), repr(moves).encode()]
-        differing = engines.find_differing_ranks(hashlib.sha256(b"".join(content)).digest())
+    def settle(self, step: int) -> None:
+        """Let every rank's gates and their moments be rank 0's; every rank must call this.
+
+        On nodes with other processors the last bits differ, which moves nothing between two updates, but could let
+        one rank prune a component that another keeps.
+
+        Raises:
+            LayerselError: on every rank, if gates differ by more than rounding.
+        """
+        shared = torch.stack([self.gates.values, self.exp_avg, self.exp_avg_sq])
+        engines.broadcast(shared)
+        apart = (self.gates.values - shared[0]).abs()
+        farthest = int(apart.argmax())
+        found = engines.gather_from_all((float(apart.max()), farthest, float(self.gates.values[farthest])))
+        before = max((update for update in self.update_steps if update < step), default=0)
+        allowed = ROUNDING * max(step - before, 1)
+        differing = [rank for rank, (distance, _, _) in enumerate(found) if not distance <= allowed]
         if differing:
-            raise LayerselError(
-                f"layersel.l1ra: after step {step} ranks {differing} came to other gates or moves than rank 0, so "
-                "their adapters would drift apart. The run stops; the last checkpoint is good. This is a fault of the "
-                "machine or of the communication library, not of a setting: resume, and report it if it comes again."
+            _, component, value = found[differing[0]]
+            name = self.gates.name_component(component)
+            self.refuse(
+                differing,
+                step,
+                f"gate {component - self.gates.parts[name].start} of {name} is {value:.8g} on rank {differing[0]}, "
+                f"{float(shared[0, component]):.8g} on rank 0, where rounding explains {allowed:.1g}",
             )
+        for tensor, values in zip((self.gates.values, self.exp_avg, self.exp_avg_sq), shared):
+            tensor.copy_(values)
+
+    def check_agreement(self, moves: Moves, step: int) -> None:
+        """Raise LayerselError, on every rank, unless all ranks come to the same moves of the same components."""
+        content = repr(moves).encode() + self.active.cpu().numpy().tobytes() + self.steps.cpu().numpy().tobytes()
+        differing = engines.find_differing_ranks(hashlib.sha256(content).digest())
+        if differing:
+            self.refuse(differing, step, "from the same gates other components would be moved")
+
+    def refuse(self, ranks: list[int], step: int, difference: str) -> None:
+        """Raise LayerselError for ``ranks`` that are no longer where rank 0 is."""
+        raise LayerselError(
+            f"layersel.l1ra: after step {step} ranks {ranks} came to other gates or moves than rank 0: {difference}. "
+            "Their adapters would drift apart. The run stops; the last checkpoint is good. This is a fault of the "
+            "machine or of the communication library, not of a setting: resume, and report it if it comes again."
+        )
 
     def draw_row(self, module: str, slot: int, step: int) -> torch.Tensor:
         """Return the row of A that a component added after ``step`` starts from, (inputs,), fp32."""
@@ -268,6 +305,7 @@ class RankRedistribution:
 
     def finish(self, step: int) -> None:
         """Prune a last time, and leave plain LoRA modules that compute the same; every rank must call this."""
+        self.settle(step)
         closed = [name for name, part in self.gates.parts.items() if not self.gates.values[part].any()]
         settings = self.settings
         pruned = prune(self.describe(), settings.prune_threshold, settings.min_rank)
