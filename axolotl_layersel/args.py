@@ -51,6 +51,18 @@ GENERATING_TRAINERS = ("grpo", "ebft")
 PLAIN_INITIALISATIONS = (True, "true", "gaussian")
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+# What of a file decides how a run goes, and so must be the same on all ranks. Paths may differ from node to node; what
+# lies there is compared itself.
+AGREEING_KEYS = (
+    *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear"),
+    *("lora_modules_to_save", "peft_layers_to_transform", "lora_rank_pattern", "lora_alpha_pattern"),
+    *("peft_use_rslora", "peft_use_dora", "peft_init_lora_weights", "load_in_8bit", "load_in_4bit", "rl"),
+    *("seed", "max_steps", "num_epochs", "micro_batch_size", "gradient_accumulation_steps", "sequence_len"),
+    *("sample_packing", "learning_rate", "lr_scheduler", "warmup_steps", "warmup_ratio", "optimizer", "weight_decay"),
+    *("max_grad_norm", "val_set_size", "save_steps", "save_strategy", "eval_steps", "eval_strategy"),
+    *("load_best_model_at_end", "early_stopping_patience", "auto_resume_from_checkpoints", "gradient_checkpointing"),
+    *("deepspeed", "fsdp", "fsdp_version", "fsdp_config", "bf16", "fp16"),
+)
 PARALLELISM = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
 
 

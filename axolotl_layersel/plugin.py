@@ -6,7 +6,7 @@ import os
 
 from axolotl.integrations.base import BasePlugin
 
-from axolotl_layersel.args import LORA_KERNELS, LayerselBlock
+from axolotl_layersel.args import AGREEING_KEYS, LORA_KERNELS, LayerselBlock
 from axolotl_layersel.errors import LayerselError
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -52,11 +52,13 @@ class LayerSelectionPlugin(BasePlugin):
         from axolotl.utils.distributed import init_distributed_state
 
         from axolotl_layersel import engines
+        from axolotl_layersel.agreement import check_started_alike
         from axolotl_layersel.prepare import check_resumed
         from axolotl_layersel.selection.phase import check_continuing, find_plan
 
         init_distributed_state()
         settings = read_settings(cfg)
+        check_started_alike({"layersel": settings.model_dump(), **{key: cfg.get(key) for key in AGREEING_KEYS}})
         resume_from = engines.decide_on_rank_zero(lambda: find_resumed_checkpoint(cfg))
         engines.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
         selection = settings.selection

@@ -9,6 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
+from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback
 from axolotl_layersel.errors import LayerselError
@@ -54,11 +55,13 @@ def prepare_trainer(
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if not isinstance(model, PeftModel):
         raise LayerselError(f"adapter: the trainer's model is a {type(model).__name__}, not a PEFT model with LoRA.")
+    check_trainers_alike(trainer, model, settings, resume_from, continues_adapter)
     engines.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
     adapters.check_experts(model)
     adapters.keep_trained_alone(model)
     seeded = not continues_adapter and adapters.initialize_lora(model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
+    check_weights_alike(trainer, model)
     # First, for after a search the weights may lie in shards.
     capacity = make_room(trainer, settings.l1ra, lora_r, scaling) if settings.l1ra else None
     plan = None

@@ -246,8 +246,10 @@ class Zygote:
             answer = json.loads(line)
             self.answers[answer["id"]].put(answer)
 
-    def run(self, target: str, args: dict, world: int, log: Path, env: dict, timeout: float = 240) -> list[int]:
-        """Return the exit codes of the job's ranks."""
+    def run(
+        self, target: str, args: dict | list[dict], world: int, log: Path, env: dict, timeout: float = 240
+    ) -> list[int]:
+        """Return the exit codes of the job's ranks. ``args``: those of all, or of each."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -374,12 +376,28 @@ def make_config(base_model, data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train(zygote, make_config):
-    """Return a function that trains with real Axolotl on an engine and returns the finished run."""
+    """Return a function that trains with real Axolotl on an engine and returns the finished run.
 
-    def run(engine: str = "single", *, expect: int | None = 0, env: dict | None = None, **settings) -> Run:
+    ``elsewhere``: settings that ranks above 0 have differently; ``timeout``: seconds, after which all are killed.
+    """
+
+    def run(
+        engine: str = "single",
+        *,
+        expect: int | None = 0,
+        env: dict | None = None,
+        elsewhere: dict | None = None,
+        timeout: float = 240,
+        **settings,
+    ) -> Run:
         path, world, output = make_config(engine, **settings)
         log = path.with_suffix(f".{zygote.jobs}.log")
-        codes = zygote.run("axolotl.cli.train:do_cli", {"config": str(path)}, world, log, env or {})
+        paths = [path] * world
+        if elsewhere is not None:
+            other, _, _ = make_config(engine, **{**settings, "output": output, **elsewhere})
+            paths = [path, *[other] * (world - 1)]
+        args = [{"config": str(each)} for each in paths]
+        codes = zygote.run("axolotl.cli.train:do_cli", args, world, log, env or {}, timeout)
         text = "\n".join(Path(f"{log}.{rank}").read_text() for rank in range(world))
         if expect is not None:
             assert codes == [expect] * world, f"exit codes {codes}\n{text[-6000:]}"

@@ -1,11 +1,18 @@
 """What the plugin sees of a YAML file before Axolotl has checked it."""
 
+import dataclasses
+
 import hypothesis
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.config import AxolotlInputConfig
 from hypothesis import example, given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from test_args import VALUES
+from transformers import TrainingArguments
 
+from axolotl_layersel.agreement import ADAPTER_SETTINGS, ARGUMENTS
+from axolotl_layersel.args import AGREEING_KEYS
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plugin import LayerSelectionPlugin
 
@@ -19,3 +26,11 @@ def test_a_block_of_any_type_is_registered_or_refused_by_its_key(block, key, ker
         LayerSelectionPlugin().register(DictDefault({"layersel": block, "lora_o_kernel": kernel}))
     except LayerselError as error:
         assert str(error).startswith(("layersel.", "lora_o_kernel: "))
+
+
+def test_what_ranks_must_agree_in_are_keys_of_axolotl():
+    fields = {*AxolotlInputConfig.model_fields}
+    fields |= {field.alias for field in AxolotlInputConfig.model_fields.values() if field.alias}
+    assert {*AGREEING_KEYS, *ARGUMENTS, *ADAPTER_SETTINGS} - fields == set()
+    assert {*ARGUMENTS.values()} - {field.name for field in dataclasses.fields(TrainingArguments)} == set()
+    assert {*ADAPTER_SETTINGS.values()} - {field.name for field in dataclasses.fields(LoraConfig)} == set()

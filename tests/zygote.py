@@ -5,7 +5,8 @@ a rank for every job, with the environment that torchrun would set, so that a te
 The children run Axolotl's own entry points; nothing of it is replaced.
 
 Jobs come as JSON lines on standard input, ``{"id", "target", "args", "world", "env", "log", "port"}``;
-answers go to standard output: ``{"id", "pids"}`` once started and ``{"id", "codes"}`` at the end.
+answers go to standard output: ``{"id", "pids"}`` once started and ``{"id", "codes"}`` at the end. ``args`` may be a
+list, one for each rank.
 """
 
 import gc
@@ -55,7 +56,8 @@ def run_child(job: dict, rank: int) -> None:
     module, _, function = job["target"].partition(":")
     code = 1
     try:
-        getattr(importlib.import_module(module), function)(**job["args"])
+        args = job["args"][rank] if isinstance(job["args"], list) else job["args"]
+        getattr(importlib.import_module(module), function)(**args)
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)

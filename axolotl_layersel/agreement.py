@@ -1,0 +1,185 @@
+"""All ranks of a run are started alike: what differs is named at once, before it hangs a run or spoils its adapter."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import Trainer
+
+from axolotl_layersel import adapters, engines
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.block import quote
+from axolotl_layersel.errors import LayerselError
+
+PACKAGES = ("axolotl-layersel", "axolotl", "torch", "transformers", "peft", "accelerate", "deepspeed")
+# Ranks come to the first check within seconds of each other; a rank that never does is waited for so long.
+PATIENCE = 600
+SAMPLED_ROWS = 32
+# By the name of a fact, what to do about ranks that differ in it.
+WAYS_OUT = {
+    "settings": "Start all ranks from the same YAML file and with the same options.",
+    "versions": "Install the same versions on all nodes.",
+    "rows": "Give all nodes the same files, and delete what `dataset_prepared_path` holds of others.",
+    "weights": "Give all nodes the same base model and the same adapter.",
+}
+# What of the Trainer's arguments decides how a run goes, by the YAML keys that set them.
+ARGUMENTS = {
+    "seed": "seed",
+    "max_steps": "max_steps",
+    "num_epochs": "num_train_epochs",
+    "micro_batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_steps": "warmup_steps",
+    "optimizer": "optim",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "save_steps": "save_steps",
+    "eval_steps": "eval_steps",
+    "load_best_model_at_end": "load_best_model_at_end",
+}
+ADAPTER_SETTINGS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "peft_use_rslora": "use_rslora",
+    "peft_use_dora": "use_dora",
+    "peft_init_lora_weights": "init_lora_weights",
+    "lora_rank_pattern": "rank_pattern",
+}
+
+
+def check_started_alike(settings: Mapping[str, Any]) -> None:
+    """Raise LayerselError, on every rank, unless all ranks have the same ``settings``, nested by key, and packages.
+
+    A rank that does not come here is named too, after a while.
+    """
+    absent = engines.find_absent_ranks("started", PATIENCE)
+    if absent:
+        raise LayerselError(
+            f"plugins: ranks {absent} have not come to axolotl_layersel in {PATIENCE} seconds. Look into their logs; "
+            "if they are still running, list the plugin in the YAML files of all ranks."
+        )
+    check_same({"settings": settings, "versions": find_versions()})
+
+
+def check_trainers_alike(
+    trainer: Trainer, model: PeftModel, settings: LayerselBlock, resume_from: str | None, continues_adapter: bool
+) -> None:
+    """Raise LayerselError, on every rank, unless the trainers of all ranks have the same settings, rows and packages.
+
+    ``resume_from`` and ``continues_adapter``: see ``prepare_trainer``.
+    """
+    if not engines.is_distributed():
+        return
+    config = adapters.get_config(model)
+    run = {
+        "layersel": settings.model_dump(),
+        **{key: getattr(trainer.args, name) for key, name in ARGUMENTS.items()},
+        **{key: getattr(config, name) for key, name in ADAPTER_SETTINGS.items()},
+        "resume_from_checkpoint": resume_from,
+        "lora_model_dir": "given" if continues_adapter else None,
+    }
+    seed = trainer.args.seed
+    rows = {
+        "datasets": describe_rows(trainer.train_dataset, seed),
+        "eval set": describe_rows(trainer.eval_dataset, seed),
+    }
+    check_same({"settings": run, "versions": find_versions(), "rows": rows})
+
+
+@torch.no_grad()
+def check_weights_alike(trainer: Trainer, model: PeftModel) -> None:
+    """Raise LayerselError, on every rank, unless the ranks that hold whole LoRA weights start from the same ones."""
+    if not engines.is_distributed():
+        return
+    digests = None
+    if engines.get_rank() in engines.ranks_with_weights(trainer):
+        # A partition of ZeRO-3's is a rank's own.
+        whole = {name: p for name, p in adapters.adapter_parameters(model).items() if not hasattr(p, "ds_id")}
+        digests = {name: digest(parameter) for name, parameter in whole.items()}
+    if engines.find_differing_ranks(None if digests is None else repr(digests).encode()):
+        check_same({"weights": None if digests is None else {"initial LoRA weights": digests}})
+
+
+def check_same(facts: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Raise LayerselError, on every rank, that names the first rank and key whose value is not rank 0's.
+
+    Every rank must call this. ``facts``: by group, see ``WAYS_OUT``, and by key, nested; None where a rank has no say.
+    """
+    everyone = engines.gather_from_all({group: make_plain(values) for group, values in facts.items()})
+    for group in facts:
+        for rank, theirs in enumerate(everyone):
+            difference = None if theirs[group] is None else find_difference(everyone[0][group], theirs[group])
+            if difference:
+                key, here, there = difference
+                raise LayerselError(f"{key}: {quote(there)} on rank {rank}, {quote(here)} on rank 0. {WAYS_OUT[group]}")
+
+
+def find_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """Return where two nested mappings first differ, as a key with dots, and both values; None where they do not."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in {**ours, **theirs}:
+            inner = f"{key}.{name}" if key else name
+            difference = find_difference(ours.get(name), theirs.get(name), inner)
+            if difference:
+                return difference
+        return None
+    return None if ours == theirs else (key, ours, theirs)
+
+
+def make_plain(value: Any) -> Any:
+    """Return a value as numbers, texts, lists and dictionaries, the same for the same value in every process."""
+    if isinstance(value, Mapping):
+        return {str(key): make_plain(inner) for key, inner in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [make_plain(inner) for inner in value]
+    value = getattr(value, "value", value)  # an enumeration's
+    return value if value is None or isinstance(value, bool | int | float | str) else str(type(value))
+
+
+def find_versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that a run depends on; None for one that is not there."""
+    versions: dict[str, str | None] = {"version of Python": ".".join(platform.python_version_tuple()[:2])}
+    for name in PACKAGES:
+        try:
+            versions[f"version of {name}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[f"version of {name}"] = None
+    return versions
+
+
+def describe_rows(dataset: Any, seed: int) -> Any:
+    """Return the number of a dataset's rows, and a hash of some, drawn by ``seed``; None where it is streamed.
+
+    A hash only where the rows lie still, without what a transformation makes of them.
+    """
+    if isinstance(dataset, Mapping):
+        return {name: describe_rows(part, seed) for name, part in dataset.items()}
+    if not hasattr(dataset, "__len__"):
+        return None
+    count = len(dataset)
+    if not isinstance(dataset, Dataset):
+        return {"number of rows": count}
+    drawn = random.Random(seed).sample(range(count), min(count, SAMPLED_ROWS))
+    untransformed = dataset.with_format(None)
+    rows = [untransformed[row] for row in drawn]
+    text = json.dumps(rows, sort_keys=True, default=lambda value: str(type(value)))
+    return {"number of rows": count, "hash of some rows": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def digest(parameter: torch.Tensor) -> str:
+    """Return a hash of the bytes of a whole tensor."""
+    raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(raw.numpy(), digest_size=8).hexdigest()
