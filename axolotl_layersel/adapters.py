@@ -18,7 +18,7 @@ from transformers import Trainer
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack, find_lora_modules
-from axolotl_layersel.layouts import list_ends, write_adapter
+from axolotl_layersel.layouts import list_ends, sort_sets
 
 # From the adapter's tensors and configuration in training to those of a plain adapter.
 Fold = Callable[[dict[str, torch.Tensor], LoraConfig], tuple[dict[str, torch.Tensor], LoraConfig]]
@@ -64,6 +64,19 @@ def check_experts(model: PeftModel) -> None:
             "lora_target_modules: PEFT put LoRA on this model's expert parameters, which is not supported yet. "
             "Target the attention modules alone, such as q_proj and v_proj."
         )
+
+
+def complete_config(model: PeftModel) -> None:
+    """Let the configuration say all that PEFT adds to it when it saves, in an order that is the same in every run.
+
+    Call it before an engine exists: FSDP2 gives classes other names.
+    """
+    config, base = get_config(model), model.get_base_model()
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = base.__dict__.get("name_or_path")
+    if config.task_type is None:
+        config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    sort_sets(config)
 
 
 def check_plain_lora(model: PeftModel, modules: dict[str, LoraLayer], setting: str) -> None:
@@ -183,8 +196,7 @@ def name_exactly(config: LoraConfig, base: nn.Module) -> None:
         config.target_modules = sorted({name.rpartition(".")[2] for name in present})
         config.layers_to_transform = sorted({int(layer["number"]) for layer in layers})
         config.layers_pattern = sorted({layer["list"] for layer in layers})
-        matched = [name for name in (*present, *others) if check_target_module_exists(config, name)]
-        if matched == present:
+        if find_targets(config, base) == present:
             return
     config.target_modules = sorted(present)
     config.layers_to_transform = None
@@ -204,6 +216,12 @@ def list_other_modules(base: nn.Module) -> list[str]:
         elif not name.startswith(inside):
             others.append(name)
     return others
+
+
+def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
+    """Return the names of the modules of ``base`` that PEFT would put LoRA on, were there none; LoRA modules first."""
+    names = (*find_lora_modules(base), *list_other_modules(base))
+    return [name for name in names if check_target_module_exists(config, name)]
 
 
 def freeze_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> None:
@@ -247,46 +265,29 @@ def enable_adapter_layers(tuner: BaseTuner) -> None:
 
 
 def adapter_parameters(model: PeftModel, embeddings: bool | str = False) -> dict[str, nn.Parameter]:
-    """Return the parameters that an adapter file holds, by their name in that file (PEFT's naming).
+    """Return the parameters that an adapter file holds, by their name in that file (PEFT's naming); tied ones twice.
 
     ``embeddings``: whether base embeddings are among them; ``"auto"`` where PEFT would save them, after the
     vocabulary was resized, for which it may look the base's configuration up.
     """
     return get_peft_model_state_dict(
         model,
-        state_dict=dict(model.named_parameters()),
+        state_dict=dict(model.named_parameters(remove_duplicate=False)),
         adapter_name=get_adapter_name(model),
         save_embedding_layers=embeddings,
     )
 
 
-def gather_adapter(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Return the tensors that an adapter file holds, whole, on rank 0, nothing elsewhere; every rank must call this.
+def find_adapter(trainer: Trainer) -> dict[str, nn.Parameter]:
+    """Return the parameters of the adapter's file by name, as the engine trains them; every rank must call this.
 
-    Sharded weights are gathered one at a time, the adapter's alone.
+    FSDP2 may have left whole copies of them in the model, in the precision of a forward pass; they are let go.
     """
+    engines.reshard(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     names = engines.decide_on_rank_zero(lambda: list(adapter_parameters(model, embeddings="auto")))
     parameters = adapter_parameters(model, embeddings=True)
-    return engines.gather_parameters({name: parameters[name] for name in names})
-
-
-def save_adapter(trainer: Trainer, folder: str | Path, fold: Fold | None = None) -> dict[str, torch.Tensor]:
-    """Write the adapter in training to ``folder`` as plain PEFT files; every rank must call this.
-
-    Args:
-        trainer: whose model carries the adapter.
-        folder: is made where it does not exist; each file appears there at once and complete.
-        fold: what makes a plain adapter of the tensors and the configuration in training, on rank 0.
-
-    Returns:
-        What ``gather_adapter`` does, before ``fold``.
-    """
-    tensors = gather_adapter(trainer)
-    if engines.get_rank() == 0:
-        config = get_config(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
-        write_adapter(folder, *(fold(tensors, config) if fold else (tensors, config)))
-    return tensors
+    return {name: parameters[name] for name in names}
 
 
 def load_adapter_tensors(model: PeftModel, path: Path, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -13,8 +13,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from axolotl_layersel import adapters, engines
+from axolotl_layersel import engines
 from axolotl_layersel.interrupt import EXIT_CODE, InterruptFlag
+from axolotl_layersel.writer import AdapterWriter
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -64,12 +65,12 @@ class InterruptCallback(TrainerCallback):
 
     Args:
         trainer: whose run it is.
-        fold: see ``adapters.save_adapter``.
+        writer: writes its adapter.
     """
 
-    def __init__(self, trainer: Trainer, fold: adapters.Fold | None) -> None:
+    def __init__(self, trainer: Trainer, writer: AdapterWriter) -> None:
         self.trainer = trainer
-        self.fold = fold
+        self.writer = writer
         self.interrupt = InterruptFlag(trainer.args.device)
         self.training = False
 
@@ -99,7 +100,7 @@ class InterruptCallback(TrainerCallback):
         if not self.interrupt.is_raised_anywhere():
             return
         folder = Path(self.trainer.args.output_dir)
-        adapters.save_adapter(self.trainer, folder, self.fold)
+        self.writer.save(folder)
         if engines.get_rank() == 0:
             LOG.warning("layersel: interrupted; the adapter as trained so far is in %s", folder)
         engines.leave(EXIT_CODE)

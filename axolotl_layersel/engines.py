@@ -3,9 +3,7 @@
 What is relied on beyond documented interfaces, with the version it was seen in (``tests/test_engines.py``
 fails loudly when one of them changes):
 
-* transformers 5.16.1, ``Trainer.save_model``: writes every checkpoint's adapter, before any push to a hub;
-  without a usable adapter on ZeRO-3 (unless ``stage3_gather_16bit_weights_on_model_save``) and on FSDP2
-  with SHARDED_STATE_DICT.
+* transformers 5.16.1, ``Trainer.save_model``: is called for every checkpoint, before any push to a hub.
 * transformers 5.16.1, ``PreTrainedModel.enable_input_require_grads``: registers forward hooks named
   ``make_inputs_require_grads`` on the embeddings, more than once under gradient checkpointing.
 * transformers 5.16.1 and accelerate 1.13.0: at the trainer's creation a ZeRO-3 model is partitioned and an
@@ -14,7 +12,10 @@ fails loudly when one of them changes):
   were initialised.
 * transformers 5.16.1, ``Trainer._load_from_checkpoint`` and ``_load_best_model``: on one process and DDP both
   restore LoRA weights through the model's own ``load_adapter``, and by nothing else.
-* transformers 5.16.1, ``Trainer._save``: the adapter's files come from the model's own ``save_pretrained``.
+* transformers 5.16.1, ``Trainer._save``: the adapter's files come from the model's own ``save_pretrained``. axolotl
+  0.19.0: so do those after training on one process, DDP and ZeRO-1/2; ZeRO-3 has ``save_model`` write them, FSDP2 the
+  function ``save_fsdp2_lora_adapter``, which also writes checkpoints where the base is quantised. Both callers look it
+  up in its module when they save.
 * transformers 5.16.1, ``Trainer._inner_training_loop``: looks at ``should_training_stop`` after every
   ``_run_epoch`` only, which makes a step at least; nothing saves or evaluates before the first one but
   ``eval_on_start``.
@@ -22,9 +23,10 @@ fails loudly when one of them changes):
   ``stateful_callbacks``, of several of a class in a list that grows with every checkpoint;
   ``_load_callback_state`` restores them only on request, by making the callbacks anew at the end of the list.
 * transformers 5.16.1, ``Trainer.set_initial_training_values``: ends in the planned number of optimizer steps.
-* deepspeed 0.18.9: a partitioned parameter has ``ds_id``, ``ds_shape`` and ``ds_process_group``, and this rank's part
-  of what the next forward gathers in ``ds_tensor``: flat, all ranks' parts of one size, the last ones padded. A
-  parameter that is not gathered has no elements; one under ``stage3_param_persistence_threshold`` stays gathered.
+* deepspeed 0.18.9: a partitioned parameter has ``ds_id``, ``ds_numel``, ``ds_shape`` and ``ds_process_group``, and this
+  rank's part of what the next forward gathers in ``ds_tensor``: flat, all ranks' parts of one size, the last ones
+  padded; its ``status`` says whether it is in memory. A parameter that is not gathered has no elements; one under
+  ``stage3_param_persistence_threshold`` stays gathered.
 * deepspeed 0.18.9: ``safe_get_local_*`` and ``safe_set_local_*`` pass the padded part of the fp32 master and of the
   optimizer's state under ZeRO-3. Under ZeRO-1 and 2 ``_hp_mapping`` is None or holds this rank's part: of the flat
   parameter from ``lp_fragment_address.start`` on what ``get_hp_fragment`` returns, itself and not a copy.
@@ -41,7 +43,9 @@ fails loudly when one of them changes):
   ``data_ptr()`` of their local shards, which is 0 for every empty one.
 * torch 2.13.0: the process group's store is ``distributed_c10d._get_default_store()``, and its ``wait`` raises
   ``DistStoreError`` when the time is over.
-* torch 2.13.0: an FSDP2 parameter is a ``DTensor``, and so are its optimizer's moments.
+* torch 2.13.0: an FSDP2 parameter is a ``DTensor``, and so are its optimizer's moments; after a forward pass without
+  a backward pass it may be a whole plain parameter in the precision of the forward pass. Where a DTensor's part lies
+  in the whole says ``compute_local_shape_and_global_offset``.
 * torch 2.13.0: Adam's and AdamW's moments are ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``; deepspeed's
   Adam has the first two.
 """
@@ -49,6 +53,7 @@ fails loudly when one of them changes):
 import contextlib
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -351,6 +356,35 @@ def set_fsdp_parameter(parameter: torch.Tensor, value: torch.Tensor | None) -> N
         parameter.to_local().copy_(shards.to_local())
 
 
+def find_shard(parameter: nn.Parameter) -> tuple[torch.Tensor, int] | None:
+    """Return this rank's part of a parameter, flat, and the place of its first element in the whole.
+
+    All ranks' parts together are the whole, once: a rank whose part is a copy of another's gets None. Every rank must
+    call this, where FSDP2 holds shards, see ``reshard``.
+    """
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        mesh, placements = parameter.device_mesh, parameter.placements
+        coordinate = mesh.get_coordinate()
+        if any(place and not placement.is_shard() for place, placement in zip(coordinate, placements)):
+            return None
+        shape, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+        if tuple(shape[1:]) != tuple(parameter.shape[1:]):
+            raise LayerselError(f"fsdp_config: shards of {placements} are not supported. Shard the first dimension.")
+        return parameter.detach().to_local().flatten(), offsets[0] * math.prod(shape[1:])
+    if hasattr(parameter, "ds_id"):
+        if parameter.ds_tensor.status.name != "AVAILABLE":  # it lies on an NVMe disk
+            whole = gather_parameter(parameter)
+            return (whole.flatten(), 0) if get_rank() == 0 else None
+        ranks = torch.distributed.get_process_group_ranks(parameter.ds_process_group)
+        part = parameter.ds_tensor.detach().flatten()
+        offset = ranks.index(get_rank()) * part.numel()
+        # The last partition is padded.
+        return (part[: max(0, parameter.ds_numel - offset)], offset) if 0 in ranks else None
+    return (parameter.detach().flatten(), 0) if get_rank() == 0 else None
+
+
 # Changes a whole tensor in place: each element by its place and its own value alone, for others' are not known
 # everywhere, and the same way on every rank.
 Edit = Callable[[torch.Tensor], None]
@@ -569,17 +603,6 @@ def find_absent_ranks(place: str, seconds: float) -> list[int]:
     except torch.distributed.DistStoreError:
         return [rank for rank, key in enumerate(keys) if not store.check([key])]
     return []
-
-
-def upstream_writes_adapter(trainer: Trainer) -> bool:
-    """Return whether ``Trainer.save_model`` writes a complete adapter on this engine.
-
-    ZeRO-3 leaves frozen LoRA weights out, or everything; FSDP2 writes no adapter with SHARDED_STATE_DICT.
-    """
-    engine = name_engine(trainer)
-    if engine == "fsdp2":
-        return "FULL_STATE_DICT" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-    return engine != "zero3"
 
 
 def remove_embedding_hooks(model: nn.Module) -> None:

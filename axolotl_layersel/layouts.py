@@ -1,11 +1,12 @@
 """Plain PEFT adapters whose modules have different ranks: fold, drop, pad and describe them. No engine, no model."""
 
 import copy
+import dataclasses
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
+from axolotl_layersel import verification
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import flush, writing
 
 LAYOUTS = ("ragged", "uniform")
 PREFIX = "base_model.model."
@@ -123,19 +126,46 @@ def list_ends(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(1, len(parts))]
 
 
-def write_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig) -> None:
-    """Write an adapter to ``folder``: each of its two files appears at once and complete."""
+# Looks at the tensors and the configuration of an adapter that was written, before it takes its place.
+Check = Callable[[dict[str, torch.Tensor], LoraConfig], None]
+
+
+def write_adapter(
+    folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig, check: Check | None = None
+) -> None:
+    """Write an adapter to ``folder``; the same adapter is the same bytes, whoever writes it.
+
+    Each of its two files appears there at once and complete, once both have been read back and found to be right.
+
+    Raises:
+        LayerselError: if they cannot be written, or are not right, naming the file; those that were there stay.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(config)
     config.inference_mode = True
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".layersel-") as temporary:
-        save_file(tensors, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(temporary)
-        for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-            with open(Path(temporary) / file, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(Path(temporary) / file, folder / file)
+    sort_sets(config)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with writing(folder / SAFETENSORS_WEIGHTS_NAME, size):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".layersel-") as place:
+            temporary = Path(place)
+            save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            config.save_pretrained(str(temporary))
+            for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+                flush(temporary / file)
+            stored = verification.check_files(temporary, folder, tensors, config)
+            if check:
+                check(stored, PeftConfig.from_pretrained(str(temporary)))
+            for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+                os.replace(temporary / file, folder / file)
+
+
+def sort_sets(config: LoraConfig) -> None:
+    """Make ordered lists of the sets in ``config``: PEFT writes a set in an order that changes from run to run."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, set):
+            setattr(config, field.name, sorted(value))
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfig]:

@@ -23,9 +23,6 @@ class LayerSelectionPlugin(BasePlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trained = False
-        self.moves_rank = False
-        self.writes = False
         self.repeat = 1  # choices that `axolotl-layersel plan --repeat` asks for
 
     def register(self, cfg: dict) -> None:
@@ -89,15 +86,29 @@ class LayerSelectionPlugin(BasePlugin):
             scaling=find_scaling(cfg) if cfg.lora_model_dir and settings.l1ra else None,
             repeat=self.repeat,
         )
-        self.trained, self.moves_rank, self.writes = False, settings.l1ra is not None, engines.get_rank() == 0
+        take_over_fsdp2_writer(trainer)
 
-    def post_train(self, cfg, model) -> None:
-        """Leave out the room for rank from the last adapter; Axolotl comes here before and after it saves that."""
-        if self.trained and self.moves_rank and self.writes:
-            from axolotl_layersel.layouts import export_adapter
 
-            export_adapter(cfg.output_dir, "ragged", cfg.output_dir)
-        self.trained = True
+def take_over_fsdp2_writer(trainer) -> None:
+    """Let ``trainer.save_adapter`` write what Axolotl's own writer of FSDP2 adapters would, past the trainer.
+
+    Axolotl calls that at the end of every FSDP2 run, and for the checkpoints of one with a quantised base.
+    """
+    from axolotl.integrations.expert_parallel import shard
+
+    upstream = getattr(shard.save_fsdp2_lora_adapter, "upstream", shard.save_fsdp2_lora_adapter)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    # Preference training hands the base model over.
+    ours = (model, model.get_base_model())
+
+    def save_fsdp2_lora_adapter(model, output_dir: str) -> bool:
+        if not any(model is known for known in ours):
+            return upstream(model, output_dir)
+        trainer.save_adapter(output_dir)
+        return True
+
+    save_fsdp2_lora_adapter.upstream = upstream
+    shard.save_fsdp2_lora_adapter = save_fsdp2_lora_adapter
 
 
 def read_settings(cfg) -> LayerselBlock:

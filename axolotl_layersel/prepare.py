@@ -18,8 +18,9 @@ from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import check_state, state_path
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.saving import complete_checkpoints
+from axolotl_layersel.saving import complete_saves
 from axolotl_layersel.selection.phase import select_layers
+from axolotl_layersel.writer import AdapterWriter
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -35,7 +36,8 @@ def prepare_trainer(
 ) -> Plan | None:
     """Do what the ``layersel`` block asks for, and arrange for the run to keep to it.
 
-    Call it once, after the trainer was built and before it trains.
+    Call it once, after the trainer was built and before it trains. ``trainer.save_adapter(folder)`` then saves as a
+    checkpoint does, on every engine; all ranks must call it.
 
     Args:
         trainer: a Trainer whose model is a PEFT model with one LoRA adapter.
@@ -58,6 +60,7 @@ def prepare_trainer(
     check_trainers_alike(trainer, model, settings, resume_from, continues_adapter)
     engines.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
     adapters.check_experts(model)
+    adapters.complete_config(model)
     adapters.keep_trained_alone(model)
     seeded = not continues_adapter and adapters.initialize_lora(model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
@@ -78,8 +81,9 @@ def prepare_trainer(
         if resume_from:
             ranks.check(resume_from, "resume_from_checkpoint")
         trainer.add_callback(RankCallback(ranks, resume_from))
-    trainer.add_callback(InterruptCallback(trainer, ranks.fold if ranks else None))
-    complete_checkpoints(trainer, plan, ranks)
+    writer = AdapterWriter(trainer, ranks.fold if ranks else None)
+    trainer.add_callback(InterruptCallback(trainer, writer))
+    trainer.save_adapter = complete_saves(trainer, writer, plan, ranks)
     return plan
 
 

@@ -1,56 +1,75 @@
 """What every checkpoint of a run holds, on every engine."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from axolotl_layersel import adapters, engines
+from axolotl_layersel import engines
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.plan import Plan, plan_path, write_plan
+from axolotl_layersel.writer import AdapterWriter
+
+Save = Callable[[str | Path], None]
 
 
-def complete_checkpoints(trainer: Trainer, plan: Plan | None, ranks: RankRedistribution | None) -> None:
-    """Make every ``trainer.save_model`` leave a complete plain adapter, the plan, and what resuming needs.
+def complete_saves(
+    trainer: Trainer, writer: AdapterWriter, plan: Plan | None, ranks: RankRedistribution | None
+) -> Save:
+    """Let ``writer`` write every adapter of the run, with the plan beside it and, in a checkpoint, what resuming needs.
 
-    It is the one writer that checkpoints, the best model and the final save go through, and it runs before a
-    checkpoint is pushed to a hub, which ``on_save`` does not.
+    Whoever saves comes by one of three ways. ``trainer.save_model``: checkpoints, the best model, pushes to a hub
+    (before which it runs, as ``on_save`` does not), and the end on ZeRO-3. The model's ``save_pretrained``, by one
+    process alone: the end on one process, DDP and ZeRO-1/2. What is returned: writers that gather shards themselves.
+
+    Returns:
+        What saves to a folder; every rank must call it.
     """
     upstream_save_model = trainer.save_model
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = writer.model
+    upstream_save_pretrained = model.save_pretrained
+    silent = False
+
+    def save(folder: str | Path) -> None:
+        weights = writer.save(folder)
+        engines.decide_on_rank_zero(lambda: write_beside(Path(folder), weights))
+
+    def write_beside(folder: Path, weights: dict) -> None:
+        model.create_or_update_model_card(str(folder))
+        if ranks and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            ranks.save(folder, weights)
+        if plan:
+            write_plan(plan, plan_path(folder))
 
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = Path(output_dir or trainer.args.output_dir)
-        # With gates the files of PEFT itself would not be what the model computes: they are never written.
-        with without_saving(model) if ranks else contextlib.nullcontext():
+        nonlocal silent
+        # What upstream would make of the adapter's files is unlike the model with gates, without the frozen weights
+        # on ZeRO-3, and nothing at all on FSDP2 with SHARDED_STATE_DICT: it writes everything else.
+        silent = True
+        try:
             upstream_save_model(output_dir, _internal_call=True)
-        if ranks:
-            weights = adapters.save_adapter(trainer, folder, ranks.fold)
-            if engines.get_rank() == 0:
-                model.create_or_update_model_card(str(folder))
-                if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-                    ranks.save(folder, weights)
-        elif not engines.upstream_writes_adapter(trainer):
-            adapters.save_adapter(trainer, folder)
-        if plan and engines.get_rank() == 0:
-            write_plan(plan, plan_path(folder))
+        finally:
+            silent = False
+        save(output_dir or trainer.args.output_dir)
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
+    def save_pretrained(self: PeftModel, save_directory: str, is_main_process: bool = True, **options) -> None:
+        if self is not model:
+            type(self).save_pretrained(self, save_directory, is_main_process=is_main_process, **options)
+        elif options.get("state_dict") is not None and not silent:
+            # Weights that the caller has gathered, for another program that generates with them meanwhile.
+            upstream_save_pretrained(save_directory, is_main_process=is_main_process, **options)
+        elif is_main_process and not silent:
+            writer.save_alone(save_directory)
+            model.create_or_update_model_card(str(save_directory))
+
     trainer.save_model = save_model
+    # A method, not a closure over the model: a deep copy of the model saves itself.
+    model.save_pretrained = types.MethodType(save_pretrained, model)
     if ranks:
         model.load_adapter = ranks.load_adapter(model.load_adapter)
-
-
-@contextlib.contextmanager
-def without_saving(model: PeftModel) -> Iterator[None]:
-    """Let ``model.save_pretrained`` write nothing meanwhile."""
-    nothing: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
-    model.save_pretrained = nothing
-    try:
-        yield
-    finally:
-        del model.save_pretrained
+    return save

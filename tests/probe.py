@@ -1,10 +1,11 @@
 """Axolotl plugins that record, from inside a run, what the tests assert on.
 
-They change nothing, unless the environment says so: ``LAYERSEL_TEST_SIGNAL="KILL:3"`` sends every rank SIGKILL at
-the end of step 3; ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"DRIFT:3"`` moves a
-gate on rank 1 alone, ``"BIT:3"`` all gates there by their last bit; ``"NAN:3"`` puts a NaN into a LoRA weight before
-step 3; ``"BYPASS:0"`` computes the LoRA of one module past it; ``"SEARCHKILL:3"`` sends every rank SIGKILL in step 3
-of a search for layers.
+They change nothing, unless the environment says so, by ``LAYERSEL_TEST_SIGNAL``: ``"KILL:3"`` sends every rank SIGKILL
+at the end of step 3; ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"DRIFT:3"`` moves a gate
+on rank 1 alone, ``"BIT:3"`` all gates there by their last bit; ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
+``"BYPASS:0"`` computes the LoRA of one module past it; ``"SEARCHKILL:3"`` sends every rank SIGKILL in step 3 of a
+search for layers; ``"UNGATHERED:3"`` reads weights from step 3 on as one rank alone sees them; ``"QUANTISED:0"`` gives
+the model a weight in an 8-bit type of torchao's, and may follow another after a comma.
 """
 
 import json
@@ -17,6 +18,7 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from safetensors.torch import save_file
 from torch.distributed.tensor.debug import CommDebugMode
+from torchao.quantization import Float8Tensor
 from transformers import TrainerCallback
 
 from axolotl_layersel import adapters, engines
@@ -46,7 +48,10 @@ class ProbeCallback(TrainerCallback):
         parameters = adapters.adapter_parameters(model)
         weights = {name: engines.gather_parameter(p).contiguous() for name, p in parameters.items()}
         if engines.name_engine(self.trainer) == "fsdp2":
+            # The optimizer's own tensors are shards, whatever the model holds later.
+            self.shards = {name: p for name, p in parameters.items() if p.requires_grad}
             held = [id(p) for group in self.trainer.optimizer.param_groups for p in group["params"]]
+            assert {id(p) for p in self.shards.values()} == set(held)
             record = {"parameters": len(held), "different": len(set(held))}
             (self.folder / f"optimizer_{args.process_index}.json").write_text(json.dumps(record))
         if args.process_index == 0:
@@ -55,12 +60,25 @@ class ProbeCallback(TrainerCallback):
             record["optimized"] = count_optimized(self.trainer)
             (self.folder / "engine.json").write_text(json.dumps(record))
 
+        if "QUANTISED:0" in os.environ.get("LAYERSEL_TEST_SIGNAL", ""):
+            weight = Float8Tensor.from_hp(torch.ones(16, 16), float8_dtype=torch.float8_e4m3fn)
+            model.register_parameter("quantised", torch.nn.Parameter(weight, requires_grad=False))
+
+    def on_save(self, args, state, control, **kwargs):
+        """Keep FSDP2's shards, whole, beside each checkpoint."""
+        if engines.name_engine(self.trainer) == "fsdp2":
+            whole = {name: shards.full_tensor().detach().contiguous() for name, shards in self.shards.items()}
+            if args.process_index == 0:
+                save_file(whole, self.folder / f"checkpoint-{state.global_step}" / "shards.safetensors")
+
     def on_step_end(self, args, state, control, **kwargs):
-        name, _, step = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
+        name, _, step = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(",")[0].partition(":")
         if name == "KILL" and state.global_step == int(step):
             os.kill(os.getpid(), signal.SIGKILL)
         if name == "INT" and state.global_step == int(step) and args.process_index == 0:
             os.kill(os.getpid(), signal.SIGINT)
+        if name == "UNGATHERED" and state.global_step == int(step):
+            engines.gather_parameter = lambda parameter: parameter.detach().clone().cpu()
 
 
 def collect_gradients(trainer) -> list[torch.Tensor]:

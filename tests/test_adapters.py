@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from axolotl_layersel import adapters, layouts
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_layer_stack, find_lora_modules
+from axolotl_layersel.writer import AdapterWriter
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -72,7 +73,7 @@ def test_stock_peft_rebuilds_exactly_the_layers_that_are_left(tmp_path, targets)
     adapters.remove_unselected(model, stack, stack.lora_modules[1] + stack.lora_modules[4])
     for parameter in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1)
-    adapters.save_adapter(trainer, tmp_path / "adapter")
+    AdapterWriter(trainer).save(tmp_path / "adapter")
 
     rebuilt = PeftModel.from_pretrained(make_small_llama(), tmp_path / "adapter").eval()
     assert set(find_lora_modules(rebuilt.get_base_model())) == set(find_lora_modules(model.get_base_model()))
@@ -149,7 +150,7 @@ def test_modules_to_save_are_in_the_file(tmp_path):
     stack = find_layer_stack(model)
     adapters.remove_unselected(model, stack, stack.lora_modules[1])
     torch.nn.init.normal_(model.get_base_model().lm_head.modules_to_save["default"].weight)
-    adapters.save_adapter(trainer, tmp_path / "adapter")
+    AdapterWriter(trainer).save(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     head = model.get_base_model().lm_head.modules_to_save["default"].weight
     assert torch.equal(saved["base_model.model.lm_head.weight"], head)
@@ -162,15 +163,15 @@ def test_modules_to_save_are_in_the_file(tmp_path):
 def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeypatch):
     model = make_lora(make_small_llama())
     trainer = make_trainer(model, tmp_path)
-    adapters.save_adapter(trainer, tmp_path / "adapter")
+    AdapterWriter(trainer).save(tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
     monkeypatch.setattr(layouts, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        adapters.save_adapter(trainer, tmp_path / "adapter")
+    with pytest.raises(LayerselError, match=r"adapter_model.safetensors cannot be written \(disk full\)"):
+        AdapterWriter(trainer).save(tmp_path / "adapter")
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
 
 

@@ -142,6 +142,22 @@ def test_a_run_that_has_ended_leaves_its_files_as_they_are_when_it_is_started_ag
     assert again.digest() == before
 
 
+def test_checkpoints_that_axolotl_writes_past_the_trainer_are_complete_too(train, whole_runs):
+    """On FSDP2 it does so where a weight is quantised, such as one that takes no part in anything here."""
+    settings = {**SETTINGS, "load_best_model_at_end": False}
+    killed = train("fsdp2-sharded", expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5,QUANTISED:0"}, **settings)
+    env = {"LAYERSEL_TEST_SIGNAL": "QUANTISED:0"}
+    run = train("fsdp2-sharded", output=killed.folder, env=env, auto_resume_from_checkpoints=True, **settings)
+    assert run.engine["engine"] == "fsdp2"
+    assert "Saved FSDP2-gathered LoRA adapter" not in run.log
+    whole = whole_runs["fsdp2-sharded"]
+    for step in UPDATES:
+        checkpoint = f"checkpoint-{step}"
+        assert run.pattern(place=checkpoint) == whole.ranks()[step]
+        assert difference(run.adapter(checkpoint), whole.adapter(checkpoint)) <= 1e-6
+        assert difference(read_state(run, checkpoint), read_state(whole, checkpoint)) <= 1e-6
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_best_model_comes_back_with_its_gates_and_ranks(whole_runs, engine):
     run = whole_runs[engine]
@@ -171,6 +187,7 @@ def test_every_adapter_holds_the_ranks_in_use_alone(whole_runs, engine):
         ranks = ranks[max(ranks)]
         assert run.pattern(place=place) == run.pattern("alpha_pattern", place) == ranks
         assert config["r"] == config["lora_alpha"] == max(ranks.values())
+        assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"], "in the same order in every run"
         for name, value in run.adapter(place).items():
             module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
             assert value.shape[0 if "lora_A" in name else 1] == ranks[module]

@@ -184,6 +184,22 @@ def test_bf16_weights_and_their_fp32_masters_are_both_written(train, tmp_path, s
         assert torch.equal(rows[f"{key}/lora_A/master"][[changed.index(slot) for slot in added]], rows[name])
 
 
+def test_fsdp2_saves_its_fp32_shards_after_an_evaluation_in_bf16(train):
+    # Without resharding an evaluation leaves whole weights in bf16 behind.
+    evaluated = {"eval_steps": 5, "save_steps": 5, "val_set_size": 0.1}
+    run = train("fsdp2-sharded", **{**SETTINGS, **evaluated, "bf16": True})
+    assert run.engine["engine"] == "fsdp2"
+    for checkpoint in ("checkpoint-5", "checkpoint-10"):
+        state = load_file(run.folder / checkpoint / "layersel" / "state.safetensors")
+        shards = load_file(run.folder / checkpoint / "shards.safetensors")
+        assert len(shards) == 2 * 24
+        for name, value in shards.items():
+            assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float())
+            assert state[f"adapter/{name}"].dtype == torch.float32
+            assert torch.equal(state[f"adapter/{name}"], value), name
+        assert {value.dtype for value in run.adapter(checkpoint).values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("engine", ["single", "zero2"])
 def test_early_stopping_counts_what_came_before_a_resume_and_ends_with_the_best_ranks(train, engine):
     # The first evaluation is the best one, see test_runs; the fourth after it ends the run.

@@ -141,6 +141,14 @@ def test_every_checkpoint_holds_an_adapter_and_the_plan(whole_runs, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_every_run_reads_its_first_adapter_back_and_computes_with_it(whole_runs, engine):
+    run = whole_runs[engine]
+    streamed = engine == "zero3" or engine.startswith("fsdp2")
+    said = "its modules add what the model's add" if streamed else "logits under it are the model's"
+    assert run.log.count(f"the adapter in {run.folder}/checkpoint-2 was read back: {said}") == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_best_model_is_what_is_saved_at_the_end(whole_runs, engine):
     run = whole_runs[engine]
     assert difference(run.adapter(), run.adapter("checkpoint-2")) == 0

@@ -132,6 +132,21 @@ def test_frozen_layers_stay_as_they_started_on_every_engine_also_after_a_resume(
         assert resumed.engine["optimized"] == sum(end[name].numel() for name in end) // 2
 
 
+def test_weights_that_zero3_has_not_gathered_are_never_written(train, base_model, tmp_path):
+    """They are of size 0, and PEFT would write them."""
+    env = {"LAYERSEL_TEST_SIGNAL": "UNGATHERED:3"}
+    run = train("zero3", expect=1, env=env, **selection("explicit", layers=[2, 5]), save_total_limit=1)
+    assert run.engine["engine"] == "zero3"
+    message = (
+        "checkpoint-4/adapter_model.safetensors: of base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
+    )
+    assert run.log.count(f"LayerselError: {run.folder}/{message} the ranks hold 256 numbers other than 0, and 0") == 2
+    assert not (run.folder / "checkpoint-4" / "adapter_model.safetensors").exists()
+    checkpoint = run.folder / "checkpoint-2"
+    assert (checkpoint / "trainer_state.json").exists()
+    assert load_with_stock_peft(base_model, [checkpoint], tmp_path)[str(checkpoint)].isfinite().all()
+
+
 def test_a_trained_adapter_is_continued_with_its_other_layers_kept(train, computed):
     trained = train(**selection("explicit", layers=list(range(8))))
     frozen = train(

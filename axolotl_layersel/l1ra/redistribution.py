@@ -213,6 +213,7 @@ class RankRedistribution:
                 f"({len(late)} such modules). Something computes LoRA past its modules: remove fused kernels, or leave "
                 "these modules out of lora_target_modules."
             )
+        engines.reshard(self.trainer)
         ups = {name: self.modules[name].lora_B[self.adapter].weight for name in without}
         self.expect_gradients = {name for name, up in ups.items() if engines.gather_parameter(up).any()}
 
@@ -344,7 +345,7 @@ class RankRedistribution:
         return layouts.lay_out(folded, rest, config, "ragged")
 
     def save(self, checkpoint: str | Path, weights: dict[str, torch.Tensor]) -> None:
-        """Write what resuming needs into ``checkpoint``, on rank 0. ``weights``: see ``adapters.gather_adapter``."""
+        """Write what resuming needs into ``checkpoint``, on rank 0. ``weights``: see ``AdapterWriter.save``."""
         metadata = {
             "settings": self.settings.model_dump_json(),
             "max_rank": str(self.max_rank),
