@@ -155,7 +155,7 @@ def write_adapter(
                 flush(temporary / file)
             stored = verification.check_files(temporary, folder, tensors, config)
             if check:
-                check(stored, PeftConfig.from_pretrained(str(temporary)))
+                check(stored, verification.read_config(temporary, folder))
             for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
                 os.replace(temporary / file, folder / file)
 

@@ -135,6 +135,14 @@ def check_files(
     return stored
 
 
+def read_config(written: Path, folder: Path) -> PeftConfig:
+    """Return the configuration in ``written`` as PEFT reads it, see ``check_files``."""
+    try:
+        return PeftConfig.from_pretrained(str(written))
+    except (ValueError, TypeError) as error:
+        fail(folder / CONFIG_NAME, f"PEFT cannot read it ({error})", REPORT)
+
+
 def find_fault(stored: torch.Tensor, tensor: torch.Tensor) -> str | None:
     """Return what distinguishes a tensor that was read back from the one that was written, None where nothing does."""
     if stored.dtype != tensor.dtype:

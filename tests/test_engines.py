@@ -6,6 +6,7 @@ The distributed halves of these facts are asserted by the runs in test_runs.py o
 import ast
 import inspect
 import json
+import re
 import textwrap
 import types
 from importlib.metadata import version
@@ -61,6 +62,35 @@ def test_adapter_files_come_from_the_models_own_save_pretrained():
     for trainer in (Trainer, AxolotlTrainer):
         source = inspect.getsource(trainer._save)
         assert source.count("save_pretrained(") >= 2 and "self.model.save_pretrained(" in source
+
+
+def test_axolotl_saves_by_the_three_ways_that_are_taken_over():
+    from axolotl import train
+    from axolotl.core.trainers.base import AxolotlTrainer
+
+    end = inspect.getsource(train.save_trained_model)
+    quantised = inspect.getsource(AxolotlTrainer._save_fsdp2_quantized_lora_adapter)
+    for source in (end, quantised):
+        # Looked up when it is called: it can be another function by then.
+        assert re.search(
+            r"from axolotl.integrations.expert_parallel.shard import \(?\s*save_fsdp2_lora_adapter", source
+        )
+    assert "is_deepspeed_zero3_enabled():" in end and end.count("trainer.save_model(cfg.output_dir)") == 2
+    assert end.count("model.save_pretrained(cfg.output_dir)") == 2
+
+
+def test_shards_can_be_found_in_the_whole():
+    from deepspeed.runtime.zero import partition_parameters
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert list(inspect.signature(compute_local_shape_and_global_offset).parameters)[:3] == [
+        "global_shape",
+        "mesh",
+        "placements",
+    ]
+    source = inspect.getsource(partition_parameters)
+    for attribute in ("ds_tensor", "ds_numel", "ds_process_group"):
+        assert f"param.{attribute} = " in source
 
 
 def test_the_embeddings_hooks_are_found_by_their_name_however_many_there_are():

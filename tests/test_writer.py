@@ -181,6 +181,9 @@ def test_a_configuration_that_names_other_modules_is_seen(tmp_path):
     with pytest.raises(LayerselError, match=r"adapter_config.json: PEFT would make no LoRA on model.layers.4"):
         trainer.save_model()
     config.layers_to_transform = None
+    with pytest.raises(LayerselError, match=r"adapter_config.json: PEFT cannot read it \(When `layers_pattern` is"):
+        trainer.save_model()
+    config.layers_pattern = None
     with pytest.raises(LayerselError, match=r"adapter_config.json: PEFT would make LoRA on model.layers.0"):
         trainer.save_model()
 
@@ -225,18 +228,16 @@ for name, block in BLOCKS.items():
 
 
 def test_the_same_run_writes_the_same_bytes(tmp_path):
-    digests = []
+    digests, processes = [], []
     for seed in ("1", "2"):
-        folder = tmp_path / seed
-        command = [sys.executable, "-c", SCRIPT, str(ROOT / "tests"), str(folder)]
-        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, "PYTHONHASHSEED": seed})
-        digests.append(
-            {
-                str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-                for pattern in ("adapter_*", "README.md")
-                for path in sorted(folder.rglob(pattern))
-            }
-        )
+        command = [sys.executable, "-c", SCRIPT, str(ROOT / "tests"), str(tmp_path / seed)]
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONHASHSEED": seed}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment))
+    assert [process.wait() for process in processes] == [0, 0]
+    for seed in ("1", "2"):
+        found = [path for pattern in ("adapter_*", "README.md") for path in (tmp_path / seed).rglob(pattern)]
+        names = {path: str(path.relative_to(tmp_path / seed)) for path in found}
+        digests.append({name: hashlib.sha256(path.read_bytes()).hexdigest() for path, name in names.items()})
     first, second = digests
     assert len(first) == 2 * 6 * 2 + 2 * 4
     assert first == second
