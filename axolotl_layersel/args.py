@@ -47,7 +47,7 @@ SHORT_RUN = 200
 # Optimizers whose moments are whole numbers of one tensor per weight; 8-bit ones share a scale between rows.
 ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # Trainers that hand the adapter to a generator while training.
-GENERATING_TRAINERS = ("grpo", "ebft")
+GENERATING_TRAINERS = ("grpo", "gdpo", "ebft")
 PLAIN_INITIALISATIONS = (True, "true", "gaussian")
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
@@ -702,9 +702,22 @@ def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionArgs)
 
 
 def check_dataset(data: Mapping[str, Any], selection: SelectionArgs) -> None:
-    """Raise ValueError where the method needs rows that cannot be drawn at random."""
+    """Raise ValueError where the method needs rows that cannot be drawn at random, or answers that no row has."""
     if selection.method in DATA_FREE_METHODS or selection.plan is not None:
         return
+    rl = getattr(data.get("rl"), "value", data.get("rl"))
+    strided = as_mapping(data.get("ebft")).get("mode") == "strided"  # on texts, not on prompts
+    if selection.method in SAMPLING_METHODS and rl in GENERATING_TRAINERS and not strided:
+        raise ValueError(
+            f"rl: {rl!r} trains on prompts whose answers are yet to be generated, and layersel.selection.method: "
+            f"{selection.method!r} scores layers on answers. Give a saved `plan`, or use one of the methods that need "
+            f"no data: {', '.join(DATA_FREE_METHODS)}."
+        )
+    if selection.method == "fisher" and data.get("reward_model"):
+        raise ValueError(
+            f"reward_model: {data['reward_model']} learns from pairs of answers and has no labels, of which "
+            "layersel.selection.method: 'fisher' needs the likelihood. Use `cka` or `cosine`."
+        )
     streamed = next((key for key in ("streaming", "pretraining_dataset") if data.get(key)), None)
     if streamed:
         raise ValueError(

@@ -122,20 +122,34 @@ def l1ra(**values) -> dict:
     return {"layersel": {"l1ra": values}}
 
 
-def preferences(folder: Path) -> dict:
-    """Write 24 pairs of answers to ``folder``, and return the YAML keys of preference training on them."""
+def preferences(folder: Path, rl: str = "dpo") -> dict:
+    """Write 24 pairs of answers to ``folder``, and return the YAML keys of preference training on them.
+
+    ``rl``: such as dpo or orpo; reward for a reward model.
+    """
     path = folder / "preferences.jsonl"
-    rows = [
-        {
-            "conversation": [{"role": "user", "content": f"How many apples are {i} and {i + 1}?"}],
-            "chosen": {"role": "assistant", "content": f"They are {2 * i + 1} apples."},
-            "rejected": {"role": "assistant", "content": f"They are {2 * i} pears."},
-        }
-        for i in range(24)
-    ]
+    rows = []
+    for i in range(24):
+        asked = {"role": "user", "content": f"How many apples are {i} and {i + 1}?"}
+        chosen = {"role": "assistant", "content": f"They are {2 * i + 1} apples."}
+        rejected = {"role": "assistant", "content": f"They are {2 * i} pears."}
+        if rl == "orpo":
+            rows.append({"chosen": [asked, chosen], "rejected": [asked, rejected]})
+        elif rl == "reward":
+            answers = {"chosen": chosen["content"], "rejected": rejected["content"]}
+            rows.append({"system": "", "input": asked["content"], **answers})
+        else:
+            rows.append({"conversation": [asked], "chosen": chosen, "rejected": rejected})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kind = {"ds_type": "json", "type": "chat_template.default", "field_messages": "conversation"}
-    return {"rl": "dpo", "datasets": [{"path": str(path), **kind}], "chat_template": "chatml"}
+    data = {"path": str(path), "ds_type": "json"}
+    if rl == "orpo":
+        data["type"] = "chat_template.argilla"
+    elif rl == "reward":
+        data["type"] = "bradley_terry.chat_template"
+    else:
+        data.update(type="chat_template.default", field_messages="conversation")
+    kind = {"reward_model": True} if rl == "reward" else {"rl": rl}
+    return {**kind, "datasets": [data], "chat_template": "chatml"}
 
 
 def deepspeed_config(stage: int) -> dict:

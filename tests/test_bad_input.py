@@ -83,6 +83,14 @@ BEFORE_THE_MODEL = {
     ),
     "expert parameters": ({"lora_target_parameters": ["experts.up"]}, "lora_target_parameters: ['experts.up']"),
     "streaming": ({"streaming": True}, "streaming: True cannot be sampled for layersel.selection.method: 'cka'"),
+    "prompts without answers": (
+        {"rl": "grpo", **selection(method="cka")},
+        "rl: 'grpo' trains on prompts whose answers are yet to be generated, and layersel.selection.method: 'cka'",
+    ),
+    "pairs without labels": (
+        {"reward_model": True, **selection(method="fisher")},
+        "reward_model: True learns from pairs of answers and has no labels",
+    ),
     "kernels with fisher": (
         {"lora_mlp_kernel": True, **selection(method="fisher")},
         "lora_mlp_kernel: True bypasses the modules that layersel.selection.method: fisher looks into",

@@ -201,11 +201,15 @@ def test_a_resumed_run_that_asks_for_another_selection_is_refused(train, compute
     assert "Loading weights" not in run.log
 
 
-def test_preference_training_selects_too(train, tmp_path):
-    run = train(
-        **preferences(tmp_path),
-        max_steps=2,
-    )
+@pytest.mark.parametrize("rl", ["dpo", "orpo", "reward"])
+def test_preference_training_selects_too(train, tmp_path, rl):
+    run = train(**preferences(tmp_path, rl), max_steps=2)
     assert len(run.selected) == 4
     assert len(run.plan["calibration_rows"]) == 15
-    assert {int(name.split(".layers.")[1][0]) for name in run.adapter()} == set(run.selected)
+    assert all(choice["score"] is not None for choice in run.plan["layers"])
+    tensors = list(run.adapter())
+    assert {int(name.split(".layers.")[1][0]) for name in tensors if ".layers." in name} == set(run.selected)
+    # A reward model's head is new, and trains beside LoRA.
+    assert [name for name in tensors if ".layers." not in name] == (
+        ["base_model.model.score.weight"] * (rl == "reward")
+    )

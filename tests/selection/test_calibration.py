@@ -95,9 +95,27 @@ def test_rows_may_be_arrays():
     assert fingerprint([read_sample(arrays, 0)]) == fingerprint([read_sample(row, 0)])
 
 
-def test_a_preference_row_stands_for_its_prompt_and_chosen_answer():
-    sample = read_sample({"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}, 0)
-    assert (sample.input_ids, sample.labels) == ([1, 2, 3, 4], [-100, -100, 3, 4])
+@pytest.mark.parametrize(
+    ("row", "labels"),
+    [
+        ({"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}, [-100, -100, 3, 4]),
+        ({"prompt_ids": [1, 2], "completion_ids": [3, 4], "label": False}, [-100, -100, 3, 4]),
+        (
+            {
+                "prompt_input_ids": [1, 2],
+                "chosen_input_ids": [1, 2, 3, 4],
+                "chosen_labels": [-100, -100, 3, 4],
+                "rejected_input_ids": [1, 2, 5],
+            },
+            [-100, -100, 3, 4],
+        ),
+        ({"chosen_ids": [1, 2, 3, 4], "rejected_ids": [1, 2, 5], "labels_chosen": 1.0}, None),
+    ],
+    ids=["DPO", "KTO", "ORPO", "reward"],
+)
+def test_a_preference_row_stands_for_its_prompt_and_chosen_answer(row, labels):
+    sample = read_sample(row, 0)
+    assert (sample.input_ids, sample.labels) == ([1, 2, 3, 4], labels)
 
 
 def test_a_row_without_tokens_is_an_error_that_names_its_columns():
