@@ -47,7 +47,7 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
         LayerselError: if no stack, or more than one, could be meant.
     """
     base = model.get_base_model()
-    expected = count_decoder_layers(base.config.get_text_config())
+    expected = list_layer_counts(base.config.get_text_config())
     lora_names = list(find_lora_modules(base))
     found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     # Of a multimodal model this is the language model alone, of a text model all of it or its body.
@@ -55,7 +55,7 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
     carrying = {
         name: module
         for name, module in found.items()
-        if len(module) == expected
+        if len(module) in expected
         and id(module) in language_model
         and any(lora.startswith(f"{name}.") for lora in lora_names)
     }
@@ -64,10 +64,11 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
     if len(outermost) != 1:
         lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
         problem = "more than one stack of layers carries LoRA" if outermost else "no stack of layers that carries LoRA"
+        counts = " or ".join(map(str, expected)) or "no number of"
         raise LayerselError(
-            f"lora_target_modules: {problem} was found in {type(base).__name__}, whose configuration says "
-            f"{expected} layers (lists of modules in it: {lists}). Target linear modules inside the language "
-            "model's layers, such as q_proj and v_proj; other architectures are not supported."
+            f"lora_target_modules: {problem} was found in {type(base).__name__}, whose configuration says {counts} "
+            f"layers (lists of modules in it: {lists}). Target linear modules inside the language model's layers, such "
+            "as q_proj and v_proj; other architectures are not supported."
         )
     name = outermost[0]
     modules: dict[int, list[str]] = {}
@@ -81,13 +82,13 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
     return LayerStack(name=name, layers=carrying[name], owner=owner, lora_modules=modules, towers=towers)
 
 
-def count_decoder_layers(config: PreTrainedConfig) -> int | None:
-    """Return how many layers the language model has, of an encoder-decoder model the decoder, None if it says not.
+def list_layer_counts(config: PreTrainedConfig) -> list[int]:
+    """Return how many layers the language model may have: those of a decoder may be others than those of an encoder.
 
-    T5's name, BART's, and everyone's, encoders' as well; GPT-2's ``n_layer`` is mapped to the last one by its class.
+    GPT-2 and others map their own name to ``num_hidden_layers``; T5 and BART have the others for their decoders.
     """
-    names = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    names = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
+    return list(dict.fromkeys(getattr(config, name) for name in names if getattr(config, name, None)))
 
 
 def find_tower(module: str, stack: str) -> str:

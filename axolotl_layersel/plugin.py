@@ -51,7 +51,7 @@ class LayerSelectionPlugin(BasePlugin):
         from axolotl_layersel import engines
         from axolotl_layersel.agreement import check_started_alike
         from axolotl_layersel.prepare import check_resumed
-        from axolotl_layersel.selection.phase import check_continuing, find_plan
+        from axolotl_layersel.selection.phase import check_continuing, check_encoder_decoder, find_plan
 
         init_distributed_state()
         settings = read_settings(cfg)
@@ -67,6 +67,8 @@ class LayerSelectionPlugin(BasePlugin):
             )
         if cfg.lora_model_dir and selection and reused is None:
             check_continuing(selection)
+        if selection and reused is None and engines.decide_on_rank_zero(lambda: loads_encoder_decoder(cfg)):
+            check_encoder_decoder(selection, cfg.base_model)
 
     def post_trainer_create(self, cfg, trainer) -> None:
         from axolotl_layersel import engines
@@ -114,6 +116,22 @@ def take_over_fsdp2_writer(trainer) -> None:
 def read_settings(cfg) -> LayerselBlock:
     """Return the validated ``layersel`` block of Axolotl's configuration."""
     return LayerselBlock.model_validate(cfg.layersel.to_dict())
+
+
+def loads_encoder_decoder(cfg) -> bool:
+    """Return whether the model will have an encoder and a decoder, as its configuration and ``model_type`` say.
+
+    Of BART and others Axolotl loads the decoder alone, unless ``model_type`` names another class.
+    """
+    from axolotl.loaders.utils import load_model_config
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = load_model_config(cfg)
+    if cfg.type_of_model in (None, "AutoModelForCausalLM"):
+        decoder_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not cfg.is_multimodal
+    else:
+        decoder_alone = cfg.type_of_model.endswith("ForCausalLM")
+    return bool(getattr(config, "is_encoder_decoder", False)) and not decoder_alone
 
 
 def find_scaling(cfg) -> float:

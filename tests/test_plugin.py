@@ -3,18 +3,19 @@
 import dataclasses
 
 import hypothesis
+import pytest
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from test_args import VALUES
-from transformers import TrainingArguments
+from transformers import BartConfig, BertConfig, LlamaConfig, T5Config, TrainingArguments
 
 from axolotl_layersel.agreement import ADAPTER_SETTINGS, ARGUMENTS
 from axolotl_layersel.args import AGREEING_KEYS
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plugin import LayerSelectionPlugin
+from axolotl_layersel.plugin import LayerSelectionPlugin, loads_encoder_decoder
 
 
 @hypothesis.settings(max_examples=200, deadline=None)
@@ -34,3 +35,22 @@ def test_what_ranks_must_agree_in_are_keys_of_axolotl():
     assert {*AGREEING_KEYS, *ARGUMENTS, *ADAPTER_SETTINGS} - fields == set()
     assert {*ARGUMENTS.values()} - {field.name for field in dataclasses.fields(TrainingArguments)} == set()
     assert {*ADAPTER_SETTINGS.values()} - {field.name for field in dataclasses.fields(LoraConfig)} == set()
+
+
+@pytest.mark.parametrize(
+    ("make", "model_type", "loads"),
+    [
+        (T5Config, None, True),
+        (T5Config, "T5ForConditionalGeneration", True),
+        (BartConfig, None, False),
+        (BartConfig, "AutoModelForCausalLM", False),
+        (BartConfig, "BartForCausalLM", False),
+        (BartConfig, "BartForConditionalGeneration", True),
+        (LlamaConfig, None, False),
+        (BertConfig, "BertForMaskedLM", False),
+    ],
+)
+def test_a_model_with_an_encoder_and_a_decoder_is_known_before_it_loads(tmp_path, make, model_type, loads):
+    make().save_pretrained(tmp_path)
+    cfg = DictDefault({"base_model": str(tmp_path), "type_of_model": model_type})
+    assert loads_encoder_decoder(cfg) is loads

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
-from axolotl_layersel.args import DATA_FREE_METHODS, SelectionArgs
+from axolotl_layersel.args import DATA_FREE_METHODS, SAMPLING_METHODS, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER
 from axolotl_layersel.layers import LayerStack, find_layer_stack, find_lora_modules
@@ -71,6 +71,8 @@ def select_layers(
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     stack = find_layer_stack(model)
     reused = engines.decide_on_rank_zero(lambda: find_plan(settings, resume_from))
+    if reused is None and getattr(model.get_base_model().config, "is_encoder_decoder", False):
+        check_encoder_decoder(settings, type(model.get_base_model()).__name__)
     if continues_adapter and reused is None:
         check_continuing(settings)
     if reused is not None and repeat > 1:
@@ -122,6 +124,19 @@ def carry_over(plan: Plan, source: Path, output: Path) -> None:
     elif found != target.resolve():
         GateHistory.read(found.parents[1], "layersel.selection.plan").write(output)
     write_plan(plan, plan_path(output))
+
+
+def check_encoder_decoder(settings: SelectionArgs, name: str) -> None:
+    """Raise LayerselError for a method that runs rows through the layers as one sequence.
+
+    ``name``: of the encoder-decoder model.
+    """
+    if settings.method in SAMPLING_METHODS:
+        raise LayerselError(
+            f"base_model: {name} is an encoder-decoder model, whose layers layersel.selection.method: "
+            f"{settings.method} cannot score: no row runs through all of them. Use one of flexora, "
+            f"{', '.join(DATA_FREE_METHODS)}, which choose among the layers of the decoder."
+        )
 
 
 def check_continuing(settings: SelectionArgs) -> None:

@@ -18,6 +18,7 @@ from axolotl_layersel.plan import plan_path, read_plan, write_plan
 from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.report import print_plan
 from axolotl_layersel.selection.choosing import choose, count_kept
+from axolotl_layersel.selection.flexora.records import GateHistory
 
 
 def select(folder, *, rows=None, continues_adapter: bool = False, **settings):
@@ -221,6 +222,38 @@ def test_towers_can_be_left_without_an_adapter(tmp_path, capsys, unselected):
     assert set(find_lora_modules(rebuilt.get_base_model())) == set(left)
 
 
+@pytest.mark.parametrize("method", ["cka", "cosine", "fisher"])
+@pytest.mark.parametrize("make", [make_t5, make_bart])
+def test_a_method_that_scores_refuses_an_encoder_decoder_model(tmp_path, make, method):
+    name = "T5ForConditionalGeneration" if make is make_t5 else "BartForConditionalGeneration"
+    message = rf"^base_model: {name} is an encoder-decoder model, whose layers .*method: {method} cannot score"
+    with pytest.raises(LayerselError, match=message):
+        select_with_towers(tmp_path, make=make, targets=r".*\.(q|v|q_proj|v_proj)", method=method, num_samples=12)
+    assert not plan_path(tmp_path).exists()
+
+
+def test_a_search_sees_the_loss_of_an_encoder_decoder_model(tmp_path):
+    model = make_lora(make_t5(), ["q", "v"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    rows = make_rows()
+    trainer = make_trainer(model, tmp_path, rows, learning_rate=1e-12)
+    search = {"steps": 1, "val_samples": 8, "val_batches": 2}
+    settings = SelectionArgs(method="flexora", ratio=0.5, unselected="freeze", flexora=search)
+    plan = prepare_trainer(trainer, LayerselBlock(selection=settings), continues_adapter=True)
+    assert plan.outside[0].place == "encoder"
+    assert all(name.startswith("decoder.block.") for name in plan.modules)
+    logits, labels = [], []
+    with torch.no_grad():
+        for row in plan.calibration_rows:
+            batch = {name: torch.tensor([value]) for name, value in rows[row].items()}
+            logits.append(model.eval()(**batch).logits[0])
+            labels.append(batch["labels"][0])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels)).item()
+    assert GateHistory.read(tmp_path).validation_losses == [pytest.approx(expected, rel=1e-5)]
+
+
 @pytest.mark.parametrize("make", [make_t5, make_bart])
 def test_an_encoder_beside_the_decoder_is_a_tower(tmp_path, make):
     targets = ["q", "v"] if make is make_t5 else ["q_proj", "v_proj"]
@@ -286,6 +319,28 @@ def test_a_search_trains_lora_outside_of_the_layers_without_a_gate_if_the_run_do
     assert "lm_head" not in "".join(plan.modules)
     head = model.get_base_model().lm_head
     assert not isinstance(head, LoraLayer) if towers == "remove" else not head.lora_B["default"].weight.any()
+
+
+def test_rank_moves_in_both_sides_of_an_encoder_decoder_model(tmp_path):
+    model = make_lora(make_t5(), ["q", "v"])
+    trainer = make_trainer(model, tmp_path, max_steps=10)
+    prepare_trainer(trainer, LayerselBlock(l1ra={"update_ratio": 0.2}))
+    trainer.train()
+    ranks = RankHistory.read(tmp_path).ranks
+    assert {side: sum(name.startswith(side) for name in ranks[10]) for side in ("encoder", "decoder")} == {
+        "encoder": 8,
+        "decoder": 16,
+    }
+    assert sum(ranks[4].values()) <= sum(ranks[0].values()) == 24 * 4
+    trainer.save_model(str(tmp_path / "adapter"))
+    rebuilt = PeftModel.from_pretrained(make_t5(), tmp_path / "adapter").eval()
+    base = {name: p for name, p in model.get_base_model().named_parameters() if "lora" not in name}
+    for name, parameter in rebuilt.get_base_model().named_parameters():
+        if "lora" not in name:
+            parameter.data = base[name].data
+    batch = {"input_ids": torch.arange(3, 20)[None], "decoder_input_ids": torch.arange(3, 9)[None]}
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt(**batch).logits, model.eval()(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("towers", [None, "keep", "remove"])
