@@ -61,15 +61,21 @@ def show(
     Of a run with both ranks and a search, the picture of the gates has -gates in its name.
     """
     from axolotl_layersel.l1ra.records import RankHistory, ranks_path
+    from axolotl_layersel.pictures import check_picture, draw_gates, draw_ranks
     from axolotl_layersel.plan import plan_path, read_plan
-    from axolotl_layersel.report import draw_gates, draw_ranks, print_plan, print_ranks
+    from axolotl_layersel.report import print_plan, print_ranks
     from axolotl_layersel.selection.flexora.records import GateHistory, gates_path
 
     has_ranks = path.is_dir() and ranks_path(path).exists()
     has_gates = path.is_dir() and gates_path(path).exists()
+    kept: list[str] = []
     try:
+        if picture:
+            check_picture(picture)
         if not has_ranks or plan_path(path).exists():
-            print_plan(read_plan(plan_path(path) if path.is_dir() else path, key="PATH"))
+            plan = read_plan(plan_path(path) if path.is_dir() else path, key="PATH")
+            kept = plan.modules if plan.module_scores else [str(layer) for layer in plan.selected]
+            print_plan(plan)
         if has_ranks:
             history = RankHistory.read(path)
             print_ranks(history.ranks[0], history.ranks[max(history.ranks)])
@@ -80,7 +86,8 @@ def show(
         if picture and has_ranks:
             draw_ranks(history.ranks, picture)
         if picture and has_gates:
-            draw_gates(GateHistory.read(path), picture.with_stem(f"{picture.stem}-gates") if has_ranks else picture)
+            target = picture.with_stem(f"{picture.stem}-gates") if has_ranks else picture
+            draw_gates(GateHistory.read(path), kept, target)
     except LayerselError as error:
         fail(str(error))
 

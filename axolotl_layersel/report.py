@@ -1,27 +1,18 @@
-"""Tables and pictures for people."""
+"""Tables for people; their pictures are in pictures.py."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import Plan, Stability, Tower
-from axolotl_layersel.selection.flexora.records import GateHistory
 from axolotl_layersel.terminal import clean, make_console, make_encodable
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BAR_WIDTH = 24
 FULL_BLOCK = "█"
-MOST_LABELS = 40
 # Two random halves of many layers overlap by a third. Below this, less than three in four of the layers that one of
 # two choices keeps are in both.
 LOW_OVERLAP = 0.6
@@ -107,47 +98,6 @@ def print_stability(stability: Stability, console: Console) -> None:
         )
 
 
-def draw_gates(history: GateHistory, path: Path) -> None:
-    """Draw the gates and both losses over the steps of a search.
-
-    Args:
-        history: of the search.
-        path: of the picture; its ending says the format.
-
-    Raises:
-        LayerselError: if matplotlib is not installed.
-    """
-    figure = make_figure((11, 4.5))
-    over_time, losses = figure.subplots(1, 2)
-    steps = range(1, len(history.gates) + 1)
-    labelled = len(history.names) <= MOST_LABELS
-    for index, name in enumerate(history.names):
-        over_time.plot(steps, [gates[index] for gates in history.gates], label=name if labelled else None)
-    over_time.axhline(0, color="grey", linewidth=0.8)
-    over_time.set(xlabel="optimizer step of the search", ylabel="gate")
-    if labelled:
-        over_time.legend(fontsize="small", title="gate of")
-    losses.plot(steps, history.train_losses, label="training", alpha=0.6)
-    validated = [(step, loss) for step, loss in zip(steps, history.validation_losses) if loss is not None]
-    losses.plot(*zip(*validated), label="validation", alpha=0.6)
-    losses.set(xlabel="optimizer step of the search", ylabel="loss")
-    losses.legend(fontsize="small")
-    figure.savefig(path)
-
-
-def make_figure(size: tuple[float, float]) -> "Figure":
-    """Return an empty figure of ``size`` inches.
-
-    Raises:
-        LayerselError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LayerselError("--picture needs matplotlib. Install it: pip install 'axolotl-layersel[plots]'.") from error
-    return Figure(figsize=size, layout="constrained")
-
-
 def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
     """Return the ranks by layer (rows) and type of module (columns), with means, and the means before."""
     layers, kinds = arrange(after)
@@ -163,36 +113,6 @@ def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Tabl
         means = [mean(ranks[name] for name in names) for names in members.values()]
         table.add_row(heading, *(f"{number:.1f}" for number in means), f"{mean(ranks.values()):.1f}")
     return table
-
-
-def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
-    """Draw the mean rank of each type of module over the steps, and the last ranks by layer and type.
-
-    Args:
-        history: rank of every module, by optimizer step.
-        path: of the picture; its ending says the format.
-
-    Raises:
-        LayerselError: if matplotlib is not installed.
-    """
-    steps = sorted(history)
-    last = history[steps[-1]]
-    layers, kinds = arrange(last)
-    figure = make_figure((11, 2 + 0.2 * len(layers)))
-    over_time, at_end = figure.subplots(1, 2)
-    members = {kind: [row[kind] for row in layers.values() if kind in row] for kind in kinds}
-    means = {kind: [mean(history[step][name] for name in names) for step in steps] for kind, names in members.items()}
-    for kind, values in means.items():
-        over_time.step(steps, values, where="post", label=kind)
-    over_time.set(xlabel="optimizer step", ylabel="mean rank")
-    over_time.legend(fontsize="small")
-    grid = [[last[row[kind]] if kind in row else math.nan for kind in kinds] for row in layers.values()]
-    image = at_end.imshow(grid, aspect="auto")
-    at_end.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
-    at_end.set(ylabel="layer", title=f"rank after step {steps[-1]}")
-    at_end.set_yticks(range(len(layers)), layers, fontsize="small")
-    figure.colorbar(image)
-    figure.savefig(path)
 
 
 def cell(text: str) -> Text:
