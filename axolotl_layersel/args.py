@@ -282,7 +282,10 @@ class SelectionArgs(Block):
         if self.candidates is not None:
             outside = sorted(set(self.layers or []) - set(self.candidates))
             if outside:
-                raise ValueError(f"{self.path}.layers: {outside} are not among `candidates`. Add them or drop the key.")
+                raise ValueError(
+                    f"{self.path}.layers: {outside} are not among candidates: {self.candidates}. Add them there, or "
+                    "remove candidates."
+                )
             if (self.num_layers or 0) > len(self.candidates):
                 raise ValueError(
                     f"{self.path}.num_layers: {self.num_layers} is more than the {len(self.candidates)} candidates."

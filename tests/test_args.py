@@ -168,6 +168,7 @@ def collect_errors(data: dict) -> list[str]:
 @given(place=st.sampled_from(KEYS), method=st.sampled_from(METHODS), value=VALUES)
 @example(place=("layersel.l1ra", "max_rank"), method="cka", value=math.inf)
 @example(place=("layersel.selection", "candidates"), method="cka", value=[[0]])
+@example(place=("layersel.selection", "candidates"), method="explicit", value=[1])
 @example(place=("layersel.selection", "ratio"), method="cka", value=True)
 @example(place=("layersel.selection", "seed"), method="cka", value=1 << 20_000)
 def test_any_value_of_our_keys_is_taken_or_refused_by_key_and_value(place, method, value):
