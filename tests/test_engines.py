@@ -9,6 +9,7 @@ import json
 import re
 import textwrap
 import types
+from datetime import timedelta
 from importlib.metadata import version
 
 import pytest
@@ -268,3 +269,9 @@ def test_one_process_decides_for_itself():
     engines.wait_for_everyone()
     with pytest.raises(LayerselError, match="no"):
         engines.decide_on_rank_zero(lambda: (_ for _ in ()).throw(LayerselError("no")))
+
+
+def test_a_store_ends_its_waiting_with_an_error_of_its_own():
+    assert callable(torch.distributed.distributed_c10d._get_default_store)
+    with pytest.raises(torch.distributed.DistStoreError):
+        torch.distributed.HashStore().wait(["never"], timedelta(seconds=0.1))
