@@ -16,6 +16,9 @@ fails loudly when one of them changes):
   0.19.0: so do those after training on one process, DDP and ZeRO-1/2; ZeRO-3 has ``save_model`` write them, FSDP2 the
   function ``save_fsdp2_lora_adapter``, which also writes checkpoints where the base is quantised. Both callers look it
   up in its module when they save.
+* transformers 5.16.1, accelerate 1.13.0, deepspeed 0.18.9 and axolotl 0.19.0: the names of the files that they
+  resume from, see ``list_state_files``; ``trainer_state.json`` is written last. Before a trainer exists the engine is
+  told by the variables that accelerate reads, which axolotl sets.
 * transformers 5.16.1, ``Trainer._inner_training_loop``: looks at ``should_training_stop`` after every
   ``_run_epoch`` only, which makes a step at least; nothing saves or evaluates before the first one but
   ``eval_on_start``.
@@ -53,9 +56,13 @@ fails loudly when one of them changes):
 import contextlib
 import copy
 import functools
+import glob
+import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -105,6 +112,11 @@ def get_rank() -> int:
     return torch.distributed.get_rank() if is_distributed() else 0
 
 
+def count_ranks() -> int:
+    """Return the number of processes of all nodes."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
+
+
 def decide_on_rank_zero(decide: Callable[[], T]) -> T:
     """Return ``decide()`` as rank 0 computed it, on every rank; files that it reads need lie on rank 0's disk only.
 
@@ -144,6 +156,88 @@ def wait_for_everyone() -> None:
     """Return when all ranks have come here."""
     if is_distributed():
         torch.distributed.barrier()
+
+
+# --- What a run resumes from --------------------------------------------------------------------------------------
+
+# Read where they are there: of fp16's loss scaler, and Axolotl's count of tokens.
+OPTIONAL_STATE_FILES = ("scaler.pt", "tokens_state.json")
+FSDP_FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
+WRITERS = {
+    "optimizer.pt": "one process or DDP",
+    "global_step*": "DeepSpeed",
+    "optimizer.bin": "FSDP2 with FULL_STATE_DICT",
+    "optimizer_0": "FSDP2 with SHARDED_STATE_DICT",
+}
+
+
+def list_state_files(checkpoint: Path, rank: int, world: int) -> list[str]:
+    """Return what the engine of this process reads to resume, as patterns in the folder of a checkpoint.
+
+    It is told by the variables of the process, for it is asked before the model loads.
+
+    Args:
+        checkpoint: its folder; DeepSpeed names in it where its state lies.
+        rank: whose files are asked for: those that all ranks read, and its own.
+        world: the number of processes.
+    """
+    random = "rng_state.pth" if world == 1 else f"rng_state_{rank}.pth"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return [*list_deepspeed_files(checkpoint, rank), random]
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return ["optimizer.pt", "scheduler.pt", random]
+    if os.environ.get("FSDP_STATE_DICT_TYPE", "").upper() == "FULL_STATE_DICT":
+        return [*(["pytorch_model_fsdp.bin", "optimizer.bin"] if rank == 0 else []), "scheduler.pt", random]
+    shards = [f"{folder}/{name}" for folder in FSDP_FOLDERS for name in (".metadata", f"__{rank}_*.distcp")]
+    return [*shards, "scheduler.pt", random]
+
+
+def list_deepspeed_files(checkpoint: Path, rank: int) -> list[str]:
+    """Return what DeepSpeed's engine reads, see ``list_state_files``."""
+    latest = checkpoint / "latest"
+    if not latest.is_file():
+        return ["latest"]
+    folder = glob.escape(Path(latest.read_text(errors="replace").strip()).name or "global_step")
+    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))
+    weights = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    files = ["latest", f"{folder}/{weights}"]
+    if stage:
+        files.append(f"{folder}/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")  # under bf16 its name begins so
+    config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    # DeepSpeed's own schedule is in its state.
+    scheduled = config is not None and "scheduler" in json.loads(Path(config).read_text())
+    return files if scheduled else [*files, "scheduler.pt"]
+
+
+def name_writer(checkpoint: Path) -> str | None:
+    """Return the engine whose optimizer's state is in ``checkpoint``, or None where there is none."""
+    return next((engine for pattern, engine in WRITERS.items() if any(checkpoint.glob(pattern))), None)
+
+
+def respect_stop_before_first_step(trainer: Trainer) -> None:
+    """Let a callback's ``should_training_stop`` count at ``on_train_begin`` too, before any step is made."""
+    upstream = trainer._run_epoch
+
+    def run_epoch(*args, **kwargs) -> None:
+        if not trainer.control.should_training_stop:
+            upstream(*args, **kwargs)
+
+    trainer._run_epoch = run_epoch
+
+
+def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState) -> None:
+    """Give callbacks back what they had counted when the checkpoint that ``state`` is from was written.
+
+    They stay the objects that they are, in their order and with the settings of this run.
+    """
+    for kind in {type(callback) for callback in callbacks if isinstance(callback, ExportableState)}:
+        same = [callback for callback in callbacks if type(callback) is kind]
+        # The next checkpoint could not be written without an entry for one that this run is the first to have.
+        saved = state.stateful_callbacks.setdefault(kind.__name__, [callback.state() for callback in same])
+        saved = saved if isinstance(saved, list) else [saved]
+        for callback, values in zip(same, saved[-len(same) :]):
+            for name, value in values["attributes"].items():
+                setattr(callback, name, value)
 
 
 # --- A pass of the model before any engine exists -----------------------------------------------------------------
@@ -275,32 +369,6 @@ def keep_deepspeed_config(trainer: Trainer) -> Iterator[None]:
 def prepare_inputs(trainer: Trainer, inputs: dict) -> dict:
     """Return a micro-batch on the trainer's device, as its own steps prepare it."""
     return trainer._prepare_inputs(inputs)
-
-
-def respect_stop_before_first_step(trainer: Trainer) -> None:
-    """Let a callback's ``should_training_stop`` count at ``on_train_begin`` too, before any step is made."""
-    upstream = trainer._run_epoch
-
-    def run_epoch(*args, **kwargs) -> None:
-        if not trainer.control.should_training_stop:
-            upstream(*args, **kwargs)
-
-    trainer._run_epoch = run_epoch
-
-
-def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState) -> None:
-    """Give callbacks back what they had counted when the checkpoint that ``state`` is from was written.
-
-    They stay the objects that they are, in their order and with the settings of this run.
-    """
-    for kind in {type(callback) for callback in callbacks if isinstance(callback, ExportableState)}:
-        same = [callback for callback in callbacks if type(callback) is kind]
-        # The next checkpoint could not be written without an entry for one that this run is the first to have.
-        saved = state.stateful_callbacks.setdefault(kind.__name__, [callback.state() for callback in same])
-        saved = saved if isinstance(saved, list) else [saved]
-        for callback, values in zip(same, saved[-len(same) :]):
-            for name, value in values["attributes"].items():
-                setattr(callback, name, value)
 
 
 def offload_activations(trainer: Trainer) -> contextlib.AbstractContextManager:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 
 from axolotl.integrations.base import BasePlugin
 
@@ -50,13 +49,19 @@ class LayerSelectionPlugin(BasePlugin):
 
         from axolotl_layersel import engines
         from axolotl_layersel.agreement import check_started_alike
+        from axolotl_layersel.checkpoints import find_resumed_checkpoint
         from axolotl_layersel.prepare import check_resumed
         from axolotl_layersel.selection.phase import check_continuing, check_encoder_decoder, find_plan
 
         init_distributed_state()
         settings = read_settings(cfg)
         check_started_alike({"layersel": settings.model_dump(), **{key: cfg.get(key) for key in AGREEING_KEYS}})
-        resume_from = engines.decide_on_rank_zero(lambda: find_resumed_checkpoint(cfg))
+        resume_from = find_resumed_checkpoint(
+            settings, cfg.output_dir, cfg.resume_from_checkpoint, bool(cfg.auto_resume_from_checkpoints)
+        )
+        # Axolotl by itself would also resume from a checkpoint that a killed run left incomplete.
+        cfg.resume_from_checkpoint = resume_from
+        cfg.auto_resume_from_checkpoints = False
         engines.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
         selection = settings.selection
         reused = engines.decide_on_rank_zero(lambda: selection and find_plan(selection, resume_from))
@@ -74,15 +79,11 @@ class LayerSelectionPlugin(BasePlugin):
         from axolotl_layersel import engines
         from axolotl_layersel.prepare import prepare_trainer
 
-        resume_from = engines.decide_on_rank_zero(lambda: find_resumed_checkpoint(cfg))
-        # Axolotl would also resume from a checkpoint that a killed run left incomplete.
-        cfg.resume_from_checkpoint = resume_from
-        cfg.auto_resume_from_checkpoints = False
         settings = read_settings(cfg)
         prepare_trainer(
             trainer,
             settings,
-            resume_from,
+            cfg.resume_from_checkpoint,
             continues_adapter=bool(cfg.lora_model_dir),
             lora_r=cfg.lora_r,
             scaling=find_scaling(cfg) if cfg.lora_model_dir and settings.l1ra else None,
@@ -156,27 +157,3 @@ def switch_off_kernels(cfg: dict, reason: str) -> None:
             )
         cfg[key] = False
     LOG.info("layersel: %s switches off the fused LoRA kernels: %s", reason, ", ".join(LORA_KERNELS))
-
-
-def find_resumed_checkpoint(cfg) -> str | None:
-    """Return the checkpoint that the run will resume from, or None: an explicit one first, else the newest complete
-    one if the run resumes automatically. A run that was killed while it wrote a checkpoint left an incomplete one.
-    """
-    from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-    if cfg.resume_from_checkpoint:
-        return str(cfg.resume_from_checkpoint)
-    if not cfg.auto_resume_from_checkpoints or not os.path.isdir(cfg.output_dir):
-        return None
-    steps = [
-        int(step)
-        for name, _, step in (entry.rpartition("-") for entry in os.listdir(cfg.output_dir))
-        if name == PREFIX_CHECKPOINT_DIR and step.isdigit()
-    ]
-    for step in sorted(steps, reverse=True):
-        checkpoint = os.path.join(cfg.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        if os.path.exists(os.path.join(checkpoint, TRAINER_STATE_NAME)):
-            return checkpoint
-        LOG.warning("layersel: %s is incomplete (no %s) and is not resumed from", checkpoint, TRAINER_STATE_NAME)
-    return None

@@ -105,7 +105,7 @@ BEFORE_THE_MODEL = {
     ),
     "checkpoint of another run": (
         {"resume_from_checkpoint": "elsewhere/checkpoint-4"},
-        "resume_from_checkpoint: elsewhere/checkpoint-4 holds no layersel plan",
+        "resume_from_checkpoint: elsewhere/checkpoint-4 cannot be resumed from: there is no such folder",
     ),
     "l1ra: unknown key": (l1ra(max_rnk=3), "layersel.l1ra.max_rnk is not a setting: did you mean 'max_rank'?"),
     "l1ra: no mapping": ({"layersel": {"l1ra": True}}, "layersel.l1ra: True is not a mapping"),
@@ -150,7 +150,7 @@ BEFORE_THE_MODEL = {
     "l1ra: no rank to start from": ({**l1ra(), "lora_r": None}, "lora_r: None is no rank that layersel.l1ra could"),
     "l1ra: checkpoint of another run": (
         {**l1ra(), "resume_from_checkpoint": "elsewhere/checkpoint-4"},
-        "resume_from_checkpoint: elsewhere/checkpoint-4/layersel/state.safetensors is missing",
+        "resume_from_checkpoint: elsewhere/checkpoint-4 cannot be resumed from: there is no such folder",
     ),
     "flexora: no learning rate": (
         flexora(gate_lr=0),

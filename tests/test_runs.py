@@ -1,13 +1,17 @@
 """Whole runs of Axolotl on every engine: selection, saving, killing, resuming, interrupting."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENGINES, ENVIRONMENT, ROOT, Run, RunsByEngine
+from conftest import ENGINES, ENVIRONMENT, ROOT, Run, RunsByEngine, selection
 from safetensors.torch import load_file
+
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.checkpoints import find_fault
 
 KILLED = -9
 INTERRUPTED = 130
@@ -18,6 +22,26 @@ SETTINGS = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_loss",
     "greater_is_better": True,
+}
+NOT_RESUMED_FROM = {
+    "README.md",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_args.bin",
+    "zero_to_fp32.py",
+}
+# By which accelerate, and Axolotl before it, tells a process its engine.
+VARIABLES = {
+    "single": {},
+    "ddp": {},
+    "zero": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "{stage}",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "{folder}/deepspeed.json",
+    },
+    "fsdp2-full": {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+    "fsdp2-sharded": {"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
 }
 STOCK_SCRIPT = """
 import sys
@@ -146,6 +170,36 @@ def test_every_run_reads_its_first_adapter_back_and_computes_with_it(whole_runs,
     streamed = engine == "zero3" or engine.startswith("fsdp2")
     said = "its modules add what the model's add" if streamed else "logits under it are the model's"
     assert run.log.count(f"the adapter in {run.folder}/checkpoint-2 was read back: {said}") == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_of_each_engine_is_complete_until_any_file_that_it_reads_is_gone_or_cut(
+    whole_runs, engine, tmp_path, monkeypatch
+):
+    """A file of a new version that is neither read nor known to be of no use fails here too."""
+    for name, value in VARIABLES[engine.rstrip("0123456789")].items():
+        monkeypatch.setenv(name, value.format(stage=engine[-1], folder=tmp_path))
+    (tmp_path / "deepspeed.json").write_text("{}")
+    world = 1 if engine == "single" else 2
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(whole_runs[engine].folder / checkpoint.name, checkpoint)
+    settings = LayerselBlock.model_validate(selection()["layersel"])
+
+    def find_faults() -> list[str | None]:
+        return [find_fault(checkpoint, settings, rank, world) for rank in range(world)]
+
+    assert find_faults() == [None] * world
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    for name in sorted(files - NOT_RESUMED_FROM):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).unlink()
+        # Axolotl counts tokens anew where its file is gone.
+        assert any(find_faults()) == (name != "tokens_state.json"), name
+        # Not at a half, which may be just between two of the archives that a file of shards consists of.
+        (checkpoint / name).write_bytes(b"" if Path(name).suffix == "" else content[: len(content) // 3])
+        assert any(fault is not None and fault.startswith(name) for fault in find_faults()), name
+        (checkpoint / name).write_bytes(content)
+    assert find_faults() == [None] * world
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,6 +1,7 @@
 """What users combine with layer selection, in real runs of Axolotl; on one process unless it matters."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -168,10 +169,20 @@ def test_a_trained_adapter_is_continued_with_its_other_layers_kept(train, comput
 
 def test_an_incomplete_checkpoint_is_not_resumed_from(train):
     killed = train(expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"})
-    (killed.folder / "checkpoint-4" / "trainer_state.json").unlink()
+    state = killed.folder / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:200])
     resumed = train(output=killed.folder, auto_resume_from_checkpoints=True)
-    assert "checkpoint-4 is incomplete" in resumed.log
+    assert resumed.log.count("checkpoint-4 is incomplete and is not resumed from: trainer_state.json is truncated") == 1
     assert (resumed.folder / "weights_at_2.safetensors").exists()
+
+
+def test_a_checkpoint_without_the_optimizers_state_is_refused_before_the_model_loads(train, computed, tmp_path):
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(computed.folder / "checkpoint-4", checkpoint)
+    (checkpoint / "optimizer.pt").unlink()
+    run = train(expect=1, resume_from_checkpoint=str(checkpoint))
+    assert f"resume_from_checkpoint: {checkpoint} cannot be resumed from: optimizer.pt is missing" in run.log
+    assert "Loading weights" not in run.log
 
 
 def test_a_run_killed_in_its_first_checkpoint_starts_again(train):
@@ -185,7 +196,7 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(train):
 def test_a_checkpoint_of_other_layers_is_refused_although_a_plan_lies_beside_it(train, make_plan, tmp_path):
     other = train(output=tmp_path / "run", **selection("last", num_layers=2))
     make_plan(output=tmp_path / "run")
-    (other.folder / "checkpoint-6" / "layersel" / "plan.json").unlink()
+    shutil.copy(other.folder / "layersel" / "plan.json", other.folder / "checkpoint-6" / "layersel" / "plan.json")
     resumed = train(output=other.folder, expect=1, auto_resume_from_checkpoints=True)
     assert "checkpoint-6 is not of the plan beside it: they differ in model.layers." in resumed.log
 
