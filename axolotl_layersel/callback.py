@@ -60,6 +60,23 @@ def has_ended(state: TrainerState, callbacks: list[TrainerCallback]) -> bool:
     )
 
 
+class TidyCallback(TrainerCallback):
+    """Removes what an earlier run has left in the folder, once nothing of this one can fail before it trains.
+
+    Args:
+        paths: files that this run does not write.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        for path in self.paths if engines.get_rank() == 0 else []:
+            if path.exists():
+                LOG.info("layersel: %s is an earlier run's, and is removed", path)
+                path.unlink()
+
+
 class InterruptCallback(TrainerCallback):
     """Saves on Ctrl-C. The last callback: at the end of training whoever had SIGINT gets it back once all is settled.
 

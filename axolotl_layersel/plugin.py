@@ -7,6 +7,7 @@ from axolotl.integrations.base import BasePlugin
 
 from axolotl_layersel.args import AGREEING_KEYS, LORA_KERNELS, LayerselBlock
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.lock import RunLock
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -22,6 +23,7 @@ class LayerSelectionPlugin(BasePlugin):
 
     def __init__(self) -> None:
         super().__init__()
+        self.lock: RunLock | None = None
         self.repeat = 1  # choices that `axolotl-layersel plan --repeat` asks for
 
     def register(self, cfg: dict) -> None:
@@ -56,6 +58,7 @@ class LayerSelectionPlugin(BasePlugin):
         init_distributed_state()
         settings = read_settings(cfg)
         check_started_alike({"layersel": settings.model_dump(), **{key: cfg.get(key) for key in AGREEING_KEYS}})
+        engines.decide_on_rank_zero(lambda: self.take_lock(cfg.output_dir))
         resume_from = find_resumed_checkpoint(
             settings, cfg.output_dir, cfg.resume_from_checkpoint, bool(cfg.auto_resume_from_checkpoints)
         )
@@ -80,6 +83,7 @@ class LayerSelectionPlugin(BasePlugin):
         from axolotl_layersel.prepare import prepare_trainer
 
         settings = read_settings(cfg)
+        engines.decide_on_rank_zero(self.confirm_lock)
         prepare_trainer(
             trainer,
             settings,
@@ -90,6 +94,21 @@ class LayerSelectionPlugin(BasePlugin):
             repeat=self.repeat,
         )
         take_over_fsdp2_writer(trainer)
+
+    def post_train_unload(self, cfg) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
+    def take_lock(self, folder: str) -> None:
+        """Let no other run write into ``folder`` until this process ends; on rank 0."""
+        if self.lock is not None:
+            self.lock.release()
+        self.lock = RunLock.take(folder)
+
+    def confirm_lock(self) -> None:
+        """Raise LayerselError if another run has got the folder; on rank 0."""
+        if self.lock is not None:
+            self.lock.confirm()
 
 
 def take_over_fsdp2_writer(trainer) -> None:

@@ -11,14 +11,16 @@ from transformers import Trainer
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.callback import InterruptCallback, RestoreCallback
+from axolotl_layersel.callback import InterruptCallback, RestoreCallback, TidyCallback
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
+from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import check_state, state_path
-from axolotl_layersel.plan import Plan
+from axolotl_layersel.plan import Plan, plan_path
 from axolotl_layersel.saving import complete_saves
+from axolotl_layersel.selection.flexora.records import gates_path
 from axolotl_layersel.selection.phase import select_layers
 from axolotl_layersel.writer import AdapterWriter
 
@@ -82,6 +84,7 @@ def prepare_trainer(
             ranks.check(resume_from, "resume_from_checkpoint")
         trainer.add_callback(RankCallback(ranks, resume_from))
     writer = AdapterWriter(trainer, ranks.fold if ranks else None)
+    trainer.add_callback(TidyCallback(list_foreign_files(settings, trainer.args.output_dir)))
     trainer.add_callback(InterruptCallback(trainer, writer))
     trainer.save_adapter = complete_saves(trainer, writer, plan, ranks)
     return plan
@@ -99,6 +102,13 @@ def check_resumed(settings: LayerselBlock, resume_from: str | None) -> None:
             f"resume_from_checkpoint: {resume_from} is of a run with layersel.l1ra, without which its adapter does not "
             "fit. Restore the l1ra block, or start from the adapter with lora_model_dir."
         )
+
+
+def list_foreign_files(settings: LayerselBlock, output_dir: str) -> list[Path]:
+    """Return the files of this package in a run's folder that would be an earlier run's."""
+    ranks = [] if settings.l1ra else [ranks_path(output_dir)]
+    # A run that selects has written its plan by then, and with it the course of a search, or removed that.
+    return ranks if settings.selection else [*ranks, plan_path(output_dir), gates_path(output_dir)]
 
 
 def restore_fsdp_adapter(trainer: Trainer, checkpoint: str) -> None:

@@ -1,11 +1,14 @@
 """Files that cannot be honoured: real Axolotl ends with an error code and one sentence that says what to do."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import l1ra, selection
 from safetensors.torch import load_file, save_file
+
+from axolotl_layersel.lock import FILE, RunLock
 
 MODEL_LOADS = "Loading weights"
 
@@ -228,6 +231,7 @@ def test_what_only_the_model_shows_ends_before_training(refused, case):
     assert message in run.log
     assert "Starting trainer" not in run.log
     assert not (run.folder / "layersel").exists()
+    assert not (run.folder / FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -274,3 +278,18 @@ def test_a_nan_names_its_layer_and_row(train, base_model, tmp_path):
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     run = train("ddp", expect=1, base_model=str(broken))
     assert "layersel.selection.method: NaN or infinity in layer 2 for training row" in run.log
+
+
+def test_a_run_into_a_folder_that_another_run_writes_ends_all_processes_before_the_model_loads(
+    train, zygote, make_config, tmp_path
+):
+    held = RunLock.take(tmp_path / "run")
+    path, _, _ = make_config(output=tmp_path / "run")
+    codes = zygote.run("axolotl_layersel.planning:main", {"config": str(path)}, 1, path.with_suffix(".log"), {})
+    assert codes == [1] and "is being written by another run" in (path.parent / "config.log.0").read_text()
+    run = train("ddp", expect=1, output=tmp_path / "run")
+    assert run.log.count("LayerselError: output_dir: ") == 2
+    assert run.log.count(f"is being written by another run (process {os.getpid()} on ") >= 2
+    assert MODEL_LOADS not in run.log
+    held.confirm()
+    held.release()

@@ -12,6 +12,8 @@ from conftest import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 from test_runs import load_with_stock_peft
 
+from axolotl_layersel.lock import RunLock
+
 
 def call(*command: str, expect: int = 0, timeout: float = 240) -> str:
     """Run a command and return what it printed."""
@@ -126,7 +128,9 @@ def in_process(zygote, target: str, path: Path, **args) -> str:
 
 def test_merge_lora_merges_the_selected_layers(trained, zygote, base_model, tmp_path):
     path, output = trained
+    training = RunLock.take(output)  # a run that goes on is in the way of no command that does not train
     in_process(zygote, "axolotl.cli.merge_lora:do_cli", without_deepspeed(path))
+    training.release()
     code = (
         "import sys, torch; from transformers import AutoModelForCausalLM; from safetensors.torch import save_file;"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval();"
@@ -145,7 +149,9 @@ def test_the_same_file_goes_through_axolotls_other_commands(trained, zygote, com
     other = without_deepspeed(path, val_set_size=0.1)
     plan = (output / "layersel" / "plan.json").read_bytes()
     arguments = {} if command == "preprocess" else {"lora_model_dir": str(output)}
+    training = RunLock.take(output)
     text = in_process(zygote, f"axolotl.cli.{command}:do_cli", other, **arguments)
+    training.release()
     assert "layersel: method" not in text, "a command that does not train selected layers"
     assert (output / "layersel" / "plan.json").read_bytes() == plan
     if command == "evaluate":

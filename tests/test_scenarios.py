@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
 
+from axolotl_layersel.lock import FILE
+
 PLAN_ONLY = "axolotl_layersel.planning:main"
 
 
@@ -167,11 +169,13 @@ def test_a_trained_adapter_is_continued_with_its_other_layers_kept(train, comput
     assert all(torch.equal(value, before[name]) for name, value in start.items())
 
 
-def test_an_incomplete_checkpoint_is_not_resumed_from(train):
+def test_an_incomplete_checkpoint_is_not_resumed_from(train, computed):
     killed = train(expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"})
+    assert (killed.folder / FILE).exists()
     state = killed.folder / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:200])
     resumed = train(output=killed.folder, auto_resume_from_checkpoints=True)
+    assert [(run.folder / FILE).exists() for run in (killed, computed)] == [False, False]
     assert resumed.log.count("checkpoint-4 is incomplete and is not resumed from: trainer_state.json is truncated") == 1
     assert (resumed.folder / "weights_at_2.safetensors").exists()
 

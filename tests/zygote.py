@@ -9,6 +9,7 @@ answers go to standard output: ``{"id", "pids"}`` once started and ``{"id", "cod
 list, one for each rank.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -34,6 +35,7 @@ def reply(**message) -> None:
 def run_child(job: dict, rank: int) -> None:
     """Run the target in this forked process and leave with its exit code."""
     os.setpgid(0, 0)
+    atexit._clear()  # what the server has registered is its own to do
     log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -63,6 +65,7 @@ def run_child(job: dict, rank: int) -> None:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
         traceback.print_exc()
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
