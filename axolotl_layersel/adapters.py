@@ -17,13 +17,12 @@ from transformers import Trainer
 
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.initialisation import PLAIN, RESTORED, SEEDED, changes_base, describe_rounding, normalise
 from axolotl_layersel.layers import LayerStack, find_lora_modules
 from axolotl_layersel.layouts import list_ends, sort_sets
 
 # From the adapter's tensors and configuration in training to those of a plain adapter.
 Fold = Callable[[dict[str, torch.Tensor], LoraConfig], tuple[dict[str, torch.Tensor], LoraConfig]]
-# PEFT's own initialisations that draw nothing but A: those that look at the base weights keep PEFT's result.
-SEEDED_INITIALISATIONS = (True, "gaussian")
 # Where PEFT reads the number of a module's layer: after the first name that a number follows.
 NUMBERED_LAYER = re.compile(r".*?\.(?P<list>[^.]*)\.(?P<number>\d+)\.")
 
@@ -45,10 +44,9 @@ def get_config(model: PeftModel) -> LoraConfig:
     return model.peft_config[get_adapter_name(model)]
 
 
-def get_initialisation(config: LoraConfig) -> bool | str | None:
-    """Return ``init_lora_weights``, names in lower case as PEFT compares them."""
-    method = config.init_lora_weights
-    return method.lower() if isinstance(method, str) else method
+def get_initialisation(config: LoraConfig) -> bool | str:
+    """Return ``init_lora_weights`` under the name that it has in ``initialisation``."""
+    return normalise(config.init_lora_weights)
 
 
 def make_row_generator(seed: int, module: str, row: int) -> torch.Generator:
@@ -88,7 +86,7 @@ def check_plain_lora(model: PeftModel, modules: dict[str, LoraLayer], setting: s
         setting: the YAML key that puts gates on them.
     """
     adapter, method = get_adapter_name(model), get_initialisation(get_config(model))
-    if method not in SEEDED_INITIALISATIONS:
+    if method not in PLAIN:
         raise LayerselError(
             f"peft_init_lora_weights: {method!r} is not supported by {setting}, whose gates need an adapter that "
             "starts from nothing. Remove it, or use `gaussian`."
@@ -116,19 +114,24 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
     """Draw the initial LoRA weights from ``seed``, in PEFT's distribution.
 
     PEFT draws them from the process's unseeded stream. Here each row of A comes from (seed, module name, row)
-    alone: the same on every engine and number of processes, whatever other layers carry LoRA. The global
-    random state is not touched.
+    alone, or with ``orthogonal`` a module from (seed, module name): the same on every engine and number of
+    processes, whatever other layers carry LoRA. The global random state is not touched.
 
     Returns:
-        Whether the weights were drawn; False where the initialisation depends on the base weights (PiSSA,
-        OLoRA, LoftQ, ...), whose result PEFT's is kept.
+        Whether the weights were drawn; False where the initialisation depends on the base weights (PiSSA, OLoRA),
+        whose result PEFT's is kept.
     """
     config, adapter = get_config(model), get_adapter_name(model)
     method = get_initialisation(config)
-    if method not in SEEDED_INITIALISATIONS:
+    if method not in SEEDED:
         return False
     for name, module in find_lora_modules(model.get_base_model()).items():
-        if adapter in module.lora_A:
+        if method == "orthogonal":
+            down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            values = draw_orthogonal(down.shape[1], up.shape[0], down.shape[0], make_row_generator(seed, name, 0))
+            for weight, value in zip((down, up), values):
+                weight.copy_(value)
+        elif adapter in module.lora_A:
             weight = module.lora_A[adapter].weight
             rows = [draw_row(weight[i], method, seed, name, i, module.r[adapter]) for i in range(weight.shape[0])]
             weight.copy_(torch.stack(rows))
@@ -154,6 +157,16 @@ def draw_row(like: torch.Tensor, method: bool | str, seed: int, module: str, row
     return torch.rand(like.shape, generator=generator) * (2 * bound) - bound
 
 
+def draw_orthogonal(
+    inputs: int, outputs: int, rank: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B in fp32 as PEFT makes them: from rows that are orthogonal, so that their product is zero."""
+    rows, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
+    down = torch.randn(inputs, rank // 2, generator=generator) @ rows[1::2]
+    up = torch.randn(outputs, rank // 2, generator=generator) @ rows[0::2]
+    return down.T.contiguous() / 10, up.contiguous() / 10
+
+
 def find_others(stack: LayerStack, kept: list[str]) -> list[str]:
     """Return the names of the LoRA modules of the layers, but for those ``kept``."""
     staying = set(kept)
@@ -168,12 +181,19 @@ def remove_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> N
 def remove_modules(model: PeftModel, removed: list[str]) -> None:
     """Put the base modules back in place of the LoRA modules named ``removed``.
 
-    The configuration then names exactly the LoRA modules that exist, so that stock PEFT rebuilds them.
+    The configuration then names exactly the LoRA modules that exist, so that stock PEFT rebuilds them. Call it before
+    LoRA has trained.
+
+    Raises:
+        LayerselError: if PEFT has changed the weight of such a module, and it cannot be what it was.
     """
     base = model.get_base_model()
+    restores = changes_base(get_config(model).init_lora_weights)
     for name in removed:
         parent, _, child = name.rpartition(".")
         module = base.get_submodule(name)
+        if restores:
+            restore_base(name, module, get_adapter_name(model), get_initialisation(get_config(model)))
         while isinstance(module, BaseTunerLayer):
             module = module.base_layer
         setattr(base.get_submodule(parent), child, module)
@@ -181,6 +201,32 @@ def remove_modules(model: PeftModel, removed: list[str]) -> None:
     tuner = model.base_model
     tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in gone]
     name_exactly(get_config(model), base)
+
+
+@torch.no_grad()
+def restore_base(name: str, module: LoraLayer, adapter: str, method: str) -> None:
+    """Give the base weight of a module back the product of the initial factors, which PEFT took out of it.
+
+    Raises:
+        LayerselError: if that would not be the weight that it was.
+    """
+    weight = module.get_base_layer().weight
+    if method not in RESTORED:
+        raise LayerselError(
+            f"peft_init_lora_weights: {method!r} has changed the base weight of {name}, which cannot be undone. "
+            "Set `unselected: freeze`, or remove peft_init_lora_weights."
+        )
+    if weight.dtype != torch.float32:
+        raise LayerselError(describe_rounding(method, f"that of {name} is {str(weight.dtype).removeprefix('torch.')}"))
+    transposed = getattr(module, "fan_in_fan_out", False)
+    if transposed and method == "olora":
+        raise LayerselError(
+            f"peft_init_lora_weights: 'olora' takes {name}, a {type(module.get_base_layer()).__name__}, for its "
+            "transpose, so PEFT computes something else from the start. Use `pissa`, or remove it."
+        )
+    product = module.scaling[adapter] * (module.lora_B[adapter].weight.float() @ module.lora_A[adapter].weight.float())
+    product = product.T if transposed else product
+    engines.edit_weight(weight, lambda whole: whole.add_(product.to(whole.device)))
 
 
 def name_exactly(config: LoraConfig, base: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from axolotl_layersel.block import Block, as_mapping, as_number, as_whole, as_whole_list, check_known, quote
+from axolotl_layersel.initialisation import PLAIN, changes_base, explain_refusal, normalise
 
 DATA_FREE_METHODS = ("random", "first", "last", "explicit")
 SAMPLING_METHODS = ("cka", "cosine", "fisher")
@@ -48,7 +49,6 @@ SHORT_RUN = 200
 ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # Trainers that hand the adapter to a generator while training.
 GENERATING_TRAINERS = ("grpo", "gdpo", "ebft")
-PLAIN_INITIALISATIONS = (True, "true", "gaussian")
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 # What of a file decides how a run goes, and so must be the same on all ranks. Paths may differ from node to node; what
@@ -470,6 +470,7 @@ class LayerselArgs(BaseModel):
             check_optimizer(data)
         if block.selection:
             check_layers_to_transform(data, block.selection)
+            check_initialisation(data)
             check_dataset(data, block.selection)
             if block.selection.method == "flexora" and block.selection.plan is None:
                 check_plain_lora(data, "layersel.selection.method: flexora")
@@ -586,15 +587,12 @@ def check_plain_lora(data: Mapping[str, Any], setting: str) -> None:
             f"peft_use_dora: true. DoRA ties its magnitudes to the whole adapter, of which {setting} cannot gate "
             "parts. Remove peft_use_dora."
         )
-    initial = data.get("peft_init_lora_weights")
-    initial = initial.lower() if isinstance(initial, str) else initial
-    if initial is not None and initial not in PLAIN_INITIALISATIONS:
+    if normalise(data.get("peft_init_lora_weights")) not in PLAIN:
         raise ValueError(
             f"peft_init_lora_weights: {data['peft_init_lora_weights']!r} is not supported by {setting}, whose gates "
             "need an adapter that starts from nothing. Remove it, or use `gaussian`."
         )
-    if as_mapping(data.get("peft")).get("loftq_config"):
-        raise ValueError("peft.loftq_config: LoftQ changes the base to match LoRA, and is not supported. Remove it.")
+    check_loftq(data)
     if data.get("fp16") and data["fp16"] != "auto":
         raise ValueError(
             f"fp16: {data['fp16']!r} scales the loss, and with it the gradients of the gates of {setting}. "
@@ -682,6 +680,33 @@ def find_zero_stage(deepspeed: Any) -> int | None:
         return int(content["zero_optimization"]["stage"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None  # Axolotl itself says what is wrong with the file
+
+
+def check_initialisation(data: Mapping[str, Any]) -> None:
+    """Raise ValueError for initial LoRA weights that layers cannot be selected under."""
+    if data.get("lora_model_dir"):
+        return  # With an adapter to continue Axolotl does not look at these keys.
+    check_loftq(data)
+    initial = data.get("peft_init_lora_weights")
+    refusal = explain_refusal(initial)
+    if refusal:
+        raise ValueError(refusal)
+    lacking = None
+    if find_zero_stage(data.get("deepspeed")) == 3:
+        lacking = "ZeRO-3 has split before PEFT sees them. Use ZeRO-2"
+    elif as_mapping(data.get("fsdp_config")).get("cpu_ram_efficient_loading"):
+        lacking = "fsdp_config.cpu_ram_efficient_loading loads on one process alone. Set it to false"
+    if changes_base(initial) and lacking:
+        raise ValueError(
+            f"peft_init_lora_weights: {initial!r} is computed on every process from the base weights, which {lacking}, "
+            "or another initialisation such as `gaussian`."
+        )
+
+
+def check_loftq(data: Mapping[str, Any]) -> None:
+    """Raise ValueError where LoftQ is asked for by its own block."""
+    if as_mapping(data.get("peft")).get("loftq_config"):
+        raise ValueError("peft.loftq_config: LoftQ changes the base to match LoRA, and is not supported. Remove it.")
 
 
 def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionArgs) -> None:

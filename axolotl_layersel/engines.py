@@ -475,13 +475,19 @@ def edit_parameter(trainer: Trainer, parameter: nn.Parameter, edit: Edit) -> Non
     if engine == "fsdp2":
         edit_shards(parameter, edit)
         return
-    if engine == "zero3":
-        edit_partition(parameter, parameter.ds_tensor, edit)
-    # ZeRO-3 keeps small parameters whole between steps, and has none of the others' data then.
-    if parameter.numel():
-        edit(parameter.data)
+    edit_weight(parameter, edit)
     if engine.startswith("zero"):
         edit_zero_state(parameter, edit, None)
+
+
+@torch.no_grad()
+def edit_weight(parameter: nn.Parameter, edit: Edit) -> None:
+    """Change a parameter, whole or split by ZeRO-3, but not the fp32 master that an engine may have of it."""
+    if hasattr(parameter, "ds_id"):
+        edit_partition(parameter, parameter.ds_tensor, edit)
+    # ZeRO-3 keeps small parameters whole between steps, and has no data of the others then.
+    if parameter.numel():
+        edit(parameter.data)
 
 
 @torch.no_grad()

@@ -2,11 +2,14 @@
 
 import logging
 import math
+from pathlib import Path
 
 from axolotl.integrations.base import BasePlugin
 
-from axolotl_layersel.args import AGREEING_KEYS, LORA_KERNELS, LayerselBlock
+from axolotl_layersel.args import AGREEING_KEYS, DEFAULT_UNSELECTED, LORA_KERNELS, LayerselBlock
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import read_json
+from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
 from axolotl_layersel.lock import RunLock
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -77,6 +80,8 @@ class LayerSelectionPlugin(BasePlugin):
             check_continuing(selection)
         if selection and reused is None and engines.decide_on_rank_zero(lambda: loads_encoder_decoder(cfg)):
             check_encoder_decoder(selection, cfg.base_model)
+        if selection and (reused[0].unselected if reused else selection.unselected or DEFAULT_UNSELECTED) == "remove":
+            check_base_weights(cfg)
 
     def post_trainer_create(self, cfg, trainer) -> None:
         from axolotl_layersel import engines
@@ -152,6 +157,30 @@ def loads_encoder_decoder(cfg) -> bool:
     else:
         decoder_alone = cfg.type_of_model.endswith("ForCausalLM")
     return bool(getattr(config, "is_encoder_decoder", False)) and not decoder_alone
+
+
+def check_base_weights(cfg) -> None:
+    """Raise LayerselError where base weights that the initialisation changes could not be what they were again."""
+    import torch
+
+    from axolotl_layersel import engines
+
+    if cfg.lora_model_dir:
+        initial = engines.decide_on_rank_zero(lambda: read_initialisation(Path(cfg.lora_model_dir)))
+        if changes_base(initial):
+            raise LayerselError(describe_continued(initial, cfg.lora_model_dir))
+        return
+    quantised = next((key for key in ("load_in_4bit", "load_in_8bit", "gptq") if cfg[key]), None)
+    found = f"{quantised} is on" if quantised else f"they are in {str(cfg.torch_dtype).removeprefix('torch.')}"
+    if changes_base(cfg.peft_init_lora_weights) and (quantised or cfg.torch_dtype != torch.float32):
+        raise LayerselError(describe_rounding(cfg.peft_init_lora_weights, found))
+
+
+def read_initialisation(folder: Path) -> bool | str | None:
+    """Return ``init_lora_weights`` of the adapter in ``folder``; None where it lies elsewhere, such as on a hub."""
+    path = folder / "adapter_config.json"
+    content = read_json("lora_model_dir", path, "Give the folder of an adapter.") if path.is_file() else None
+    return content.get("init_lora_weights") if isinstance(content, dict) else None
 
 
 def find_scaling(cfg) -> float:

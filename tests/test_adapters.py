@@ -7,20 +7,28 @@ import torch
 from conftest import make_lora, make_small_llama, make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from axolotl_layersel import adapters, layouts
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.initialisation import RESTORED, SEEDED
 from axolotl_layersel.layers import find_layer_stack, find_lora_modules
 from axolotl_layersel.writer import AdapterWriter
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def module_products(model) -> list[float]:
+    """Return the largest element of B·A of every module."""
+    modules = find_lora_modules(model.get_base_model()).values()
+    return [float((m.lora_B["default"].weight @ m.lora_A["default"].weight).abs().max()) for m in modules]
+
+
 def lora_weights(model) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
 
 
-@pytest.mark.parametrize("method", [True, "gaussian"])
+@pytest.mark.parametrize("method", [True, "gaussian", "orthogonal"])
 def test_initial_weights_come_from_the_seed_alone(method):
     first, second, other = (make_lora(make_small_llama(), init_lora_weights=method) for _ in range(3))
     torch.manual_seed(11)
@@ -32,7 +40,7 @@ def test_initial_weights_come_from_the_seed_alone(method):
     adapters.initialize_lora(other, seed=6)
     for name, value in lora_weights(first).items():
         assert torch.equal(value, lora_weights(second)[name])
-        assert torch.equal(value, lora_weights(other)[name]) == ("lora_B" in name)
+        assert torch.equal(value, lora_weights(other)[name]) == ("lora_B" in name and method != "orthogonal")
 
 
 def test_a_row_does_not_depend_on_rank_or_on_what_else_carries_lora():
@@ -45,7 +53,7 @@ def test_a_row_does_not_depend_on_rank_or_on_what_else_carries_lora():
             assert torch.equal(value, lora_weights(large)[name][:2])
 
 
-@pytest.mark.parametrize("method", [True, "gaussian"])
+@pytest.mark.parametrize("method", [True, "gaussian", "orthogonal"])
 def test_the_distribution_is_pefts(method):
     model = make_lora(make_small_llama(hidden_size=256, num_attention_heads=8), r=16, init_lora_weights=method)
     stock = torch.cat([value.flatten() for name, value in lora_weights(model).items() if "q_proj.lora_A" in name])
@@ -53,6 +61,7 @@ def test_the_distribution_is_pefts(method):
     ours = torch.cat([value.flatten() for name, value in lora_weights(model).items() if "q_proj.lora_A" in name])
     assert ours.std().item() == pytest.approx(stock.std().item(), rel=0.03)
     assert ours.abs().max().item() == pytest.approx(stock.abs().max().item(), rel=0.01 if method is True else 0.3)
+    assert max(module_products(model)) <= 1e-6
     assert abs(ours.mean().item()) < 3 * ours.std().item() / len(ours) ** 0.5
 
 
@@ -86,6 +95,64 @@ def test_stock_peft_rebuilds_exactly_the_layers_that_are_left(tmp_path, targets)
         ["down_proj", "q_proj"] if targets != "all-linear" else sorted(ALL_LINEAR)
     )
     assert config["layers_to_transform"] == [1, 4] and config["layers_pattern"] == ["layers"]
+
+
+def make_small_gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=4, n_head=4))
+
+
+CONV1D = {"targets": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "method"),
+    [
+        *((make_small_llama, {}, method) for method in (*SEEDED, *RESTORED)),
+        (make_small_llama, {"use_rslora": True}, "pissa"),
+        (make_small_gpt2, CONV1D, "pissa"),
+    ],
+)
+def test_layers_that_lose_their_lora_have_the_base_weights_that_they_had(tmp_path, make, settings, method):
+    before = make().state_dict()
+    model = make_lora(make(), init_lora_weights=method, **settings)
+    trainer = make_trainer(model, tmp_path)
+    stack = find_layer_stack(model)
+    adapters.remove_unselected(model, stack, stack.lora_modules[1] + stack.lora_modules[3])
+    after = model.get_base_model().state_dict()
+    removed = {f"{name}.weight" for layer in (0, 2) for name in stack.lora_modules[layer]}
+    assert removed <= before.keys() & after.keys()
+    for name in removed:
+        torch.testing.assert_close(after[name], before[name], atol=1e-7, rtol=1e-6)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.1
+    AdapterWriter(trainer).save(tmp_path / "adapter")
+    rebuilt = PeftModel.from_pretrained(make(), tmp_path / "adapter").eval()
+    tokens = torch.arange(3, 33)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt(tokens).logits, model.eval()(tokens).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (
+            make_small_gpt2,
+            {**CONV1D, "init_lora_weights": "olora"},
+            "'olora' takes transformer.h.0.attn.c_attn, a Conv",
+        ),
+        (
+            lambda: make_small_llama().to(torch.bfloat16),
+            {"init_lora_weights": "pissa"},
+            "base weights in float32.* that of model.layers.0.self_attn.q_proj is bfloat16",
+        ),
+    ],
+)
+def test_base_weights_that_cannot_be_what_they_were_are_refused(make, settings, message):
+    model = make_lora(make(), **settings)
+    stack = find_layer_stack(model)
+    with pytest.raises(LayerselError, match=message):
+        adapters.remove_unselected(model, stack, stack.lora_modules[1])
 
 
 class Tower(torch.nn.Module):

@@ -23,6 +23,7 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import LayerChoice, Plan, check_settings
 
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
+FSDP2 = {"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}}
 RUN = {"plugins": [PLUGIN], "adapter": "lora", "lora_r": 4, "lora_alpha": 8}
 
 
@@ -201,6 +202,29 @@ def test_any_value_of_other_keys_is_passed_by_or_refused_by_key(key, value, bloc
     data = {**RUN, "val_set_size": 0.1, "layersel": blocks[block], key: value}
     for message in collect_errors(data):
         assert key.removesuffix("_config") in message, message
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"peft_init_lora_weights": "eva"}, "peft_init_lora_weights: 'eva' does not go with layersel.selection"),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "peft.loftq_config: LoftQ changes the base"),
+        (
+            {"peft_init_lora_weights": "olora", "deepspeed": {"zero_optimization": {"stage": 3}}},
+            "'olora' is computed on every process from the base weights, which ZeRO-3 has split",
+        ),
+        (
+            {"peft_init_lora_weights": "pissa", **FSDP2},
+            "which fsdp_config.cpu_ram_efficient_loading loads on one process alone. Set it to false",
+        ),
+        ({"peft_init_lora_weights": "olora", "deepspeed": {"zero_optimization": {"stage": 2}}}, None),
+        ({"peft_init_lora_weights": "eva", "lora_model_dir": "adapter"}, None),
+    ],
+)
+def test_an_initialisation_that_layers_cannot_be_selected_under_is_refused(run, message):
+    errors = collect_errors({**RUN, "layersel": {"selection": {"method": "first"}}, **run})
+    assert len(errors) == (message is not None)
+    assert all(message in error for error in errors)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,15 @@ BEFORE_THE_MODEL = {
     "l1ra: endless warmup": (l1ra(warmup_ratio=1), "layersel.l1ra.warmup_ratio: 1.0 is outside [0, 1)"),
     "l1ra: unknown budget": (l1ra(budget="ranks"), "layersel.l1ra.budget: 'ranks' is not known: did you mean 'rank'?"),
     "l1ra: DoRA": ({**l1ra(), "peft_use_dora": True}, "peft_use_dora: true. DoRA ties its magnitudes"),
+    "an initialisation of random numbers": (
+        {"peft_init_lora_weights": "pissa_niter_4"},
+        "peft_init_lora_weights: 'pissa_niter_4' does not go with layersel.selection",
+    ),
+    "PiSSA on rounded weights": (
+        {"peft_init_lora_weights": "pissa", "bf16": True},
+        "peft_init_lora_weights: 'pissa' with `unselected: remove` needs base weights in float32, to give them back "
+        "exactly what it takes out of them, and they are in bfloat16.",
+    ),
     "l1ra: PiSSA": ({**l1ra(), "peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: 'pissa' is not supported"),
     "l1ra: OLoRA": ({**l1ra(), "peft_init_lora_weights": "olora"}, "peft_init_lora_weights: 'olora' is not supported"),
     "l1ra: EVA": ({**l1ra(), "peft_init_lora_weights": "eva"}, "peft_init_lora_weights: 'eva' is not supported"),

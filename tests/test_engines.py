@@ -235,6 +235,25 @@ def test_other_engines_are_refused(kind, plugin):
         engines.name_engine(describe_engine(kind, plugin))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type Lamb keeps no Adam moments"),
+        ({"offload_param": {"device": "nvme"}}, "offload_param.device nvme keeps weights on disk"),
+        ({"offload_param": {"device": "cpu"}, "optimizer": {"type": "AdamW"}}, None),
+    ],
+)
+def test_a_deepspeed_file_under_which_rank_cannot_move_is_refused(content, message):
+    zero = {"stage": 3, **{key: value for key, value in content.items() if key == "offload_param"}}
+    plugin = types.SimpleNamespace(zero_stage=3, deepspeed_config={**content, "zero_optimization": zero})
+    trainer = describe_engine("DEEPSPEED", {"deepspeed_plugin": plugin})
+    if message is None:
+        engines.check_deepspeed_optimizer(trainer)
+        return
+    with pytest.raises(LayerselError, match=message):
+        engines.check_deepspeed_optimizer(trainer)
+
+
 def describe_engine(kind: str, plugins: dict):
     """Return what of a trainer its engine's name is read from."""
     state = types.SimpleNamespace(**plugins)

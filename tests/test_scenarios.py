@@ -119,6 +119,24 @@ def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
         assert difference(run.adapter(), alone.adapter()) <= 1e-3, engine
 
 
+def test_layers_that_lose_their_lora_get_back_what_pissa_and_olora_took_from_them(train, base_model, tmp_path):
+    kept, runs = selection("explicit", layers=[2, 5]), {}
+    for engine, method in (
+        ("single", "pissa"),
+        ("single", "olora"),
+        ("fsdp2-sharded", "pissa"),
+        ("fsdp2-sharded", "olora"),
+    ):
+        run = runs[engine, method] = train(engine, **kept, peft_init_lora_weights=method)
+        assert run.engine["engine"] == engine.split("-")[0]
+        assert {int(name.split(".layers.")[1][0]) for name in run.adapter()} == {2, 5}
+        assert run.config()["init_lora_weights"] == method
+    stock = load_with_stock_peft(base_model, [run.folder for run in runs.values()], tmp_path)
+    for case, run in runs.items():
+        trained = load_file(run.folder / "logits.safetensors")["logits"]
+        assert float((stock[str(run.folder)] - trained).abs().max()) <= 1e-5, case
+
+
 def test_frozen_layers_stay_as_they_started_on_every_engine_also_after_a_resume(train):
     for engine in ("single", "zero3", "fsdp2-sharded"):
         settings = {**selection(unselected="freeze")}

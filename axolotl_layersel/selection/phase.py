@@ -11,9 +11,10 @@ from peft import PeftModel
 from transformers import Trainer
 
 from axolotl_layersel import adapters, engines
-from axolotl_layersel.args import DATA_FREE_METHODS, SAMPLING_METHODS, SelectionArgs
+from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_UNSELECTED, SAMPLING_METHODS, SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER
+from axolotl_layersel.initialisation import changes_base, describe_continued, explain_refusal
 from axolotl_layersel.layers import LayerStack, find_layer_stack, find_lora_modules
 from axolotl_layersel.plan import (
     LayerChoice,
@@ -75,6 +76,8 @@ def select_layers(
         check_encoder_decoder(settings, type(model.get_base_model()).__name__)
     if continues_adapter and reused is None:
         check_continuing(settings)
+    removes = (reused[0].unselected if reused else settings.unselected or DEFAULT_UNSELECTED) == "remove"
+    check_initialisation(model, continues_adapter, removes)
     if reused is not None and repeat > 1:
         raise LayerselError(
             f"--repeat: nothing is chosen with {reused[1]} as the plan. Remove `plan` from the block, or --repeat."
@@ -147,6 +150,16 @@ def check_continuing(settings: SelectionArgs) -> None:
             "would delete its weights in the layers that are not selected. Set `unselected: freeze` to keep them "
             "untrained, or write `unselected: remove` to delete them."
         )
+
+
+def check_initialisation(model: PeftModel, continues_adapter: bool, removes: bool) -> None:
+    """Raise LayerselError where the base weights do not allow for a selection."""
+    initial = adapters.get_config(model).init_lora_weights
+    if continues_adapter:
+        if removes and changes_base(initial):
+            raise LayerselError(describe_continued(initial, "the adapter"))
+    elif refusal := explain_refusal(initial):
+        raise LayerselError(refusal)
 
 
 def find_plan(settings: SelectionArgs, resume_from: str | None) -> tuple[Plan, str] | None:

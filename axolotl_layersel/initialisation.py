@@ -1,0 +1,69 @@
+"""What ``peft_init_lora_weights`` can say in PEFT 0.20, and which of it layers can be selected under."""
+
+from axolotl_layersel.errors import suggest
+
+# A is drawn and B is zero, so that a module starts as nothing, each rank component by itself.
+PLAIN = (True, "gaussian")
+# Drawn again from the run's seed, so that they are the same on every engine.
+SEEDED = (*PLAIN, "orthogonal")
+# PEFT takes the product of the initial factors out of the base weight, and again whenever it loads the adapter: the
+# base weight of a module that is removed gets it back.
+RESTORED = ("pissa", "olora")
+REFUSED = {
+    False: "Axolotl passes over it and starts as with `true`",
+    "corda": "Axolotl does not collect the statistics that it starts from",
+    "eva": "Axolotl does not look at the data for it, so it would be plain LoRA",
+    "loftq": "it exchanges base weights for quantised ones, which a layer without LoRA cannot get back",
+    "lora_ga": "Axolotl does not compute the gradients that it starts from, so it would be plain LoRA",
+    "mica": "half of each module would stay as it starts, which the plugin does not know",
+    "pissa_niter": "it draws random numbers whenever it is loaded, so that no adapter and no resumed run fits its base",
+}
+# PEFT compares these in lower case.
+ANY_CASE = ("gaussian", "olora")
+
+
+def normalise(value: bool | str | None) -> bool | str:
+    """Return the initialisation under the name that it has in the tables above, or as it is where it is in none."""
+    if value is None:
+        return True
+    if isinstance(value, str) and value.lower() in ANY_CASE:
+        return value.lower()
+    if isinstance(value, str) and value.startswith("pissa_niter_"):
+        return "pissa_niter"
+    return value
+
+
+def changes_base(value: bool | str | None) -> bool:
+    """Return whether PEFT changes base weights under this initialisation."""
+    return normalise(value) in (*RESTORED, "corda", "loftq", "lora_ga", "pissa_niter")
+
+
+def describe_rounding(value: bool | str | None, found: str) -> str:
+    """Return the message for base weights that were rounded after the product of the factors was taken out."""
+    return (
+        f"peft_init_lora_weights: {value!r} with `unselected: remove` needs base weights in float32, to give them back "
+        f"exactly what it takes out of them, and {found}. Set `unselected: freeze`, or remove peft_init_lora_weights."
+    )
+
+
+def describe_continued(value: bool | str | None, adapter: str) -> str:
+    """Return the message for an adapter whose initial factors, which fit the base weights, are gone."""
+    return (
+        f"layersel.selection.unselected: remove cannot be honoured: {adapter} started as {value!r}, which changed the "
+        "base weights, and what they had lost is not known after training. Set `unselected: freeze`."
+    )
+
+
+def explain_refusal(value: bool | str | None) -> str | None:
+    """Return why layers cannot be selected under this initialisation, None where they can; unknown ones cannot."""
+    name = normalise(value)
+    if name in SEEDED or name in RESTORED:
+        return None
+    known = [*SEEDED[1:], *RESTORED]
+    reason = REFUSED.get(name) if isinstance(name, bool | str) else None
+    if reason is None:
+        return f"peft_init_lora_weights: {value!r} is not known: {suggest(str(value).lower(), known)}"
+    return (
+        f"peft_init_lora_weights: {value!r} does not go with layersel.selection: {reason}. "
+        f"Remove it, or use {', '.join(known[:-1])} or {known[-1]}."
+    )
