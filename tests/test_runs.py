@@ -26,6 +26,7 @@ SETTINGS = {
 NOT_RESUMED_FROM = {
     "README.md",
     "adapter_config.json",
+    "shards.safetensors",  # of probe.py
     "tokenizer.json",
     "tokenizer_config.json",
     "training_args.bin",
