@@ -1,6 +1,7 @@
 """What every run of this package needs while it trains; it only delegates."""
 
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from axolotl_layersel import engines
-from axolotl_layersel.interrupt import EXIT_CODE, InterruptFlag
+from axolotl_layersel.interrupt import WATCH, Interrupted, SharedSignal, leave
 from axolotl_layersel.writer import AdapterWriter
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -78,46 +79,106 @@ class TidyCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Saves on Ctrl-C. The last callback: at the end of training whoever had SIGINT gets it back once all is settled.
+    """Ends the run on Ctrl-C or SIGTERM, on all ranks together.
+
+    Ctrl-C leaves the adapter as trained so far, SIGTERM a checkpoint from which the same run goes on. It is the last
+    callback: at the end of training whoever had the signals gets them back once all is settled.
 
     Args:
         trainer: whose run it is.
         writer: writes its adapter.
+        resume_from: the checkpoint that the run resumes from.
     """
 
-    def __init__(self, trainer: Trainer, writer: AdapterWriter) -> None:
+    def __init__(self, trainer: Trainer, writer: AdapterWriter, resume_from: str | None = None) -> None:
         self.trainer = trainer
         self.writer = writer
-        self.interrupt = InterruptFlag(trainer.args.device)
+        self.resume_from = resume_from
+        self.shared = SharedSignal(trainer.args.device)
         self.training = False
+        self.began_at = 0
+        self.terminated = False
+        self.may_leave = True
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.interrupt.install()
-        self.training = True
+        WATCH.install()
+        self.shared = SharedSignal(args.device)
+        self.training, self.began_at = True, state.global_step
+        self.terminated, self.may_leave = False, True
+        if state.global_step > 0 and self.resume_from and engines.is_evaluation_due(self.trainer):
+            engines.evaluate_and_save(self.trainer, self.resume_from)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.stop_if_interrupted()
+        self.obey(self.shared.look())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.stop_if_interrupted()
+        self.obey(self.shared.settle())
+        # What is due at the end of an epoch belongs to its last step.
+        self.may_leave = not ends_epoch(state, control)
+        if self.terminated and self.may_leave:
+            control.should_save = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.may_leave = True
+        if self.terminated:
+            control.should_save = True
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         # An evaluation may take longer than a launcher waits before it kills; all ranks run as many batches.
-        if self.training:
-            self.stop_if_interrupted()
+        if not self.training:
+            return
+        self.obey(self.shared.look())
+        if self.terminated:
+            # The resumed run evaluates first, see is_evaluation_due.
+            if state.global_step > self.began_at:
+                engines.save_checkpoint(self.trainer)
+            self.leave_checkpoint()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        # Ranks have just waited for each other, and what came while they saved need not cost another step and save.
+        self.obey(self.shared.settle())
+        if self.terminated and self.may_leave:
+            self.leave_checkpoint()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.training = False
-        self.interrupt.restore()
+        self.shared.settle()
+        WATCH.restore()
 
-    def stop_if_interrupted(self) -> None:
-        """Save the adapter on all ranks and leave, if any rank got a SIGINT."""
-        if not self.interrupt.is_raised_anywhere():
-            return
-        folder = Path(self.trainer.args.output_dir)
-        self.writer.save(folder)
-        if engines.get_rank() == 0:
-            LOG.warning("layersel: interrupted; the adapter as trained so far is in %s", folder)
-        engines.leave(EXIT_CODE)
+    def obey(self, signum: int) -> None:
+        """Save the adapter and leave on Ctrl-C; on SIGTERM note that the run ends at its next checkpoint."""
+        if signum == signal.SIGINT:
+            folder = Path(self.trainer.args.output_dir)
+            self.writer.save(folder)
+            leave(signum, f"interrupted; the adapter as trained so far is in {folder}")
+        self.terminated = self.terminated or signum == signal.SIGTERM
+
+    def leave_checkpoint(self) -> None:
+        """Leave, with the checkpoint of this step complete."""
+        step, folder = self.trainer.state.global_step, self.trainer.args.output_dir
+        leave(signal.SIGTERM, f"ended after step {step}; `auto_resume_from_checkpoints: true` goes on from {folder}")
+
+
+def ends_epoch(state: TrainerState, control: TrainerControl) -> bool:
+    """Return whether the step that has just ended is the last one of its epoch, or of the run."""
+    return control.should_training_stop or control.should_epoch_stop or float(state.epoch).is_integer()
+
+
+class StopCallback(TrainerCallback):
+    """Raises Interrupted when any rank has received a signal, in training that leaves nothing behind."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.shared = SharedSignal(trainer.args.device)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.raise_for(self.shared.look())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.raise_for(self.shared.settle())
+
+    def raise_for(self, signum: int) -> None:
+        """Raise Interrupted for a signal, and nothing for 0."""
+        if signum:
+            raise Interrupted(signum)

@@ -26,6 +26,9 @@ fails loudly when one of them changes):
   ``stateful_callbacks``, of several of a class in a list that grows with every checkpoint;
   ``_load_callback_state`` restores them only on request, by making the callbacks anew at the end of the list.
 * transformers 5.16.1, ``Trainer.set_initial_training_values``: ends in the planned number of optimizer steps.
+* transformers 5.16.1, ``Trainer._save_checkpoint``: writes a whole checkpoint of the last step; what the step had
+  still to do lies in ``trainer_state.json`` as the state of ``TrainerControl``, in which ``should_evaluate`` is true
+  until the evaluation is over. ``_evaluate``, ``_determine_best_metric`` and ``_load_rng_state`` make up for one.
 * deepspeed 0.18.9: a partitioned parameter has ``ds_id``, ``ds_numel``, ``ds_shape`` and ``ds_process_group``, and this
   rank's part of what the next forward gathers in ``ds_tensor``: flat, all ranks' parts of one size, the last ones
   padded; its ``status`` says whether it is in memory. A parameter that is not gathered has no elements; one under
@@ -687,16 +690,52 @@ def remove_embedding_hooks(model: nn.Module) -> None:
                 del module._forward_hooks[key]
 
 
-def share_flag(flag: bool, device: torch.device) -> bool:
-    """Return whether any rank passed True; a collective call.
+def begin_to_share(number: int, device: torch.device) -> Callable[[], int]:
+    """Begin to find the largest ``number`` of all ranks, a collective call, and return what returns it.
 
-    It waits for the device. So does the Trainer after every micro-batch, where it looks for NaN in the loss.
+    No rank waits for another until it asks for the result. That waits for the device too.
     """
     if not is_distributed():
-        return flag
-    value = torch.tensor([int(flag)], device=device)
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return bool(value.item())
+        return lambda: number
+    value = torch.tensor([number], device=device)
+    work = torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, async_op=True)
+
+    def finish() -> int:
+        work.wait()
+        return int(value.item())
+
+    return finish
+
+
+def share_largest(number: int, device: torch.device) -> int:
+    """Return the largest ``number`` of all ranks; a collective call, in which each waits for all."""
+    return begin_to_share(number, device)()
+
+
+def save_checkpoint(trainer: Trainer) -> None:
+    """Write a whole checkpoint of the step that has ended, between two forward passes; every rank must call this."""
+    reshard(trainer)
+    trainer._save_checkpoint(trainer.model, None)
+
+
+def is_evaluation_due(trainer: Trainer) -> bool:
+    """Return whether the checkpoint that the run was resumed from was written before its step's evaluation."""
+    control = trainer.state.stateful_callbacks.get("TrainerControl", {})
+    return bool(control.get("args", {}).get("should_evaluate"))
+
+
+def evaluate_and_save(trainer: Trainer, checkpoint: str) -> None:
+    """Make up for the evaluation that ``checkpoint`` lacks, and write it again; every rank must call this.
+
+    Called when training begins again from it.
+    """
+    control = trainer.control
+    control.should_evaluate = True
+    trainer._determine_best_metric(trainer._evaluate(None, None), None)
+    # Random streams are loaded when the first batch is; the checkpoint gets those that it had.
+    trainer._load_rng_state(checkpoint)
+    save_checkpoint(trainer)
+    trainer.callback_handler.on_save(trainer.args, trainer.state, control)
 
 
 def leave(code: int) -> None:

@@ -85,7 +85,7 @@ def prepare_trainer(
         trainer.add_callback(RankCallback(ranks, resume_from))
     writer = AdapterWriter(trainer, ranks.fold if ranks else None)
     trainer.add_callback(TidyCallback(list_foreign_files(settings, trainer.args.output_dir)))
-    trainer.add_callback(InterruptCallback(trainer, writer))
+    trainer.add_callback(InterruptCallback(trainer, writer, resume_from))
     trainer.save_adapter = complete_saves(trainer, writer, plan, ranks)
     return plan
 

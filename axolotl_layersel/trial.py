@@ -12,6 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from axolotl_layersel import engines
+from axolotl_layersel.callback import StopCallback
 from axolotl_layersel.selection.passes import keep_random_state
 
 
@@ -31,6 +32,9 @@ def run_trial(
         train_dataset: what is trained on.
         callback: may stop the trial.
         seed: of dropout and of the order of rows.
+
+    Raises:
+        Interrupted: on every rank, after the step in which one of them received a signal.
     """
     weights = engines.copy_trained(trainer, model)
     planned = engines.count_optimizer_steps(trainer)
@@ -40,7 +44,11 @@ def run_trial(
         trainer.train_dataset = train_dataset
         trainer.control = TrainerControl()
         trainer.callback_handler = CallbackHandler(
-            [DefaultFlowCallback(), callback], trainer.model, trainer.processing_class, None, None
+            [DefaultFlowCallback(), callback, StopCallback(trainer)],
+            trainer.model,
+            trainer.processing_class,
+            None,
+            None,
         )
         trainer.train()
         engines.restore_trained(trainer, model, weights)

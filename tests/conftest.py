@@ -240,10 +240,15 @@ class Run:
             str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)
         }
 
-    def losses(self) -> list[float]:
+    def log_history(self) -> list[dict[str, float]]:
+        """Return what the run logged until its last checkpoint, but for times, and Axolotl's counts of tokens."""
         checkpoints = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         history = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
-        return [entry["loss"] for entry in history if "loss" in entry]
+        left_out = ("time", "sec", "memory", "tokens")
+        return [{k: v for k, v in entry.items() if not any(word in k for word in left_out)} for entry in history]
+
+    def losses(self) -> list[float]:
+        return [entry["loss"] for entry in self.log_history() if "loss" in entry]
 
 
 @dataclass

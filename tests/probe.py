@@ -1,11 +1,16 @@
 """Axolotl plugins that record, from inside a run, what the tests assert on.
 
-They change nothing, unless the environment says so, by ``LAYERSEL_TEST_SIGNAL``: ``"KILL:3"`` sends every rank SIGKILL
-at the end of step 3; ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"DRIFT:3"`` moves a gate
-on rank 1 alone, ``"BIT:3"`` all gates there by their last bit; ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
-``"BYPASS:0"`` computes the LoRA of one module past it; ``"SEARCHKILL:3"`` sends every rank SIGKILL in step 3 of a
-search for layers; ``"UNGATHERED:3"`` reads weights from step 3 on as one rank alone sees them; ``"QUANTISED:0"`` gives
-the model a weight in an 8-bit type of torchao's, and may follow another after a comma.
+They change nothing, unless the environment variable ``LAYERSEL_TEST_SIGNAL`` says so:
+
+* ``"KILL:3"`` sends every rank SIGKILL at the end of step 3;
+* ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"TERM:3"`` sends it SIGTERM;
+* ``"TERMALL:3"`` sends every rank SIGTERM; ``"SAVETERM:4"`` the last rank, while checkpoint 4 is written;
+* ``"SCOREINT:1"`` and ``"SCORETERM:1"`` send rank 0 the signal in the first round of scoring, ``"SEARCHINT:3"`` and
+  ``"SEARCHTERM:3"`` in step 3 of a search; ``"SEARCHKILL:3"`` sends every rank SIGKILL there;
+* ``"DRIFT:3"`` moves a gate on rank 1 alone, ``"BIT:3"`` all gates there by their last bit; ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
+* ``"BYPASS:0"`` computes the LoRA of one module past it; ``"UNGATHERED:3"`` reads weights from step 3 on as one rank
+  alone sees them; ``"QUANTISED:0"`` gives the model a weight in an 8-bit type of torchao's, and may follow another after
+  a comma.
 """
 
 import json
@@ -23,6 +28,7 @@ from transformers import TrainerCallback
 
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.flexora.search import GateSearch
 
 TOKENS = torch.arange(40).reshape(2, 20) + 300
@@ -44,6 +50,7 @@ class ProbeCallback(TrainerCallback):
         self.folder = Path(trainer.args.output_dir)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.watch_saves()
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         parameters = adapters.adapter_parameters(model)
         weights = {name: engines.gather_parameter(p).contiguous() for name, p in parameters.items()}
@@ -71,12 +78,25 @@ class ProbeCallback(TrainerCallback):
             if args.process_index == 0:
                 save_file(whole, self.folder / f"checkpoint-{state.global_step}" / "shards.safetensors")
 
+    def watch_saves(self):
+        upstream = self.trainer.save_model
+
+        def save_model(output_dir=None, _internal_call=False):
+            wanted = os.environ.get("LAYERSEL_TEST_SIGNAL", "") == f"SAVETERM:{self.trainer.state.global_step}"
+            if wanted and engines.get_rank() == self.trainer.args.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return upstream(output_dir, _internal_call)
+
+        self.trainer.save_model = save_model
+
     def on_step_end(self, args, state, control, **kwargs):
         name, _, step = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(",")[0].partition(":")
         if name == "KILL" and state.global_step == int(step):
             os.kill(os.getpid(), signal.SIGKILL)
-        if name == "INT" and state.global_step == int(step) and args.process_index == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+        if name in ("INT", "TERM") and state.global_step == int(step) and args.process_index == 0:
+            os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+        if name == "TERMALL" and state.global_step == int(step):
+            os.kill(os.getpid(), signal.SIGTERM)
         if name == "UNGATHERED" and state.global_step == int(step):
             engines.gather_parameter = lambda parameter: parameter.detach().clone().cpu()
 
@@ -117,9 +137,27 @@ def watch_search(trainer) -> None:
         name, _, fatal = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
         if name == "SEARCHKILL" and step == int(fatal):
             os.kill(os.getpid(), signal.SIGKILL)
+        if name in ("SEARCHINT", "SEARCHTERM") and step == int(fatal) and engines.get_rank() == 0:
+            os.kill(os.getpid(), getattr(signal, name.replace("SEARCH", "SIG")))
         return upstream_finish(search, step)
 
     GateSearch.step_gates, GateSearch.finish_step = step_gates, finish_step
+
+
+def watch_scoring() -> None:
+    """Send rank 0 a signal in a round of scoring, if the environment says so."""
+    name, _, fatal = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
+    if name not in ("SCOREINT", "SCORETERM"):
+        return
+    upstream, rounds = passes.stop_if_signalled, []
+
+    def stop_if_signalled(device):
+        rounds.append(device)
+        if len(rounds) == int(fatal) and engines.get_rank() == 0:
+            os.kill(os.getpid(), getattr(signal, name.replace("SCORE", "SIG")))
+        upstream(device)
+
+    passes.stop_if_signalled = stop_if_signalled
 
 
 class ProbePlugin(BasePlugin):
@@ -128,6 +166,7 @@ class ProbePlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer):
         """Listed before the plugin under test, which searches here."""
         watch_search(trainer)
+        watch_scoring()
 
     def add_callbacks_post_trainer(self, cfg, trainer):
         return [ProbeCallback(trainer)]

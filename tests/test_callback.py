@@ -1,15 +1,21 @@
 """What a run needs while it trains, with a plain Trainer."""
 
 import hashlib
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_lora, make_small_llama, make_trainer
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from typer.testing import CliRunner
 
 from axolotl_layersel.args import L1RAArgs, LayerselBlock, SelectionArgs
 from axolotl_layersel.cli import app
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.interrupt import WATCH
 from axolotl_layersel.prepare import prepare_trainer
 
 BLOCKS = {
@@ -77,3 +83,57 @@ def test_a_run_that_does_not_come_to_train_leaves_an_earlier_ones_files(tmp_path
     with pytest.raises(LayerselError, match="out of range"):
         train(LayerselBlock(selection=SelectionArgs(method="explicit", layers=[99])), tmp_path)
     assert read_files(tmp_path) == before
+
+
+class Terminating(TrainerCallback):
+    """Sends this process SIGTERM at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def signals_given_back():
+    yield
+    WATCH.restore()
+
+
+# An epoch is 6 steps. Of the last step of an epoch, and of the run, what is due at the epoch's end is a part.
+@pytest.mark.parametrize(
+    ("strategy", "step"), [("steps", 3), ("steps", 4), ("epoch", 4), ("epoch", 6), ("epoch", 12), ("steps", 12)]
+)
+def test_a_terminated_run_that_is_started_again_logs_and_trains_what_it_would_have(
+    tmp_path, signals_given_back, strategy, step
+):
+    def run(folder: Path, callbacks: list, resume_from: str | None = None):
+        model = make_lora(make_small_llama(), lora_dropout=0.1)
+        values = {"max_steps": 12, "logging_steps": 1, "eval_steps": 4, "save_steps": 4, "save_strategy": strategy}
+        best = {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+        trainer = make_trainer(model, folder, **values, **best)
+        trainer.args.eval_strategy, trainer.args.load_best_model_at_end = IntervalStrategy(strategy), True
+        trainer.eval_dataset = trainer.train_dataset.select(range(8))
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        prepare_trainer(trainer, BLOCKS["selection"], resume_from)
+        trainer.train(resume_from_checkpoint=resume_from)
+        history = trainer.state.log_history
+        times = ("time", "sec", "flos", "train_loss")
+        logs = [{k: v for k, v in entry.items() if not any(word in k for word in times)} for entry in history]
+        return trainer, [entry for entry in logs if len(entry) > 2], model
+
+    whole, logs, model = run(tmp_path / "whole", [])
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "ended", [Terminating(step)])
+    assert stopped.value.code == 143
+    checkpoints = [path.name for path in (tmp_path / "ended").glob("checkpoint-*")]
+    assert max(int(name.split("-")[1]) for name in checkpoints) == step
+    resumed, logs_again, model_again = run(tmp_path / "ended", [], str(tmp_path / "ended" / f"checkpoint-{step}"))
+    assert logs_again == logs
+    assert resumed.state.best_global_step == whole.state.best_global_step
+    assert Path(resumed.state.best_model_checkpoint).name == Path(whole.state.best_model_checkpoint).name
+    pairs = zip(model.named_parameters(), model_again.named_parameters(), strict=True)
+    assert all(torch.equal(one, two) for (_, one), (_, two) in pairs)

@@ -15,8 +15,15 @@ from importlib.metadata import version
 import pytest
 import torch
 from conftest import make_lora, make_small_llama, make_trainer
-from transformers import DefaultFlowCallback, EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
+from transformers import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from axolotl_layersel import engines
 from axolotl_layersel.args import LayerselBlock, SelectionArgs
@@ -199,6 +206,22 @@ def test_a_tensor_is_changed_part_by_part_as_it_is_as_a_whole(size):
         engines.edit_slice(padded[rank * length : (rank + 1) * length], rank * length, whole.shape, edit)
     assert torch.equal(padded[:15].view(5, 3), expected)
     assert (padded[15:] == 7).all()
+
+
+def test_a_checkpoint_says_whether_the_evaluation_of_its_step_is_still_due():
+    assert "control.should_evaluate = False" in inspect.getsource(CallbackHandler.on_evaluate)
+    assert TrainerControl(should_evaluate=True).state()["args"]["should_evaluate"] is True
+    assert "self.callback_handler.callbacks + [self.control]" in inspect.getsource(Trainer._save_checkpoint)
+    expected = {
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_determine_best_metric": ["self", "metrics", "trial"],
+        "_load_rng_state": ["self", "checkpoint"],
+    }
+    for method, parameters in expected.items():
+        assert list(inspect.signature(getattr(Trainer, method)).parameters) == parameters
+    assert list(inspect.signature(Trainer._evaluate).parameters)[:3] == ["self", "trial", "ignore_keys_for_eval"]
+    # Written and loaded where evaluate_and_save expects it: before a checkpoint's first batch, not earlier.
+    assert "_load_rng_state" in inspect.getsource(Trainer._run_epoch)
 
 
 def test_a_second_engine_can_be_built_over_the_parameters_of_the_first():

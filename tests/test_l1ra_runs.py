@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ACCUMULATED, ENGINES, Run, RunsByEngine, l1ra
 from safetensors.torch import load_file
-from test_runs import KILLED, difference, load_with_stock_peft
+from test_runs import KILLED, TERMINATED, difference, load_with_stock_peft
 
 # Updates after steps 2, 4, 6 and 8. The best checkpoint is the first one, see test_runs.
 SETTINGS = {
@@ -156,6 +156,37 @@ def test_checkpoints_that_axolotl_writes_past_the_trainer_are_complete_too(train
         assert run.pattern(place=checkpoint) == whole.ranks()[step]
         assert difference(run.adapter(checkpoint), whole.adapter(checkpoint)) <= 1e-6
         assert difference(read_state(run, checkpoint), read_state(whole, checkpoint)) <= 1e-6
+
+
+# At step 5 nothing but SIGTERM asks for a checkpoint; at step 6 an evaluation is due, which the resumed run makes.
+TERMINATIONS = {
+    "single": ("TERM:6", 6),
+    "ddp": ("TERMALL:5", 5),
+    "zero2": ("TERM:6", 6),
+    "zero3": ("SAVETERM:4", 4),
+    "fsdp2-full": ("TERM:5", 5),
+    "fsdp2-sharded": ("TERM:6", 6),
+}
+
+
+@pytest.mark.parametrize("engine", TERMINATIONS)
+def test_a_run_that_is_terminated_and_started_again_ends_as_if_it_had_not_been(train, whole_runs, engine):
+    signal, step = TERMINATIONS[engine]
+    whole = whole_runs[engine]
+    ended = train(engine, expect=TERMINATED, env={"LAYERSEL_TEST_SIGNAL": signal}, **SETTINGS)
+    assert f"SIGTERM: ended after step {step}; `auto_resume_from_checkpoints: true` goes on from" in ended.log
+    assert "Traceback" not in ended.log
+    assert not (ended.folder / f"checkpoint-{step + 1}").exists()
+    assert not (ended.folder / "adapter_model.safetensors").exists()
+    resumed = train(engine, output=ended.folder, auto_resume_from_checkpoints=True, **SETTINGS)
+    assert (resumed.folder / f"weights_at_{step}.safetensors").exists(), f"it did not resume at step {step}"
+    tolerance = 0 if engine == "single" else 1e-6
+    assert resumed.ranks() == whole.ranks()
+    assert difference(read_state(whole, "checkpoint-10"), read_state(resumed, "checkpoint-10")) <= tolerance
+    assert difference(whole.adapter(), resumed.adapter()) <= tolerance
+    assert resumed.log_history() == [
+        {key: pytest.approx(value, abs=tolerance) for key, value in entry.items()} for entry in whole.log_history()
+    ]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

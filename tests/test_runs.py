@@ -15,6 +15,7 @@ from axolotl_layersel.checkpoints import find_fault
 
 KILLED = -9
 INTERRUPTED = 130
+TERMINATED = 143
 # The best checkpoint is the first one: the loss falls, so the greatest eval loss is the earliest.
 SETTINGS = {
     "eval_steps": 2,

@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.interrupt import stop_if_signalled
 from axolotl_layersel.layers import LayerStack, find_lora_modules
 from axolotl_layersel.selection import cosine, fisher
 from axolotl_layersel.selection.calibration import Sample, collate, cut_sample
@@ -198,7 +199,7 @@ def over_samples(
                 values = measure(batches[round_])
                 measured.update({index: value for index, value in zip(batches[round_], values) if index in share})
             # No rank waits for the others longer than a round: collective calls give up after half an hour.
-            engines.wait_for_everyone()
+            stop_if_signalled(trainer.args.device)
     return engines.gather_on_rank_zero(measured, ranks)
 
 

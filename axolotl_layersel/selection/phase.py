@@ -15,6 +15,7 @@ from axolotl_layersel.args import DATA_FREE_METHODS, DEFAULT_UNSELECTED, SAMPLIN
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER
 from axolotl_layersel.initialisation import changes_base, describe_continued, explain_refusal
+from axolotl_layersel.interrupt import ending_on_signal
 from axolotl_layersel.layers import LayerStack, find_layer_stack, find_lora_modules
 from axolotl_layersel.plan import (
     LayerChoice,
@@ -86,10 +87,12 @@ def select_layers(
     if reused is None:
         # Before anything is scored or searched: what the run will not have takes no part in that either.
         remove_towers(model, stack, settings.resolve(trainer.args.seed)["towers"])
-        plan, history = make_plan(trainer, model, stack, settings, engine)
+        with ending_on_signal(trainer.args.device, "interrupted; no layers are chosen yet, and no plan is written"):
+            plan, history = make_plan(trainer, model, stack, settings, engine)
         engines.decide_on_rank_zero(lambda: write_choice(plan, history, output))
         if repeat > 1:
-            plan.stability = measure_stability(trainer, model, stack, settings, plan, repeat)
+            with ending_on_signal(trainer.args.device, "interrupted; the plan does not say how far seeds agree"):
+                plan.stability = measure_stability(trainer, model, stack, settings, plan, repeat)
             engines.decide_on_rank_zero(lambda: write_choice(plan, history, output))
     else:
         plan, source = reused
