@@ -43,8 +43,9 @@ fails loudly when one of them changes):
 * transformers 5.16.1, ``Trainer._prepare_inputs``: puts a micro-batch on the device. axolotl 0.19.0,
   ``activation_offload_context``: where it exists, forward passes that train run inside.
 * deepspeed 0.18.9: a second ZeRO-3 engine over the same parameters fails unless each one's
-  ``ds_active_sub_modules`` was cleared and the first engine's ``empty_partition_cache`` called; it fills ``auto`` in
-  the configuration that it is given in place.
+  ``ds_active_sub_modules`` was cleared and the first engine's ``empty_partition_cache`` called; ``destroy`` leaves
+  ``module_forward_pre_hook`` and ``module_forward_post_hook`` on the module and, of ZeRO-3, ``_z3_optimizer`` on
+  each parameter, by which the first engine lives on; it fills ``auto`` in the configuration that it is given in place.
 * accelerate 1.13.0, ``_prepare_fsdp2``: knows the parameters of a sharded model that is prepared again by the
   ``data_ptr()`` of their local shards, which is 0 for every empty one.
 * torch 2.13.0: the process group's store is ``distributed_c10d._get_default_store()``, and its ``wait`` raises
@@ -344,6 +345,13 @@ def release(trainer: Trainer, model: nn.Module) -> None:
     if engine == "zero3":
         wrapped.empty_partition_cache()
     trainer.accelerator.free_memory()
+    # DeepSpeed's destroy() leaves what holds the engine, and with it the fp32 masters and the moments.
+    for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+        if hasattr(wrapped, hook):
+            getattr(wrapped, hook).remove()
+    for parameter in model.parameters():
+        if hasattr(parameter, "_z3_optimizer"):
+            del parameter._z3_optimizer
     if engine == "fsdp2":
         for parameter in model.parameters():
             shard = parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -43,13 +43,8 @@ def run_trial(
         trainer.args = compress_arguments(trainer.args, steps, planned)
         trainer.train_dataset = train_dataset
         trainer.control = TrainerControl()
-        trainer.callback_handler = CallbackHandler(
-            [DefaultFlowCallback(), callback, StopCallback(trainer)],
-            trainer.model,
-            trainer.processing_class,
-            None,
-            None,
-        )
+        callbacks = [DefaultFlowCallback(), callback, StopCallback(trainer)]
+        trainer.callback_handler = CallbackHandler(callbacks, trainer.model, trainer.processing_class, None, None)
         trainer.train()
         engines.restore_trained(trainer, model, weights)
         engines.release(trainer, model)

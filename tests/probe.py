@@ -13,9 +13,11 @@ They change nothing, unless the environment variable ``LAYERSEL_TEST_SIGNAL`` sa
   a comma.
 """
 
+import gc
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import deepspeed
@@ -29,6 +31,7 @@ from transformers import TrainerCallback
 from axolotl_layersel import adapters, engines
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.selection import passes
+from axolotl_layersel.selection.flexora import search
 from axolotl_layersel.selection.flexora.search import GateSearch
 
 TOKENS = torch.arange(40).reshape(2, 20) + 300
@@ -160,12 +163,46 @@ def watch_scoring() -> None:
     passes.stop_if_signalled = stop_if_signalled
 
 
+def refer_to_engine(trainer) -> dict[str, weakref.ref]:
+    """Return weak references to what an engine holds: itself, its optimizers, fp32 masters and moments."""
+    wrapped = trainer.model_wrapped
+    layers = [wrapped if wrapped is not trainer.model else None, trainer.optimizer]
+    while layers[-1] is not None and hasattr(layers[-1], "optimizer"):
+        layers.append(layers[-1].optimizer)  # accelerate's wrapper, DeepSpeed's ZeRO optimizer, Adam
+    held = {f"{type(layer).__name__} {i}": layer for i, layer in enumerate(layers) if layer is not None}
+    for i, (parameter, moments) in enumerate(layers[-1].state.items()):
+        if all(parameter is not own for own in trainer.model.parameters()):
+            held[f"master {i}"] = parameter
+        held.update({f"{name} {i}": value for name, value in moments.items() if torch.is_tensor(value)})
+    return {name: weakref.ref(value) for name, value in held.items()}
+
+
+def watch_release(trainer) -> None:
+    """Record what of a search's engine is there, and what is still there when the search is over."""
+    upstream_trial, upstream_finish = search.run_trial, GateSearch.finish_step
+    held = {}
+
+    def finish_step(gate_search, step):
+        held.update(refer_to_engine(trainer))
+        return upstream_finish(gate_search, step)
+
+    def run_trial(*args):
+        upstream_trial(*args)
+        gc.collect()
+        record = {"held": sorted(held), "alive": sorted(name for name, ref in held.items() if ref() is not None)}
+        path = Path(trainer.args.output_dir) / f"released_{trainer.args.process_index}.json"
+        path.write_text(json.dumps(record))
+
+    GateSearch.finish_step, search.run_trial = finish_step, run_trial
+
+
 class ProbePlugin(BasePlugin):
     recorded = False
 
     def post_trainer_create(self, cfg, trainer):
         """Listed before the plugin under test, which searches here."""
         watch_search(trainer)
+        watch_release(trainer)
         watch_scoring()
 
     def add_callbacks_post_trainer(self, cfg, trainer):

@@ -224,6 +224,16 @@ def test_a_checkpoint_says_whether_the_evaluation_of_its_step_is_still_due():
     assert "_load_rng_state" in inspect.getsource(Trainer._run_epoch)
 
 
+def test_what_holds_a_deepspeed_engine_that_was_destroyed_is_let_go_of():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    for hook in ("self.module_forward_pre_hook = ", "self.module_forward_post_hook = "):
+        assert hook in inspect.getsource(DeepSpeedEngine.__init__)
+        assert hook.split()[0] not in inspect.getsource(DeepSpeedEngine.destroy), "it removes its hooks by itself now"
+    assert "p._z3_optimizer = self" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
+
+
 def test_a_second_engine_can_be_built_over_the_parameters_of_the_first():
     from accelerate import Accelerator
     from deepspeed.runtime.engine import DeepSpeedEngine

@@ -55,6 +55,19 @@ def test_gate_steps_touch_no_gradient_of_the_engine(searched, engine):
             assert steps[-1]["gradients"] > 0, "DeepSpeed's buffers were not found"
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_of_the_searchs_engine_is_left_when_that_of_the_run_is_built(searched, engine):
+    run = searched[engine]
+    for rank in range(run.engine["processes"]):
+        record = json.loads((run.folder / f"released_{rank}.json").read_text())
+        kinds = {name.split()[0] for name in record["held"]}
+        assert {"exp_avg", "exp_avg_sq"} <= kinds
+        if engine.startswith("zero"):
+            zero = "DeepSpeedZeroOptimizer_Stage3" if engine == "zero3" else "DeepSpeedZeroOptimizer"
+            assert {"DeepSpeedEngine", zero, "master"} <= kinds
+        assert record["alive"] == []
+
+
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_two_processes_choose_what_one_chooses(searched, engine):
     alone, together = searched["single"], searched[engine]
