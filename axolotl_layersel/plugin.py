@@ -40,11 +40,8 @@ class LayerSelectionPlugin(BasePlugin):
                     f"layersel.{key}: the key is there but its block is blank. Write its settings below it, or remove "
                     "it; `l1ra: {}` takes the defaults."
                 )
-        selection = block.get("selection")
         if block.get("l1ra") is not None:
-            switch_off_kernels(cfg, "layersel.l1ra")
-        elif isinstance(selection, dict) and selection.get("method") in ("fisher", "flexora"):
-            switch_off_kernels(cfg, f"layersel.selection.method: {selection['method']}")
+            switch_off_kernels(cfg)
 
     def load_datasets(self, cfg, preprocess: bool = False) -> None:
         """Check what only a training run needs; of all commands, ``train`` alone comes here, before the model."""
@@ -85,19 +82,22 @@ class LayerSelectionPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg, trainer) -> None:
         from axolotl_layersel import engines
+        from axolotl_layersel.kernels import without_fused_lora
         from axolotl_layersel.prepare import prepare_trainer
 
         settings = read_settings(cfg)
         engines.decide_on_rank_zero(self.confirm_lock)
-        prepare_trainer(
-            trainer,
-            settings,
-            cfg.resume_from_checkpoint,
-            continues_adapter=bool(cfg.lora_model_dir),
-            lora_r=cfg.lora_r,
-            scaling=find_scaling(cfg) if cfg.lora_model_dir and settings.l1ra else None,
-            repeat=self.repeat,
-        )
+        # Methods look into LoRA's modules; the run itself, and one that is given its plan, use the kernels.
+        with without_fused_lora(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)):
+            prepare_trainer(
+                trainer,
+                settings,
+                cfg.resume_from_checkpoint,
+                continues_adapter=bool(cfg.lora_model_dir),
+                lora_r=cfg.lora_r,
+                scaling=find_scaling(cfg) if cfg.lora_model_dir and settings.l1ra else None,
+                repeat=self.repeat,
+            )
         take_over_fsdp2_writer(trainer)
 
     def post_train_unload(self, cfg) -> None:
@@ -188,12 +188,11 @@ def find_scaling(cfg) -> float:
     return cfg.lora_alpha / (math.sqrt(cfg.lora_r) if cfg.peft_use_rslora else cfg.lora_r)
 
 
-def switch_off_kernels(cfg: dict, reason: str) -> None:
-    """Switch off the fused LoRA kernels that Axolotl would switch on by itself: they bypass the hooked modules.
+def switch_off_kernels(cfg: dict) -> None:
+    """Switch off the fused LoRA kernels that Axolotl would switch on by itself: they compute past gated modules.
 
     Args:
         cfg: the YAML file's content.
-        reason: the setting that needs them off.
 
     Raises:
         LayerselError: if the user switched one on.
@@ -201,7 +200,7 @@ def switch_off_kernels(cfg: dict, reason: str) -> None:
     for key in LORA_KERNELS:
         if cfg.get(key):
             raise LayerselError(
-                f"{key}: {cfg[key]} bypasses the modules that {reason} looks into. Remove {key}, or that setting."
+                f"{key}: {cfg[key]} bypasses the modules that layersel.l1ra looks into. Remove {key}, or that setting."
             )
         cfg[key] = False
-    LOG.info("layersel: %s switches off the fused LoRA kernels: %s", reason, ", ".join(LORA_KERNELS))
+    LOG.info("layersel: l1ra switches off the fused LoRA kernels: %s", ", ".join(LORA_KERNELS))

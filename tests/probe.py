@@ -7,10 +7,11 @@ They change nothing, unless the environment variable ``LAYERSEL_TEST_SIGNAL`` sa
 * ``"TERMALL:3"`` sends every rank SIGTERM; ``"SAVETERM:4"`` the last rank, while checkpoint 4 is written;
 * ``"SCOREINT:1"`` and ``"SCORETERM:1"`` send rank 0 the signal in the first round of scoring, ``"SEARCHINT:3"`` and
   ``"SEARCHTERM:3"`` in step 3 of a search; ``"SEARCHKILL:3"`` sends every rank SIGKILL there;
-* ``"DRIFT:3"`` moves a gate on rank 1 alone, ``"BIT:3"`` all gates there by their last bit; ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
-* ``"BYPASS:0"`` computes the LoRA of one module past it; ``"UNGATHERED:3"`` reads weights from step 3 on as one rank
-  alone sees them; ``"QUANTISED:0"`` gives the model a weight in an 8-bit type of torchao's, and may follow another after
-  a comma.
+* ``"DRIFT:3"`` moves a gate on rank 1 alone, ``"BIT:3"`` all gates there by their last bit;
+* ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
+* ``"BYPASS:0"`` computes the LoRA of one module past it;
+* ``"UNGATHERED:3"`` reads weights from step 3 on as one rank alone sees them;
+* ``"QUANTISED:0"`` gives the model a weight in an 8-bit type of torchao's, and may follow another after a comma.
 """
 
 import gc
@@ -29,6 +30,7 @@ from torchao.quantization import Float8Tensor
 from transformers import TrainerCallback
 
 from axolotl_layersel import adapters, engines
+from axolotl_layersel.kernels import is_fused
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.flexora import search
@@ -68,6 +70,7 @@ class ProbeCallback(TrainerCallback):
             save_file(weights, self.folder / f"weights_at_{state.global_step}.safetensors")
             record = json.loads((self.folder / "engine.json").read_text())
             record["optimized"] = count_optimized(self.trainer)
+            record["fused_modules"] = sum(any(map(is_fused, vars(module).values())) for module in model.modules())
             (self.folder / "engine.json").write_text(json.dumps(record))
 
         if "QUANTISED:0" in os.environ.get("LAYERSEL_TEST_SIGNAL", ""):

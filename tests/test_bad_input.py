@@ -94,10 +94,6 @@ BEFORE_THE_MODEL = {
         {"reward_model": True, **selection(method="fisher")},
         "reward_model: True learns from pairs of answers and has no labels",
     ),
-    "kernels with fisher": (
-        {"lora_mlp_kernel": True, **selection(method="fisher")},
-        "lora_mlp_kernel: True bypasses the modules that layersel.selection.method: fisher looks into",
-    ),
     "continued adapter": (
         {"lora_model_dir": "somewhere"},
         "layersel.selection.unselected: lora_model_dir continues a trained adapter",
@@ -176,10 +172,6 @@ BEFORE_THE_MODEL = {
     "flexora: no eval set": (
         flexora(val_source="eval"),
         "layersel.selection.flexora.val_source: 'eval' needs an eval set, and this run has none. Set `val_set_size`",
-    ),
-    "flexora: kernels": (
-        {**flexora(), "lora_o_kernel": True},
-        "lora_o_kernel: True bypasses the modules that layersel.selection.method: flexora looks into",
     ),
     "flexora: unrolled on shards": (
         {**flexora(hypergradient="unrolled"), "fsdp_version": 2, "fsdp_config": {"offload_params": False}},
