@@ -11,15 +11,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import refuse
 from axolotl_layersel.initialisation import PLAIN, RESTORED, SEEDED, changes_base, describe_rounding, normalise
 from axolotl_layersel.layers import LayerStack, find_lora_modules
 from axolotl_layersel.layouts import list_ends, sort_sets
+from axolotl_layersel.tensors import load_tensors
 
 # From the adapter's tensors and configuration in training to those of a plain adapter.
 Fold = Callable[[dict[str, torch.Tensor], LoraConfig], tuple[dict[str, torch.Tensor], LoraConfig]]
@@ -340,16 +341,28 @@ def load_adapter_tensors(model: PeftModel, path: Path, prefix: str = "") -> dict
     """Return the tensors in the file ``path``, under ``prefix``, that the model has parameters for.
 
     Raises:
-        LayerselError: if the file is missing, or one of the tensors of the adapter in training.
+        LayerselError: if the file is missing or damaged, or its tensors are not those of the adapter in training.
     """
-    if not path.exists():
-        raise LayerselError(f"resume_from_checkpoint: {path} is missing, so the adapter cannot be restored.")
-    stored = load_file(path)
-    missing = {name for name in adapter_parameters(model) if f"{prefix}{name}" not in stored}
-    if missing:
-        raise LayerselError(f"resume_from_checkpoint: {path} does not hold this run's {min(missing)}.")
-    names = adapter_parameters(model, embeddings=True)
-    return {name: stored[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in stored}
+    key, way_out = "resume_from_checkpoint", "Resume a checkpoint of this run."
+    stored, _ = load_tensors(key, path, way_out)
+    stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    for name in adapter_parameters(model):
+        if name not in stored:
+            raise refuse(key, path, f"does not hold this run's {name}", way_out)
+    parameters = adapter_parameters(model, embeddings=True)
+    for name, tensor in stored.items():
+        if name not in parameters:
+            raise refuse(key, path, f"holds {name}, which this run does not have", way_out)
+        shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
+        if tensor.shape != shape or not tensor.is_floating_point():
+            fault = f"holds {name} as {tensor.dtype} of shape {tuple(tensor.shape)}, and this run's is {tuple(shape)}"
+            raise refuse(key, path, fault, way_out)
+    return stored
+
+
+def check_adapter(model: PeftModel, path: Path) -> None:
+    """Raise LayerselError unless the tensors in the file ``path`` are those of this model's adapter."""
+    load_adapter_tensors(model, path)
 
 
 @torch.no_grad()

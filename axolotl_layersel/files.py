@@ -167,7 +167,7 @@ def reading(key: str, path: str | Path, way_out: str) -> Iterator[None]:
         raise refuse(key, path, f"cannot be read ({error.strerror or error})", way_out) from error
     except RecursionError as error:
         raise refuse(key, path, "is damaged (it is nested too deeply)", way_out) from error
-    except (ValueError, TypeError, KeyError, csv.Error, SafetensorError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, csv.Error, SafetensorError) as error:
         raise refuse(key, path, f"is damaged ({type(error).__name__}: {error})", way_out) from error
 
 

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
 
 from axolotl_layersel import verification
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.files import flush, writing
+from axolotl_layersel.files import flush, read_json, refuse, writing
+from axolotl_layersel.tensors import load_tensors, save_tensors
 
 LAYOUTS = ("ragged", "uniform")
+WAY_OUT = "Give the folder of a LoRA adapter."
+MOST_ALPHA = 1e9
 PREFIX = "base_model.model."
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 # vLLM allocates for one of these; its --max-lora-rank accepts no other number.
@@ -149,7 +151,7 @@ def write_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".layersel-") as place:
             temporary = Path(place)
-            save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            save_tensors(tensors, temporary / SAFETENSORS_WEIGHTS_NAME)
             config.save_pretrained(str(temporary))
             for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
                 flush(temporary / file)
@@ -178,8 +180,8 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfi
     missing = [name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME) if not (folder / name).is_file()]
     if missing:
         raise LayerselError(f"{folder} holds no {missing[0]}. Give the folder of a LoRA adapter.")
-    config = PeftConfig.from_pretrained(str(folder))
-    tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    config = read_config(folder / CONFIG_NAME)
+    tensors, _ = load_tensors("ADAPTER", folder / SAFETENSORS_WEIGHTS_NAME, WAY_OUT)
     if not isinstance(config, LoraConfig):
         raise LayerselError(f"{folder} holds a {config.peft_type} adapter. Give the folder of a LoRA adapter.")
     if config.use_dora:
@@ -190,6 +192,67 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfi
     return tensors, config
 
 
+def read_config(path: Path) -> PeftConfig:
+    """Return an adapter's configuration.
+
+    Raises:
+        LayerselError: if PEFT cannot read it, or it says of ranks and scaling what no adapter can have.
+    """
+    read_json("ADAPTER", path, WAY_OUT)
+    # PEFT raises whatever its own code and that of the configuration's class come upon.
+    try:
+        config = PeftConfig.from_pretrained(str(path.parent))
+    except Exception as error:
+        raise refuse("ADAPTER", path, f"cannot be read by PEFT ({type(error).__name__}: {error})", WAY_OUT) from error
+    fault = find_config_fault(config) if isinstance(config, LoraConfig) else None
+    if fault:
+        raise refuse("ADAPTER", path, f"is damaged ({fault})", WAY_OUT)
+    return config
+
+
+def find_config_fault(config: LoraConfig) -> str | None:
+    """Return what a configuration says of ranks and scaling that no adapter can have, None where nothing is wrong."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
+        return "a pattern is no mapping"
+    for pattern in (*ranks, *alphas):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"the pattern {pattern!r} is no regular expression: {error}"
+    sets = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    mixed = [name for name, value in sets.items() if isinstance(value, set) and not all(map(is_text, value))]
+    if mixed:
+        return f"{mixed[0]} holds other than names"
+    for rank in (config.r, *ranks.values()):
+        if type(rank) is not int or rank < 1:
+            return f"{rank!r} is no rank"
+    for alpha in (config.lora_alpha, *alphas.values()):
+        if type(alpha) not in (int, float) or abs(alpha) > MOST_ALPHA:
+            return f"{alpha!r} is no lora_alpha"
+    if type(config.use_rslora) is not bool or type(config.use_dora) is not bool:
+        return "use_rslora or use_dora is neither true nor false"
+    return None
+
+
+def is_text(value: object) -> bool:
+    """Return whether ``value`` is text."""
+    return isinstance(value, str)
+
+
+def find_factor_fault(config: LoraConfig, factors: dict[str, Factors]) -> str | None:
+    """Return why PEFT could not load these matrices under ``config``, None where it can."""
+    ranks = read_pattern(config.rank_pattern or {}, factors)
+    for name, pair in factors.items():
+        rank = ranks.get(name, config.r)
+        if pair.down.dim() != 2 or pair.up.dim() != 2 or (pair.down.shape[0], pair.up.shape[1]) != (rank, rank):
+            shapes = f"{tuple(pair.down.shape)} and {tuple(pair.up.shape)}"
+            return f"the matrices of {name} have the shapes {shapes}, and its rank is {rank}"
+        if not (pair.down.is_floating_point() and pair.up.is_floating_point()):
+            return f"the matrices of {name} are no floating-point numbers"
+    return None
+
+
 def export_adapter(folder: str | Path, layout: str, output: str | Path) -> int:
     """Write the adapter in ``folder`` to ``output`` in one of the two layouts, and return its highest rank.
 
@@ -197,9 +260,16 @@ def export_adapter(folder: str | Path, layout: str, output: str | Path) -> int:
         LayerselError: if ``folder`` holds no LoRA adapter of linear modules.
     """
     tensors, config = read_adapter(folder)
+    halves = {name.removesuffix(DOWN).removesuffix(UP) for name in tensors if name.endswith((DOWN, UP))}
+    lacking = next((name for name in sorted(halves) if not {f"{name}{DOWN}", f"{name}{UP}"} <= tensors.keys()), None)
+    if lacking:
+        raise LayerselError(f"ADAPTER: {folder} is damaged (of {lacking} it holds one matrix of two). {WAY_OUT}")
     factors, rest = split(tensors)
     if not factors:
-        raise LayerselError(f"{folder}: the adapter holds no LoRA matrices.")
+        raise LayerselError(f"ADAPTER: {folder} holds no LoRA matrices. {WAY_OUT}")
+    fault = find_factor_fault(config, factors)
+    if fault:
+        raise LayerselError(f"ADAPTER: {folder} is damaged ({fault}). {WAY_OUT}")
     scalings = find_scalings(config, factors)
     folded = {module: fold(pair, scalings[module]) for module, pair in factors.items()}
     tensors, config = lay_out(folded, rest, config, layout)

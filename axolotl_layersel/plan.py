@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import safe_open
 
 from axolotl_layersel.args import METHODS, SelectionArgs
 from axolotl_layersel.block import Block
@@ -197,15 +196,17 @@ def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
     without an error, and the other way round.
 
     Raises:
-        LayerselError: if the adapter is missing or another.
+        LayerselError: if the adapter is missing, damaged or another.
     """
+    from axolotl_layersel.tensors import load_tensors  # needs torch, which plans themselves do not
+
     path = Path(checkpoint) / "adapter_model.safetensors"
     if not path.exists():
         raise LayerselError(
             f"resume_from_checkpoint: {checkpoint} holds no adapter_model.safetensors. Resume another checkpoint."
         )
-    with safe_open(path, framework="numpy") as file:
-        names = [name.removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118
+    tensors, _ = load_tensors("resume_from_checkpoint", path, "Resume another checkpoint.")
+    names = [name.removeprefix("base_model.model.") for name in tensors]
     held = {name.rpartition(".lora_")[0] for name in names if ".lora_" in name}
     said = {*plan.modules, *plan.modules_outside}
     frozen = {name for name in held if plan.unselected == "freeze" and name.startswith(f"{plan.stack}.")}

@@ -17,7 +17,7 @@ from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
-from axolotl_layersel.l1ra.state import check_state, state_path
+from axolotl_layersel.l1ra.state import read_state, state_path
 from axolotl_layersel.plan import Plan, plan_path
 from axolotl_layersel.saving import complete_saves
 from axolotl_layersel.selection.flexora.records import gates_path
@@ -94,10 +94,9 @@ def check_resumed(settings: LayerselBlock, resume_from: str | None) -> None:
     """Raise LayerselError unless a checkpoint's ranks can be restored, or there are none to restore."""
     if resume_from is None:
         return
-    path = state_path(resume_from)
     if settings.l1ra:
-        check_state(path, settings.l1ra, "resume_from_checkpoint")
-    elif path.exists():
+        read_state(resume_from, settings.l1ra, "resume_from_checkpoint")
+    elif state_path(resume_from).exists():
         raise LayerselError(
             f"resume_from_checkpoint: {resume_from} is of a run with layersel.l1ra, without which its adapter does not "
             "fit. Restore the l1ra block, or start from the adapter with lora_model_dir."

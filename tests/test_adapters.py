@@ -236,7 +236,7 @@ def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeyp
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(layouts, "save_file", fail)
+    monkeypatch.setattr(layouts, "save_tensors", fail)
     with pytest.raises(LayerselError, match=r"adapter_model.safetensors cannot be written \(disk full\)"):
         AdapterWriter(trainer).save(tmp_path / "adapter")
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before

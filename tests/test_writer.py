@@ -110,7 +110,7 @@ def test_a_corrupted_write_stops_the_run_and_leaves_the_last_checkpoint(tmp_path
         name = next(name for name in content if "layers.1." in name and "lora_A" in name)
         save_file(corrupt(content, name) if len(written) == 2 else content, path, **kwargs)
 
-    monkeypatch.setattr(layouts, "save_file", save)
+    monkeypatch.setattr(layouts, "save_tensors", save)
     with pytest.raises(LayerselError, match=f"checkpoint-8/adapter_model.safetensors: .* {message}.*was not kept"):
         trainer.train()
     assert not (tmp_path / "checkpoint-8" / "adapter_model.safetensors").exists()

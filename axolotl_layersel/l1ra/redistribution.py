@@ -24,7 +24,7 @@ from axolotl_layersel.l1ra.schedule import (
     resolve_gate_lr,
     resolve_lambda,
 )
-from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, check_state, read_gates, state_path, write_state
+from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, State, read_state, state_path, write_state
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.report import print_ranks
 
@@ -352,8 +352,7 @@ class RankRedistribution:
             "modules": json.dumps(list(self.modules)),
             "pool": str(self.pool),
         }
-        write_state(state_path(checkpoint), weights, self.gate_tensors(), metadata)
-        self.history.write(checkpoint)
+        write_state(checkpoint, weights, self.gate_tensors(), self.history, metadata)
 
     def gate_tensors(self) -> dict[str, torch.Tensor]:
         """Return the flat tensors that make up the state of the gates, by name."""
@@ -367,33 +366,33 @@ class RankRedistribution:
 
     def restore(self, checkpoint: str | Path) -> None:
         """Let gates, ranks and their history be those of ``checkpoint``, from which the run resumes."""
-        self.restore_gates(checkpoint, "resume_from_checkpoint")
-        self.history = engines.decide_on_rank_zero(lambda: RankHistory.read(checkpoint))
+        self.history = self.restore_gates(checkpoint, "resume_from_checkpoint").history
 
-    def restore_gates(self, checkpoint: str | Path, key: str) -> None:
-        """Let gates, their moments, active components and pool be those of ``checkpoint``.
+    def restore_gates(self, checkpoint: str | Path, key: str) -> State:
+        """Let gates, their moments, active components and pool be those of ``checkpoint``, and return its state.
 
         Raises:
-            LayerselError: naming ``key``, if the checkpoint is of another run.
+            LayerselError: naming ``key``, if the checkpoint is damaged or of another run.
         """
-        tensors, self.pool = engines.decide_on_rank_zero(lambda: self.read(checkpoint, key))
+        state = engines.decide_on_rank_zero(lambda: self.read(checkpoint, key))
+        self.pool = state.pool
         for name, tensor in self.gate_tensors().items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(state.gates[name])
+        return state
 
     def check(self, checkpoint: str | Path, key: str) -> None:
         """Raise LayerselError, on every rank, unless ``checkpoint`` is of this run."""
         engines.decide_on_rank_zero(lambda: bool(self.read(checkpoint, key)))
 
-    def read(self, checkpoint: str | Path, key: str) -> tuple[dict[str, torch.Tensor], int]:
-        """Return the gates' tensors and the pool of a checkpoint, see ``restore_gates``."""
-        path = state_path(checkpoint)
-        metadata = check_state(path, self.settings, key)
-        if json.loads(metadata["modules"]) != list(self.modules) or int(metadata["max_rank"]) != self.max_rank:
+    def read(self, checkpoint: str | Path, key: str) -> State:
+        """Return the state of a checkpoint, see ``restore_gates``."""
+        state = read_state(checkpoint, self.settings, key)
+        if state.modules != list(self.modules) or state.max_rank != self.max_rank:
             raise LayerselError(
-                f"{key}: {path} is of a run with LoRA on other modules, or with room for rank {metadata['max_rank']} "
-                f"in each, not {self.max_rank}. Resume a checkpoint of this run."
+                f"{key}: {state_path(checkpoint)} is of a run with LoRA on other modules, or with room for rank "
+                f"{state.max_rank} in each, not {self.max_rank}. Resume a checkpoint of this run."
             )
-        return read_gates(path, list(self.gate_tensors())), int(metadata["pool"])
+        return state
 
     def load_adapter(self, upstream: Callable) -> Callable:
         """Return what takes the place of the model's ``load_adapter``, for which ragged files have no fitting shape."""

@@ -1,21 +1,49 @@
 """What a checkpoint holds beside its plain adapter so that ranks, gates and weights resume exactly."""
 
-import json
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from axolotl_layersel.args import L1RAArgs
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.files import FOLDER, replace_atomically
+from axolotl_layersel.files import FOLDER, parse_count, parse_json, reading, refuse, replace_atomically
+from axolotl_layersel.l1ra.records import RankHistory, ranks_path
+from axolotl_layersel.tensors import load_tensors, save_tensors
 
 STATE_FILE = "state.safetensors"
 SCHEMA_VERSION = "1"
 # Names in the file: the weights in training, neither folded nor scaled, and the flat tensors of the gates.
 ADAPTER_PREFIX = "adapter/"
 GATE_PREFIX = "gates/"
+GATE_TYPES = {
+    "values": torch.float32,
+    "exp_avg": torch.float32,
+    "exp_avg_sq": torch.float32,
+    "steps": torch.int64,
+    "active": torch.bool,
+}
+WAY_OUT = "Resume another checkpoint."
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a checkpoint's ranks and gates are; its weights stay in the file.
+
+    Attributes:
+        modules: those that have gates, by name, in the order of the model.
+        max_rank: what each has room for.
+        gates: the flat tensors of the gates, by their names in ``GATE_TYPES``.
+        pool: what of the budget waits to be placed.
+        history: ranks by step.
+    """
+
+    modules: list[str]
+    max_rank: int
+    gates: dict[str, torch.Tensor]
+    pool: int
+    history: RankHistory
 
 
 def state_path(checkpoint: str | Path) -> Path:
@@ -24,48 +52,118 @@ def state_path(checkpoint: str | Path) -> Path:
 
 
 def write_state(
-    path: Path, adapter: dict[str, torch.Tensor], gates: dict[str, torch.Tensor], metadata: dict[str, str]
+    checkpoint: str | Path,
+    adapter: dict[str, torch.Tensor],
+    gates: dict[str, torch.Tensor],
+    history: RankHistory,
+    metadata: dict[str, str],
 ) -> None:
-    """Write weights, gates and what they must be checked against to ``path``; the file appears at once and complete."""
+    """Write weights, gates, ranks and what they must be checked against; each file appears at once and complete."""
+    history.write(checkpoint)
     tensors = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in adapter.items()}
     tensors |= {f"{GATE_PREFIX}{name}": tensor.cpu() for name, tensor in gates.items()}
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    with replace_atomically(path, size) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "schema_version": SCHEMA_VERSION, **metadata})
+    metadata = {"schema_version": SCHEMA_VERSION, "ranks": find_ranks_digest(history), **metadata}
+    with replace_atomically(state_path(checkpoint), sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        save_tensors(tensors, temporary, metadata)
 
 
-def read_gates(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Return the flat tensors of the gates in ``path``."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(f"{GATE_PREFIX}{name}") for name in names}
+def find_ranks_digest(history: RankHistory) -> str:
+    """Return the SHA-256 of what ranks.csv says."""
+    return hashlib.sha256(history.to_csv().encode()).hexdigest()
 
 
-def check_state(path: Path, settings: L1RAArgs, key: str) -> dict[str, str]:
-    """Return the metadata of a checkpoint's state.
+def read_state(checkpoint: str | Path, settings: L1RAArgs, key: str) -> State:
+    """Return the state of a checkpoint; no model is needed.
 
     Raises:
-        LayerselError: naming ``key`` if it is missing, damaged, of another schema, or made with other settings.
+        LayerselError: naming ``key`` if one of its files is missing, damaged, of another schema, made with other
+            settings, or says what no run can come to.
     """
+    path = state_path(checkpoint)
     if not path.exists():
         raise LayerselError(
             f"{key}: {path} is missing: it is not a checkpoint of a run with layersel.l1ra. Resume another "
             "checkpoint, or start without resuming."
         )
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise LayerselError(f"{key}: {path} is damaged ({error}). Resume another checkpoint.") from error
+    tensors, metadata = load_tensors(key, path, WAY_OUT)
     if metadata.get("schema_version") != SCHEMA_VERSION:
         raise LayerselError(
             f"{key}: {path} has schema_version {metadata.get('schema_version')!r}, this version of axolotl-layersel "
             f"reads {SCHEMA_VERSION}. Resume with the version that wrote it."
         )
-    then = json.loads(metadata["settings"])
+    with reading(key, path, WAY_OUT):
+        then, modules = parse_json(metadata["settings"]), parse_json(metadata["modules"])
+        max_rank, pool = parse_count(metadata["max_rank"]), parse_count(metadata["pool"])
+        if not isinstance(then, dict) or not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
+            raise ValueError("its settings or its modules are of another type")
+        check_settings(then, settings, checkpoint)
+        adapter = {n.removeprefix(ADAPTER_PREFIX): t for n, t in tensors.items() if n.startswith(ADAPTER_PREFIX)}
+        gates = {n.removeprefix(GATE_PREFIX): t for n, t in tensors.items() if n.startswith(GATE_PREFIX)}
+        costs = measure_costs(adapter, modules, max_rank)
+        check_gates(gates, len(modules) * max_rank)
+    history = RankHistory.read(checkpoint, key)
+    ranks = dict(zip(modules, gates["active"].view(len(modules), max_rank).sum(dim=1).tolist()))
+    fault = find_rank_fault(history, ranks, pool, costs, settings)
+    if fault is None and metadata.get("ranks", find_ranks_digest(history)) != find_ranks_digest(history):
+        fault = f"is not the one that {path} was written with"
+    if fault:
+        raise refuse(key, ranks_path(checkpoint), fault, WAY_OUT)
+    return State(modules, max_rank, gates, pool, history)
+
+
+def check_settings(then: dict, settings: L1RAArgs, checkpoint: str | Path) -> None:
+    """Raise LayerselError unless the settings of a checkpoint are those of the run."""
     for name, value in settings.model_dump().items():
         if then.get(name) != value:
             raise LayerselError(
-                f"layersel.l1ra.{name}: {value!r} contradicts the checkpoint {path.parent.parent}, which was made with "
+                f"layersel.l1ra.{name}: {value!r} contradicts the checkpoint {checkpoint}, which was made with "
                 f"{then.get(name)!r}. Restore the value, or start without resuming."
             )
-    return metadata
+
+
+def measure_costs(adapter: dict[str, torch.Tensor], modules: list[str], max_rank: int) -> dict[str, int]:
+    """Return the trainable parameters of one component of each module.
+
+    Raises:
+        ValueError: if the weights are not those of such modules.
+    """
+    costs = {}
+    for module in modules:
+        down, up = (adapter[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        if down.dim() != 2 or up.dim() != 2 or down.shape[0] != max_rank or up.shape[1] != max_rank:
+            raise ValueError(f"the weights of {module} have no room for rank {max_rank}")
+        costs[module] = down.shape[1] + up.shape[0]
+    return costs
+
+
+def check_gates(gates: dict[str, torch.Tensor], components: int) -> None:
+    """Raise ValueError unless these are tensors that gates of so many components can have."""
+    if gates.keys() != GATE_TYPES.keys():
+        raise ValueError(f"of the gates it holds {', '.join(sorted(gates)) or 'nothing'}")
+    for name, kind in GATE_TYPES.items():
+        if gates[name].dtype != kind or gates[name].shape != (components,):
+            raise ValueError(f"{GATE_PREFIX}{name} is {gates[name].dtype} of shape {tuple(gates[name].shape)}")
+    if not ((gates["values"] >= 0) & (gates["values"] <= 1)).all():
+        raise ValueError("a gate is outside of 0 to 1")
+    if (gates["exp_avg_sq"] < 0).any() or (gates["steps"] < 0).any():
+        raise ValueError("a second moment or a count of steps is negative")
+    idle = ~gates["active"]
+    if any(gates[name][idle].any() for name in GATE_TYPES):
+        raise ValueError("a component that is not active has a gate or moments")
+
+
+def find_rank_fault(
+    history: RankHistory, ranks: dict[str, int], pool: int, costs: dict[str, int], settings: L1RAArgs
+) -> str | None:
+    """Return why ``history`` cannot have led to the ``ranks`` of active components, or None where it can."""
+    start, last = history.ranks[0], history.ranks[max(history.ranks)]
+    if list(last.items()) != list(ranks.items()):
+        return "does not end with the ranks of the state beside it"
+    low = next((name for name in ranks if ranks[name] < min(settings.min_rank, start[name])), None)
+    if low is not None:
+        return f"leaves {low} fewer than min_rank: {settings.min_rank} components"
+    cost = costs if settings.budget == "parameters" else dict.fromkeys(ranks, 1)
+    before, now = (sum(count * cost[name] for name, count in counts.items()) for counts in (start, ranks))
+    if (settings.reassign and now + pool != before) or (not settings.reassign and (pool or now > before)):
+        return f"began with a budget of {before}, but {now} are in use and {pool} wait in the state beside it"
+    return None
