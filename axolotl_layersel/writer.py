@@ -15,6 +15,7 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import ATTRIBUTE as GATE
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.layouts import find_scalings, split, write_adapter
+from axolotl_layersel.selection.passes import precision
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -131,9 +132,10 @@ class AdapterWriter:
         tokens = verification.find_probe_tokens(self.trainer, self.model)
         if tokens is None:
             return False
-        logits = verification.compute_logits(self.model, tokens)
-        with hold_adapter(self.model, stored, scalings):
-            found = verification.compute_logits(self.model, tokens)
+        with precision(self.trainer):  # which the model is given when it begins to train, and it may not have begun
+            logits = verification.compute_logits(self.model, tokens)
+            with hold_adapter(self.model, stored, scalings):
+                found = verification.compute_logits(self.model, tokens)
         verification.check_logits(path, logits, found, verification.find_epsilon(self.trainer, self.model))
         return True
 
