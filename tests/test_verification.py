@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -167,6 +168,29 @@ def test_logits_may_differ_by_rounding_and_no_more():
     # A model that overflows does so with either adapter.
     infinite = torch.tensor([[1.0, float("inf"), float("nan")]])
     verification.check_logits(path, infinite, infinite, epsilon)
+
+
+def test_computing_logits_leaves_4_bit_weights_and_modes_as_they_are():
+    class Quantised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(10, 128)
+            self.linear = Linear4bit(128, 64, bias=False)
+            self.linear.weight = Params4bit(torch.randn(64, 128), requires_grad=False).to("cpu")
+            self.linear.support_avx512bf16_for_cpu = True  # as on CPUs on which bitsandbytes packs weights anew
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def forward(self, input_ids):
+            return (self.dropout(self.linear(self.embed(input_ids))),)
+
+    model = Quantised()
+    weight, absmax = model.linear.weight.data.clone(), model.linear.weight.quant_state.absmax.clone()
+    model.embed.training = False
+    first, second = (verification.compute_logits(model, torch.tensor([[1, 2, 3]])) for _ in range(2))
+    assert torch.equal(first, second) and first.all()
+    assert torch.equal(model.linear.weight.data, weight)
+    assert torch.equal(model.linear.weight.quant_state.absmax, absmax)
+    assert model.training and model.dropout.training and model.linear.training and not model.embed.training
 
 
 def test_parameters_hold_other_data_for_a_while():
