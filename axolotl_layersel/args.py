@@ -29,6 +29,7 @@ DEFAULT_UNSELECTED = "remove"
 TOWERS = ("keep", "remove")
 DEFAULT_TOWERS = "keep"
 KEEP = ("positive",)
+PLAN_CHECKS = ("error", "ignore")
 
 VALIDATION_SOURCES = ("train", "eval")
 HYPERGRADIENTS = ("first_order", "unrolled")
@@ -190,14 +191,26 @@ class SelectionArgs(Block):
     plan: str | None = Field(
         default=None, description="Path of a saved plan.json: it is checked and applied, nothing is scored."
     )
+    plan_check: str | None = Field(
+        default=None,
+        description="What a plan, or a checkpoint, that was made for another base model is. `error` (default); "
+        "`ignore`: it is applied, for a model that has another name only.",
+    )
     flexora: FlexoraArgs | None = Field(
         default=None, description="The search of `method: flexora`, see below. Default: its defaults."
     )
 
-    @field_validator("method", "token", "unselected", "towers", "keep", mode="before")
+    @field_validator("method", "token", "unselected", "towers", "keep", "plan_check", mode="before")
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
-        choices = {"method": METHODS, "token": TOKENS, "unselected": UNSELECTED, "towers": TOWERS, "keep": KEEP}
+        choices = {
+            "method": METHODS,
+            "token": TOKENS,
+            "unselected": UNSELECTED,
+            "towers": TOWERS,
+            "keep": KEEP,
+            "plan_check": PLAN_CHECKS,
+        }
         return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
 
     @field_validator("ratio")
@@ -293,8 +306,10 @@ class SelectionArgs(Block):
         return self
 
     def resolve(self, run_seed: int) -> dict[str, Any]:
-        """Return every setting but ``plan`` as it takes effect, defaults filled in; None where it has no effect."""
-        values = self.model_dump(exclude={"plan"})
+        """Return every setting but those of reusing a plan as it takes effect, defaults filled in; None where it has
+        no effect.
+        """
+        values = self.model_dump(exclude={"plan", "plan_check"})
         if self.layers is not None:
             values["layers"] = sorted(self.layers)
         elif self.num_layers is None and self.ratio is None:

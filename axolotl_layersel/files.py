@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def find_code(error: OSError | SafetensorError) -> int | None:
     return int(found[1]) if found else None
 
 
-def check_output(folder: str | Path, names: tuple[str, ...]) -> None:
+def check_output(folder: str | Path, names: Iterable[str]) -> None:
     """Check that files of this package can be written for the run in ``folder``, and leave no trace.
 
     Args:

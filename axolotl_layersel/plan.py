@@ -77,6 +77,9 @@ class Plan(BaseModel):
     )
     dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens")
     base_model: str | None
+    base_shape: dict[str, int | str] | None = Field(
+        default=None, description="what tells the base model from others of its name, from its configuration"
+    )
     versions: dict[str, str]
     engine: str
     processes: int
@@ -173,7 +176,7 @@ def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
     """
     asked = settings.resolve(run_seed=plan.seed)
     for key in SelectionArgs.model_fields:
-        if key == "plan" or getattr(settings, key) is None:
+        if key in ("plan", "plan_check") or getattr(settings, key) is None:
             continue
         given, made_with = getattr(settings, key), plan.settings.get(key)
         if isinstance(given, Block) and isinstance(made_with, dict):

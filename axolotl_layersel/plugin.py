@@ -52,12 +52,18 @@ class LayerSelectionPlugin(BasePlugin):
         from axolotl_layersel import engines
         from axolotl_layersel.agreement import check_started_alike
         from axolotl_layersel.checkpoints import find_resumed_checkpoint
+        from axolotl_layersel.files import check_output
+        from axolotl_layersel.l1ra.records import ranks_path
+        from axolotl_layersel.plan import plan_path
         from axolotl_layersel.prepare import check_resumed
+        from axolotl_layersel.selection.flexora.records import gates_path
         from axolotl_layersel.selection.phase import check_continuing, check_encoder_decoder, find_plan
 
         init_distributed_state()
         settings = read_settings(cfg)
+        names = [path("").name for path in (plan_path, ranks_path, gates_path)]
         check_started_alike({"layersel": settings.model_dump(), **{key: cfg.get(key) for key in AGREEING_KEYS}})
+        engines.decide_on_rank_zero(lambda: check_output(cfg.output_dir, names))
         engines.decide_on_rank_zero(lambda: self.take_lock(cfg.output_dir))
         resume_from = find_resumed_checkpoint(
             settings, cfg.output_dir, cfg.resume_from_checkpoint, bool(cfg.auto_resume_from_checkpoints)
@@ -67,7 +73,7 @@ class LayerSelectionPlugin(BasePlugin):
         cfg.auto_resume_from_checkpoints = False
         engines.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
         selection = settings.selection
-        reused = engines.decide_on_rank_zero(lambda: selection and find_plan(selection, resume_from))
+        reused = engines.decide_on_rank_zero(lambda: selection and find_plan(selection, resume_from, cfg.base_model))
         if cfg.lora_model_dir and cfg.rl in CONFIG_ONLY_TRAINERS:
             raise LayerselError(
                 f"lora_model_dir: {cfg.lora_model_dir} is not loaded by Axolotl with rl: {cfg.rl.value}, "

@@ -7,8 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import l1ra, selection
 from safetensors.torch import load_file, save_file
+from test_plan import make_plan
 
+from axolotl_layersel.args import SelectionArgs
 from axolotl_layersel.lock import FILE, RunLock
+from axolotl_layersel.plan import write_plan
 
 MODEL_LOADS = "Loading weights"
 
@@ -258,6 +261,21 @@ def test_an_encoder_decoder_model_is_refused_before_it_loads(train, base_model, 
     model = {"base_model": str(tmp_path), "model_type": "T5ForConditionalGeneration"}
     run = train(expect=1, tokenizer_type="PreTrainedTokenizerFast", lora_target_modules=["q", "v"], **model)
     assert f"LayerselError: base_model: {tmp_path} is an encoder-decoder model, whose layers" in run.log
+    assert MODEL_LOADS not in run.log
+
+
+def test_a_plan_of_another_model_ends_before_the_model_loads(train, tmp_path):
+    settings = SelectionArgs(method="cka", num_samples=15).resolve(run_seed=7)
+    write_plan(make_plan(settings=settings, base_model="meta-llama/Llama-3.1-8B"), tmp_path / "plan.json")
+    run = train(expect=1, **selection(plan=str(tmp_path / "plan.json")))
+    assert "plan.json was made for, meta-llama/Llama-3.1-8B. Make a new plan for this model" in run.log
+    assert MODEL_LOADS not in run.log
+
+
+def test_a_file_in_place_of_a_folder_ends_before_the_model_loads(train, tmp_path):
+    (tmp_path / "layersel").write_text("")
+    run = train("ddp", expect=1, output=tmp_path)
+    assert run.log.count(f"output_dir: {tmp_path / 'layersel'} is a file, where a folder is needed.") >= 2
     assert MODEL_LOADS not in run.log
 
 

@@ -43,6 +43,7 @@ from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Choice, choose, count_kept, find_candidates, find_mean_overlap
 from axolotl_layersel.selection.flexora import choice as flexora
 from axolotl_layersel.selection.flexora.records import GateHistory, gates_path
+from axolotl_layersel.selection.provenance import check_base, compare_data, describe_shape
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -72,7 +73,8 @@ def select_layers(
     engine = engines.name_engine(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     stack = find_layer_stack(model)
-    reused = engines.decide_on_rank_zero(lambda: find_plan(settings, resume_from))
+    base_model = adapters.get_config(model).base_model_name_or_path
+    reused = engines.decide_on_rank_zero(lambda: find_plan(settings, resume_from, base_model))
     if reused is None and getattr(model.get_base_model().config, "is_encoder_decoder", False):
         check_encoder_decoder(settings, type(model.get_base_model()).__name__)
     if continues_adapter and reused is None:
@@ -98,6 +100,9 @@ def select_layers(
         plan, source = reused
         outside = [name for names in stack.towers.values() for name in names]
         check_model(plan, stack.name, len(stack.layers), stack.lora_modules, outside, source)
+        if settings.plan_check != "ignore":
+            check_base(plan, base_model, describe_shape(model.get_base_model().config), source)
+        report_data(plan, trainer, source)
         remove_towers(model, stack, plan.towers)
         plan.outside = describe_towers(model, stack)
         LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
@@ -165,13 +170,30 @@ def check_initialisation(model: PeftModel, continues_adapter: bool, removes: boo
         raise LayerselError(refusal)
 
 
-def find_plan(settings: SelectionArgs, resume_from: str | None) -> tuple[Plan, str] | None:
+def report_data(plan: Plan, trainer: Trainer, source: str) -> None:
+    """Log a warning, on rank 0, where a plan was made on other data than the run's."""
+    difference = None
+    if engines.get_rank() == 0:
+        difference = compare_data(plan, trainer.train_dataset, trainer.eval_dataset)
+    if difference:
+        LOG.warning(
+            "layersel: the plan from %s was made on other data than this run's: %s. It is applied all the same; make a "
+            "new plan to choose by this run's data.",
+            source,
+            difference,
+        )
+
+
+def find_plan(
+    settings: SelectionArgs, resume_from: str | None, base_model: str | None = None
+) -> tuple[Plan, str] | None:
     """Return the plan that the run must use and where it is from, or None where layers are to be selected.
 
     A resumed run uses the plan of its checkpoint; else ``settings.plan`` is used.
 
     Raises:
-        LayerselError: if that plan is missing or damaged, or the YAML block asks for another.
+        LayerselError: if that plan is missing or damaged, was made for another model than ``base_model``, or the YAML
+            block asks for another.
     """
     if resume_from is not None:
         places = [plan_path(resume_from), plan_path(Path(resume_from).parent)]
@@ -188,6 +210,8 @@ def find_plan(settings: SelectionArgs, resume_from: str | None) -> tuple[Plan, s
         return None
     plan = read_plan(source, key)
     check_settings(plan, settings, str(source))
+    if settings.plan_check != "ignore":
+        check_base(plan, base_model, None, str(source))
     if resume_from is not None:
         check_checkpoint(plan, resume_from)
     return plan, str(source)
@@ -230,6 +254,7 @@ def make_plan(
         rows_left_out=choice.left_out,
         dataset_fingerprint=choice.fingerprint,
         base_model=adapters.get_config(model).base_model_name_or_path,
+        base_shape=describe_shape(model.get_base_model().config),
         versions={
             name: importlib.metadata.version(name)
             for name in ("axolotl-layersel", "axolotl", "torch", "transformers", "peft")

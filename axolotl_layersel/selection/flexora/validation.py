@@ -77,16 +77,30 @@ def find_eval_rows(eval_dataset: Any, samples: int, seed: int, kind: str) -> tup
         LayerselError: if there is none, or it cannot be indexed.
     """
     key = "layersel.selection.flexora.val_source: 'eval'"
-    parts = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    if parts in ([], [None]):
+    parts = list_eval_sets(eval_dataset)
+    if not parts:
         raise LayerselError(f"{key} needs an eval set, and the trainer has none. Give one, or use `val_source: train`.")
     for part in parts:
         check_indexable(part, key)
-    eval_dataset = parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
+    eval_dataset = join_eval_sets(eval_dataset)
     rows = draw_labelled(eval_dataset, samples, seed, kind)
     if not rows:
         raise LayerselError(f"{key}: no row of the eval set has a label to learn. Use `val_source: train`.")
     return eval_dataset, rows
+
+
+def list_eval_sets(eval_dataset: Any) -> list[Any]:
+    """Return a trainer's eval sets."""
+    parts = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [part for part in parts if part is not None]
+
+
+def join_eval_sets(eval_dataset: Any) -> Any:
+    """Return a trainer's eval sets as one, or None where it has none, or some that cannot be indexed."""
+    parts = list_eval_sets(eval_dataset)
+    if not parts or not all(hasattr(part, "__len__") for part in parts):
+        return None
+    return parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
 
 
 def take_rows(dataset: Any, rows: list[int]) -> Any:

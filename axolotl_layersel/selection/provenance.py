@@ -1,0 +1,96 @@
+"""Whether a plan was made for this run's base model, and on this run's data."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.plan import Plan
+from axolotl_layersel.selection.calibration import fingerprint, read_sample
+from axolotl_layersel.selection.flexora.validation import join_eval_sets
+
+# What sets models of one name apart. Not the vocabulary, which a run may extend, nor what quantisation changes.
+SHAPE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts",
+)
+
+
+def describe_shape(config: Any) -> dict[str, int | str]:
+    """Return what the configuration of a model says of its language model's shape."""
+    text = config.get_text_config()
+    values = {key: getattr(text, key, None) for key in SHAPE}
+    return {key: value for key, value in values.items() if type(value) in (int, str)}
+
+
+def shorten(base_model: str) -> str:
+    """Return the name of a model wherever it lies: the last part of a path or of a hub's name, in small letters.
+
+    A hub's cache keeps a model in a folder that is called after its revision, inside of one that has its name.
+    """
+    cached = re.findall(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\]", f"{base_model}/")
+    return (cached[-1] if cached else Path(base_model).absolute().name).lower()
+
+
+def check_base(plan: Plan, base_model: str | None, shape: dict[str, int | str] | None, source: str) -> None:
+    """Check that a plan was made for this base model: one of the same name, wherever it lies, and the same shape.
+
+    Args:
+        plan: what is reused.
+        base_model: the run's, as a path or a hub's name; None or nothing where it is not known.
+        shape: see ``describe_shape``; None where it is not known yet.
+        source: where the plan is from.
+
+    Raises:
+        LayerselError: naming both.
+    """
+    way_out = (
+        "Make a new plan for this model, or restore the model; if they are the same, set "
+        "`layersel.selection.plan_check: ignore`."
+    )
+    if plan.base_model and base_model and shorten(plan.base_model) != shorten(base_model):
+        raise LayerselError(
+            f"base_model: {base_model} is not the one that the plan from {source} was made for, {plan.base_model}. "
+            f"{way_out}"
+        )
+    if plan.base_shape is None or shape is None:
+        return
+    for key in SHAPE:
+        now, then = shape.get(key), plan.base_shape.get(key)
+        if now != then:
+            raise LayerselError(
+                f"base_model: {base_model} has {key}: {now!r}, and the one that the plan from {source} was made for, "
+                f"{plan.base_model}, has {then!r}. {way_out}"
+            )
+
+
+def compare_data(plan: Plan, train_dataset: Any, eval_dataset: Any) -> str | None:
+    """Return in what the rows that a plan was made on differ from those of the run; None if they do not, or if no rows
+    were looked at.
+    """
+    if plan.dataset_fingerprint is None:
+        return None
+    search = plan.settings.get("flexora")
+    of_eval = isinstance(search, dict) and search.get("val_source") == "eval"
+    name = "eval" if of_eval else "training"
+    dataset: Sequence[Any] | None = join_eval_sets(eval_dataset) if of_eval else train_dataset
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return f"it was made on rows of the {name} set, and this run has none that could be compared"
+    highest = max(plan.calibration_rows, default=-1)
+    if highest >= len(dataset):
+        return f"it was made on row {highest} of the {name} set, and this run's has {len(dataset)} rows"
+    try:
+        samples = [read_sample(dataset[row], row) for row in plan.calibration_rows]
+    except LayerselError:
+        return f"the rows of this run's {name} set have no token ids"
+    if fingerprint(samples) != plan.dataset_fingerprint:
+        return f"the {len(samples)} rows of the {name} set that it was made on hold other tokens now"
+    return None
