@@ -26,6 +26,8 @@ fails loudly when one of them changes):
   ``stateful_callbacks``, of several of a class in a list that grows with every checkpoint;
   ``_load_callback_state`` restores them only on request, by making the callbacks anew at the end of the list.
 * transformers 5.16.1, ``Trainer.set_initial_training_values``: ends in the planned number of optimizer steps.
+* accelerate 1.13.0, ``Accelerator.prepare``: what iterates over batches is the ``base_dataloader`` of what it returns,
+  whose ``worker_init_fn`` is read when an iteration begins.
 * transformers 5.16.1, ``Trainer._save_checkpoint``: writes a whole checkpoint of the last step; what the step had
   still to do lies in ``trainer_state.json`` as the state of ``TrainerControl``, in which ``should_evaluate`` is true
   until the evaluation is over. ``_evaluate``, ``_determine_best_metric`` and ``_load_rng_state`` make up for one.
@@ -67,7 +69,7 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -380,6 +382,32 @@ def keep_deepspeed_config(trainer: Trainer) -> Iterator[None]:
 def prepare_inputs(trainer: Trainer, inputs: dict) -> dict:
     """Return a micro-batch on the trainer's device, as its own steps prepare it."""
     return trainer._prepare_inputs(inputs)
+
+
+def initialize_loaders(trainer: Trainer, initialize: Callable[[int], None]) -> None:
+    """Let ``initialize`` run first in every process that loads data for ``trainer``, with that process's number."""
+
+    def initializing(upstream: Callable) -> Callable:
+        def get_dataloader(*args, **kwargs) -> Any:
+            prepared = upstream(*args, **kwargs)
+            loader = getattr(prepared, "base_dataloader", prepared)
+            own = getattr(loader, "worker_init_fn", None)
+            # A loader whose processes stay is returned again.
+            if getattr(own, "func", None) is not initialize_both:
+                loader.worker_init_fn = functools.partial(initialize_both, initialize, own)
+            return prepared
+
+        return get_dataloader
+
+    for name in ("get_train_dataloader", "get_eval_dataloader"):
+        setattr(trainer, name, initializing(getattr(trainer, name)))
+
+
+def initialize_both(first: Callable[[int], None], then: Callable[[int], None] | None, worker: int) -> None:
+    """Initialise a process that loads data in two ways."""
+    first(worker)
+    if then is not None:
+        then(worker)
 
 
 def offload_activations(trainer: Trainer) -> contextlib.AbstractContextManager:

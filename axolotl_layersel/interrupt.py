@@ -53,9 +53,10 @@ class SignalWatch:
 
     def remember(self, signum: int, frame: FrameType | None) -> None:
         """Note the signal; raise KeyboardInterrupt at the third SIGINT."""
-        if os.getpid() != self.process:  # a process forked since, such as one that loads data: not ours to keep alive
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+        if os.getpid() != self.process:  # a process forked since, which whoever forked it may want to end
+            if signum == signal.SIGTERM:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(os.getpid(), signum)
             return
         self.received = max(self.received, signum)
         self.interrupts += signum == signal.SIGINT
@@ -72,6 +73,25 @@ class SignalWatch:
 
 # A process has one handler for a signal, so it has one watch.
 WATCH = SignalWatch()
+
+
+def outlive_signals(worker: int) -> None:
+    """Let a process that loads data end by its parent alone.
+
+    A terminal sends Ctrl-C to all processes, Slurm and torchrun SIGTERM: without their data the ranks could not come
+    to the end of a step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Blocked here and waited for below, since only so one learns who has sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this process at a SIGTERM of its parent's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class SharedSignal:

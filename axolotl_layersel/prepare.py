@@ -13,6 +13,7 @@ from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback, TidyCallback
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.interrupt import outlive_signals
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.records import ranks_path
@@ -69,6 +70,7 @@ def prepare_trainer(
     check_weights_alike(trainer, model)
     # First, for after a search the weights may lie in shards.
     capacity = make_room(trainer, settings.l1ra, lora_r, scaling) if settings.l1ra else None
+    engines.initialize_loaders(trainer, outlive_signals)
     plan = None
     if settings.selection:
         plan = select_layers(trainer, settings.selection, resume_from, continues_adapter, repeat)

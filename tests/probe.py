@@ -4,9 +4,11 @@ They change nothing, unless the environment variable ``LAYERSEL_TEST_SIGNAL`` sa
 
 * ``"KILL:3"`` sends every rank SIGKILL at the end of step 3;
 * ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"TERM:3"`` sends it SIGTERM;
-* ``"TERMALL:3"`` sends every rank SIGTERM; ``"SAVETERM:4"`` the last rank, while checkpoint 4 is written;
-* ``"SCOREINT:1"`` and ``"SCORETERM:1"`` send rank 0 the signal in the first round of scoring, ``"SEARCHINT:3"`` and
-  ``"SEARCHTERM:3"`` in step 3 of a search; ``"SEARCHKILL:3"`` sends every rank SIGKILL there;
+* ``"TERMALL:3"`` sends SIGTERM to every rank and to all that it has started, as a launcher does;
+* ``"SAVETERM:4"`` sends it to the last rank while checkpoint 4 is written;
+* ``"SCOREINT:1"`` and ``"SCORETERM:1"`` send rank 0 the signal in the first round of scoring;
+* ``"SEARCHINT:3"`` and ``"SEARCHTERM:3"`` send it to rank 0 and to all that it has started in step 3 of a search,
+  ``"SEARCHKILL:3"`` sends every rank SIGKILL there;
 * ``"DRIFT:3"`` moves a gate on rank 1 alone, ``"BIT:3"`` all gates there by their last bit;
 * ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
 * ``"BYPASS:0"`` computes the LoRA of one module past it;
@@ -102,7 +104,7 @@ class ProbeCallback(TrainerCallback):
         if name in ("INT", "TERM") and state.global_step == int(step) and args.process_index == 0:
             os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
         if name == "TERMALL" and state.global_step == int(step):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.killpg(0, signal.SIGTERM)
         if name == "UNGATHERED" and state.global_step == int(step):
             engines.gather_parameter = lambda parameter: parameter.detach().clone().cpu()
 
@@ -144,7 +146,7 @@ def watch_search(trainer) -> None:
         if name == "SEARCHKILL" and step == int(fatal):
             os.kill(os.getpid(), signal.SIGKILL)
         if name in ("SEARCHINT", "SEARCHTERM") and step == int(fatal) and engines.get_rank() == 0:
-            os.kill(os.getpid(), getattr(signal, name.replace("SEARCH", "SIG")))
+            os.killpg(0, getattr(signal, name.replace("SEARCH", "SIG")))
         return upstream_finish(search, step)
 
     GateSearch.step_gates, GateSearch.finish_step = step_gates, finish_step

@@ -234,6 +234,16 @@ def test_what_holds_a_deepspeed_engine_that_was_destroyed_is_let_go_of():
     assert "p._z3_optimizer = self" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
 
 
+def test_processes_that_load_data_are_initialised_in_both_ways(tmp_path):
+    trainer = make_trainer(make_small_llama(layers=1), tmp_path, dataloader_num_workers=1)
+    calls = tmp_path / "calls"
+    engines.initialize_loaders(trainer, lambda worker: calls.write_text(f"{worker} {torch.initial_seed()}"))
+    loader = trainer.get_train_dataloader()
+    assert loader.base_dataloader.worker_init_fn.args[1].func.__name__ == "seed_worker", "the Trainer's own"
+    next(iter(loader))
+    assert calls.read_text().split()[0] == "0"
+
+
 def test_a_second_engine_can_be_built_over_the_parameters_of_the_first():
     from accelerate import Accelerator
     from deepspeed.runtime.engine import DeepSpeedEngine

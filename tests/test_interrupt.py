@@ -2,12 +2,22 @@
 
 import os
 import signal
+import subprocess
 import threading
+import time
 
 import pytest
 import torch
 
-from axolotl_layersel.interrupt import SPACING, WATCH, Interrupted, SharedSignal, SignalWatch, ending_on_signal
+from axolotl_layersel.interrupt import (
+    SPACING,
+    WATCH,
+    Interrupted,
+    SharedSignal,
+    SignalWatch,
+    ending_on_signal,
+    outlive_signals,
+)
 
 CPU = torch.device("cpu")
 
@@ -66,6 +76,36 @@ def test_a_forked_process_dies_of_the_signal_as_if_there_were_no_watch(theirs):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
     assert watch.received == 0
+    watch.restore()
+
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return os.getpid()
+
+
+def test_processes_that_load_data_outlive_signals_that_are_not_their_parents(theirs):
+    watch = SignalWatch()
+    watch.install()
+    loader = torch.utils.data.DataLoader(Slow(), num_workers=2, worker_init_fn=outlive_signals)
+    batches = iter(loader)
+    workers = {int(next(batches)) for _ in range(4)}
+    assert len(workers) == 2 and os.getpid() not in workers
+    for worker in workers:
+        for name in ("INT", "TERM"):
+            subprocess.run(["kill", f"-{name}", str(worker)], check=True)
+    assert {int(batch) for batch in batches} <= workers, "and none raised that a worker was killed"
+    batches = iter(loader)
+    workers = {int(next(batches)) for _ in range(4)}
+    processes = list(batches._workers)
+    for process in processes:
+        process.terminate()
+        process.join(timeout=20)
+    assert [process.exitcode for process in processes] == [0, 0]
     watch.restore()
 
 
