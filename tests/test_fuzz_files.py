@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from typer.testing import CliRunner
 
 from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.checkpoints import find_resumed_checkpoint
 from axolotl_layersel.cli import app
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.callback import RankCallback
@@ -57,6 +60,7 @@ def resume(kind: str, checkpoint: Path, scratch: Path) -> dict[str, object]:
     """Return all that a run would resume with, by the checks and readers that it goes through."""
     block = LayerselBlock.model_validate(BLOCKS[kind])
     # What Axolotl has checked before the model loads.
+    find_resumed_checkpoint(block, checkpoint.parent, str(checkpoint), automatic=False)
     check_resumed(block, str(checkpoint))
     find_plan(block.selection, str(checkpoint))
     trainer = prepare(kind, scratch, checkpoint)
@@ -251,6 +255,25 @@ def test_a_damaged_checkpoint_is_refused_or_resumes_the_same(run, reference, nam
                 return
         assert state.keys() == expected.keys()
         assert all(is_same(value, expected[key]) for key, value in state.items())
+
+    check()
+
+
+def test_a_damaged_state_of_the_trainer_is_refused_or_loads(run):
+    kind, folder = run
+    block = LayerselBlock.model_validate(BLOCKS[kind])
+    checkpoint = folder / "checkpoint-3"
+
+    @fuzz(60)
+    def check(data):
+        with kept(checkpoint / TRAINER_STATE_NAME):
+            damage(data, checkpoint / TRAINER_STATE_NAME, edit_json)
+            try:
+                find_resumed_checkpoint(block, folder, str(checkpoint), automatic=False)
+            except LayerselError as error:
+                assert is_one_line(str(error))
+                return
+            assert TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step > 0
 
     check()
 
