@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.evaluation import evaluating
 
 if TYPE_CHECKING:
     from axolotl_layersel.layouts import Factors
@@ -246,16 +247,8 @@ def find_probe_tokens(trainer: Trainer, model: PeftModel) -> torch.Tensor | None
 @torch.no_grad()
 def compute_logits(model: PeftModel, tokens: torch.Tensor) -> torch.Tensor:
     """Return the model's output for ``tokens`` in fp32, without dropout; nothing of the model changes."""
-    # bitsandbytes packs 4-bit weights anew, coarser and for good, when they first see data in evaluation mode on a CPU.
-    quantised = {module for module in model.modules() if hasattr(getattr(module, "weight", None), "quant_state")}
-    training = [module for module in model.modules() if module.training and module not in quantised]
-    try:
-        for module in training:
-            module.training = False
+    with evaluating(model):
         return model(input_ids=tokens)[0].float()
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

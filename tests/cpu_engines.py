@@ -11,6 +11,8 @@ Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, a
   where operations end in order. On gloo it then reads weights that have not arrived: each is waited for.
 * transformers and accelerate refuse bf16 without a GPU, although the CPU computes in it.
 * Axolotl's ``device_map`` names a GPU in every run with several processes.
+* bitsandbytes 0.50 packs 4-bit weights anew when they first see data in evaluation mode, where the CPU has
+  instructions for bf16, and fails where a width is no multiple of the block of 64: such a CPU is not looked for.
 """
 
 import json
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import accelerate.accelerator
 import accelerate.state
+import bitsandbytes.nn.modules
 import torch
 import transformers.training_args
 from accelerate.parallelism_config import ParallelismConfig
@@ -44,6 +47,8 @@ def _patch() -> None:
     for module in (accelerate.accelerator, accelerate.state):
         module.is_bf16_available = lambda *args: True
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
     from deepspeed.comm.torch import TorchBackend
 

@@ -62,7 +62,7 @@ def test_plan_prints_the_sentence_alone_for_a_file_that_cannot_be_honoured(make_
     text = call("axolotl-layersel", "plan", str(path), "--launcher", "python", expect=1)
     sentence = "axolotl-layersel: layersel.selection.ratio: 2.0 is outside (0, 1]. Set the share to keep, such as 0.5."
     assert sentence in text.splitlines()
-    assert "logging_steps: 'often' is refused. Input should be a valid number, unable to parse string" in text
+    assert "logging_steps: 'often' is refused. Input should be a valid integer, unable to parse string" in text
     assert "Traceback" not in text
     text = call("axolotl-layersel", "plan", "nowhere.yml", expect=1)
     assert text == "axolotl-layersel: nowhere.yml does not exist. Give the path of an Axolotl YAML file.\n"

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from axolotl_layersel import layouts, verification
+from axolotl_layersel import tensors as tensors_file
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layouts import Factors
 
@@ -108,7 +109,7 @@ def test_a_file_that_reads_back_wrong_never_takes_the_place_of_a_good_one(tmp_pa
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == tensors.keys()
 
     monkeypatch.setattr(
-        layouts, "save_file", lambda content, *args, **kwargs: save_file(corrupt(content), *args, **kwargs)
+        tensors_file, "save_file", lambda content, *args, **kwargs: save_file(corrupt(content), *args, **kwargs)
     )
     with pytest.raises(LayerselError, match=f"adapter_model.safetensors: {message}.*was not kept"):
         layouts.write_adapter(tmp_path, tensors, LoraConfig(target_modules=["proj"]))
@@ -123,7 +124,7 @@ def test_a_truncated_file_and_a_configuration_cut_short_are_refused(tmp_path, mo
         path.write_bytes(path.read_bytes()[:-3])
 
     with monkeypatch.context() as patched, pytest.raises(LayerselError, match="safetensors: it cannot be read back"):
-        patched.setattr(layouts, "save_file", cut)
+        patched.setattr(tensors_file, "save_file", cut)
         layouts.write_adapter(tmp_path, tensors, LoraConfig())
     for text in ("", "{}"):
 

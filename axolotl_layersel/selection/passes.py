@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from axolotl_layersel import engines
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.evaluation import evaluating
 from axolotl_layersel.interrupt import stop_if_signalled
 from axolotl_layersel.layers import LayerStack, find_lora_modules
 from axolotl_layersel.selection import cosine, fisher
@@ -285,13 +286,11 @@ def scoring(trainer: Trainer, model: PeftModel, stack: LayerStack, backward: boo
     states untouched, weights where the engine allows them to be.
     """
     base = model.get_base_model()
-    training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with contextlib.ExitStack() as state:
         state.enter_context(keep_random_state())
-        state.callback(lambda: [setattr(module, "training", True) for module in training])
         state.callback(lambda: [parameter.requires_grad_(True) for parameter in trainable])
-        model.eval()
+        state.enter_context(evaluating(model))
         model.requires_grad_(False)
         if engines.get_rank() not in engines.ranks_with_weights(trainer):
             pass  # nothing to put in place: this rank only waits for the others' measurements
