@@ -107,7 +107,7 @@ def find_fault(checkpoint: Path, settings: LayerselBlock, rank: int, world: int)
     for pattern in (TRAINER_STATE_NAME, *state, *(list_own_files(settings) if rank == 0 else ())):
         names = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.glob(pattern))
         if not names:
-            return f"{pattern} is missing{explain_missing(checkpoint, pattern, state)}"
+            return f"{pattern} is missing{explain_missing(checkpoint, pattern, state, settings)}"
         fault = find_first_fault(checkpoint, names)
         if fault:
             return fault
@@ -129,9 +129,11 @@ def list_own_files(settings: LayerselBlock) -> list[str]:
     return [str(path) for path in needed]
 
 
-def explain_missing(checkpoint: Path, pattern: str, state: list[str]) -> str:
+def explain_missing(checkpoint: Path, pattern: str, state: list[str], settings: LayerselBlock) -> str:
     """Return the rest of a sentence, where it can be told why a file is not there. ``state``: what the engine reads."""
     if pattern.startswith(FOLDER):
+        if settings.l1ra is None and state_path(checkpoint).exists():
+            return "; the checkpoint is of a run with layersel.l1ra, without which its adapter does not fit"
         return ", so it is not of a run with this `layersel` block"
     if pattern.startswith("rng_state"):
         return "; a run resumes with as many processes as it had"
