@@ -304,7 +304,7 @@ def test_a_run_into_a_folder_that_another_run_writes_ends_all_processes_before_t
 ):
     held = RunLock.take(tmp_path / "run")
     path, _, _ = make_config(output=tmp_path / "run")
-    codes = zygote.run("axolotl_layersel.planning:main", {"config": str(path)}, 1, path.with_suffix(".log"), {})
+    codes = zygote.run("axolotl_layersel.cli.worker:main", {"config": str(path)}, 1, path.with_suffix(".log"), {})
     assert codes == [1] and "is being written by another run" in (path.parent / "config.log.0").read_text()
     run = train("ddp", expect=1, output=tmp_path / "run")
     assert run.log.count("LayerselError: output_dir: ") == 2

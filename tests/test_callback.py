@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from typer.testing import CliRunner
 
 from axolotl_layersel.args import L1RAArgs, LayerselBlock, SelectionArgs
-from axolotl_layersel.cli import app
+from axolotl_layersel.cli.main import app
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.interrupt import WATCH
 from axolotl_layersel.prepare import prepare_trainer

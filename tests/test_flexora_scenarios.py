@@ -10,7 +10,7 @@ from test_runs import KILLED, difference, load_with_stock_peft
 
 from axolotl_layersel.selection.flexora.records import GateHistory
 
-PLAN_ONLY = "axolotl_layersel.planning:main"
+PLAN_ONLY = "axolotl_layersel.cli.worker:main"
 SEARCH = {"steps": 4, "inner_steps": 2, "val_samples": 13, "gate_lr": 0.05}
 
 

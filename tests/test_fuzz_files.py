@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.checkpoints import find_resumed_checkpoint
-from axolotl_layersel.cli import app
+from axolotl_layersel.cli.main import app
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.layouts import export_adapter

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_runs import INTERRUPTED, KILLED, difference, load_with_stock_peft
 from typer.testing import CliRunner
 
-from axolotl_layersel.cli import app
+from axolotl_layersel.cli.main import app
 
 SETTINGS = {**l1ra(update_ratio=0.2), "max_steps": 10, "save_steps": 2, "save_total_limit": 10}
 SCALINGS = {False: 8 / 4, True: 8 / 4**0.5}

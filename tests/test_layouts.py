@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from axolotl_layersel import layouts
-from axolotl_layersel.cli import app
+from axolotl_layersel.cli.main import app
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.layouts import Factors

@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from test_plan import make_plan
 from typer.testing import CliRunner
 
-from axolotl_layersel.cli import app
+from axolotl_layersel.cli.main import app
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.pictures import (

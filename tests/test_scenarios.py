@@ -12,7 +12,7 @@ from test_runs import KILLED, difference, load_with_stock_peft
 
 from axolotl_layersel.lock import FILE
 
-PLAN_ONLY = "axolotl_layersel.planning:main"
+PLAN_ONLY = "axolotl_layersel.cli.worker:main"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from conftest import ENVIRONMENT, ROOT
 from test_plan import make_plan
 from typer.testing import CliRunner
 
-from axolotl_layersel.cli import app
+from axolotl_layersel.cli.main import app
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.plan import plan_path, write_plan
@@ -18,7 +18,7 @@ from axolotl_layersel.report import print_plan
 from axolotl_layersel.terminal import make_console
 
 MODULE = "model.layers.0.self_attn.q_proj"
-SHOW = "import sys; from axolotl_layersel.cli import app; app(['show', sys.argv[1]])"
+SHOW = "import sys; from axolotl_layersel.cli.main import app; app(['show', sys.argv[1]])"
 TRAIN = """
 import sys
 from pathlib import Path

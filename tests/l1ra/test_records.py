@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from typer.testing import CliRunner
 
-from axolotl_layersel.cli import app
+from axolotl_layersel.cli.main import app
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.report import find_places, print_ranks
@@ -89,7 +89,7 @@ def test_showing_ranks_imports_no_torch(tmp_path):
     code = f"""if True:
         import sys
         from typer.testing import CliRunner
-        from axolotl_layersel.cli import app
+        from axolotl_layersel.cli.main import app
         assert CliRunner().invoke(app, ["show", {str(tmp_path)!r}]).exit_code == 0
         assert not {{"torch", "axolotl", "matplotlib"}} & set(sys.modules)
     """

@@ -45,7 +45,7 @@ def plan(
         Launcher.torchrun: ["torchrun", *context.args, "-m"],
         Launcher.python: [sys.executable, *context.args, "-m"],
     }
-    command = [*commands[launcher], "axolotl_layersel.planning", str(config), str(repeat)]
+    command = [*commands[launcher], "axolotl_layersel.cli.worker", str(config), str(repeat)]
     raise typer.Exit(subprocess.run(command).returncode)
 
 

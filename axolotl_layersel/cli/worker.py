@@ -6,13 +6,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from axolotl_layersel.cli import describe
+from axolotl_layersel.cli.main import describe
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import plan_path
 from axolotl_layersel.terminal import say
 
 
-def make_plan(config: str, repeat: int = 1) -> Path:
+def plan_alone(config: str, repeat: int = 1) -> Path:
     """Run Axolotl up to its trainer, where the plugin selects, and return the path of the plan.
 
     ``repeat``: see ``select_layers``.
@@ -48,7 +48,7 @@ def main(config: str, repeat: int = 1) -> None:
     """Make the plan and print where it is, or the error's sentence alone."""
     main_process = os.environ.get("RANK", "0") == "0"
     try:
-        path = make_plan(config, repeat)
+        path = plan_alone(config, repeat)
     except (LayerselError, ValidationError) as error:
         if main_process:
             print(f"axolotl-layersel: {describe(error)}", file=sys.stderr)
