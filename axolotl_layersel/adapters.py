@@ -1,7 +1,5 @@
 """LoRA weights and configuration of a model in training: initialise, remove, freeze, save, restore."""
 
-import hashlib
-import math
 import re
 import types
 from collections.abc import Callable
@@ -12,15 +10,18 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
-from transformers import Trainer
 
-from axolotl_layersel import engines
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import refuse
-from axolotl_layersel.initialisation import PLAIN, RESTORED, SEEDED, changes_base, describe_rounding, normalise
-from axolotl_layersel.layers import LayerStack, find_lora_modules
+from axolotl_layersel.initialisation import RESTORED, SEEDED, changes_base, describe_rounding, normalise
+from axolotl_layersel.layers import LayerStack, find_lora_modules, get_adapter_name, get_config
 from axolotl_layersel.layouts import list_ends, sort_sets
+from axolotl_layersel.plain_lora import GatedRun
+from axolotl_layersel.randomness import draw_orthogonal, draw_row, make_row_generator
+from axolotl_layersel.run import Run
 from axolotl_layersel.tensors import load_tensors
+from axolotl_layersel.trainers import scales_loss
 
 # From the adapter's tensors and configuration in training to those of a plain adapter.
 Fold = Callable[[dict[str, torch.Tensor], LoraConfig], tuple[dict[str, torch.Tensor], LoraConfig]]
@@ -28,49 +29,26 @@ Fold = Callable[[dict[str, torch.Tensor], LoraConfig], tuple[dict[str, torch.Ten
 NUMBERED_LAYER = re.compile(r".*?\.(?P<list>[^.]*)\.(?P<number>\d+)\.")
 
 
-def get_adapter_name(model: PeftModel) -> str:
-    """Return the name of the adapter in training.
-
-    Raises:
-        LayerselError: if there are several.
-    """
-    names = model.active_adapters
-    if len(names) != 1:
-        raise LayerselError(f"adapter: {names} are active together; layer selection needs exactly one.")
-    return names[0]
-
-
-def get_config(model: PeftModel) -> LoraConfig:
-    """Return the LoRA configuration of the adapter in training."""
-    return model.peft_config[get_adapter_name(model)]
-
-
 def get_initialisation(config: LoraConfig) -> bool | str:
     """Return ``init_lora_weights`` under the name that it has in ``initialisation``."""
     return normalise(config.init_lora_weights)
 
 
-def make_row_generator(seed: int, module: str, row: int) -> torch.Generator:
-    """Return a CPU generator for one rank component of one module; it shares no state with any other."""
-    digest = hashlib.sha256(f"{seed}\0{module}\0{row}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-def check_experts(model: PeftModel) -> None:
+def check_experts(run: Run) -> None:
     """Raise LayerselError where PEFT put LoRA on 3-D expert parameters."""
-    if any(isinstance(module, ParamWrapper) for module in find_lora_modules(model.get_base_model()).values()):
+    if any(isinstance(module, ParamWrapper) for module in run.lora_modules.values()):
         raise LayerselError(
             "lora_target_modules: PEFT put LoRA on this model's expert parameters, which is not supported yet. "
             "Target the attention modules alone, such as q_proj and v_proj."
         )
 
 
-def complete_config(model: PeftModel) -> None:
+def complete_config(run: Run) -> None:
     """Let the configuration say all that PEFT adds to it when it saves, in an order that is the same in every run.
 
     Call it before an engine exists: FSDP2 gives classes other names.
     """
-    config, base = get_config(model), model.get_base_model()
+    config, base = run.config, run.model.get_base_model()
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = base.__dict__.get("name_or_path")
     if config.task_type is None:
@@ -78,26 +56,24 @@ def complete_config(model: PeftModel) -> None:
     sort_sets(config)
 
 
-def check_plain_lora(model: PeftModel, modules: dict[str, LoraLayer], setting: str) -> None:
-    """Raise LayerselError for a LoRA module that is more than B·A·x·scaling with linear A and B.
+def check_plain_lora(run: Run, modules: dict[str, LoraLayer], setting: str) -> None:
+    """Raise LayerselError unless gates can be put on LoRA modules: each is B·A·x·scaling with linear A and B.
 
     Args:
-        model: whose adapter it is.
+        run: whose adapter it is.
         modules: those that get gates, by name.
         setting: the YAML key that puts gates on them.
     """
-    adapter, method = get_adapter_name(model), get_initialisation(get_config(model))
-    if method not in PLAIN:
-        raise LayerselError(
-            f"peft_init_lora_weights: {method!r} is not supported by {setting}, whose gates need an adapter that "
-            "starts from nothing. Remove it, or use `gaussian`."
-        )
+    adapter, arguments = run.adapter, run.trainer.args
+    GatedRun(
+        initialisation=run.config.init_lora_weights,
+        has_dora=run.config.use_dora,
+        fp16=scales_loss(run.trainer),
+        restarts=arguments.auto_find_batch_size,
+    ).check(setting)
     for name, module in modules.items():
         linear = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
-        # A partitioned weight has its shape elsewhere.
-        shape = (
-            getattr(module.lora_A[adapter].weight, "ds_shape", module.lora_A[adapter].weight.shape) if linear else ()
-        )
+        shape = run.engine.find_shape(module.lora_A[adapter].weight) if linear else ()
         if len(shape) != 2:
             raise LayerselError(
                 f"lora_target_modules: {name} is a {type(module.get_base_layer()).__name__}, on whose LoRA {setting} "
@@ -146,40 +122,18 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
     return True
 
 
-def draw_row(like: torch.Tensor, method: bool | str, seed: int, module: str, row: int, rank: int) -> torch.Tensor:
-    """Return one row of A in fp32, of the shape of ``like``.
-
-    ``True``: Kaiming-uniform with a = √5, U(−1/√fan_in, 1/√fan_in); ``"gaussian"``: N(0, 1/r²). Both are PEFT's.
-    """
-    generator = make_row_generator(seed, module, row)
-    if method == "gaussian":
-        return torch.randn(like.shape, generator=generator) / rank
-    bound = 1 / math.sqrt(like.numel())
-    return torch.rand(like.shape, generator=generator) * (2 * bound) - bound
-
-
-def draw_orthogonal(
-    inputs: int, outputs: int, rank: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B in fp32 as PEFT makes them: from rows that are orthogonal, so that their product is zero."""
-    rows, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
-    down = torch.randn(inputs, rank // 2, generator=generator) @ rows[1::2]
-    up = torch.randn(outputs, rank // 2, generator=generator) @ rows[0::2]
-    return down.T.contiguous() / 10, up.contiguous() / 10
-
-
 def find_others(stack: LayerStack, kept: list[str]) -> list[str]:
     """Return the names of the LoRA modules of the layers, but for those ``kept``."""
     staying = set(kept)
     return [name for name in stack.list_modules(stack.lora_modules) if name not in staying]
 
 
-def remove_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> None:
+def remove_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:
     """Put the base modules back in place of the LoRA modules of the layers, but for those ``kept``."""
-    remove_modules(model, find_others(stack, kept))
+    remove_modules(run, find_others(stack, kept))
 
 
-def remove_modules(model: PeftModel, removed: list[str]) -> None:
+def remove_modules(run: Run, removed: list[str]) -> None:
     """Put the base modules back in place of the LoRA modules named ``removed``.
 
     The configuration then names exactly the LoRA modules that exist, so that stock PEFT rebuilds them. Call it before
@@ -188,30 +142,30 @@ def remove_modules(model: PeftModel, removed: list[str]) -> None:
     Raises:
         LayerselError: if PEFT has changed the weight of such a module, and it cannot be what it was.
     """
-    base = model.get_base_model()
-    restores = changes_base(get_config(model).init_lora_weights)
+    base = run.model.get_base_model()
+    restores = changes_base(run.config.init_lora_weights)
     for name in removed:
         parent, _, child = name.rpartition(".")
         module = base.get_submodule(name)
         if restores:
-            restore_base(name, module, get_adapter_name(model), get_initialisation(get_config(model)))
+            restore_base(run, name, module)
         while isinstance(module, BaseTunerLayer):
             module = module.base_layer
         setattr(base.get_submodule(parent), child, module)
     gone = set(removed)
-    tuner = model.base_model
+    tuner = run.model.base_model
     tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in gone]
-    name_exactly(get_config(model), base)
+    name_exactly(run.config, base)
 
 
 @torch.no_grad()
-def restore_base(name: str, module: LoraLayer, adapter: str, method: str) -> None:
+def restore_base(run: Run, name: str, module: LoraLayer) -> None:
     """Give the base weight of a module back the product of the initial factors, which PEFT took out of it.
 
     Raises:
         LayerselError: if that would not be the weight that it was.
     """
-    weight = module.get_base_layer().weight
+    weight, method = module.get_base_layer().weight, get_initialisation(run.config)
     if method not in RESTORED:
         raise LayerselError(
             f"peft_init_lora_weights: {method!r} has changed the base weight of {name}, which cannot be undone. "
@@ -225,9 +179,10 @@ def restore_base(name: str, module: LoraLayer, adapter: str, method: str) -> Non
             f"peft_init_lora_weights: 'olora' takes {name}, a {type(module.get_base_layer()).__name__}, for its "
             "transpose, so PEFT computes something else from the start. Use `pissa`, or remove it."
         )
-    product = module.scaling[adapter] * (module.lora_B[adapter].weight.float() @ module.lora_A[adapter].weight.float())
+    down, up = (matrices[run.adapter].weight.float() for matrices in (module.lora_A, module.lora_B))
+    product = module.scaling[run.adapter] * (up @ down)
     product = product.T if transposed else product
-    engines.edit_weight(weight, lambda whole: whole.add_(product.to(whole.device)))
+    run.engine.edit_weight(weight, lambda whole: whole.add_(product.to(whole.device)))
 
 
 def name_exactly(config: LoraConfig, base: nn.Module) -> None:
@@ -271,9 +226,9 @@ def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
     return [name for name in names if check_target_module_exists(config, name)]
 
 
-def freeze_unselected(model: PeftModel, stack: LayerStack, kept: list[str]) -> None:
+def freeze_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:
     """Stop the LoRA weights of the layers from training, but for the modules ``kept``; their values stay."""
-    base = model.get_base_model()
+    base = run.model.get_base_model()
     for name in find_others(stack, kept):
         for parameter in lora_parameters(base.get_submodule(name)):
             parameter.requires_grad_(False)
@@ -325,19 +280,18 @@ def adapter_parameters(model: PeftModel, embeddings: bool | str = False) -> dict
     )
 
 
-def find_adapter(trainer: Trainer) -> dict[str, nn.Parameter]:
+def find_adapter(run: Run) -> dict[str, nn.Parameter]:
     """Return the parameters of the adapter's file by name, as the engine trains them; every rank must call this.
 
     FSDP2 may have left whole copies of them in the model, in the precision of a forward pass; they are let go.
     """
-    engines.reshard(trainer)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    names = engines.decide_on_rank_zero(lambda: list(adapter_parameters(model, embeddings="auto")))
-    parameters = adapter_parameters(model, embeddings=True)
+    run.engine.reshard()
+    names = collectives.decide_on_rank_zero(lambda: list(adapter_parameters(run.model, embeddings="auto")))
+    parameters = adapter_parameters(run.model, embeddings=True)
     return {name: parameters[name] for name in names}
 
 
-def load_adapter_tensors(model: PeftModel, path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+def load_adapter_tensors(run: Run, path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """Return the tensors in the file ``path``, under ``prefix``, that the model has parameters for.
 
     Raises:
@@ -346,54 +300,48 @@ def load_adapter_tensors(model: PeftModel, path: Path, prefix: str = "") -> dict
     key, way_out = "resume_from_checkpoint", "Resume a checkpoint of this run."
     stored, _ = load_tensors(key, path, way_out)
     stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
-    for name in adapter_parameters(model):
+    for name in adapter_parameters(run.model):
         if name not in stored:
             raise refuse(key, path, f"does not hold this run's {name}", way_out)
-    parameters = adapter_parameters(model, embeddings=True)
+    parameters = adapter_parameters(run.model, embeddings=True)
     for name, tensor in stored.items():
         if name not in parameters:
             raise refuse(key, path, f"holds {name}, which this run does not have", way_out)
-        shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
+        shape = run.engine.find_shape(parameters[name])
         if tensor.shape != shape or not tensor.is_floating_point():
             fault = f"holds {name} as {tensor.dtype} of shape {tuple(tensor.shape)}, and this run's is {tuple(shape)}"
             raise refuse(key, path, fault, way_out)
     return stored
 
 
-def check_adapter(model: PeftModel, path: Path) -> None:
-    """Raise LayerselError unless the tensors in the file ``path`` are those of this model's adapter."""
-    load_adapter_tensors(model, path)
-
-
 @torch.no_grad()
-def restore_adapter(model: PeftModel, path: Path, prefix: str = "") -> None:
+def restore_adapter(run: Run, path: Path, prefix: str = "") -> None:
     """Write the adapter's tensors in the file ``path`` into a model whose weights are whole, before an engine exists.
 
     Raises:
         LayerselError: if the file's tensors are not those of the model.
     """
-    parameters = adapter_parameters(model, embeddings=True)
-    for name, value in load_adapter_tensors(model, path, prefix).items():
+    parameters = adapter_parameters(run.model, embeddings=True)
+    for name, value in load_adapter_tensors(run, path, prefix).items():
         parameters[name].copy_(value)
 
 
-def restore_fsdp_adapter(trainer: Trainer, path: Path, prefix: str = "") -> None:
-    """Write the adapter's tensors in the file ``path`` into an FSDP2 model in training; every rank must call this.
+def restore_live_adapter(run: Run, path: Path, prefix: str = "") -> None:
+    """Write the adapter's tensors in the file ``path`` into a model in training; every rank must call this.
 
     ``prefix``: before the names of the adapter's tensors in the file.
 
     Raises:
         LayerselError: if the file's tensors are not those of the model.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     tensors: dict[str, torch.Tensor] = {}
 
     def load() -> list[str]:
-        tensors.update(load_adapter_tensors(model, path, prefix))
+        tensors.update(load_adapter_tensors(run, path, prefix))
         return list(tensors)
 
-    names = engines.decide_on_rank_zero(load)
-    engines.reshard(trainer)
-    parameters = adapter_parameters(model, embeddings=True)
+    names = collectives.decide_on_rank_zero(load)
+    run.engine.reshard()
+    parameters = adapter_parameters(run.model, embeddings=True)
     for name in names:
-        engines.set_fsdp_parameter(parameters[name], tensors.get(name))
+        run.engine.write_parameter(parameters[name], tensors.get(name))

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from transformers import Trainer
 
-from axolotl_layersel import adapters, engines
+from axolotl_layersel import adapters
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.block import quote
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.run import Run
 
 PACKAGES = ("axolotl-layersel", "axolotl", "torch", "transformers", "peft", "accelerate", "deepspeed")
 # Ranks come to the first check within seconds of each other; a rank that never does is waited for so long.
@@ -29,6 +29,18 @@ WAYS_OUT = {
     "rows": "Give all nodes the same files, and delete what `dataset_prepared_path` holds of others.",
     "weights": "Give all nodes the same base model and the same adapter.",
 }
+# What of a file decides how a run goes, and so must be the same on all ranks. Paths may differ from node to node; what
+# lies there is compared itself.
+AGREEING_KEYS = (
+    *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear"),
+    *("lora_modules_to_save", "peft_layers_to_transform", "lora_rank_pattern", "lora_alpha_pattern"),
+    *("peft_use_rslora", "peft_use_dora", "peft_init_lora_weights", "load_in_8bit", "load_in_4bit", "rl"),
+    *("seed", "max_steps", "num_epochs", "micro_batch_size", "gradient_accumulation_steps", "sequence_len"),
+    *("sample_packing", "learning_rate", "lr_scheduler", "warmup_steps", "warmup_ratio", "optimizer", "weight_decay"),
+    *("max_grad_norm", "val_set_size", "save_steps", "save_strategy", "eval_steps", "eval_strategy"),
+    *("load_best_model_at_end", "early_stopping_patience", "auto_resume_from_checkpoints", "gradient_checkpointing"),
+    *("deepspeed", "fsdp", "fsdp_version", "fsdp_config", "bf16", "fp16"),
+)
 # What of the Trainer's arguments decides how a run goes, by the YAML keys that set them.
 ARGUMENTS = {
     "seed": "seed",
@@ -63,7 +75,7 @@ def check_started_alike(settings: Mapping[str, Any]) -> None:
 
     A rank that does not come here is named too, after a while.
     """
-    absent = engines.find_absent_ranks("started", PATIENCE)
+    absent = collectives.find_absent_ranks("started", PATIENCE)
     if absent:
         raise LayerselError(
             f"plugins: ranks {absent} have not come to axolotl_layersel in {PATIENCE} seconds. Look into their logs; "
@@ -72,42 +84,39 @@ def check_started_alike(settings: Mapping[str, Any]) -> None:
     check_same({"settings": settings, "versions": find_versions()})
 
 
-def check_trainers_alike(
-    trainer: Trainer, model: PeftModel, settings: LayerselBlock, resume_from: str | None, continues_adapter: bool
-) -> None:
+def check_trainers_alike(run: Run, settings: LayerselBlock, resume_from: str | None, continues_adapter: bool) -> None:
     """Raise LayerselError, on every rank, unless the trainers of all ranks have the same settings, rows and packages.
 
     ``resume_from`` and ``continues_adapter``: see ``prepare_trainer``.
     """
-    if not engines.is_distributed():
+    if not collectives.is_distributed():
         return
-    config = adapters.get_config(model)
-    run = {
+    arguments = run.trainer.args
+    chosen = {
         "layersel": settings.model_dump(),
-        **{key: getattr(trainer.args, name) for key, name in ARGUMENTS.items()},
-        **{key: getattr(config, name) for key, name in ADAPTER_SETTINGS.items()},
+        **{key: getattr(arguments, name) for key, name in ARGUMENTS.items()},
+        **{key: getattr(run.config, name) for key, name in ADAPTER_SETTINGS.items()},
         "resume_from_checkpoint": resume_from,
         "lora_model_dir": "given" if continues_adapter else None,
     }
-    seed = trainer.args.seed
     rows = {
-        "datasets": describe_rows(trainer.train_dataset, seed),
-        "eval set": describe_rows(trainer.eval_dataset, seed),
+        "datasets": describe_rows(run.trainer.train_dataset, arguments.seed),
+        "eval set": describe_rows(run.trainer.eval_dataset, arguments.seed),
     }
-    check_same({"settings": run, "versions": find_versions(), "rows": rows})
+    check_same({"settings": chosen, "versions": find_versions(), "rows": rows})
 
 
 @torch.no_grad()
-def check_weights_alike(trainer: Trainer, model: PeftModel) -> None:
+def check_weights_alike(run: Run) -> None:
     """Raise LayerselError, on every rank, unless the ranks that hold whole LoRA weights start from the same ones."""
-    if not engines.is_distributed():
+    if not collectives.is_distributed():
         return
     digests = None
-    if engines.get_rank() in engines.ranks_with_weights(trainer):
-        # A partition of ZeRO-3's is a rank's own.
-        whole = {name: p for name, p in adapters.adapter_parameters(model).items() if not hasattr(p, "ds_id")}
+    if run.engine.has_weights():
+        parameters = adapters.adapter_parameters(run.model)
+        whole = {name: p for name, p in parameters.items() if run.engine.holds_whole(p)}
         digests = {name: digest(parameter) for name, parameter in whole.items()}
-    if engines.find_differing_ranks(None if digests is None else repr(digests).encode()):
+    if collectives.find_differing_ranks(None if digests is None else repr(digests).encode()):
         check_same({"weights": None if digests is None else {"initial LoRA weights": digests}})
 
 
@@ -116,7 +125,7 @@ def check_same(facts: Mapping[str, Mapping[str, Any] | None]) -> None:
 
     Every rank must call this. ``facts``: by group, see ``WAYS_OUT``, and by key, nested; None where a rank has no say.
     """
-    everyone = engines.gather_from_all({group: make_plain(values) for group, values in facts.items()})
+    everyone = collectives.gather_from_all({group: make_plain(values) for group, values in facts.items()})
     for group in facts:
         for rank, theirs in enumerate(everyone):
             difference = None if theirs[group] is None else find_difference(everyone[0][group], theirs[group])

@@ -120,3 +120,25 @@ def quote(value: Any) -> str:
     except ValueError:  # Python writes no whole numbers of thousands of digits
         return f"this {type(value).__name__}"
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+
+
+# --- What several features read of a YAML file -------------------------------------------------------------------
+
+# What NumPy takes, which the Trainer seeds.
+SEEDS = range(2**32)
+
+
+def describe_seeds() -> str:
+    """Return the end of the message for a seed that is none."""
+    return f"outside of {SEEDS.start} to {SEEDS.stop - 1}, the seeds that NumPy takes. Set one of these."
+
+
+def list_plugins(data: Mapping[str, Any]) -> list[str]:
+    """Return the names under ``plugins``."""
+    plugins = data.get("plugins")
+    return [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
+
+
+def read_choice(data: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key whose value Axolotl may have turned into a member of an enumeration."""
+    return getattr(data.get(key), "value", data.get(key))

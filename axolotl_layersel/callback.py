@@ -5,17 +5,19 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-from axolotl_layersel import engines
+from axolotl_layersel import trainers
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.interrupt import WATCH, Interrupted, SharedSignal, leave
+from axolotl_layersel.run import Run
 from axolotl_layersel.writer import AdapterWriter
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -27,29 +29,29 @@ class RestoreCallback(TrainerCallback):
     FSDP2's LoRA weights are restored upstream on one rank only, and what callbacks have counted, not at all.
 
     Args:
-        trainer: whose run it is.
+        run: it may have been resumed.
         resume_from: the checkpoint that the run resumes from.
         restore: writes the LoRA weights of a checkpoint into the sharded model.
     """
 
-    def __init__(self, trainer: Trainer, resume_from: str | None, restore: Callable[[str], None]) -> None:
-        self.trainer = trainer
+    def __init__(self, run: Run, resume_from: str | None, restore: Callable[[str], None]) -> None:
+        self.run = run
         self.resume_from = resume_from
         self.restore = restore
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.global_step == 0:
             return
-        callbacks = self.trainer.callback_handler.callbacks
-        engines.restore_callbacks(callbacks, state)
-        if engines.name_engine(self.trainer) == "fsdp2" and self.resume_from:
+        callbacks = self.run.trainer.callback_handler.callbacks
+        trainers.restore_callbacks(callbacks, state)
+        if not self.run.engine.restores_lora and self.resume_from:
             self.restore(self.resume_from)
         if has_ended(state, callbacks):
             LOG.info("layersel: the run has ended at step %d already; nothing is trained", state.global_step)
             control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if engines.name_engine(self.trainer) == "fsdp2" and args.load_best_model_at_end and state.best_model_checkpoint:
+        if not self.run.engine.restores_lora and args.load_best_model_at_end and state.best_model_checkpoint:
             self.restore(state.best_model_checkpoint)
 
 
@@ -72,7 +74,7 @@ class TidyCallback(TrainerCallback):
         self.paths = paths
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        for path in self.paths if engines.get_rank() == 0 else []:
+        for path in self.paths if collectives.get_rank() == 0 else []:
             if path.exists():
                 LOG.info("layersel: %s is an earlier run's, and is removed", path)
                 path.unlink()
@@ -85,16 +87,16 @@ class InterruptCallback(TrainerCallback):
     callback: at the end of training whoever had the signals gets them back once all is settled.
 
     Args:
-        trainer: whose run it is.
+        run: it may be interrupted.
         writer: writes its adapter.
         resume_from: the checkpoint that the run resumes from.
     """
 
-    def __init__(self, trainer: Trainer, writer: AdapterWriter, resume_from: str | None = None) -> None:
-        self.trainer = trainer
+    def __init__(self, run: Run, writer: AdapterWriter, resume_from: str | None = None) -> None:
+        self.run = run
         self.writer = writer
         self.resume_from = resume_from
-        self.shared = SharedSignal(trainer.args.device)
+        self.shared = SharedSignal(run.device)
         self.training = False
         self.began_at = 0
         self.terminated = False
@@ -105,8 +107,8 @@ class InterruptCallback(TrainerCallback):
         self.shared = SharedSignal(args.device)
         self.training, self.began_at = True, state.global_step
         self.terminated, self.may_leave = False, True
-        if state.global_step > 0 and self.resume_from and engines.is_evaluation_due(self.trainer):
-            engines.evaluate_and_save(self.trainer, self.resume_from)
+        if state.global_step > 0 and self.resume_from and trainers.is_evaluation_due(self.run.trainer):
+            self.make_up_for_evaluation(self.resume_from)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.obey(self.shared.look())
@@ -133,7 +135,7 @@ class InterruptCallback(TrainerCallback):
         if self.terminated:
             # The resumed run evaluates first, see is_evaluation_due.
             if state.global_step > self.began_at:
-                engines.save_checkpoint(self.trainer)
+                self.save_checkpoint()
             self.leave_checkpoint()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -147,17 +149,30 @@ class InterruptCallback(TrainerCallback):
         self.shared.settle()
         WATCH.restore()
 
+    def make_up_for_evaluation(self, checkpoint: str) -> None:
+        """Evaluate as the step of ``checkpoint`` still had to, and write that again."""
+        trainer = self.run.trainer
+        trainers.evaluate(trainer, checkpoint)
+        self.save_checkpoint()
+        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+
+    def save_checkpoint(self) -> None:
+        """Write a whole checkpoint of the step that has ended, between two forward passes."""
+        self.run.engine.reshard()
+        trainers.save_checkpoint(self.run.trainer)
+
     def obey(self, signum: int) -> None:
         """Save the adapter and leave on Ctrl-C; on SIGTERM note that the run ends at its next checkpoint."""
         if signum == signal.SIGINT:
-            folder = Path(self.trainer.args.output_dir)
+            folder = Path(self.run.trainer.args.output_dir)
             self.writer.save(folder)
             leave(signum, f"interrupted; the adapter as trained so far is in {folder}")
         self.terminated = self.terminated or signum == signal.SIGTERM
 
     def leave_checkpoint(self) -> None:
         """Leave, with the checkpoint of this step complete."""
-        step, folder = self.trainer.state.global_step, self.trainer.args.output_dir
+        trainer = self.run.trainer
+        step, folder = trainer.state.global_step, trainer.args.output_dir
         leave(signal.SIGTERM, f"ended after step {step}; `auto_resume_from_checkpoints: true` goes on from {folder}")
 
 
@@ -169,8 +184,8 @@ def ends_epoch(state: TrainerState, control: TrainerControl) -> bool:
 class StopCallback(TrainerCallback):
     """Raises Interrupted when any rank has received a signal, in training that leaves nothing behind."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.shared = SharedSignal(trainer.args.device)
+    def __init__(self, device: torch.device) -> None:
+        self.shared = SharedSignal(device)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.raise_for(self.shared.look())

@@ -11,13 +11,14 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from axolotl_layersel import engines
 from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.engines import collectives, find_launched_class, list_classes
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER
 from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.l1ra.state import state_path
 from axolotl_layersel.plan import plan_path, read_plan
+from axolotl_layersel.trainers import OPTIONAL_STATE_FILES
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -53,14 +54,14 @@ def find_resumed_checkpoint(
             )
         return explicit
     faults = {}
-    for name in engines.decide_on_rank_zero(lambda: list_checkpoints(output_dir) if automatic else []):
+    for name in collectives.decide_on_rank_zero(lambda: list_checkpoints(output_dir) if automatic else []):
         checkpoint = Path(output_dir) / name
         faults[name] = find_fault_anywhere(checkpoint, settings)
         if faults[name] is None:
             return str(checkpoint)
-        if engines.get_rank() == 0:
+        if collectives.get_rank() == 0:
             LOG.warning("layersel: %s is incomplete and is not resumed from: %s", checkpoint, faults[name])
-    written = engines.decide_on_rank_zero(
+    written = collectives.decide_on_rank_zero(
         lambda: [name for name in faults if find_file_fault(Path(output_dir) / name, TRAINER_STATE_NAME) is None]
     )
     if written:  # the Trainer's own state comes last
@@ -85,17 +86,17 @@ def find_fault_anywhere(checkpoint: Path, settings: LayerselBlock) -> str | None
     Raises:
         LayerselError: if another node cannot see a checkpoint that is complete for the first one.
     """
-    seen = engines.gather_from_all(os.path.exists(checkpoint / TRAINER_STATE_NAME))
+    seen = collectives.gather_from_all(os.path.exists(checkpoint / TRAINER_STATE_NAME))
     if seen[0] and not all(seen):
         raise LayerselError(
             f"resume_from_checkpoint: process {seen.index(False)} does not see {checkpoint / TRAINER_STATE_NAME}, and "
             "process 0 does. Every node reads the checkpoint: put output_dir on a disk that all of them share."
         )
     try:
-        fault = find_fault(checkpoint, settings, engines.get_rank(), engines.count_ranks())
+        fault = find_fault(checkpoint, settings, collectives.get_rank(), collectives.count_ranks())
     except OSError as error:  # one rank's disk must not leave the others waiting
         fault = f"it cannot be read ({error})"
-    faults = engines.gather_from_all(fault)
+    faults = collectives.gather_from_all(fault)
     return next((f"{fault} (process {rank})" if rank else fault for rank, fault in enumerate(faults) if fault), None)
 
 
@@ -103,7 +104,7 @@ def find_fault(checkpoint: Path, settings: LayerselBlock, rank: int, world: int)
     """Return why ``rank`` of ``world`` cannot resume from ``checkpoint``, or None if all that it reads is there."""
     if not checkpoint.is_dir():
         return "there is no such folder"
-    state = engines.list_state_files(checkpoint, rank, world)
+    state = find_launched_class().list_state_files(checkpoint, rank, world)
     for pattern in (TRAINER_STATE_NAME, *state, *(list_own_files(settings) if rank == 0 else ())):
         names = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.glob(pattern))
         if not names:
@@ -111,7 +112,7 @@ def find_fault(checkpoint: Path, settings: LayerselBlock, rank: int, world: int)
         fault = find_first_fault(checkpoint, names)
         if fault:
             return fault
-    return find_first_fault(checkpoint, [name for name in engines.OPTIONAL_STATE_FILES if (checkpoint / name).exists()])
+    return find_first_fault(checkpoint, [name for name in OPTIONAL_STATE_FILES if (checkpoint / name).exists()])
 
 
 def find_first_fault(checkpoint: Path, names: list[str]) -> str | None:
@@ -139,7 +140,8 @@ def explain_missing(checkpoint: Path, pattern: str, state: list[str], settings: 
         return "; a run resumes with as many processes as it had"
     if pattern != state[0]:
         return ""
-    writer = engines.name_writer(checkpoint)
+    writers = {pattern: name for kind in list_classes() for pattern, name in kind.state_writers.items()}
+    writer = next((name for pattern, name in writers.items() if any(checkpoint.glob(pattern))), None)
     if writer is None:
         return ", as is all state of the optimizer, which `save_only_model: true` leaves out"
     return f"; the checkpoint was written by {writer}"

@@ -1,9 +1,11 @@
-"""Let a model compute without dropout for a while."""
+"""Let a model compute for a while as it is evaluated in a run: without dropout, in the run's precision."""
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
+from transformers import Trainer
 
 
 @contextlib.contextmanager
@@ -19,3 +21,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+def precision(trainer: Trainer) -> torch.autocast:
+    """Return the run's mixed precision as a context; DeepSpeed's own casting happens in its engine only."""
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16
+    return torch.autocast(trainer.args.device.type, dtype=dtype, enabled=trainer.args.bf16 or trainer.args.fp16)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from axolotl_layersel import engines
+from axolotl_layersel.engines import collectives
 
 ATTRIBUTE = "layersel_gate"
 
@@ -58,7 +58,7 @@ class Gates:
 
     def average_gradient(self) -> None:
         """Average the gradient over all ranks; a collective call."""
-        engines.average(self.gradient)
+        collectives.average(self.gradient)
 
     def clear_gradient(self) -> None:
         """Start adding up anew."""

@@ -1,6 +1,11 @@
 """What ``peft_init_lora_weights`` can say in PEFT 0.20, and which of it layers can be selected under."""
 
-from axolotl_layersel.errors import suggest
+from collections.abc import Mapping
+from typing import Any
+
+from axolotl_layersel.block import as_mapping
+from axolotl_layersel.engines.refusals import find_zero_stage
+from axolotl_layersel.errors import LayerselError, suggest
 
 # A is drawn and B is zero, so that a module starts as nothing, each rank component by itself.
 PLAIN = (True, "gaussian")
@@ -54,16 +59,41 @@ def describe_continued(value: bool | str | None, adapter: str) -> str:
     )
 
 
-def explain_refusal(value: bool | str | None) -> str | None:
-    """Return why layers cannot be selected under this initialisation, None where they can; unknown ones cannot."""
+def check_known(value: bool | str | None) -> None:
+    """Raise LayerselError for an initialisation that layers cannot be selected under; unknown ones are such."""
     name = normalise(value)
     if name in SEEDED or name in RESTORED:
-        return None
+        return
     known = [*SEEDED[1:], *RESTORED]
     reason = REFUSED.get(name) if isinstance(name, bool | str) else None
     if reason is None:
-        return f"peft_init_lora_weights: {value!r} is not known: {suggest(str(value).lower(), known)}"
-    return (
+        raise LayerselError(f"peft_init_lora_weights: {value!r} is not known: {suggest(str(value).lower(), known)}")
+    raise LayerselError(
         f"peft_init_lora_weights: {value!r} does not go with layersel.selection: {reason}. "
         f"Remove it, or use {', '.join(known[:-1])} or {known[-1]}."
     )
+
+
+def check_initialisation(data: Mapping[str, Any]) -> None:
+    """Raise LayerselError for initial LoRA weights that layers cannot be selected under."""
+    if data.get("lora_model_dir"):
+        return  # With an adapter to continue Axolotl does not look at these keys.
+    check_loftq(data)
+    initial = data.get("peft_init_lora_weights")
+    check_known(initial)
+    lacking = None
+    if find_zero_stage(data.get("deepspeed")) == 3:
+        lacking = "ZeRO-3 has split before PEFT sees them. Use ZeRO-2"
+    elif as_mapping(data.get("fsdp_config")).get("cpu_ram_efficient_loading"):
+        lacking = "fsdp_config.cpu_ram_efficient_loading loads on one process alone. Set it to false"
+    if changes_base(initial) and lacking:
+        raise LayerselError(
+            f"peft_init_lora_weights: {initial!r} is computed on every process from the base weights, which {lacking}, "
+            "or another initialisation such as `gaussian`."
+        )
+
+
+def check_loftq(data: Mapping[str, Any]) -> None:
+    """Raise LayerselError where LoftQ is asked for by its own block."""
+    if as_mapping(data.get("peft")).get("loftq_config"):
+        raise LayerselError("peft.loftq_config: LoftQ changes the base to match LoRA, and is not supported. Remove it.")

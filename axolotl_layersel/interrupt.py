@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-from axolotl_layersel import engines
+from axolotl_layersel.engines import collectives
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -113,19 +113,19 @@ class SharedSignal:
         if self.micro_batches % SPACING:
             return 0
         signum = self.answer() if self.answer else 0
-        self.answer = engines.begin_to_share(WATCH.received, self.device)
+        self.answer = collectives.begin_to_share(WATCH.received, self.device)
         return signum
 
     def settle(self) -> int:
         """Return the signal that any rank has received until now, or 0; every rank must call this, and waits."""
         signum = self.answer() if self.answer else 0
         self.answer, self.micro_batches = None, 0
-        return max(signum, engines.share_largest(WATCH.received, self.device))
+        return max(signum, collectives.share_largest(WATCH.received, self.device))
 
 
 def stop_if_signalled(device: torch.device) -> None:
     """Raise Interrupted on all ranks if any has received a signal; a collective call, in which ranks wait."""
-    signum = engines.share_largest(WATCH.received, device)
+    signum = collectives.share_largest(WATCH.received, device)
     if signum:
         raise Interrupted(signum)
 
@@ -152,6 +152,6 @@ def ending_on_signal(device: torch.device, message: str) -> Iterator[None]:
 
 def leave(signum: int, message: str) -> None:
     """End the process as a shell reports a signal, 128 + its number, with one line by rank 0; every rank calls this."""
-    if engines.get_rank() == 0:
+    if collectives.get_rank() == 0:
         LOG.warning("layersel: %s: %s", signal.Signals(signum).name, message)
-    engines.leave(128 + signum)
+    collectives.leave(128 + signum)

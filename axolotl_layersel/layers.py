@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig
@@ -33,6 +33,23 @@ class LayerStack:
     def list_modules(self, layers: Iterable[int]) -> list[str]:
         """Return the names of the LoRA modules of ``layers``, in their order."""
         return [name for layer in layers for name in self.lora_modules[layer]]
+
+
+def get_adapter_name(model: PeftModel) -> str:
+    """Return the name of the adapter in training.
+
+    Raises:
+        LayerselError: if there are several.
+    """
+    names = model.active_adapters
+    if len(names) != 1:
+        raise LayerselError(f"adapter: {names} are active together; layer selection needs exactly one.")
+    return names[0]
+
+
+def get_config(model: PeftModel) -> LoraConfig:
+    """Return the LoRA configuration of the adapter in training."""
+    return model.peft_config[get_adapter_name(model)]
 
 
 def find_lora_modules(model: nn.Module) -> dict[str, LoraLayer]:

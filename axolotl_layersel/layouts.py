@@ -87,8 +87,9 @@ def lay_out(
     """
     factors = {module: drop_unused(pair) for module, pair in factors.items()}
     highest = max(pair.rank for pair in factors.values())
-    if layout == "uniform":
-        factors = {module: pad(pair, highest) for module, pair in factors.items()}
+    padded = {"ragged": None, "uniform": highest}[layout]
+    if padded is not None:
+        factors = {module: pad(pair, padded) for module, pair in factors.items()}
     tensors = dict(rest)
     for module, pair in factors.items():
         tensors[f"{PREFIX}{module}{DOWN}"], tensors[f"{PREFIX}{module}{UP}"] = pair.down, pair.up
@@ -96,7 +97,7 @@ def lay_out(
     config.r = config.lora_alpha = highest
     config.use_rslora = False
     ranks = {module: pair.rank for module, pair in factors.items()}
-    config.rank_pattern = write_pattern(ranks) if layout == "ragged" else {}
+    config.rank_pattern = write_pattern(ranks) if padded is None else {}
     config.alpha_pattern = dict(config.rank_pattern)
     return tensors, config
 

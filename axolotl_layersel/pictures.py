@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import write_atomically
-from axolotl_layersel.report import arrange, find_places
-from axolotl_layersel.selection.flexora.records import GateHistory
+from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.tables import arrange, find_places
 from axolotl_layersel.terminal import clean
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from axolotl_layersel.args import METHODS, SelectionArgs
 from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
+from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.selection.methods import METHODS
 
 SCHEMA_VERSION = 1
 FILE = "plan.json"
@@ -183,7 +184,7 @@ def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
             parts = given.model_dump(exclude_none=True)
             pairs = {f"{key}.{part}": (value, made_with.get(part)) for part, value in parts.items()}
         else:
-            pairs = {key: (asked[key], made_with)}
+            pairs = {key: (getattr(asked, key), made_with)}
         for name, (value, other) in pairs.items():
             if value != other:
                 raise LayerselError(

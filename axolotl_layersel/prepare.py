@@ -4,14 +4,14 @@ import functools
 import logging
 from pathlib import Path
 
-from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
-from axolotl_layersel import adapters, engines
+from axolotl_layersel import adapters, trainers
 from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback, TidyCallback
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.interrupt import outlive_signals
 from axolotl_layersel.l1ra.callback import RankCallback
@@ -20,9 +20,10 @@ from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import read_state, state_path
 from axolotl_layersel.plan import Plan, plan_path
+from axolotl_layersel.run import Run
 from axolotl_layersel.saving import complete_saves
-from axolotl_layersel.selection.flexora.records import gates_path
-from axolotl_layersel.selection.phase import select_layers
+from axolotl_layersel.selection.methods.flexora.records import gates_path
+from axolotl_layersel.selection.select import select_layers
 from axolotl_layersel.writer import AdapterWriter
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -57,27 +58,25 @@ def prepare_trainer(
     Raises:
         LayerselError: on every rank, where something cannot be honoured.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if not isinstance(model, PeftModel):
-        raise LayerselError(f"adapter: the trainer's model is a {type(model).__name__}, not a PEFT model with LoRA.")
-    check_trainers_alike(trainer, model, settings, resume_from, continues_adapter)
-    engines.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
-    adapters.check_experts(model)
-    adapters.complete_config(model)
-    adapters.keep_trained_alone(model)
-    seeded = not continues_adapter and adapters.initialize_lora(model, trainer.args.seed)
+    run = Run.of(trainer)
+    check_trainers_alike(run, settings, resume_from, continues_adapter)
+    collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
+    adapters.check_experts(run)
+    adapters.complete_config(run)
+    adapters.keep_trained_alone(run.model)
+    seeded = not continues_adapter and adapters.initialize_lora(run.model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
-    check_weights_alike(trainer, model)
+    check_weights_alike(run)
     # First, for after a search the weights may lie in shards.
-    capacity = make_room(trainer, settings.l1ra, lora_r, scaling) if settings.l1ra else None
-    engines.initialize_loaders(trainer, outlive_signals)
+    capacity = make_room(run, settings.l1ra, lora_r, scaling) if settings.l1ra else None
+    trainers.initialize_loaders(trainer, outlive_signals)
     plan = None
     if settings.selection:
-        plan = select_layers(trainer, settings.selection, resume_from, continues_adapter, repeat)
-    ranks = RankRedistribution(trainer, settings.l1ra, capacity) if settings.l1ra else None
-    restore = ranks.restore_fsdp_adapter if ranks else functools.partial(restore_fsdp_adapter, trainer)
-    trainer.add_callback(RestoreCallback(trainer, resume_from, restore))
-    engines.respect_stop_before_first_step(trainer)
+        plan = select_layers(run, settings.selection, resume_from, continues_adapter, repeat)
+    ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra else None
+    restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
+    trainer.add_callback(RestoreCallback(run, resume_from, restore))
+    trainers.respect_stop_before_first_step(trainer)
     if resume_from:
         # It would be one evaluation more than the run had that was not killed, and early stopping would count it.
         trainer.args.eval_on_start = False
@@ -85,10 +84,10 @@ def prepare_trainer(
         if resume_from:
             ranks.check(resume_from, "resume_from_checkpoint")
         trainer.add_callback(RankCallback(ranks, resume_from))
-    writer = AdapterWriter(trainer, ranks.fold if ranks else None)
+    writer = AdapterWriter(run, ranks.fold if ranks else None)
     trainer.add_callback(TidyCallback(list_foreign_files(settings, trainer.args.output_dir)))
-    trainer.add_callback(InterruptCallback(trainer, writer, resume_from))
-    trainer.save_adapter = complete_saves(trainer, writer, plan, ranks)
+    trainer.add_callback(InterruptCallback(run, writer, resume_from))
+    trainer.save_adapter = complete_saves(run, writer, plan, ranks)
     return plan
 
 
@@ -112,6 +111,6 @@ def list_foreign_files(settings: LayerselBlock, output_dir: str) -> list[Path]:
     return ranks if settings.selection else [*ranks, plan_path(output_dir), gates_path(output_dir)]
 
 
-def restore_fsdp_adapter(trainer: Trainer, checkpoint: str) -> None:
-    """Write the plain adapter of ``checkpoint`` into an FSDP2 model; every rank must call this."""
-    adapters.restore_fsdp_adapter(trainer, Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME)
+def restore_plain_adapter(run: Run, checkpoint: str) -> None:
+    """Write the plain adapter of ``checkpoint`` into the model in training; every rank must call this."""
+    adapters.restore_live_adapter(run, Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME)

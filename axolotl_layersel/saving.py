@@ -8,17 +8,17 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from axolotl_layersel import engines
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.plan import Plan, plan_path, write_plan
+from axolotl_layersel.run import Run
+from axolotl_layersel.trainers import unwrap_model
 from axolotl_layersel.writer import AdapterWriter
 
 Save = Callable[[str | Path], None]
 
 
-def complete_saves(
-    trainer: Trainer, writer: AdapterWriter, plan: Plan | None, ranks: RankRedistribution | None
-) -> Save:
+def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: RankRedistribution | None) -> Save:
     """Let ``writer`` write every adapter of the run, with the plan beside it and, in a checkpoint, what resuming needs.
 
     Whoever saves comes by one of three ways. ``trainer.save_model``: checkpoints, the best model, pushes to a hub
@@ -28,14 +28,14 @@ def complete_saves(
     Returns:
         What saves to a folder; every rank must call it.
     """
+    trainer, model = run.trainer, run.model
     upstream_save_model = trainer.save_model
-    model = writer.model
     upstream_save_pretrained = model.save_pretrained
     silent = False
 
     def save(folder: str | Path) -> None:
         weights = writer.save(folder)
-        engines.decide_on_rank_zero(lambda: write_beside(Path(folder), weights))
+        collectives.decide_on_rank_zero(lambda: write_beside(Path(folder), weights))
 
     def write_beside(folder: Path, weights: dict) -> None:
         model.create_or_update_model_card(str(folder))
@@ -73,3 +73,25 @@ def complete_saves(
     if ranks:
         model.load_adapter = ranks.load_adapter(model.load_adapter)
     return save
+
+
+def take_over_fsdp2_writer(trainer: Trainer) -> None:
+    """Let ``trainer.save_adapter`` write what Axolotl's own writer of FSDP2 adapters would, past the trainer.
+
+    Axolotl calls that at the end of every FSDP2 run, and for the checkpoints of one with a quantised base.
+    """
+    from axolotl.integrations.expert_parallel import shard
+
+    upstream = getattr(shard.save_fsdp2_lora_adapter, "upstream", shard.save_fsdp2_lora_adapter)
+    model = unwrap_model(trainer)
+    # Preference training hands the base model over.
+    ours = (model, model.get_base_model())
+
+    def save_fsdp2_lora_adapter(model, output_dir: str) -> bool:
+        if not any(model is known for known in ours):
+            return upstream(model, output_dir)
+        trainer.save_adapter(output_dir)
+        return True
+
+    save_fsdp2_lora_adapter.upstream = upstream
+    shard.save_fsdp2_lora_adapter = save_fsdp2_lora_adapter

@@ -6,19 +6,18 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from peft import PeftModel
+from torch import nn
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from axolotl_layersel import engines
+from axolotl_layersel import trainers
 from axolotl_layersel.callback import StopCallback
-from axolotl_layersel.selection.passes import keep_random_state
+from axolotl_layersel.randomness import keep_random_state
+from axolotl_layersel.run import Run
 
 
-def run_trial(
-    trainer: Trainer, model: PeftModel, steps: int, train_dataset: Any, callback: TrainerCallback, seed: int
-) -> None:
+def run_trial(run: Run, steps: int, train_dataset: Any, callback: TrainerCallback, seed: int) -> None:
     """Train the parameters that require a gradient for ``steps`` optimizer steps, then undo it; every rank calls this.
 
     The run's own engine, optimizer, batch size, packing and precision are used, and its schedule of learning rates,
@@ -26,8 +25,7 @@ def run_trial(
     Afterwards weights, random state and trainer are as before; ZeRO-3 and FSDP2 keep the weights in shards.
 
     Args:
-        trainer: one that has not trained.
-        model: its PEFT model, unwrapped.
+        run: its trainer has not trained.
         steps: optimizer steps.
         train_dataset: what is trained on.
         callback: may stop the trial.
@@ -36,18 +34,19 @@ def run_trial(
     Raises:
         Interrupted: on every rank, after the step in which one of them received a signal.
     """
-    weights = engines.copy_trained(trainer, model)
-    planned = engines.count_optimizer_steps(trainer)
-    with keep_random_state(), engines.keep_deepspeed_config(trainer), keep_trainer(trainer, model):
+    trainer, engine, model = run.trainer, run.engine, run.model
+    weights = engine.copy_trained(model)
+    planned = trainers.count_optimizer_steps(trainer)
+    with keep_random_state(), engine.keep_config(), keep_trainer(trainer, model):
         set_seed(seed)
         trainer.args = compress_arguments(trainer.args, steps, planned)
         trainer.train_dataset = train_dataset
         trainer.control = TrainerControl()
-        callbacks = [DefaultFlowCallback(), callback, StopCallback(trainer)]
+        callbacks = [DefaultFlowCallback(), callback, StopCallback(run.device)]
         trainer.callback_handler = CallbackHandler(callbacks, trainer.model, trainer.processing_class, None, None)
         trainer.train()
-        engines.restore_trained(trainer, model, weights)
-        engines.release(trainer, model)
+        engine.restore_trained(model, weights)
+        engine.release(model)
 
 
 def compress_arguments(arguments: TrainingArguments, steps: int, planned: int) -> TrainingArguments:
@@ -64,7 +63,7 @@ def compress_arguments(arguments: TrainingArguments, steps: int, planned: int) -
         key: scale(value) if key.endswith("_steps") and isinstance(value, int) else value
         for key, value in (arguments.lr_scheduler_kwargs or {}).items()
     }
-    for name in engines.STEP_COUNTS:
+    for name in trainers.STEP_COUNTS:
         if getattr(arguments, name, None):
             setattr(arguments, name, scale(getattr(arguments, name)))
     arguments.max_steps = steps
@@ -80,17 +79,17 @@ def compress_steps(count: int, steps: int, planned: int) -> int:
 
 
 @contextlib.contextmanager
-def keep_trainer(trainer: Trainer, model: PeftModel) -> Iterator[None]:
+def keep_trainer(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     """Give the trainer its attributes back at the end of the block, and the model its ``forward``."""
     attributes = dict(vars(trainer))
-    forward = {name: value for name, value in vars(model).items() if name in engines.FORWARD_ATTRIBUTES}
-    for name in engines.METRIC_ATTRIBUTES & attributes.keys():
+    forward = {name: value for name, value in vars(model).items() if name in trainers.FORWARD_ATTRIBUTES}
+    for name in trainers.METRIC_ATTRIBUTES & attributes.keys():
         setattr(trainer, name, copy.deepcopy(attributes[name]))  # filled in place
     try:
         yield
     finally:
         vars(trainer).clear()
         vars(trainer).update(attributes)
-        for name in engines.FORWARD_ATTRIBUTES & vars(model).keys():
+        for name in trainers.FORWARD_ATTRIBUTES & vars(model).keys():
             delattr(model, name)
         vars(model).update(forward)

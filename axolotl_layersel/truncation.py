@@ -4,8 +4,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from axolotl_layersel import engines
 from axolotl_layersel.layers import LayerStack
+from axolotl_layersel.trainers import remove_embedding_hooks
 
 
 def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
@@ -46,7 +46,7 @@ class TruncatedBackward:
         """Cut the backward pass; call it when the trainer has set up checkpointing, at ``on_train_begin``."""
         if self.lowest == 0:
             return
-        engines.remove_embedding_hooks(self.model)
+        remove_embedding_hooks(self.model)
         for layer in self.stack.layers[: self.lowest]:
             if hasattr(layer, "gradient_checkpointing"):
                 layer.gradient_checkpointing = False

@@ -14,11 +14,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer
 
-from axolotl_layersel import engines
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.evaluation import evaluating
+from axolotl_layersel.run import Run
 
 if TYPE_CHECKING:
     from axolotl_layersel.layouts import Factors
@@ -59,15 +59,14 @@ def fingerprint(flat: torch.Tensor, offset: int = 0) -> torch.Tensor:
     return total
 
 
-def fingerprint_parameters(trainer: Trainer, parameters: dict[str, nn.Parameter]) -> dict[str, list[int]]:
+def fingerprint_parameters(run: Run, parameters: dict[str, nn.Parameter]) -> dict[str, list[int]]:
     """Return the fingerprint of each parameter as the ranks hold it, in shards or whole; a collective call."""
-    device = trainer.args.device
-    sums = torch.zeros(len(parameters), 2, dtype=torch.int64, device=device)
+    sums = torch.zeros(len(parameters), 2, dtype=torch.int64, device=run.device)
     for index, parameter in enumerate(parameters.values()):
-        shard = engines.find_shard(parameter)
+        shard = run.engine.find_shard(parameter)
         if shard is not None:
-            sums[index] = fingerprint(*shard).to(device)
-    engines.add_up(sums)
+            sums[index] = fingerprint(*shard).to(run.device)
+    collectives.add_up(sums)
     return dict(zip(parameters, sums.tolist()))
 
 
@@ -225,23 +224,23 @@ def check_logits(path: Path, live: torch.Tensor, stored: torch.Tensor, epsilon: 
         )
 
 
-def find_probe_tokens(trainer: Trainer, model: PeftModel) -> torch.Tensor | None:
+def find_probe_tokens(run: Run) -> torch.Tensor | None:
     """Return a short micro-batch of one row for a model that takes nothing but token ids; None for another model.
 
     The beginning of the first row of data where it is there to be read, else the first tokens of the vocabulary.
     """
-    config = getattr(model.get_base_model(), "config", None)
+    config = getattr(run.model.get_base_model(), "config", None)
     if config is None or not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
         return None
     vocabulary = getattr(config, "vocab_size", None)
     # The text model of a multimodal one has a configuration of its own.
     if not vocabulary or config.get_text_config() is not config:
         return None
-    data = trainer.train_dataset
+    data = run.trainer.train_dataset
     ids = list(range(PROBE_TOKENS))
     if hasattr(data, "__getitem__") and "input_ids" in (getattr(data, "column_names", None) or ()):
         ids = list(data[0]["input_ids"][:PROBE_TOKENS])
-    return torch.tensor([[token % vocabulary for token in ids]], device=trainer.args.device)
+    return torch.tensor([[token % vocabulary for token in ids]], device=run.device)
 
 
 @torch.no_grad()
@@ -264,13 +263,13 @@ def hold(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) 
             parameters[name].data = data
 
 
-def find_epsilon(trainer: Trainer, model: PeftModel) -> float:
+def find_epsilon(run: Run) -> float:
     """Return the precision of a forward pass: ε of the coarsest type that takes part in it."""
-    types = {parameter.dtype for parameter in model.parameters()}
-    if trainer.args.bf16 or torch.bfloat16 in types or not all(dtype.is_floating_point for dtype in types):
+    arguments, types = run.trainer.args, {parameter.dtype for parameter in run.model.parameters()}
+    if arguments.bf16 or torch.bfloat16 in types or not all(dtype.is_floating_point for dtype in types):
         return torch.finfo(torch.bfloat16).eps  # quantised weights are multiplied in bf16, or finer
-    if trainer.args.fp16 or torch.float16 in types:
+    if arguments.fp16 or torch.float16 in types:
         return torch.finfo(torch.float16).eps
-    if trainer.args.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+    if run.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
         return torch.finfo(torch.float16).eps  # TF32 has as many digits
     return torch.finfo(torch.float32).eps

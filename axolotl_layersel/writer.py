@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import Trainer
 
-from axolotl_layersel import adapters, engines, verification
+from axolotl_layersel import adapters, verification
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.evaluation import precision
 from axolotl_layersel.gates import ATTRIBUTE as GATE
-from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.layouts import find_scalings, split, write_adapter
-from axolotl_layersel.selection.passes import precision
+from axolotl_layersel.run import Run
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -29,18 +29,14 @@ class AdapterWriter:
     logits; not on ZeRO-3 and FSDP2, whose modules hold shards of another shape.
 
     Args:
-        trainer: whose model carries the adapter.
+        run: whose model carries the adapter.
         fold: what makes a plain adapter of the tensors and the configuration in training.
     """
 
-    def __init__(self, trainer: Trainer, fold: adapters.Fold | None = None) -> None:
-        self.trainer = trainer
+    def __init__(self, run: Run, fold: adapters.Fold | None = None) -> None:
+        self.run = run
         self.fold = fold
         self.computed = False  # whether logits have been compared
-
-    @property
-    def model(self) -> PeftModel:
-        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
 
     def save(self, folder: str | Path) -> dict[str, torch.Tensor]:
         """Write the adapter to ``folder``, which is made where it does not exist; every rank must call this.
@@ -51,10 +47,10 @@ class AdapterWriter:
         Raises:
             LayerselError: on every rank, naming file and fault, if what was written is not right; it is not kept.
         """
-        parameters = adapters.find_adapter(self.trainer)
-        tensors = engines.gather_parameters(parameters)
-        held = verification.fingerprint_parameters(self.trainer, parameters)
-        engines.decide_on_rank_zero(lambda: self.write(Path(folder), tensors, held))
+        parameters = adapters.find_adapter(self.run)
+        tensors = self.run.engine.gather_parameters(parameters)
+        held = verification.fingerprint_parameters(self.run, parameters)
+        collectives.decide_on_rank_zero(lambda: self.write(Path(folder), tensors, held))
         return tensors
 
     def save_alone(self, folder: str | Path) -> None:
@@ -63,20 +59,21 @@ class AdapterWriter:
         Raises:
             LayerselError: if they are not, or what was written is not right.
         """
-        if engines.is_streamed(self.trainer):
+        engine = self.run.engine
+        if engine.is_streamed:
             raise LayerselError(
                 f"{folder}: the adapter cannot be saved by one process alone under "
-                f"{engines.name_engine(self.trainer)}, whose weights lie in shards. Call `trainer.save_model`."
+                f"{engine.name}, whose weights lie in shards. Call `trainer.save_model`."
             )
-        parameters = adapters.adapter_parameters(self.model, embeddings="auto")
-        tensors = {name: engines.gather_parameter(parameter).contiguous() for name, parameter in parameters.items()}
+        parameters = adapters.adapter_parameters(self.run.model, embeddings="auto")
+        tensors = {name: engine.gather_parameter(parameter).contiguous() for name, parameter in parameters.items()}
         held = {name: verification.fingerprint(p.detach().flatten()).tolist() for name, p in parameters.items()}
         self.write(Path(folder), tensors, held)
 
     def write(self, folder: Path, tensors: dict[str, torch.Tensor], held: dict[str, list[int]]) -> None:
         """Write whole tensors and check what was written; ``held``: their fingerprints on the ranks."""
         verification.check_gathered(folder / SAFETENSORS_WEIGHTS_NAME, tensors, held)
-        config = adapters.get_config(self.model)
+        config = self.run.config
         plain, plain_config = self.fold(tensors, config) if self.fold else (tensors, config)
 
         def check(stored: dict[str, torch.Tensor], stored_config: LoraConfig) -> None:
@@ -88,8 +85,8 @@ class AdapterWriter:
         self, folder: Path, tensors: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], config: LoraConfig
     ) -> None:
         """Raise LayerselError unless what was read back computes what the model computes, see the class."""
-        path, base = folder / SAFETENSORS_WEIGHTS_NAME, self.model.get_base_model()
-        modules, adapter = find_lora_modules(base), adapters.get_adapter_name(self.model)
+        path, base = folder / SAFETENSORS_WEIGHTS_NAME, self.run.model.get_base_model()
+        modules, adapter = self.run.lora_modules, self.run.adapter
         if not self.computed:
             for name in sorted({*adapters.find_targets(config, base)} ^ modules.keys()):
                 makes = "no LoRA on" if name in modules else "LoRA on"
@@ -127,23 +124,23 @@ class AdapterWriter:
         Raises:
             LayerselError: if its logits are others then.
         """
-        if engines.is_streamed(self.trainer):
+        if self.run.engine.is_streamed:
             return False
-        tokens = verification.find_probe_tokens(self.trainer, self.model)
+        tokens = verification.find_probe_tokens(self.run)
         if tokens is None:
             return False
-        with precision(self.trainer):  # which the model is given when it begins to train, and it may not have begun
-            logits = verification.compute_logits(self.model, tokens)
-            with hold_adapter(self.model, stored, scalings):
-                found = verification.compute_logits(self.model, tokens)
-        verification.check_logits(path, logits, found, verification.find_epsilon(self.trainer, self.model))
+        with precision(self.run.trainer):  # which the model is given when it begins to train, and it may not have begun
+            logits = verification.compute_logits(self.run.model, tokens)
+            with hold_adapter(self.run, stored, scalings):
+                found = verification.compute_logits(self.run.model, tokens)
+        verification.check_logits(path, logits, found, verification.find_epsilon(self.run))
         return True
 
 
 @contextlib.contextmanager
-def hold_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], scalings: dict[str, float]) -> Iterator[None]:
+def hold_adapter(run: Run, tensors: dict[str, torch.Tensor], scalings: dict[str, float]) -> Iterator[None]:
     """Let a model whose weights are whole compute with a plain adapter, without gates, then with its own again."""
-    adapter, modules = adapters.get_adapter_name(model), find_lora_modules(model.get_base_model())
+    adapter, modules = run.adapter, run.lora_modules
     own = {name: module.scaling[adapter] for name, module in modules.items()}
     gates = {
         linear: getattr(linear, GATE)
@@ -156,7 +153,7 @@ def hold_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], scalings: d
             module.scaling[adapter] = scalings[name]
         for linear, gate in gates.items():
             setattr(linear, GATE, torch.ones(1, device=gate.device))
-        with verification.hold(adapters.adapter_parameters(model, embeddings=True), tensors):
+        with verification.hold(adapters.adapter_parameters(run.model, embeddings=True), tensors):
             yield
     finally:
         for name, module in modules.items():

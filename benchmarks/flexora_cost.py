@@ -16,6 +16,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 
+from axolotl_layersel.selection.flexora import search
 from measuring import (
     Goal,
     Setup,
@@ -41,7 +42,6 @@ from rich.table import Table
 
 from axolotl_layersel.args import LayerselBlock, SelectionArgs
 from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.flexora import search
 
 PLAIN, UNROLLED = "lora", "unrolled, 1"
 SEARCHES = {"1": 1, "2": 2, "4": 4, UNROLLED: 1}

@@ -46,7 +46,7 @@ from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
 from axolotl_layersel.args import SelectionArgs
-from axolotl_layersel.selection.phase import select_layers
+from axolotl_layersel.selection.select import select_layers
 
 ALL, OURS, STOCK = "all", "layersel", "stock"
 ARMS = (ALL, OURS, STOCK)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +71,25 @@ def make_rows(count: int = 24, seed: int = 0, longest: int = 20) -> list[dict]:
         ids = [*torch.randint(3, 97, (length,), generator=generator).tolist(), 1]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * 3 + ids[3:]})
     return rows
+
+
+def make_selection(trainer, method: str = "cka", **settings):
+    """Return what is to be chosen by ``method`` in a trainer's run."""
+    from axolotl_layersel.layers import find_layer_stack
+    from axolotl_layersel.run import Run
+    from axolotl_layersel.selection.args import SelectionArgs
+    from axolotl_layersel.selection.choosing import Selection
+
+    run = Run.of(trainer)
+    settings = SelectionArgs(method=method, **settings)
+    return Selection.of(run, find_layer_stack(run.model), settings.resolve(trainer.args.seed))
+
+
+def describe_engine(kind: str, plugins: dict):
+    """Return what of a trainer its engine's name is read from."""
+    state = types.SimpleNamespace(**plugins)
+    accelerator = types.SimpleNamespace(distributed_type=types.SimpleNamespace(value=kind), state=state)
+    return types.SimpleNamespace(accelerator=accelerator)
 
 
 def make_trainer(model, folder: Path, rows: list[dict] | None = None, **arguments):

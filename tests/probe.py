@@ -31,19 +31,21 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torchao.quantization import Float8Tensor
 from transformers import TrainerCallback
 
-from axolotl_layersel import adapters, engines
+from axolotl_layersel import adapters
+from axolotl_layersel.engines import collectives, find_engine, list_classes
+from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.kernels import is_fused
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.flexora import search
-from axolotl_layersel.selection.flexora.search import GateSearch
+from axolotl_layersel.selection.methods.flexora import search
+from axolotl_layersel.selection.methods.flexora.search import GateSearch
 
 TOKENS = torch.arange(40).reshape(2, 20) + 300
 
 
 def count_optimized(trainer) -> int:
     """Return how many parameters the engine's own optimizer holds, over all ranks' shards."""
-    engine = engines.name_engine(trainer)
+    engine = find_engine(trainer).name
     if engine in ("zero1", "zero2"):
         return sum(p.numel() for group in trainer.model_wrapped.optimizer.bit16_groups for p in group)
     if engine == "zero3":
@@ -58,10 +60,11 @@ class ProbeCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.watch_saves()
+        engine = find_engine(self.trainer)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         parameters = adapters.adapter_parameters(model)
-        weights = {name: engines.gather_parameter(p).contiguous() for name, p in parameters.items()}
-        if engines.name_engine(self.trainer) == "fsdp2":
+        weights = {name: engine.gather_parameter(p).contiguous() for name, p in parameters.items()}
+        if engine.name == "fsdp2":
             # The optimizer's own tensors are shards, whatever the model holds later.
             self.shards = {name: p for name, p in parameters.items() if p.requires_grad}
             held = [id(p) for group in self.trainer.optimizer.param_groups for p in group["params"]]
@@ -81,7 +84,7 @@ class ProbeCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Keep FSDP2's shards, whole, beside each checkpoint."""
-        if engines.name_engine(self.trainer) == "fsdp2":
+        if find_engine(self.trainer).name == "fsdp2":
             whole = {name: shards.full_tensor().detach().contiguous() for name, shards in self.shards.items()}
             if args.process_index == 0:
                 save_file(whole, self.folder / f"checkpoint-{state.global_step}" / "shards.safetensors")
@@ -91,7 +94,7 @@ class ProbeCallback(TrainerCallback):
 
         def save_model(output_dir=None, _internal_call=False):
             wanted = os.environ.get("LAYERSEL_TEST_SIGNAL", "") == f"SAVETERM:{self.trainer.state.global_step}"
-            if wanted and engines.get_rank() == self.trainer.args.world_size - 1:
+            if wanted and collectives.get_rank() == self.trainer.args.world_size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return upstream(output_dir, _internal_call)
 
@@ -106,7 +109,8 @@ class ProbeCallback(TrainerCallback):
         if name == "TERMALL" and state.global_step == int(step):
             os.killpg(0, signal.SIGTERM)
         if name == "UNGATHERED" and state.global_step == int(step):
-            engines.gather_parameter = lambda parameter: parameter.detach().clone().cpu()
+            for kind in list_classes():
+                kind.gather_parameter = Engine.gather_parameter
 
 
 def collect_gradients(trainer) -> list[torch.Tensor]:
@@ -145,7 +149,7 @@ def watch_search(trainer) -> None:
         name, _, fatal = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
         if name == "SEARCHKILL" and step == int(fatal):
             os.kill(os.getpid(), signal.SIGKILL)
-        if name in ("SEARCHINT", "SEARCHTERM") and step == int(fatal) and engines.get_rank() == 0:
+        if name in ("SEARCHINT", "SEARCHTERM") and step == int(fatal) and collectives.get_rank() == 0:
             os.killpg(0, getattr(signal, name.replace("SEARCH", "SIG")))
         return upstream_finish(search, step)
 
@@ -161,7 +165,7 @@ def watch_scoring() -> None:
 
     def stop_if_signalled(device):
         rounds.append(device)
-        if len(rounds) == int(fatal) and engines.get_rank() == 0:
+        if len(rounds) == int(fatal) and collectives.get_rank() == 0:
             os.kill(os.getpid(), getattr(signal, name.replace("SCORE", "SIG")))
         upstream(device)
 
@@ -221,7 +225,7 @@ class ProbePlugin(BasePlugin):
         model.eval()
         with torch.no_grad():
             logits = model(input_ids=TOKENS).logits
-        if engines.get_rank() == 0:
+        if collectives.get_rank() == 0:
             save_file({"logits": logits.float().contiguous()}, Path(cfg.output_dir) / "logits.safetensors")
 
 
@@ -232,7 +236,7 @@ def find_ranks(trainer):
 
 def gather_moment(trainer, parameter, moment: str) -> torch.Tensor:
     """Return one of Adam's moments of a parameter, whole, on every rank."""
-    if engines.name_engine(trainer).startswith("zero"):
+    if find_engine(trainer).name.startswith("zero"):
         return deepspeed.utils.safe_get_full_optimizer_state(parameter, moment).clone()
     value = trainer.optimizer.state[parameter][moment]
     return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
@@ -254,7 +258,7 @@ class RankProbe(TrainerCallback):
         self.upstream_apply, ranks.apply = ranks.apply, self.apply
         for name, module in ranks.modules.items():
             for side in ("lora_A", "lora_B"):
-                linear = getattr(module, side)[ranks.adapter]
+                linear = getattr(module, side)[ranks.run.adapter]
                 linear.register_forward_hook(lambda linear, *_, name=name, side=side: self.see(name, side, linear))
 
     def see(self, name, side, linear):
@@ -266,9 +270,9 @@ class RankProbe(TrainerCallback):
         state = {}
         for name, module in self.ranks.modules.items():
             for side in ("lora_A", "lora_B"):
-                weight = getattr(module, side)[self.ranks.adapter].weight
-                state[name, side, "weight"] = engines.gather_parameter(weight)
-                if engines.name_engine(self.trainer).startswith("zero"):
+                weight = getattr(module, side)[self.ranks.run.adapter].weight
+                state[name, side, "weight"] = find_engine(self.trainer).gather_parameter(weight)
+                if find_engine(self.trainer).name.startswith("zero"):
                     state[name, side, "master"] = deepspeed.utils.safe_get_full_fp32_param(weight).clone().cpu()
                 for moment in ("exp_avg", "exp_avg_sq"):
                     state[name, side, moment] = gather_moment(self.trainer, weight, moment).cpu()
@@ -314,7 +318,7 @@ class RankProbe(TrainerCallback):
         name, _, step = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
         if name == "NAN" and state.global_step == int(step) - 1:
             module = next(iter(self.ranks.modules.values()))
-            module.lora_B[self.ranks.adapter].weight.data[0, 0] = float("nan")
+            module.lora_B[self.ranks.run.adapter].weight.data[0, 0] = float("nan")
 
     def on_save(self, args, state, control, **kwargs):
         """Keep the logits of the model in training at each checkpoint."""
@@ -329,7 +333,7 @@ class RankProbe(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if os.environ.get("LAYERSEL_TEST_SIGNAL", "").startswith("BIT"):
-            weights = adapters.adapter_parameters(self.ranks.model)
+            weights = adapters.adapter_parameters(self.ranks.run.model)
             save_file(
                 {name: weight.detach().contiguous() for name, weight in weights.items()},
                 self.folder / f"end_{args.process_index}.safetensors",

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from axolotl_layersel import adapters, layouts
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.initialisation import RESTORED, SEEDED
-from axolotl_layersel.layers import find_layer_stack, find_lora_modules
+from axolotl_layersel.layers import find_layer_stack, find_lora_modules, get_config
+from axolotl_layersel.run import Run
 from axolotl_layersel.writer import AdapterWriter
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -79,10 +80,10 @@ def test_stock_peft_rebuilds_exactly_the_layers_that_are_left(tmp_path, targets)
     model = make_lora(make_small_llama(), targets)
     trainer = make_trainer(model, tmp_path)
     stack = find_layer_stack(model)
-    adapters.remove_unselected(model, stack, stack.lora_modules[1] + stack.lora_modules[4])
+    adapters.remove_unselected(Run.of(trainer), stack, stack.lora_modules[1] + stack.lora_modules[4])
     for parameter in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1)
-    AdapterWriter(trainer).save(tmp_path / "adapter")
+    AdapterWriter(Run.of(trainer)).save(tmp_path / "adapter")
 
     rebuilt = PeftModel.from_pretrained(make_small_llama(), tmp_path / "adapter").eval()
     assert set(find_lora_modules(rebuilt.get_base_model())) == set(find_lora_modules(model.get_base_model()))
@@ -118,7 +119,7 @@ def test_layers_that_lose_their_lora_have_the_base_weights_that_they_had(tmp_pat
     model = make_lora(make(), init_lora_weights=method, **settings)
     trainer = make_trainer(model, tmp_path)
     stack = find_layer_stack(model)
-    adapters.remove_unselected(model, stack, stack.lora_modules[1] + stack.lora_modules[3])
+    adapters.remove_unselected(Run.of(trainer), stack, stack.lora_modules[1] + stack.lora_modules[3])
     after = model.get_base_model().state_dict()
     removed = {f"{name}.weight" for layer in (0, 2) for name in stack.lora_modules[layer]}
     assert removed <= before.keys() & after.keys()
@@ -126,7 +127,7 @@ def test_layers_that_lose_their_lora_have_the_base_weights_that_they_had(tmp_pat
         torch.testing.assert_close(after[name], before[name], atol=1e-7, rtol=1e-6)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.1
-    AdapterWriter(trainer).save(tmp_path / "adapter")
+    AdapterWriter(Run.of(trainer)).save(tmp_path / "adapter")
     rebuilt = PeftModel.from_pretrained(make(), tmp_path / "adapter").eval()
     tokens = torch.arange(3, 33)[None]
     with torch.no_grad():
@@ -148,11 +149,12 @@ def test_layers_that_lose_their_lora_have_the_base_weights_that_they_had(tmp_pat
         ),
     ],
 )
-def test_base_weights_that_cannot_be_what_they_were_are_refused(make, settings, message):
+def test_base_weights_that_cannot_be_what_they_were_are_refused(tmp_path, make, settings, message):
     model = make_lora(make(), **settings)
+    trainer = make_trainer(model, tmp_path)
     stack = find_layer_stack(model)
     with pytest.raises(LayerselError, match=message):
-        adapters.remove_unselected(model, stack, stack.lora_modules[1])
+        adapters.remove_unselected(Run.of(trainer), stack, stack.lora_modules[1])
 
 
 class Tower(torch.nn.Module):
@@ -203,7 +205,7 @@ def test_naming_the_modules_takes_time_in_proportion_to_their_number():
         times = []
         for _ in range(3):
             started = time.perf_counter()
-            adapters.name_exactly(adapters.get_config(model), model.get_base_model())
+            adapters.name_exactly(get_config(model), model.get_base_model())
             times.append(time.perf_counter() - started)
         return min(times)
 
@@ -215,9 +217,9 @@ def test_modules_to_save_are_in_the_file(tmp_path):
     model = make_lora(make_small_llama(), modules_to_save=["lm_head"])
     trainer = make_trainer(model, tmp_path)
     stack = find_layer_stack(model)
-    adapters.remove_unselected(model, stack, stack.lora_modules[1])
+    adapters.remove_unselected(Run.of(trainer), stack, stack.lora_modules[1])
     torch.nn.init.normal_(model.get_base_model().lm_head.modules_to_save["default"].weight)
-    AdapterWriter(trainer).save(tmp_path / "adapter")
+    AdapterWriter(Run.of(trainer)).save(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     head = model.get_base_model().lm_head.modules_to_save["default"].weight
     assert torch.equal(saved["base_model.model.lm_head.weight"], head)
@@ -230,7 +232,7 @@ def test_modules_to_save_are_in_the_file(tmp_path):
 def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeypatch):
     model = make_lora(make_small_llama())
     trainer = make_trainer(model, tmp_path)
-    AdapterWriter(trainer).save(tmp_path / "adapter")
+    AdapterWriter(Run.of(trainer)).save(tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
 
     def fail(*args, **kwargs):
@@ -238,7 +240,7 @@ def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeyp
 
     monkeypatch.setattr(layouts, "save_tensors", fail)
     with pytest.raises(LayerselError, match=r"adapter_model.safetensors cannot be written \(disk full\)"):
-        AdapterWriter(trainer).save(tmp_path / "adapter")
+        AdapterWriter(Run.of(trainer)).save(tmp_path / "adapter")
     assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
 
 
@@ -246,22 +248,22 @@ def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeyp
     ("make", "message"),
     [
         (lambda: make_lora(make_small_llama(), ["embed_tokens"]), "embed_tokens is a Embedding, on whose LoRA"),
-        (lambda: make_lora(make_small_llama(), use_dora=True), "is not plain LoRA"),
+        (lambda: make_lora(make_small_llama(), use_dora=True), "peft_use_dora: true. DoRA ties"),
         (lambda: make_lora(make_small_llama(), init_lora_weights="pissa"), "peft_init_lora_weights: 'pissa'"),
         (lambda: make_lora(make_small_llama(attention_bias=True), ["q_proj"], lora_bias=True), "is not plain LoRA"),
     ],
 )
-def test_what_is_more_than_linear_lora_is_refused(make, message):
+def test_what_is_more_than_linear_lora_is_refused(tmp_path, make, message):
     with pytest.raises(LayerselError, match=message):
-        model = make()
-        adapters.check_plain_lora(model, find_lora_modules(model.get_base_model()), "layersel.l1ra")
+        run = Run.of(make_trainer(make(), tmp_path))
+        adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
 
 
-def test_frozen_weights_stay_frozen_when_the_adapter_was_switched_off():
+def test_frozen_weights_stay_frozen_when_the_adapter_was_switched_off(tmp_path):
     model = make_lora(make_small_llama())
     adapters.keep_trained_alone(model)
     stack = find_layer_stack(model)
-    adapters.freeze_unselected(model, stack, stack.lora_modules[1])
+    adapters.freeze_unselected(Run.of(make_trainer(model, tmp_path)), stack, stack.lora_modules[1])
     twin = copy.deepcopy(model)
     tokens = torch.arange(3, 33)[None]
 

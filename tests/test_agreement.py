@@ -9,8 +9,9 @@ import pytest
 from conftest import l1ra, make_lora, make_rows, make_small_llama, make_trainer, selection
 from safetensors.torch import load_file, save_file
 
-from axolotl_layersel import agreement, engines
+from axolotl_layersel import agreement
 from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.engines import collectives, find_engine
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.prepare import prepare_trainer
 
@@ -76,7 +77,7 @@ def prepare(folder: Path, rows: list[dict], moved: float = 0, **arguments) -> No
     model = make_lora(make_small_llama())
     model.base_model.model.model.layers[2].self_attn.q_proj.lora_B["default"].weight.data[0, 0] += moved
     trainer = make_trainer(model, folder, rows, **arguments)
-    assert engines.name_engine(trainer) == "ddp"
+    assert find_engine(trainer).name == "ddp"
     block = LayerselBlock(selection={"method": "last", "unselected": "freeze"})
     prepare_trainer(trainer, block, continues_adapter=True)
 
@@ -115,13 +116,13 @@ def be_a_rank(rank: int, folder: str) -> None:
     agreement.PATIENCE = 3
     if rank == 0:
         started = time.monotonic()
-        assert engines.find_absent_ranks("elsewhere", 1) == [1]
+        assert collectives.find_absent_ranks("elsewhere", 1) == [1]
         assert time.monotonic() - started < 10
         (Path(folder) / "waited").touch()
     while not (Path(folder) / "waited").exists():
         time.sleep(0.1)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
-    engines.leave(0)
+    collectives.leave(0)
 
 
 def test_trainers_that_were_prepared_differently_are_refused_by_rank_and_key(zygote, tmp_path):

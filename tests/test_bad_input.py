@@ -3,15 +3,16 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 from conftest import l1ra, selection
 from safetensors.torch import load_file, save_file
 from test_plan import make_plan
 
-from axolotl_layersel.args import SelectionArgs
 from axolotl_layersel.lock import FILE, RunLock
 from axolotl_layersel.plan import write_plan
+from axolotl_layersel.selection.args import SelectionArgs
 
 MODEL_LOADS = "Loading weights"
 
@@ -265,7 +266,7 @@ def test_an_encoder_decoder_model_is_refused_before_it_loads(train, base_model, 
 
 
 def test_a_plan_of_another_model_ends_before_the_model_loads(train, tmp_path):
-    settings = SelectionArgs(method="cka", num_samples=15).resolve(run_seed=7)
+    settings = asdict(SelectionArgs(method="cka", num_samples=15).resolve(run_seed=7))
     write_plan(make_plan(settings=settings, base_model="meta-llama/Llama-3.1-8B"), tmp_path / "plan.json")
     run = train(expect=1, **selection(plan=str(tmp_path / "plan.json")))
     assert "plan.json was made for, meta-llama/Llama-3.1-8B. Make a new plan for this model" in run.log

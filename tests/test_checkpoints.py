@@ -7,10 +7,12 @@ import pytest
 from conftest import make_lora, make_small_llama, make_trainer
 from transformers import TrainerState
 
-from axolotl_layersel.args import L1RAArgs, LayerselBlock, SelectionArgs
+from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.checkpoints import find_fault, find_resumed_checkpoint, list_checkpoints
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.selection.args import SelectionArgs
 
 BLOCK = LayerselBlock(selection=SelectionArgs(method="first", num_layers=3), l1ra=L1RAArgs(update_ratio=0.2))
 READ = [

@@ -93,7 +93,7 @@ def test_show_says_what_is_wrong_with_a_file(tmp_path):
 
 def test_show_imports_neither_axolotl_nor_torch():
     code = (
-        "import sys; import axolotl_layersel.cli.main, axolotl_layersel.plan, axolotl_layersel.report;"
+        "import sys; import axolotl_layersel.cli.main, axolotl_layersel.plan, axolotl_layersel.selection.report;"
         "print([name for name in ('axolotl', 'torch', 'transformers') if name in sys.modules])"
     )
     assert call(sys.executable, "-c", code) == "[]\n"

@@ -8,7 +8,11 @@ import yaml
 from conftest import ROOT
 from pydantic import ValidationError
 
-from axolotl_layersel.args import LORA_KERNELS, FlexoraArgs, L1RAArgs, LayerselBlock, SelectionArgs
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.l1ra.args import L1RAArgs
+from axolotl_layersel.plain_lora import LORA_KERNELS
+from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs
 
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"

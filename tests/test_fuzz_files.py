@@ -29,8 +29,8 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.layouts import export_adapter
 from axolotl_layersel.prepare import check_resumed, prepare_trainer
-from axolotl_layersel.selection.flexora.records import GateHistory, gates_path
-from axolotl_layersel.selection.phase import find_plan
+from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
+from axolotl_layersel.selection.select import find_plan
 
 SELECTION = {"method": "explicit", "layers": [0, 2], "unselected": "remove"}
 BLOCKS = {

@@ -24,7 +24,7 @@ from axolotl_layersel.pictures import (
     spread_out,
 )
 from axolotl_layersel.plan import plan_path, write_plan
-from axolotl_layersel.selection.flexora.records import GateHistory
+from axolotl_layersel.selection.methods.flexora.records import GateHistory
 
 TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -6,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from axolotl_layersel.args import SelectionArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import (
     LayerChoice,
@@ -17,11 +17,12 @@ from axolotl_layersel.plan import (
     read_plan,
     write_plan,
 )
+from axolotl_layersel.selection.args import SelectionArgs
 
 
 def make_plan(scores: list[float | None] = (0.5, None, 0.1), selected: tuple[int, ...] = (0,), **values) -> Plan:
     layers = [LayerChoice(layer=i, score=score, selected=i in selected) for i, score in enumerate(scores)]
-    settings = SelectionArgs(method="cka").resolve(run_seed=1)
+    settings = asdict(SelectionArgs(method="cka").resolve(run_seed=1))
     default = {
         "method": "cka",
         "unselected": "remove",

@@ -5,9 +5,11 @@ import torch
 from conftest import make_trainer
 from peft import LoraConfig, get_peft_model
 
-from axolotl_layersel.args import L1RAArgs, LayerselBlock, SelectionArgs
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.selection.args import SelectionArgs
 from benchmarks.planted import (
     LAYERS,
     LINEARS,

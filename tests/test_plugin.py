@@ -12,8 +12,7 @@ from peft import LoraConfig
 from test_args import VALUES
 from transformers import BartConfig, BertConfig, LlamaConfig, T5Config, TrainingArguments
 
-from axolotl_layersel.agreement import ADAPTER_SETTINGS, ARGUMENTS
-from axolotl_layersel.args import AGREEING_KEYS
+from axolotl_layersel.agreement import ADAPTER_SETTINGS, AGREEING_KEYS, ARGUMENTS
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plugin import LayerSelectionPlugin, loads_encoder_decoder
 

@@ -14,7 +14,7 @@ from axolotl_layersel.cli.main import app
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.plan import plan_path, write_plan
-from axolotl_layersel.report import print_plan
+from axolotl_layersel.selection.report import print_plan
 from axolotl_layersel.terminal import make_console
 
 MODULE = "model.layers.0.self_attn.q_proj"

@@ -10,6 +10,7 @@ from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from axolotl_layersel.run import Run
 from axolotl_layersel.trial import compress_steps, run_trial
 
 
@@ -70,7 +71,7 @@ def test_a_trial_trains_and_leaves_no_trace(tmp_path):
             )
 
     spy = Spy()
-    run_trial(trainer, model, 5, trainer.train_dataset.select(range(30)), spy, seed=1)
+    run_trial(Run.of(trainer), 5, trainer.train_dataset.select(range(30)), spy, seed=1)
 
     assert len(spy.learning_rates) == 5 and spy.events == ["log"], "the summary that the Trainer ends with"
     assert weights_during[-1] > 0
@@ -90,10 +91,10 @@ def test_the_run_after_a_trial_is_the_run_without_it(tmp_path):
     losses = []
     for trial in (True, False):
         torch.manual_seed(0)
-        trainer, model = make(tmp_path / str(trial), save_strategy="no", eval_strategy="no", logging_steps=1)
+        trainer, _ = make(tmp_path / str(trial), save_strategy="no", eval_strategy="no", logging_steps=1)
         torch.manual_seed(5)
         if trial:
-            run_trial(trainer, model, 3, trainer.train_dataset, Watcher(), seed=9)
+            run_trial(Run.of(trainer), 3, trainer.train_dataset, Watcher(), seed=9)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == losses[1] and len(losses[0]) == 4
@@ -117,9 +118,9 @@ def test_the_run_after_a_trial_is_the_run_without_it(tmp_path):
     ],
 )
 def test_the_schedule_of_learning_rates_is_compressed(tmp_path, schedule, expected):
-    trainer, model = make(tmp_path, max_steps=40, learning_rate=0.01, **schedule)
+    trainer, _ = make(tmp_path, max_steps=40, learning_rate=0.01, **schedule)
     watcher = Watcher()
-    run_trial(trainer, model, 10, trainer.train_dataset, watcher, seed=1)
+    run_trial(Run.of(trainer), 10, trainer.train_dataset, watcher, seed=1)
     assert len(watcher.learning_rates) == 10
     # Seen after the scheduler moved on: the rate of the second to the fifth step.
     assert [rate / 0.01 for rate in watcher.learning_rates[:4]] == pytest.approx(expected, abs=1e-6)
@@ -137,9 +138,9 @@ def test_a_callback_can_end_a_trial(tmp_path):
             super().on_step_end(args, state, control, **kwargs)
             control.should_training_stop = state.global_step == 2
 
-    trainer, model = make(tmp_path)
+    trainer, _ = make(tmp_path)
     impatient = Impatient()
-    run_trial(trainer, model, 5, trainer.train_dataset, impatient, seed=1)
+    run_trial(Run.of(trainer), 5, trainer.train_dataset, impatient, seed=1)
     assert len(impatient.learning_rates) == 2
     assert not trainer.control.should_training_stop
 
@@ -149,9 +150,9 @@ def test_a_trial_that_fails_gives_the_trainer_back(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             raise RuntimeError("broken")
 
-    trainer, model = make(tmp_path)
+    trainer, _ = make(tmp_path)
     attributes, state = dict(vars(trainer)), torch.get_rng_state()
     with pytest.raises(RuntimeError, match="broken"):
-        run_trial(trainer, model, 5, trainer.train_dataset, Broken(), seed=1)
+        run_trial(Run.of(trainer), 5, trainer.train_dataset, Broken(), seed=1)
     assert vars(trainer) == attributes
     assert torch.equal(torch.get_rng_state(), state)

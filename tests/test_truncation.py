@@ -4,9 +4,10 @@ from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from transformers import TrainerCallback
 
 from axolotl_layersel.adapters import initialize_lora
-from axolotl_layersel.args import LayerselBlock, SelectionArgs
+from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.layers import find_layer_stack
 from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.selection.args import SelectionArgs
 from axolotl_layersel.truncation import find_lowest_trained
 
 CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}

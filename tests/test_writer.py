@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from test_verification import leave_one_out, round_one, spoil_one, zero_one
 
 from axolotl_layersel import adapters, layouts
-from axolotl_layersel.args import L1RAArgs, LayerselBlock, SelectionArgs
+from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.callback import RankCallback
-from axolotl_layersel.layers import find_lora_modules
+from axolotl_layersel.layers import find_lora_modules, get_config
 from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection.args import SelectionArgs
 from axolotl_layersel.writer import AdapterWriter
 
 MOVING = LayerselBlock(l1ra=L1RAArgs(update_ratio=0.2))
@@ -59,8 +62,9 @@ def test_every_kind_of_lora_is_written_as_peft_would(tmp_path, settings, tied):
     for parameter in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(str(tmp_path / "peft"))
-    adapters.complete_config(model)
-    writer = AdapterWriter(make_trainer(model, tmp_path))
+    run = Run.of(make_trainer(model, tmp_path))
+    adapters.complete_config(run)
+    writer = AdapterWriter(run)
     writer.save(tmp_path / "together")
     writer.save_alone(tmp_path / "alone")
     expected = load_file(tmp_path / "peft" / "adapter_model.safetensors")
@@ -152,9 +156,9 @@ def gated(tmp_path):
 
 def test_gates_that_are_not_in_the_file_are_seen(gated, tmp_path):
     trainer, ranks, forget = gated
-    AdapterWriter(trainer, ranks.fold).save(tmp_path / "right")
+    AdapterWriter(Run.of(trainer), ranks.fold).save(tmp_path / "right")
     with pytest.raises(LayerselError, match=r"once it is loaded, LoRA on model.layers.0.self_attn.q_proj adds up to"):
-        AdapterWriter(trainer, forget).save(tmp_path / "wrong")
+        AdapterWriter(Run.of(trainer), forget).save(tmp_path / "wrong")
     assert not (tmp_path / "wrong" / "adapter_model.safetensors").exists()
 
 
@@ -168,7 +172,7 @@ def test_a_model_that_computes_something_else_than_its_modules_say_is_seen(gated
     )
     weights = [parameter.clone() for parameter in trainer.model.parameters()]
     with pytest.raises(LayerselError, match=r"wrong/adapter_model.safetensors: once it is loaded, logits differ by"):
-        AdapterWriter(trainer, ranks.fold).save(tmp_path / "wrong")
+        AdapterWriter(Run.of(trainer), ranks.fold).save(tmp_path / "wrong")
     assert all(torch.equal(one, two) for one, two in zip(weights, trainer.model.parameters()))
     assert ranks.gates.leaves.keys() == ranks.modules.keys()
     assert all(m.lora_A["default"].layersel_gate is ranks.gates.leaves[n] for n, m in ranks.modules.items())
@@ -176,7 +180,7 @@ def test_a_model_that_computes_something_else_than_its_modules_say_is_seen(gated
 
 def test_a_configuration_that_names_other_modules_is_seen(tmp_path):
     trainer = prepare(tmp_path, CHOSEN)
-    config = adapters.get_config(trainer.model)
+    config = get_config(trainer.model)
     config.layers_to_transform = [1]
     with pytest.raises(LayerselError, match=r"adapter_config.json: PEFT would make no LoRA on model.layers.4"):
         trainer.save_model()

@@ -61,10 +61,11 @@ def show(
     Of a run with both ranks and a search, the picture of the gates has -gates in its name.
     """
     from axolotl_layersel.l1ra.records import RankHistory, ranks_path
+    from axolotl_layersel.l1ra.report import print_ranks
     from axolotl_layersel.pictures import check_picture, draw_gates, draw_ranks
     from axolotl_layersel.plan import plan_path, read_plan
-    from axolotl_layersel.report import print_plan, print_ranks
-    from axolotl_layersel.selection.flexora.records import GateHistory, gates_path
+    from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
+    from axolotl_layersel.selection.report import print_plan
 
     has_ranks = path.is_dir() and ranks_path(path).exists()
     has_gates = path.is_dir() and gates_path(path).exists()

@@ -7,41 +7,26 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import Trainer
 
-from axolotl_layersel import adapters, engines
-from axolotl_layersel.args import ADAM_OPTIMIZERS, L1RAArgs
+from axolotl_layersel import adapters
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.args import L1RAArgs, check_bounds, check_optimizer
 from axolotl_layersel.l1ra.schedule import check_run_length
-from axolotl_layersel.layers import find_lora_modules
+from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_config
 from axolotl_layersel.layouts import Factors, find_used, write_pattern
+from axolotl_layersel.run import Run
+from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps
 
 
-def check_trainer(trainer: Trainer, settings: L1RAArgs, lora_r: int) -> None:
+def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> None:
     """Raise LayerselError for a run in which rank cannot move."""
-    arguments = trainer.args
-    if settings.min_rank > lora_r:
-        raise LayerselError(f"layersel.l1ra.min_rank: {settings.min_rank} is more than lora_r: {lora_r}. Lower it.")
-    if settings.max_rank is not None and settings.max_rank < lora_r:
-        raise LayerselError(f"layersel.l1ra.max_rank: {settings.max_rank} is less than lora_r: {lora_r}. Raise it.")
-    if arguments.fp16 or trainer.accelerator.mixed_precision == "fp16":
-        raise LayerselError(
-            "fp16: true scales the loss, and with it the gradients of layersel.l1ra's gates. Set `bf16: true` and "
-            "`fp16: false`."
-        )
-    optimizer = getattr(arguments.optim, "value", arguments.optim)
-    if optimizer not in ADAM_OPTIMIZERS:
-        raise LayerselError(
-            f"optimizer: {optimizer!r} keeps no Adam moments that layersel.l1ra could move rank with. "
-            f"Use {' or '.join(f'`{known}`' for known in ADAM_OPTIMIZERS)}."
-        )
-    if arguments.auto_find_batch_size:
-        raise LayerselError("auto_find_batch_size: true starts training over, which layersel.l1ra does not support.")
-    if trainer.optimizer is not None:
-        raise LayerselError("optimizer: it was made before the trainer was prepared, so it holds other LoRA weights.")
-    if trainer.is_deepspeed_enabled:
-        engines.check_deepspeed_optimizer(trainer)
-    steps = engines.count_optimizer_steps(trainer)
+    check_bounds(settings, lora_r)
+    optimizer = run.trainer.args.optim
+    check_optimizer(getattr(optimizer, "value", optimizer))
+    check_no_optimizer(run.trainer)
+    run.engine.check_optimizer()
+    steps = count_optimizer_steps(run.trainer)
     check_run_length(steps, settings.update_ratio, settings.warmup_ratio)
 
 
@@ -60,11 +45,11 @@ class Capacity:
     slots: dict[str, list[int]]
 
 
-def make_room(trainer: Trainer, settings: L1RAArgs, lora_r: int | None, scaling: float | None) -> Capacity:
+def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float | None) -> Capacity:
     """Check that rank can move in this run, and grow its LoRA modules, see ``grow_modules``.
 
     Args:
-        trainer: before any engine of its exists.
+        run: before its engine is built.
         settings: the ``l1ra`` block.
         lora_r: the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: see ``grow_modules``.
@@ -72,12 +57,11 @@ def make_room(trainer: Trainer, settings: L1RAArgs, lora_r: int | None, scaling:
     Raises:
         LayerselError: if rank cannot move.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    adapters.check_plain_lora(model, find_lora_modules(model.get_base_model()), "layersel.l1ra")
-    lora_r = lora_r or adapters.get_config(model).r
-    check_trainer(trainer, settings, lora_r)
+    adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
+    lora_r = lora_r or run.config.r
+    check_trainer(run, settings, lora_r)
     max_rank = settings.max_rank or 2 * lora_r
-    return Capacity(lora_r, max_rank, grow_modules(model, max_rank, scaling))
+    return Capacity(lora_r, max_rank, grow_modules(run.model, max_rank, scaling))
 
 
 def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) -> dict[str, list[int]]:
@@ -96,7 +80,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
     Raises:
         LayerselError: if a module uses more than ``max_rank``.
     """
-    adapter = adapters.get_adapter_name(model)
+    adapter = get_adapter_name(model)
     modules = find_lora_modules(model.get_base_model())
 
     def find_components() -> dict[str, list[int]]:
@@ -107,7 +91,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
         return {name: found.flatten().tolist() for name, found in components.items()}
 
     # With FSDP's cpu_ram_efficient_loading the other ranks hold no weights.
-    components = engines.decide_on_rank_zero(find_components)
+    components = collectives.decide_on_rank_zero(find_components)
     for name, module in modules.items():
         used = components[name]
         if len(used) > max_rank:
@@ -121,7 +105,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
         module.scaling[adapter] /= rescale
         module.r[adapter] = max_rank
         module.lora_alpha[adapter] = module.scaling[adapter] * max_rank
-    model.peft_config[adapter] = describe_capacity(adapters.get_config(model), modules, adapter, max_rank)
+    model.peft_config[adapter] = describe_capacity(get_config(model), modules, adapter, max_rank)
     return {name: list(range(len(used))) for name, used in components.items()}
 
 

@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
-from transformers import Trainer
+from peft import LoraConfig
 
-from axolotl_layersel import adapters, engines, layouts
-from axolotl_layersel.args import L1RAArgs
+from axolotl_layersel import adapters, layouts
+from axolotl_layersel.engines import collectives
+from axolotl_layersel.engines.base import Edit
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.l1ra.adame import step_gates
-from axolotl_layersel.l1ra.allocation import ModuleState, Moves, allocate, prune
+from axolotl_layersel.l1ra.allocation import BUDGETS, ModuleState, Moves, allocate, prune
+from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.capacity import Capacity
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
+from axolotl_layersel.l1ra.report import print_ranks
 from axolotl_layersel.l1ra.schedule import (
     AUTO_LAMBDA,
     find_update_steps,
@@ -25,8 +27,8 @@ from axolotl_layersel.l1ra.schedule import (
     resolve_lambda,
 )
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, State, read_state, state_path, write_state
-from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.report import print_ranks
+from axolotl_layersel.randomness import draw_row
+from axolotl_layersel.run import Run
 
 LOG = logging.getLogger("axolotl.layersel")
 # By how much a step may let a gate differ between ranks. Their gradients are the same average, so only the arithmetic
@@ -48,21 +50,18 @@ class RankRedistribution:
         history: ranks by step.
     """
 
-    def __init__(self, trainer: Trainer, settings: L1RAArgs, capacity: Capacity):
-        self.trainer = trainer
+    def __init__(self, run: Run, settings: L1RAArgs, capacity: Capacity) -> None:
+        self.run = run
         self.settings = settings
-        self.model: PeftModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        self.adapter = adapters.get_adapter_name(self.model)
         self.lora_r, self.max_rank = capacity.lora_r, capacity.max_rank
-        everything = find_lora_modules(self.model.get_base_model())
         self.modules = {
-            name: module for name, module in everything.items() if module.lora_A[self.adapter].weight.requires_grad
+            name: module for name, module in run.lora_modules.items() if module.lora_A[run.adapter].weight.requires_grad
         }
         self.parameters_per_component = {
             name: module.in_features + module.out_features for name, module in self.modules.items()
         }
-        downs = {name: [module.lora_A[self.adapter]] for name, module in self.modules.items()}
-        self.gates = Gates(downs, self.max_rank, trainer.args.device)
+        downs = {name: [module.lora_A[self.run.adapter]] for name, module in self.modules.items()}
+        self.gates = Gates(downs, self.max_rank, run.device)
         self.active = torch.zeros_like(self.gates.values, dtype=torch.bool)
         for name, part in self.gates.parts.items():
             self.active[part][capacity.slots[name]] = True
@@ -86,11 +85,11 @@ class RankRedistribution:
     def describe(self) -> dict[str, ModuleState]:
         """Return what the allocation needs to know."""
         values, active = self.gates.values.tolist(), self.active.tolist()
-        by_parameters = self.settings.budget == "parameters"
+        costs = BUDGETS[self.settings.budget](self.parameters_per_component)
         return {
             name: ModuleState(
                 gates={i - part.start: values[i] for i in range(part.start, part.stop) if active[i]},
-                cost=self.parameters_per_component[name] if by_parameters else 1,
+                cost=costs[name],
                 capacity=self.max_rank,
             )
             for name, part in self.gates.parts.items()
@@ -109,9 +108,9 @@ class RankRedistribution:
         self.update_steps = set(find_update_steps(steps, settings.update_ratio, settings.warmup_ratio))
         self.gate_lr = resolve_gate_lr(settings.gate_lr, steps)
         self.l1_lambda = resolve_lambda(settings.l1_lambda, self.gate_lr, steps)
-        if engines.get_rank() == 0:
+        if collectives.get_rank() == 0:
             self.announce(steps)
-            self.history.write(self.trainer.args.output_dir)
+            self.history.write(self.run.trainer.args.output_dir)
 
     def announce(self, steps: int) -> None:
         """Log what the run will do; Axolotl's own count of trainable parameters includes the room for rank."""
@@ -191,11 +190,12 @@ class RankRedistribution:
             ranks, self.parameters_per_component, self.pool, moves.count_pruned(), moves.count_added()
         )
         # Logging clears the flag by which the Trainer would log the step's loss.
-        should_log = self.trainer.control.should_log
-        self.trainer.log(numbers)
-        self.trainer.control.should_log = should_log
-        if engines.get_rank() == 0:
-            self.history.write(self.trainer.args.output_dir)
+        trainer = self.run.trainer
+        should_log = trainer.control.should_log
+        trainer.log(numbers)
+        trainer.control.should_log = should_log
+        if collectives.get_rank() == 0:
+            self.history.write(self.run.trainer.args.output_dir)
 
     def check_gradients(self, step: int) -> None:
         """Raise LayerselError for a module that trains while no gradient reaches its gates; every rank must call this.
@@ -213,9 +213,9 @@ class RankRedistribution:
                 f"({len(late)} such modules). Something computes LoRA past its modules: remove fused kernels, or leave "
                 "these modules out of lora_target_modules."
             )
-        engines.reshard(self.trainer)
-        ups = {name: self.modules[name].lora_B[self.adapter].weight for name in without}
-        self.expect_gradients = {name for name, up in ups.items() if engines.gather_parameter(up).any()}
+        self.run.engine.reshard()
+        ups = {name: self.modules[name].lora_B[self.run.adapter].weight for name in without}
+        self.expect_gradients = {name for name, up in ups.items() if self.run.engine.gather_parameter(up).any()}
 
     def apply(self, moves: Moves, step: int, training: bool = True) -> None:
         """Flip the components of ``moves`` and write their rows and columns, on every rank alike.
@@ -226,7 +226,8 @@ class RankRedistribution:
         that has loaded the best model may hold none.
         """
         self.check_agreement(moves, step)
-        engines.reshard(self.trainer)
+        engine = self.run.engine
+        engine.reshard()
         emptied: list[int] = []
         filled: list[int] = []
         for name, part in self.gates.parts.items():
@@ -235,13 +236,13 @@ class RankRedistribution:
             if not len(changed):
                 continue
             module = self.modules[name]
-            down, up = module.lora_A[self.adapter].weight, module.lora_B[self.adapter].weight
+            down, up = (matrices[self.run.adapter].weight for matrices in (module.lora_A, module.lora_B))
             rows = {slot: self.draw_row(name, slot, step) for slot in added}
-            engines.edit_parameter(self.trainer, down, write_rows(changed, rows))
-            engines.edit_parameter(self.trainer, up, zero(changed, dim=1))
+            engine.edit_parameter(down, write_rows(changed, rows))
+            engine.edit_parameter(up, zero(changed, dim=1))
             if training:
-                engines.edit_moments(self.trainer, down, zero(changed, dim=0))
-                engines.edit_moments(self.trainer, up, zero(changed, dim=1))
+                engine.edit_moments(down, zero(changed, dim=0))
+                engine.edit_moments(up, zero(changed, dim=1))
             emptied += (part.start + changed).tolist()
             filled += [part.start + slot for slot in added]
         self.set_components(emptied, 0, [self.gates.values, self.exp_avg, self.exp_avg_sq, self.steps, self.active])
@@ -264,10 +265,10 @@ class RankRedistribution:
             LayerselError: on every rank, if gates differ by more than rounding.
         """
         shared = torch.stack([self.gates.values, self.exp_avg, self.exp_avg_sq])
-        engines.broadcast(shared)
+        collectives.broadcast(shared)
         apart = (self.gates.values - shared[0]).abs()
         farthest = int(apart.argmax())
-        found = engines.gather_from_all((float(apart.max()), farthest, float(self.gates.values[farthest])))
+        found = collectives.gather_from_all((float(apart.max()), farthest, float(self.gates.values[farthest])))
         before = max((update for update in self.update_steps if update < step), default=0)
         allowed = ROUNDING * max(step - before, 1)
         differing = [rank for rank, (distance, _, _) in enumerate(found) if not distance <= allowed]
@@ -286,7 +287,7 @@ class RankRedistribution:
     def check_agreement(self, moves: Moves, step: int) -> None:
         """Raise LayerselError, on every rank, unless all ranks come to the same moves of the same components."""
         content = repr(moves).encode() + self.active.cpu().numpy().tobytes() + self.steps.cpu().numpy().tobytes()
-        differing = engines.find_differing_ranks(hashlib.sha256(content).digest())
+        differing = collectives.find_differing_ranks(hashlib.sha256(content).digest())
         if differing:
             self.refuse(differing, step, "from the same gates other components would be moved")
 
@@ -300,9 +301,9 @@ class RankRedistribution:
 
     def draw_row(self, module: str, slot: int, step: int) -> torch.Tensor:
         """Return the row of A that a component added after ``step`` starts from, (inputs,), fp32."""
-        method = adapters.get_initialisation(adapters.get_config(self.model))
+        method = adapters.get_initialisation(self.run.config)
         like = torch.empty(self.modules[module].in_features)
-        return adapters.draw_row(like, method, self.trainer.args.seed, f"{module}\0{step}", slot, self.lora_r)
+        return draw_row(like, method, self.run.trainer.args.seed, f"{module}\0{step}", slot, self.lora_r)
 
     def finish(self, step: int) -> None:
         """Prune a last time, and leave plain LoRA modules that compute the same; every rank must call this."""
@@ -314,12 +315,12 @@ class RankRedistribution:
         self.apply(Moves(pruned, {}, self.pool), step, training=False)
         self.history.ranks[step] = self.ranks()
         for name, part in self.gates.parts.items():
-            up = self.modules[name].lora_B[self.adapter].weight
-            engines.edit_parameter(self.trainer, up, multiply(self.gates.values[part].clone()))
+            up = self.modules[name].lora_B[self.run.adapter].weight
+            self.run.engine.edit_parameter(up, multiply(self.gates.values[part].clone()))
         self.gates.values.copy_(self.active)
         self.gates.detach()
-        if engines.get_rank() == 0:
-            self.history.write(self.trainer.args.output_dir)
+        if collectives.get_rank() == 0:
+            self.history.write(self.run.trainer.args.output_dir)
             if closed:
                 LOG.warning(
                     "layersel: all gates of %d of %d modules ended at 0, such as those of %s: they contribute "
@@ -336,12 +337,12 @@ class RankRedistribution:
         """Return the plain adapter that computes what the gated modules compute, see ``layouts.lay_out``."""
         factors, rest = layouts.split(tensors)
         values = self.gates.values.cpu()
-        everything = find_lora_modules(self.model.get_base_model())
+        modules = self.run.lora_modules
         folded = {}
         for name, pair in factors.items():
             part = self.gates.parts.get(name)
             gates = None if part is None else values[part]
-            folded[name] = layouts.fold(pair, everything[name].scaling[self.adapter], gates)
+            folded[name] = layouts.fold(pair, modules[name].scaling[self.run.adapter], gates)
         return layouts.lay_out(folded, rest, config, "ragged")
 
     def save(self, checkpoint: str | Path, weights: dict[str, torch.Tensor]) -> None:
@@ -374,7 +375,7 @@ class RankRedistribution:
         Raises:
             LayerselError: naming ``key``, if the checkpoint is damaged or of another run.
         """
-        state = engines.decide_on_rank_zero(lambda: self.read(checkpoint, key))
+        state = collectives.decide_on_rank_zero(lambda: self.read(checkpoint, key))
         self.pool = state.pool
         for name, tensor in self.gate_tensors().items():
             tensor.copy_(state.gates[name])
@@ -382,7 +383,7 @@ class RankRedistribution:
 
     def check(self, checkpoint: str | Path, key: str) -> None:
         """Raise LayerselError, on every rank, unless ``checkpoint`` is of this run."""
-        engines.decide_on_rank_zero(lambda: bool(self.read(checkpoint, key)))
+        collectives.decide_on_rank_zero(lambda: bool(self.read(checkpoint, key)))
 
     def read(self, checkpoint: str | Path, key: str) -> State:
         """Return the state of a checkpoint, see ``restore_gates``."""
@@ -399,19 +400,19 @@ class RankRedistribution:
 
         def load_adapter(model_id: str, adapter_name: str, *args, **kwargs):
             path = state_path(model_id)
-            if adapter_name != self.adapter or not path.exists():
+            if adapter_name != self.run.adapter or not path.exists():
                 return upstream(model_id, adapter_name, *args, **kwargs)
-            adapters.restore_adapter(self.model, path, ADAPTER_PREFIX)
+            adapters.restore_adapter(self.run, path, ADAPTER_PREFIX)
             return None
 
         return load_adapter
 
-    def restore_fsdp_adapter(self, checkpoint: str | Path) -> None:
-        """Write the LoRA weights of ``checkpoint`` into an FSDP2 model; every rank must call this."""
-        adapters.restore_fsdp_adapter(self.trainer, state_path(checkpoint), ADAPTER_PREFIX)
+    def restore_weights(self, checkpoint: str | Path) -> None:
+        """Write the LoRA weights of ``checkpoint`` into the model in training; every rank must call this."""
+        adapters.restore_live_adapter(self.run, state_path(checkpoint), ADAPTER_PREFIX)
 
 
-def write_rows(changed: torch.Tensor, rows: dict[int, torch.Tensor]) -> engines.Edit:
+def write_rows(changed: torch.Tensor, rows: dict[int, torch.Tensor]) -> Edit:
     """Return the edit that zeroes the rows ``changed``, or writes those that ``rows`` has."""
 
     def edit(tensor: torch.Tensor) -> None:
@@ -422,11 +423,11 @@ def write_rows(changed: torch.Tensor, rows: dict[int, torch.Tensor]) -> engines.
     return edit
 
 
-def zero(changed: torch.Tensor, dim: int) -> engines.Edit:
+def zero(changed: torch.Tensor, dim: int) -> Edit:
     """Return the edit that zeroes the rows (``dim`` 0) or columns (1) ``changed``."""
     return lambda tensor: tensor.index_fill_(dim, changed.to(tensor.device), 0)
 
 
-def multiply(columns: torch.Tensor) -> engines.Edit:
+def multiply(columns: torch.Tensor) -> Edit:
     """Return the edit that multiplies each column by its number."""
     return lambda tensor: tensor.copy_(tensor * columns.to(tensor.device))

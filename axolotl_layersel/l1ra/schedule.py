@@ -3,8 +3,8 @@
 import math
 from fractions import Fraction
 
-from axolotl_layersel.args import DEFAULT_GATE_LR, SHORT_RUN
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.args import DEFAULT_GATE_LR, SHORT_RUN
 
 AUTO_LAMBDA = 3.0
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from axolotl_layersel.args import L1RAArgs
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, parse_count, parse_json, reading, refuse, replace_atomically
+from axolotl_layersel.l1ra.allocation import BUDGETS
+from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.records import RankHistory, ranks_path
 from axolotl_layersel.tensors import load_tensors, save_tensors
 
@@ -162,7 +163,7 @@ def find_rank_fault(
     low = next((name for name in ranks if ranks[name] < min(settings.min_rank, start[name])), None)
     if low is not None:
         return f"leaves {low} fewer than min_rank: {settings.min_rank} components"
-    cost = costs if settings.budget == "parameters" else dict.fromkeys(ranks, 1)
+    cost = BUDGETS[settings.budget](costs)
     before, now = (sum(count * cost[name] for name, count in counts.items()) for counts in (start, ranks))
     if (settings.reassign and now + pool != before) or (not settings.reassign and (pool or now > before)):
         return f"began with a budget of {before}, but {now} are in use and {pool} wait in the state beside it"

@@ -1,1 +1,1 @@
-"""Choosing layers: one file a method, ``passes`` to run the model, ``phase`` to decide and apply."""
+"""Choosing layers before training: ``select`` decides and applies, ``methods`` holds a file for each method."""

@@ -151,7 +151,7 @@ def place_token(samples: list[Sample], token: str) -> tuple[list[Sample], list[i
         return samples, None
     if token == "cls":
         return samples, [0] * len(samples)
-    ending = find_ending(samples) if token == "auto" else []
+    ending = {"auto": lambda: find_ending(samples), "last": list}[token]()
     ended = [sample for sample in samples if sample.input_ids[len(sample.input_ids) - len(ending) :] == ending]
     kept = [sample for sample in ended if len(sample.input_ids) > len(ending)]
     return kept, [len(sample.input_ids) - len(ending) - 1 for sample in kept]

@@ -1,27 +1,27 @@
 """What layer selection does while the run trains; it only delegates."""
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.plan import Plan
+from axolotl_layersel.run import Run
 from axolotl_layersel.truncation import TruncatedBackward
 
 
 class LayerSelectionCallback(TrainerCallback):
     """Logs the scores, and cuts the backward pass below the lowest layer that trains."""
 
-    def __init__(self, trainer: Trainer, stack: LayerStack, plan: Plan) -> None:
-        self.trainer = trainer
+    def __init__(self, run: Run, stack: LayerStack, plan: Plan) -> None:
+        self.run = run
         self.stack = stack
         self.plan = plan
         self.truncated: TruncatedBackward | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-        self.truncated = TruncatedBackward(model, self.stack)
+        self.truncated = TruncatedBackward(self.run.model, self.stack)
         self.truncated.install()
         if state.global_step == 0:
-            self.trainer.log(describe(self.plan))
+            self.run.trainer.log(describe(self.plan))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.truncated is not None:

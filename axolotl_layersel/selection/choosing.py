@@ -1,14 +1,62 @@
-"""How many layers are kept, and which."""
+"""What is to be chosen, how many layers are kept, and which."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import mean
 
-from axolotl_layersel.args import DEFAULT_RATIO, SelectionArgs
+import torch
+
+from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection.args import ResolvedSelection
+from axolotl_layersel.selection.calibration import Sample, fingerprint, read_samples
+from axolotl_layersel.selection.methods import Method, get_method
+from axolotl_layersel.selection.methods.flexora.records import GateHistory
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice that is to be made.
+
+    Attributes:
+        run: whose layers are chosen; its trainer has not trained.
+        stack: the layers of its model.
+        settings: as they take effect.
+        candidates: the layers that may be chosen, ascending.
+    """
+
+    run: Run
+    stack: LayerStack
+    settings: ResolvedSelection
+    candidates: list[int]
+
+    @classmethod
+    def of(cls, run: Run, stack: LayerStack, settings: ResolvedSelection) -> Selection:
+        """Return what is to be chosen by ``settings``; every rank must call this.
+
+        Raises:
+            LayerselError: on every rank, if a layer named in the settings cannot be chosen.
+        """
+        return cls(run, stack, settings, decide_on_rank_zero(lambda: find_candidates(settings, stack)))
+
+    @property
+    def method(self) -> Method:
+        """How it is made."""
+        return get_method(self.settings.method)
+
+    def count_kept(self) -> int:
+        """Return how many layers are kept; every rank must call this.
+
+        Raises:
+            LayerselError: on every rank, if that is none, or more than there are.
+        """
+        return decide_on_rank_zero(lambda: count_kept(self.settings, len(self.candidates)))
 
 
 @dataclass(frozen=True)
@@ -23,6 +71,7 @@ class Choice:
         rows: of the dataset, that were looked at, in the order drawn.
         left_out: rows that were drawn, but could not be compared with the others.
         fingerprint: of those rows.
+        history: the course of the search, where there was one.
     """
 
     modules: list[str]
@@ -32,9 +81,50 @@ class Choice:
     rows: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     fingerprint: str | None = None
+    history: GateHistory | None = None
 
 
-def find_candidates(settings: SelectionArgs, stack: LayerStack) -> list[int]:
+@dataclass(frozen=True)
+class Scores:
+    """What a method measured on samples.
+
+    Attributes:
+        values: importance of every layer, None where it has none.
+        unscored: why a layer has no score, by layer.
+        left_out: rows of the samples that could not be compared with the others.
+    """
+
+    values: list[float | None]
+    unscored: dict[int, str] = field(default_factory=dict)
+    left_out: list[int] = field(default_factory=list)
+
+
+def choose_by_score(selection: Selection, score: Callable[[list[Sample]], Scores]) -> Choice:
+    """Return the layers of the highest scores on a calibration sample; every rank must call this.
+
+    Args:
+        selection: by a method that draws rows.
+        score: scores the layers, on every rank alike.
+    """
+    settings, keep = selection.settings, selection.count_kept()
+    assert settings.num_samples is not None, "methods that draw rows have a number of them"
+    samples = read_samples(selection.run.trainer.train_dataset, settings.num_samples, settings.seed)
+    scores = score(samples)
+    method, candidates = selection.method, selection.candidates
+    selected = decide_on_rank_zero(lambda: choose_highest(scores.values, scores.unscored, candidates, keep, method))
+    left_out = set(scores.left_out)
+    scored = [sample for sample in samples if sample.row not in left_out]
+    return Choice(
+        selection.stack.list_modules(selected),
+        scores.values,
+        scores.unscored,
+        rows=[sample.row for sample in scored],
+        left_out=scores.left_out,
+        fingerprint=fingerprint(scored),
+    )
+
+
+def find_candidates(settings: ResolvedSelection, stack: LayerStack) -> list[int]:
     """Return the layers that may be chosen, ascending.
 
     Raises:
@@ -57,7 +147,7 @@ def find_candidates(settings: SelectionArgs, stack: LayerStack) -> list[int]:
     return sorted(settings.candidates or stack.lora_modules)
 
 
-def count_kept(settings: SelectionArgs, candidates: int, what: str = "layers") -> int:
+def count_kept(settings: ResolvedSelection, candidates: int, what: str = "layers") -> int:
     """Return how many of ``what`` are kept: floor(ratio × candidates + 1e-9), for 0.29 × 100 is 28.999….
 
     Raises:
@@ -72,7 +162,9 @@ def count_kept(settings: SelectionArgs, candidates: int, what: str = "layers") -
                 f"be chosen. Set it to at most {candidates}."
             )
         return settings.num_layers
-    ratio = DEFAULT_RATIO if settings.ratio is None else settings.ratio
+    ratio = settings.ratio
+    if ratio is None:
+        raise LayerselError(f"layersel.selection.ratio: nothing says how many {what} are kept. Set it, such as 0.5.")
     keep = math.floor(ratio * candidates + 1e-9)
     if keep == 0:
         way_out = ", or `num_layers: 1`" if what == "layers" else ""
@@ -83,31 +175,47 @@ def count_kept(settings: SelectionArgs, candidates: int, what: str = "layers") -
     return keep
 
 
-def choose(
-    scores: list[float | None], unscored: dict[int, str], candidates: list[int], keep: int, method: str
+def choose_highest(
+    scores: list[float | None], unscored: dict[int, str], candidates: list[int], keep: int, method: Method
 ) -> list[int]:
     """Return the ``keep`` candidates of the highest scores, ascending; ties go to the lower layer.
 
     Raises:
         LayerselError: if too few are scored, or all scores are equal.
     """
-    scored = [layer for layer in candidates if scores[layer] is not None]
+    scored = {layer: score for layer in candidates if (score := scores[layer]) is not None}
     if len(scored) < keep:
         reasons = "; ".join(f"layer {layer}: {reason}" for layer, reason in sorted(unscored.items()))
         raise LayerselError(
-            f"layersel.selection.method: {method} could score only {len(scored)} of {len(candidates)} layers, {keep} "
-            f"are to be kept ({reasons}). Use `token: auto` or `mean`, or keep fewer layers."
+            f"layersel.selection.method: {method.name} could score only {len(scored)} of {len(candidates)} layers, "
+            f"{keep} are to be kept ({reasons}). {method.way_out}"
         )
-    more = "more flexora.steps" if method == "flexora" else "more `num_samples`"
-    if keep < len(scored) and len({scores[layer] for layer in scored}) == 1:
+    if keep < len(scored) and len(set(scored.values())) == 1:
         raise LayerselError(
-            f"layersel.selection.method: {method} gives every layer the score {scores[scored[0]]}, so there is "
-            f"nothing to choose by. Use other data, {more}, or another method."
+            f"layersel.selection.method: {method.name} gives every layer the score {next(iter(scored.values()))}, so "
+            f"there is nothing to choose by. Use other data, {method.more_evidence}, or another method."
         )
-    return sorted(sorted(scored, key=lambda layer: (-scores[layer], layer))[:keep])  # type: ignore[operator]
+    return sorted(sorted(scored, key=lambda layer: (-scored[layer], layer))[:keep])
 
 
 def find_mean_overlap(choices: list[Collection]) -> float:
     """Return the mean Jaccard overlap |A ∩ B| / |A ∪ B| of all pairs of ``choices``, none of them empty."""
     sets = [set(choice) for choice in choices]
     return mean(len(one & other) / len(one | other) for one, other in combinations(sets, 2))
+
+
+def check_finite(measured: torch.Tensor, places: list[str], samples: list[Sample]) -> None:
+    """Raise LayerselError naming the place and the training row of the first number that is not finite.
+
+    Args:
+        measured: (samples, places).
+        places: what was measured, in the order that the model runs.
+        samples: what it was measured on.
+    """
+    bad = (~measured.isfinite()).nonzero()
+    if len(bad):
+        place, sample = min((int(place), int(sample)) for sample, place in bad)
+        raise LayerselError(
+            f"layersel.selection.method: NaN or infinity in {places[place]} for training row {samples[sample].row}. "
+            "Look at that row and at the base model's precision (fp16 overflows; try bf16)."
+        )

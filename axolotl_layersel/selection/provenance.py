@@ -8,7 +8,7 @@ from typing import Any
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.selection.calibration import fingerprint, read_sample
-from axolotl_layersel.selection.flexora.validation import join_eval_sets
+from axolotl_layersel.selection.methods.flexora.validation import join_eval_sets
 
 # What sets models of one name apart. Not the vocabulary, which a run may extend, nor what quantisation changes.
 SHAPE = (
@@ -40,7 +40,7 @@ def shorten(base_model: str) -> str:
     return (cached[-1] if cached else Path(base_model).absolute().name).lower()
 
 
-def check_base(plan: Plan, base_model: str | None, shape: dict[str, int | str] | None, source: str) -> None:
+def check_base_model(plan: Plan, base_model: str | None, shape: dict[str, int | str] | None, source: str) -> None:
     """Check that a plan was made for this base model: one of the same name, wherever it lies, and the same shape.
 
     Args:

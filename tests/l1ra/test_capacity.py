@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_lora, make_small_llama
+from conftest import make_lora, make_small_llama, make_trainer
 from peft import PeftModel
 from transformers import BertConfig, BertModel
 
@@ -10,6 +10,7 @@ from axolotl_layersel import adapters, layouts
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.capacity import grow_modules
 from axolotl_layersel.layers import find_lora_modules
+from axolotl_layersel.run import Run
 
 TOKENS = torch.arange(3, 33)[None]
 
@@ -78,8 +79,9 @@ def test_a_rank_above_the_room_is_refused_with_the_module():
         grow_modules(make_trained(), 3)
 
 
-def test_encoders_are_plain_enough():
+def test_encoders_are_plain_enough(tmp_path):
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 97}
     model = make_lora(BertModel(BertConfig(num_hidden_layers=2, **size)), ["query", "value"])
-    adapters.check_plain_lora(model, find_lora_modules(model.get_base_model()), "layersel.l1ra")
+    run = Run.of(make_trainer(model, tmp_path))
+    adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
     assert len(grow_modules(model, 8)) == 4

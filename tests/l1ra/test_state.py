@@ -9,8 +9,9 @@ import torch
 from conftest import make_lora, make_small_llama, make_trainer
 from safetensors.torch import save_file
 
-from axolotl_layersel.args import L1RAArgs, LayerselBlock
+from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.l1ra.state import find_ranks_digest, read_state, state_path
 from axolotl_layersel.prepare import prepare_trainer

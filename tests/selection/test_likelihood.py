@@ -6,12 +6,12 @@ import logging
 import pytest
 import torch
 import transformers
-from conftest import make_lora, make_rows, make_small_bert, make_small_llama, make_trainer
+from conftest import make_lora, make_rows, make_selection, make_small_bert, make_small_llama, make_trainer
 
-from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.selection import likelihood, passes
+from axolotl_layersel.selection import likelihood
 from axolotl_layersel.selection.calibration import read_samples
 from axolotl_layersel.selection.likelihood import count_tokens_at_a_time
+from axolotl_layersel.selection.methods import fisher
 
 SIZE = {
     "vocab_size": 97,
@@ -81,7 +81,7 @@ def measure(model, folder, at_once: bool = False):
     rows[3] = {**rows[3], "labels": [-100] * len(rows[3]["labels"])}
     trainer = make_trainer(model, folder, rows)
     samples = read_samples(trainer.train_dataset, 8, seed=5)
-    return passes.measure_squared_gradients(trainer, model, find_layer_stack(model), samples)
+    return fisher.measure_squared_gradients(make_selection(trainer, "fisher"), samples)
 
 
 def measure_at_once(model, folder):

@@ -5,12 +5,14 @@ import random
 import numpy
 import pytest
 import torch
-from conftest import make_lora, make_rows, make_small_bert, make_small_llama, make_trainer
+from conftest import make_lora, make_rows, make_selection, make_small_bert, make_small_llama, make_trainer
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.selection import cka, passes
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.calibration import place_token, read_samples
+from axolotl_layersel.selection.methods import cka, cosine, fisher
 
 
 @pytest.fixture
@@ -27,6 +29,14 @@ def read(trainer, count: int = 11):
     return read_samples(trainer.train_dataset, count, seed=5)
 
 
+def measure_turns(trainer, samples) -> torch.Tensor:
+    return passes.measure_token_sums(make_selection(trainer, "cosine"), samples, cosine.sum_turns)
+
+
+def measure_squared_gradients(trainer, samples) -> torch.Tensor:
+    return fisher.measure_squared_gradients(make_selection(trainer, "fisher"), samples)
+
+
 def plain_hidden_states(model, samples) -> list[list[torch.Tensor]]:
     """Return Hugging Face's hidden states of each sample alone, without padding."""
     model.eval()
@@ -39,9 +49,9 @@ def plain_hidden_states(model, samples) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("token", ["auto", "last", "mean", "cls"])
 def test_token_states_are_hugging_faces_hidden_states(model, tmp_path, token):
     trainer = make_trainer(model, tmp_path)
-    stack, samples = find_layer_stack(model), read(trainer)
+    samples = read(trainer)
     samples, positions = place_token(samples, token)
-    states = passes.measure_token_states(trainer, model, stack, samples, positions)
+    states = cka.measure_token_states(make_selection(trainer), samples, positions)
     assert states.shape == (11, 7, 32)
     for i, hidden in enumerate(plain_hidden_states(model, samples)):
         for place, tokens in enumerate(hidden):
@@ -53,16 +63,16 @@ def test_padded_and_unpadded_batches_give_the_same_scores(model, tmp_path):
     scores = []
     for size in (1, 5):
         trainer = make_trainer(model, tmp_path, per_device_train_batch_size=size)
-        stack, samples = find_layer_stack(model), read(trainer)
-        states = passes.measure_token_states(trainer, model, stack, *place_token(samples, "auto"))
+        samples = read(trainer)
+        states = cka.measure_token_states(make_selection(trainer), *place_token(samples, "auto"))
         scores.append(cka.score_layers(states)[0])
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 
 def test_turns_are_those_of_each_layers_own_input_and_output(model, tmp_path):
     trainer = make_trainer(model, tmp_path)
-    stack, samples = find_layer_stack(model), read(trainer)
-    turns = passes.measure_turns(trainer, model, stack, samples)
+    samples = read(trainer)
+    turns = measure_turns(trainer, samples)
     for i, hidden in enumerate(plain_hidden_states(model, samples)):
         # The last of Hugging Face's hidden states is after the final norm, which is not the layer's.
         for layer in range(5):
@@ -126,8 +136,8 @@ def test_squared_gradients_are_those_of_the_models_own_loss(tmp_path, kind):
     model = make_labelled(kind)
     rows = make_rows_of(kind)
     trainer = make_trainer(model, tmp_path, rows)
-    stack, samples = find_layer_stack(model), read(trainer)
-    squares = passes.measure_squared_gradients(trainer, model, stack, samples)
+    samples = read(trainer)
+    squares, stack = measure_squared_gradients(trainer, samples), find_layer_stack(model)
 
     model.eval()
     base = model.get_base_model()
@@ -144,7 +154,7 @@ def test_squared_gradients_are_those_of_the_models_own_loss(tmp_path, kind):
             expected = sum(weight.grad.double().square().sum().item() for weight in group)
             assert squares[i, layer].item() == pytest.approx(expected, rel=1e-4)
             assert expected > 0
-    counts = passes.count_target_weights(model, stack)
+    counts = fisher.count_target_weights(make_selection(trainer, "fisher"))
     assert counts.tolist() == [sum(weight.numel() for weight in weights[layer]) for layer in range(len(stack.layers))]
 
 
@@ -153,7 +163,7 @@ def test_segments_are_what_the_data_set_says(tmp_path):
     rows = make_rows_of("BertForMaskedLM")
     trainer = make_trainer(model, tmp_path, rows)
     samples = read(trainer)
-    states = passes.measure_token_states(trainer, model, find_layer_stack(model), samples, None)
+    states = cka.measure_token_states(make_selection(trainer), samples, None)
     model.eval()
     for i, sample in enumerate(samples):
         row = {key: torch.tensor([rows[sample.row][key]]) for key in ("input_ids", "token_type_ids")}
@@ -174,10 +184,10 @@ def test_labels_of_another_kind_are_an_error(tmp_path, kind, labels, message):
     rows = [{**row, "labels": labels} for row in make_rows_of(kind)]
     trainer = make_trainer(model, tmp_path, rows)
     with pytest.raises(LayerselError, match=message):
-        passes.measure_squared_gradients(trainer, model, find_layer_stack(model), read(trainer))
+        measure_squared_gradients(trainer, read(trainer))
 
 
-@pytest.mark.parametrize("measure", ["measure_turns", "measure_squared_gradients"])
+@pytest.mark.parametrize("measure", [measure_turns, measure_squared_gradients])
 def test_a_pass_leaves_model_and_random_streams_as_they_were(model, tmp_path, measure):
     trainer = make_trainer(model, tmp_path)
     model.train()
@@ -194,7 +204,7 @@ def test_a_pass_leaves_model_and_random_streams_as_they_were(model, tmp_path, me
     numpy.random.seed(1)
     torch.manual_seed(1)
 
-    getattr(passes, measure)(trainer, model, find_layer_stack(model), read(trainer))
+    measure(trainer, read(trainer))
 
     assert (random.random(), numpy.random.random(), torch.rand(1).item()) == expected
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -210,20 +220,20 @@ def test_an_error_within_a_pass_leaves_the_model_as_it_was(model, tmp_path):
     rows = [{**row, "labels": [-100] * len(row["labels"])} for row in make_rows()]
     trainer = make_trainer(model, tmp_path, rows)
     model.train()
-    stack, samples = find_layer_stack(model), read(trainer)
+    samples = read(trainer)
     broken = [type(sample)(row=sample.row, input_ids=[10**6], labels=None) for sample in samples]
     with pytest.raises(IndexError):
-        passes.measure_turns(trainer, model, stack, broken)
+        measure_turns(trainer, broken)
     assert model.training
     assert any(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(LayerselError, match=r"fisher needs labels.*row \d+ has none"):
-        passes.measure_squared_gradients(trainer, model, stack, broken)
+        measure_squared_gradients(trainer, broken)
 
 
 def test_a_packed_micro_batch_holds_as_many_samples_as_fit(model, tmp_path):
     trainer = make_trainer(model, tmp_path, per_device_train_batch_size=2)
     samples = read(trainer)
-    assert passes.batch_size(trainer, samples) == 2
+    assert passes.count_fitting(Run.of(trainer), samples) == 2
     trainer.args.sample_packing, trainer.args.max_seq_length = True, 100
     longest = max(len(sample.input_ids) for sample in samples)
-    assert passes.batch_size(trainer, samples) == 2 * (100 // longest)
+    assert passes.count_fitting(Run.of(trainer), samples) == 2 * (100 // longest)

@@ -11,7 +11,7 @@ from test_plan import make_plan
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.provenance import check_base, compare_data, shorten
+from axolotl_layersel.selection.provenance import check_base_model, compare_data, shorten
 
 OTHER_DATA = "was made on other data than this run's"
 
@@ -72,8 +72,8 @@ def test_a_plan_that_was_written_before_shapes_were_is_known_by_its_name(plan, t
     with pytest.raises(LayerselError, match="base_model: x/y is not the one"):
         prepare(tmp_path / "other", base="x/y", plan=str(tmp_path / "old.json"))
     # Models that were built in memory have no name.
-    check_base(make_plan(base_model=None), "x/y", None, "there")
-    check_base(make_plan(), "", {}, "there")
+    check_base_model(make_plan(base_model=None), "x/y", None, "there")
+    check_base_model(make_plan(), "", {}, "there")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

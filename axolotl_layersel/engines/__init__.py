@@ -1,0 +1,72 @@
+"""How a model is distributed: one class for each engine, and the table of them.
+
+Nothing here imports torch, so that settings can be checked without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+
+from axolotl_layersel.errors import LayerselError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from axolotl_layersel.engines.base import Engine
+
+# Module and class of each engine, by its name.
+ENGINES = {
+    "single": ("base", "Engine"),
+    "ddp": ("base", "Engine"),
+    "zero0": ("zero", "DeepSpeedEngine"),
+    "zero1": ("zero", "ZeroEngine"),
+    "zero2": ("zero", "ZeroEngine"),
+    "zero3": ("zero", "PartitionedEngine"),
+    "fsdp2": ("fsdp2", "ShardedEngine"),
+}
+
+
+def find_engine(trainer: Trainer) -> Engine:
+    """Return the engine that ``trainer`` runs on, or will run on.
+
+    Raises:
+        LayerselError: for an engine that is not supported.
+    """
+    accelerator = trainer.accelerator
+    kind = accelerator.distributed_type.value
+    if kind == "NO":
+        name = "single"
+    elif kind == "DEEPSPEED":
+        name = f"zero{int(accelerator.state.deepspeed_plugin.zero_stage)}"
+    elif kind == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version == 2:
+        name = "fsdp2"
+    elif kind.startswith("MULTI_"):
+        name = "ddp"
+    else:
+        raise LayerselError(
+            f"layersel: the engine {kind} is not supported. Use one process, DDP, DeepSpeed ZeRO-1, 2 or 3, or FSDP2."
+        )
+    return load_class(name)(trainer, name)
+
+
+def find_launched_class() -> type[Engine]:
+    """Return the class of the engine that this process was launched for.
+
+    The variables that accelerate reads, and that Axolotl sets, say it before a trainer exists.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return load_class(f"zero{int(os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 0))}")
+    return load_class("fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp")
+
+
+def list_classes() -> list[type[Engine]]:
+    """Return the class of every engine, each once."""
+    return list(dict.fromkeys(load_class(name) for name in ENGINES))
+
+
+def load_class(name: str) -> type[Engine]:
+    """Return the class of the engine ``name``, a key of ``ENGINES``; another name is a KeyError."""
+    module, kind = ENGINES[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), kind)

@@ -1,0 +1,219 @@
+"""What the package asks of an engine, answered for those on which every rank holds all weights whole.
+
+Relied on beyond documented interfaces (``tests/engines/test_base.py`` fails when one of them changes):
+
+* torch 2.13.0: Adam's and AdamW's moments are ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``; DeepSpeed's Adam
+  has the first two.
+* transformers 5.16.1: the files that one process and DDP resume from are ``optimizer.pt``, ``scheduler.pt`` and the
+  random state of each rank.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from axolotl_layersel.engines.collectives import count_ranks, decide_on_rank_zero, get_rank
+from axolotl_layersel.errors import LayerselError
+
+# Changes a whole tensor in place: each element by its place and its own value alone, for others' are not known
+# everywhere, and the same way on every rank.
+Edit = Callable[[torch.Tensor], None]
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class Engine:
+    """One process, or DDP: every rank holds all weights whole, all the time.
+
+    Other engines override what differs. A call that communicates says so; every rank must make it.
+
+    Attributes:
+        trainer: whose engine it is.
+        name: as plans and messages have it.
+        is_streamed: whether layers come to the device one at a time, so that the model need not fit on it.
+        runs_in_lockstep: whether a forward pass communicates, so that all ranks must run the same number of them.
+        restores_lora: whether a resumed run gets its LoRA weights back without our help.
+        state_writers: files that show whose optimizer's state a checkpoint holds, as patterns, and the engine's name.
+    """
+
+    is_streamed: ClassVar[bool] = False
+    runs_in_lockstep: ClassVar[bool] = False
+    restores_lora: ClassVar[bool] = True
+    state_writers: ClassVar[dict[str, str]] = {"optimizer.pt": "one process or DDP"}
+
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        self.trainer = trainer
+        self.name = name
+
+    # --- Before the engine runs ---------------------------------------------------------------------------------------
+
+    @staticmethod
+    def list_state_files(checkpoint: Path, rank: int, world: int) -> list[str]:
+        """Return what this engine reads to resume, as patterns in the folder of a checkpoint.
+
+        Args:
+            checkpoint: its folder.
+            rank: whose files are asked for: those that all ranks read, and its own.
+            world: the number of processes.
+        """
+        return ["optimizer.pt", "scheduler.pt", name_random_state(rank, world)]
+
+    def list_ranks_with_weights(self) -> list[int]:
+        """Return the ranks that can run the model before the engine is built."""
+        return list(range(count_ranks()))
+
+    def has_weights(self) -> bool:
+        """Return whether this rank can run the model before the engine is built."""
+        return get_rank() in self.list_ranks_with_weights()
+
+    @contextlib.contextmanager
+    def materialize(self, tensors: list[torch.Tensor]) -> Iterator[None]:
+        """Make parameters and buffers whole and put them on the trainer's device, then as they were.
+
+        What lies whole on the CPU is copied to the device, and the copy dropped.
+        """
+        with move(tensors, self.trainer.args.device):
+            yield
+
+    @contextlib.contextmanager
+    def keep_config(self) -> Iterator[None]:
+        """Give the engine's configuration back as it was; within the block its schedule follows the run's steps."""
+        yield
+
+    def check_optimizer(self) -> None:
+        """Raise LayerselError where the engine's own settings choose an optimizer under which rank cannot move."""
+
+    def find_shape(self, parameter: torch.Tensor) -> torch.Size:
+        """Return the shape of the whole of ``parameter``."""
+        return parameter.shape
+
+    def holds_whole(self, parameter: torch.Tensor) -> bool:
+        """Return whether this rank holds the whole of ``parameter`` before the engine is built."""
+        return True
+
+    # --- A trial of training, and back --------------------------------------------------------------------------------
+
+    def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return what ``restore_trained`` needs of the parameters that train, by name, before the engine is built."""
+        return {name: p.detach().clone().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def restore_trained(self, model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+        """Write ``values`` into the live engine's parameters, but not into its optimizer; every rank must call this."""
+        self.reshard()
+        parameters = dict(model.named_parameters())
+        for name in decide_on_rank_zero(lambda: list(values)):
+            self.write_parameter(parameters[name], values.get(name))
+
+    def release(self, model: nn.Module) -> None:
+        """Let go of an engine that has trained, so that another one can be built; every rank must call this."""
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.trainer.accelerator.free_memory()
+
+    # --- Weights of the live engine -----------------------------------------------------------------------------------
+
+    def reshard(self) -> None:
+        """Let go of whole weights that a forward pass without a backward pass has left behind."""
+
+    def gather_parameter(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the whole of ``parameter`` on the CPU, detached; every rank must call this."""
+        return parameter.detach().clone().cpu()
+
+    def gather_parameters(self, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Return the whole parameters by name on rank 0, an empty mapping elsewhere; every rank must call this."""
+        gathered = {}
+        for name, parameter in parameters.items():
+            tensor = self.gather_parameter(parameter)
+            if get_rank() == 0:
+                gathered[name] = tensor.contiguous()
+        return gathered
+
+    def write_parameter(self, parameter: torch.Tensor, value: torch.Tensor | None) -> None:
+        """Write a whole ``value`` into a parameter; every rank must call this.
+
+        Where weights lie in parts, rank 0's value counts, and others may pass None.
+        """
+        assert value is not None, "here every rank has all values"
+        parameter.data.copy_(value)
+
+    def find_shard(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+        """Return this rank's part of a parameter, flat, and the place of its first element in the whole.
+
+        All ranks' parts together are the whole, once: a rank whose part is a copy of another's gets None. Every rank
+        must call this, after ``reshard``.
+        """
+        return (parameter.detach().flatten(), 0) if get_rank() == 0 else None
+
+    @torch.no_grad()
+    def edit_parameter(self, parameter: nn.Parameter, edit: Edit) -> None:
+        """Change a parameter that the engine trains between two optimizer steps, on every rank.
+
+        What the next forward reads and, where there is one, the fp32 master both change; what ``edit`` leaves as it is
+        stays so bit for bit. Nothing is communicated: every rank changes the part that it holds.
+        """
+        self.edit_weight(parameter, edit)
+
+    @torch.no_grad()
+    def edit_weight(self, parameter: nn.Parameter, edit: Edit) -> None:
+        """Change a parameter on every rank, but not the fp32 master that the engine may have of it."""
+        self.edit_held(parameter, edit)
+
+    @torch.no_grad()
+    def edit_moments(self, parameter: nn.Parameter, edit: Edit) -> None:
+        """Change both Adam moments of a parameter as ``edit_parameter`` does.
+
+        Raises:
+            LayerselError: if the optimizer has none.
+        """
+        optimizer: Any = self.trainer.optimizer
+        state = optimizer.state.get(parameter, {})
+        if not state and any(optimizer.state.values()):
+            return  # no gradient has reached it yet: its moments are zero
+        check_moments(state, type(getattr(optimizer, "optimizer", optimizer)).__name__)
+        for moment in MOMENTS:
+            if moment in state:
+                self.edit_held(state[moment], edit)
+
+    def edit_held(self, tensor: torch.Tensor, edit: Edit) -> None:
+        """Change the part of a tensor that this rank holds."""
+        edit(tensor.data)
+
+
+def name_random_state(rank: int, world: int) -> str:
+    """Return the name of the file in a checkpoint that holds the random state of a rank."""
+    return "rng_state.pth" if world == 1 else f"rng_state_{rank}.pth"
+
+
+@contextlib.contextmanager
+def move(tensors: list[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Let ``tensors`` hold copies on ``device``, then their own data again."""
+    origins = [(tensor, tensor.data) for tensor in tensors if tensor.device != device]
+    for tensor, data in origins:
+        move_tensor(tensor, data.to(device))
+    try:
+        yield
+    finally:
+        for tensor, data in origins:
+            move_tensor(tensor, data)
+
+
+def move_tensor(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Give ``tensor`` the data of another device; a 4-bit weight's quantisation state follows it."""
+    tensor.data = data
+    if getattr(tensor, "quant_state", None) is not None:
+        tensor.quant_state.to(data.device)
+
+
+def check_moments(state: dict, optimizer: str) -> None:
+    """Raise LayerselError unless ``state`` holds Adam's two moments as plain numbers."""
+    missing = [moment for moment in MOMENTS[:2] if not torch.is_tensor(state.get(moment))]
+    if missing or not all(state[moment].is_floating_point() for moment in MOMENTS[:2]):
+        raise LayerselError(
+            f"optimizer: {optimizer} keeps no {(missing or MOMENTS)[0]} that rank could move with. "
+            "Use `optimizer: adamw_torch` or `adamw_torch_fused`."
+        )

@@ -1,0 +1,120 @@
+"""FSDP2: weights, masters and moments lie in parts, as DTensors.
+
+Relied on beyond documented interfaces (``tests/engines/test_fsdp2.py`` fails when one of them changes):
+
+* transformers 5.16.1 and accelerate 1.13.0: when the trainer is created the model lies whole on the CPU, or with
+  ``cpu_ram_efficient_loading`` on rank 0 alone. The names of the files that a run resumes from.
+* accelerate 1.13.0: restoring weights from FULL_STATE_DICT leaves the shards of ranks above 0 as they were
+  initialised.
+* accelerate 1.13.0, ``_prepare_fsdp2``: knows the parameters of a sharded model that is prepared again by the
+  ``data_ptr()`` of their local shards, which is 0 for every empty one.
+* torch 2.13.0: a parameter is a ``DTensor``, and so are its optimizer's moments; after a forward pass without a
+  backward pass it may be a whole plain parameter in the precision of the forward pass.
+  ``compute_local_shape_and_global_offset`` says where a DTensor's part lies in the whole.
+"""
+
+import functools
+import math
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from axolotl_layersel.engines.base import Edit, Engine, name_random_state
+from axolotl_layersel.engines.collectives import count_ranks
+from axolotl_layersel.errors import LayerselError
+
+FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
+
+
+class ShardedEngine(Engine):
+    """FSDP2: each rank holds a part of every weight, and gathers a layer for its forward and backward pass."""
+
+    is_streamed: ClassVar[bool] = True
+    restores_lora: ClassVar[bool] = False
+    state_writers: ClassVar[dict[str, str]] = {
+        "optimizer.bin": "FSDP2 with FULL_STATE_DICT",
+        "optimizer_0": "FSDP2 with SHARDED_STATE_DICT",
+    }
+
+    @staticmethod
+    def list_state_files(checkpoint: Path, rank: int, world: int) -> list[str]:
+        if os.environ.get("FSDP_STATE_DICT_TYPE", "").upper() == "FULL_STATE_DICT":
+            weights = ["pytorch_model_fsdp.bin", "optimizer.bin"] if rank == 0 else []
+        else:
+            weights = [f"{folder}/{name}" for folder in FOLDERS for name in (".metadata", f"__{rank}_*.distcp")]
+        return [*weights, "scheduler.pt", name_random_state(rank, world)]
+
+    def list_ranks_with_weights(self) -> list[int]:
+        plugin = self.trainer.accelerator.state.fsdp_plugin
+        return [0] if plugin.cpu_ram_efficient_loading else list(range(count_ranks()))
+
+    def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        # Rank 0 alone holds the copies.
+        return self.gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+    def release(self, model: nn.Module) -> None:
+        super().release(model)
+        for parameter in model.parameters():
+            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if parameter.requires_grad and shard.numel() == 0:
+                parameter._local_tensor.data_ptr = functools.partial(id, parameter)
+
+    def reshard(self) -> None:
+        for module in self.trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def gather_parameter(self, parameter: torch.Tensor) -> torch.Tensor:
+        whole = gather_shards(parameter) if isinstance(parameter, DTensor) else parameter
+        return super().gather_parameter(whole)
+
+    def write_parameter(self, parameter: torch.Tensor, value: torch.Tensor | None) -> None:
+        assert isinstance(parameter, DTensor), "the engine is live, and resharded"
+        value = torch.empty(parameter.shape, dtype=parameter.dtype) if value is None else value
+        whole = value.to(device=parameter.device_mesh.device_type, dtype=parameter.dtype)
+        shards = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        with torch.no_grad():
+            parameter.to_local().copy_(shards.to_local())
+
+    def find_shard(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+        if not isinstance(parameter, DTensor):
+            return super().find_shard(parameter)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        coordinate = mesh.get_coordinate()
+        if any(place and not placement.is_shard() for place, placement in zip(coordinate, placements)):
+            return None
+        shape, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+        if tuple(shape[1:]) != tuple(parameter.shape[1:]):
+            raise LayerselError(f"fsdp_config: shards of {placements} are not supported. Shard the first dimension.")
+        return parameter.detach().to_local().flatten(), offsets[0] * math.prod(shape[1:])
+
+    def edit_held(self, tensor: torch.Tensor, edit: Edit) -> None:
+        if isinstance(tensor, DTensor):
+            edit_shards(tensor, edit)
+        else:
+            super().edit_held(tensor, edit)
+
+
+def gather_shards(shards: DTensor) -> torch.Tensor:
+    """Return the whole of a DTensor on its mesh's device; a collective call. Offloaded shards are copied there."""
+    mesh = shards.device_mesh
+    local = shards.detach().to_local().to(mesh.device_type)
+    return DTensor.from_local(local, mesh, shards.placements, shape=shards.shape, stride=shards.stride()).full_tensor()
+
+
+def edit_shards(shards: DTensor, edit: Edit) -> None:
+    """Change this rank's part of a DTensor."""
+    mesh, local = shards.device_mesh, shards.to_local()
+    places = torch.arange(shards.numel(), device=mesh.device_type).view(shards.shape)
+    # Without a source every rank cuts its part out of its own tensor.
+    places = distribute_tensor(places, mesh, shards.placements, src_data_rank=None).to_local().to(local.device)
+    whole = local.new_zeros(shards.shape)
+    whole.view(-1)[places] = local
+    edit(whole)
+    local.copy_(whole.view(-1)[places])

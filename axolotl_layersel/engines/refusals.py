@@ -1,0 +1,54 @@
+"""What a YAML file asks for that no engine can do together with this package; nothing here imports torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from axolotl_layersel.block import as_mapping, as_whole, quote
+from axolotl_layersel.errors import LayerselError
+
+PARALLELISM = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
+# What the engines that split weights are called in messages, by their names.
+LABELS = {"zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+
+
+def check_engine(data: Mapping[str, Any]) -> None:
+    """Raise LayerselError for a way of distributing the model that the plugin does not support."""
+    for key in PARALLELISM:
+        value = as_whole(data.get(key))
+        if value is None and data.get(key) is not None:
+            raise LayerselError(f"{key}: {quote(data[key])} is not a whole number. Set it to 1.")
+        if value is not None and value > 1:
+            raise LayerselError(f"{key}: {value} splits layers over devices, which is not supported. Set it to 1.")
+    fsdp_config = data.get("fsdp_config") or {}
+    if not isinstance(fsdp_config, Mapping):
+        raise LayerselError(
+            f"fsdp_config: {quote(fsdp_config)} is not a mapping. Write its keys on lines of their own below it."
+        )
+    if data.get("fsdp") or fsdp_config:
+        version = data.get("fsdp_version") or fsdp_config.get("fsdp_version") or fsdp_config.get("version")
+        if str(version) != "2":
+            raise LayerselError(f"fsdp_version: {version!r} is not supported by the plugin. Set `fsdp_version: 2`.")
+        if fsdp_config.get("activation_checkpointing"):
+            # Its wrappers enter the names under which Axolotl saves the adapter at the end, which PEFT then ignores.
+            raise LayerselError(
+                "fsdp_config.activation_checkpointing: true would make the saved adapter unreadable for PEFT. "
+                "Set it to false and use `gradient_checkpointing: true`."
+            )
+
+
+def find_zero_stage(deepspeed: Any) -> int | None:
+    """Return the ZeRO stage of the ``deepspeed`` key, a file's path or its content; None where it is not to be seen."""
+    try:
+        content = deepspeed if isinstance(deepspeed, Mapping) else json.loads(Path(str(deepspeed)).read_text())
+        return int(content["zero_optimization"]["stage"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None  # Axolotl itself says what is wrong with the file
+
+
+def find_shards(data: Mapping[str, Any]) -> str | None:
+    """Return the name of the engine that a YAML file chooses, where that splits weights over the processes."""
+    if find_zero_stage(data.get("deepspeed")) == 3:
+        return "zero3"
+    return "fsdp2" if data.get("fsdp") or as_mapping(data.get("fsdp_config")) else None

@@ -1,0 +1,256 @@
+"""DeepSpeed: ZeRO stage 0 to 3.
+
+Relied on beyond documented interfaces (``tests/engines/test_zero.py`` fails when one of them changes):
+
+* accelerate 1.13.0 and deepspeed 0.18.9: the names of the files that a run resumes from. A ZeRO-3 model is
+  partitioned when the trainer is created.
+* deepspeed 0.18.9: a partitioned parameter has ``ds_id``, ``ds_numel``, ``ds_shape`` and ``ds_process_group``, and
+  this rank's part of what the next forward gathers in ``ds_tensor``: flat, all ranks' parts of one size, the last
+  ones padded; its ``status`` says whether it is in memory. A parameter that is not gathered has no elements; one
+  under ``stage3_param_persistence_threshold`` stays gathered.
+* deepspeed 0.18.9: ``safe_get_local_*`` and ``safe_set_local_*`` pass the padded part of the fp32 master and of the
+  optimizer's state under ZeRO-3. Under ZeRO-1 and 2 ``_hp_mapping`` is None or holds this rank's part: of the flat
+  parameter from ``lp_fragment_address.start`` on what ``get_hp_fragment`` returns, itself and not a copy.
+* deepspeed 0.18.9: a second ZeRO-3 engine over the same parameters fails unless each one's ``ds_active_sub_modules``
+  was cleared and the first engine's ``empty_partition_cache`` called; ``destroy`` leaves ``module_forward_pre_hook``
+  and ``module_forward_post_hook`` on the module and, of ZeRO-3, ``_z3_optimizer`` on each parameter, by which the
+  first engine lives on. ``auto`` in the configuration is filled in place.
+"""
+
+import contextlib
+import copy
+import functools
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed
+from torch import nn
+from transformers import Trainer
+
+from axolotl_layersel.engines.base import MOMENTS, Edit, Engine, move, name_random_state
+from axolotl_layersel.engines.collectives import get_rank
+from axolotl_layersel.errors import LayerselError
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO stage 0: DDP by DeepSpeed's own engine."""
+
+    state_writers: ClassVar[dict[str, str]] = {"global_step*": "DeepSpeed"}
+
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        super().__init__(trainer, "ddp" if name == "zero0" else name)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of the DeepSpeed file."""
+        return self.trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+
+    @classmethod
+    def list_state_files(cls, checkpoint: Path, rank: int, world: int) -> list[str]:
+        latest = checkpoint / "latest"  # names the folder of DeepSpeed's state
+        if not latest.is_file():
+            return ["latest", name_random_state(rank, world)]
+        folder = glob.escape(Path(latest.read_text(errors="replace").strip()).name or "global_step")
+        files = ["latest", *(f"{folder}/{name}" for name in cls.list_engine_files(rank))]
+        config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        # DeepSpeed's own schedule is in its state.
+        scheduled = config is not None and "scheduler" in json.loads(Path(config).read_text())
+        return [*files, *([] if scheduled else ["scheduler.pt"]), name_random_state(rank, world)]
+
+    @staticmethod
+    def list_engine_files(rank: int) -> list[str]:
+        """Return what of DeepSpeed's state a rank reads, as patterns in its folder."""
+        return ["mp_rank_00_model_states.pt"]
+
+    @contextlib.contextmanager
+    def keep_config(self) -> Iterator[None]:
+        config = self.trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        before = copy.deepcopy(config)
+        schedule = (config.get("scheduler") or {}).get("params", {})
+        for key in {"total_num_steps", "warmup_num_steps"} & schedule.keys():
+            schedule[key] = "auto"
+        try:
+            yield
+        finally:
+            config.clear()
+            config.update(before)
+
+    def check_optimizer(self) -> None:
+        raise LayerselError("deepspeed: ZeRO stage 0 is not supported by layersel.l1ra. Use stage 1, 2 or 3, or DDP.")
+
+    def release(self, model: nn.Module) -> None:
+        wrapped = self.trainer.model_wrapped
+        super().release(model)
+        # destroy() leaves what holds the engine, and with it the fp32 masters and the moments.
+        for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+            if hasattr(wrapped, hook):
+                getattr(wrapped, hook).remove()
+
+
+class ZeroEngine(DeepSpeedEngine):
+    """ZeRO-1 and ZeRO-2: weights are whole everywhere, their fp32 masters and moments lie in parts."""
+
+    @staticmethod
+    def list_engine_files(rank: int) -> list[str]:
+        # Under bf16 the second one's name begins with that.
+        return ["mp_rank_00_model_states.pt", f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"]
+
+    def check_optimizer(self) -> None:
+        kind = str((self.config.get("optimizer") or {}).get("type", "Adam"))
+        if kind.lower() not in ("adam", "adamw"):
+            raise LayerselError(
+                f"deepspeed: its file's optimizer.type {kind} keeps no Adam moments that layersel.l1ra could move rank "
+                "with. Remove its `optimizer` section, or use AdamW."
+            )
+
+    @torch.no_grad()
+    def edit_parameter(self, parameter: nn.Parameter, edit: Edit) -> None:
+        self.edit_weight(parameter, edit)
+        self.edit_state(parameter, edit, None)
+
+    @torch.no_grad()
+    def edit_moments(self, parameter: nn.Parameter, edit: Edit) -> None:
+        for moment in MOMENTS[:2]:
+            self.edit_state(parameter, edit, moment)
+
+    def edit_state(self, parameter: nn.Parameter, edit: Edit, moment: str | None) -> None:
+        """Change this rank's part of the fp32 master of a parameter, or of one of its Adam moments.
+
+        Raises:
+            LayerselError: if there is none.
+        """
+        if not hasattr(parameter, "_hp_mapping"):
+            raise LayerselError(describe_missing_state())
+        mapping = parameter._hp_mapping  # None on ranks that hold no part of it
+        if mapping is not None:
+            edit_slice(mapping.get_hp_fragment(moment), mapping.lp_fragment_address.start, parameter.shape, edit)
+
+
+class PartitionedEngine(ZeroEngine):
+    """ZeRO-3: weights lie in parts too, and are gathered for each layer's forward and backward pass."""
+
+    is_streamed: ClassVar[bool] = True
+    runs_in_lockstep: ClassVar[bool] = True
+
+    @staticmethod
+    def list_engine_files(rank: int) -> list[str]:
+        return [
+            f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
+            f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+        ]
+
+    @contextlib.contextmanager
+    def materialize(self, tensors: list[torch.Tensor]) -> Iterator[None]:
+        import deepspeed
+
+        partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        whole = [tensor for tensor in tensors if not hasattr(tensor, "ds_id")]
+        with contextlib.ExitStack() as stack:
+            if partitioned:
+                stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
+            stack.enter_context(move(whole, self.trainer.args.device))
+            yield
+
+    def find_shape(self, parameter: torch.Tensor) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def holds_whole(self, parameter: torch.Tensor) -> bool:
+        return not hasattr(parameter, "ds_id")
+
+    def check_optimizer(self) -> None:
+        super().check_optimizer()
+        offload = self.config["zero_optimization"].get("offload_param") or {}
+        if offload.get("device") == "nvme":
+            raise LayerselError(
+                "deepspeed: its file's zero_optimization.offload_param.device nvme keeps weights on disk, where "
+                "layersel.l1ra does not write. Use `cpu` or `none`."
+            )
+
+    def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        # Rank 0 alone holds the copies.
+        return self.gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+    def release(self, model: nn.Module) -> None:
+        parameters = list(model.parameters())
+        for parameter in parameters:
+            parameter.grad = None
+            if hasattr(parameter, "ds_active_sub_modules"):
+                parameter.ds_active_sub_modules.clear()
+        self.trainer.model_wrapped.empty_partition_cache()
+        super().release(model)
+        for parameter in parameters:
+            if hasattr(parameter, "_z3_optimizer"):
+                del parameter._z3_optimizer
+
+    def gather_parameter(self, parameter: torch.Tensor) -> torch.Tensor:
+        if not hasattr(parameter, "ds_id"):
+            return super().gather_parameter(parameter)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return super().gather_parameter(parameter)
+
+    def write_parameter(self, parameter: torch.Tensor, value: torch.Tensor | None) -> None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if value is not None:
+                parameter.data.copy_(value)
+
+    def find_shard(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+        if not hasattr(parameter, "ds_id"):
+            return super().find_shard(parameter)
+        if parameter.ds_tensor.status.name != "AVAILABLE":  # it lies on an NVMe disk
+            whole = self.gather_parameter(parameter)
+            return (whole.flatten(), 0) if get_rank() == 0 else None
+        ranks = torch.distributed.get_process_group_ranks(parameter.ds_process_group)
+        part = parameter.ds_tensor.detach().flatten()
+        offset = ranks.index(get_rank()) * part.numel()
+        # The last partition is padded.
+        return (part[: max(0, parameter.ds_numel - offset)], offset) if 0 in ranks else None
+
+    def edit_held(self, tensor: torch.Tensor, edit: Edit) -> None:
+        if hasattr(tensor, "ds_id"):
+            edit_partition(tensor, tensor.ds_tensor, edit)
+        # Small parameters stay whole between steps; the others have no data then.
+        if tensor.numel():
+            edit(tensor.data)
+
+    def edit_state(self, parameter: nn.Parameter, edit: Edit, moment: str | None) -> None:
+        from deepspeed import utils
+
+        if moment is None:
+            part = utils.safe_get_local_fp32_param(parameter)
+            store = utils.safe_set_local_fp32_param
+        else:
+            part = utils.safe_get_local_optimizer_state(parameter, moment)
+            store = functools.partial(utils.safe_set_local_optimizer_state, optim_state_key=moment)
+        if part is None:
+            raise LayerselError(describe_missing_state())
+        edit_partition(parameter, part, edit)
+        store(parameter, part)
+
+
+def describe_missing_state() -> str:
+    """Return the message for a LoRA weight of which DeepSpeed keeps nothing."""
+    return "deepspeed: the engine keeps no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3."
+
+
+def edit_partition(parameter: torch.Tensor, part: torch.Tensor, edit: Edit) -> None:
+    """Change this rank's flat ``part`` of a tensor that has the shape of ``parameter`` and is split by ZeRO-3."""
+    start = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+    edit_slice(part, start, parameter.ds_shape, edit)
+
+
+def edit_slice(part: torch.Tensor, start: int, shape: torch.Size, edit: Edit) -> None:
+    """Change ``part``, the elements from ``start`` on of a flattened tensor of ``shape``; past its end is padding."""
+    whole = part.new_zeros(shape)
+    held = whole.view(-1)[start : start + part.numel()]
+    held.copy_(part[: held.numel()])
+    edit(whole)
+    part[: held.numel()].copy_(held)

@@ -1,0 +1,165 @@
+"""``layersel.l1ra``: its settings, and what in the rest of the YAML file contradicts them."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from axolotl_layersel.block import Block, as_number, as_whole, check_known, quote, read_choice
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.l1ra.allocation import BUDGETS
+from axolotl_layersel.plain_lora import check_gates
+
+# No model has matrices with more rows and columns; room for such a rank would take all memory.
+HIGHEST_RANK = 2**16
+DEFAULT_GATE_LR = 0.02
+# In a shorter run gates of that learning rate could not get from 1 to 0 and back: with `l1_lambda: auto` the pressure
+# would exceed what any gradient can move a gate by, η a step, and all of them would end at 0.
+SHORT_RUN = 200
+# Optimizers whose moments are whole numbers of one tensor per weight; 8-bit ones share a scale between rows.
+ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+
+class L1RAArgs(Block):
+    """``layersel.l1ra``: how much rank each LoRA module gets while the model trains."""
+
+    path: ClassVar[str] = "layersel.l1ra"
+
+    max_rank: int | None = Field(
+        default=None, description="The highest rank that a module can reach. Default: 2 × lora_r."
+    )
+    min_rank: int = Field(default=1, description="The rank that pruning leaves every module.")
+    budget: str = Field(
+        default="rank",
+        description="`rank`: the sum of all ranks stays; `parameters`: the trainable parameters never grow.",
+    )
+    l1_lambda: float | str = Field(
+        default="auto",
+        description="λ, the pressure on the gates: `auto`, with which the pressure alone would take a gate to zero in "
+        "a third of the run, or a number.",
+    )
+    gate_lr: float | None = Field(
+        default=None,
+        description=f"Learning rate of the gates, constant. Default {DEFAULT_GATE_LR}, and more in runs of fewer than "
+        f"{SHORT_RUN} optimizer steps: {DEFAULT_GATE_LR} × {SHORT_RUN} / steps.",
+    )
+    update_ratio: float = Field(default=0.1, description="Share of the optimizer steps between two updates of rank.")
+    warmup_ratio: float = Field(default=0.0, description="Share of the optimizer steps before the first update.")
+    prune_threshold: float = Field(default=1e-10, description="An update prunes components with a gate below this.")
+    reassign: bool = Field(default=True, description="false: pruned rank is not placed again, the adapter shrinks.")
+    exclude_pruned: bool = Field(
+        default=True, description="A module that lost rank in an update gains none in the same update."
+    )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def check_budget(cls, value: Any) -> Any:
+        return check_known(f"{cls.path}.budget", value, tuple(BUDGETS))
+
+    @field_validator("l1_lambda", mode="before")
+    @classmethod
+    def check_lambda(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        number = as_number(value)
+        if number is None or number < 0:
+            raise ValueError(f"{cls.path}.l1_lambda: {quote(value)} is not `auto` or a number from 0. Set `auto`.")
+        return number
+
+    @field_validator("max_rank", "min_rank")
+    @classmethod
+    def check_rank(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{cls.path}.{info.field_name}: {value} is no rank of a module. Set 1 or more.")
+        if value is not None and value > HIGHEST_RANK:
+            raise ValueError(
+                f"{cls.path}.{info.field_name}: {value} is more than the rank of any weight. "
+                f"Set {HIGHEST_RANK} or less."
+            )
+        return value
+
+    @field_validator("gate_lr")
+    @classmethod
+    def check_gate_lr(cls, value: float | None) -> float | None:
+        if value is not None and value < 0:
+            raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.02.")
+        return value
+
+    @field_validator("update_ratio")
+    @classmethod
+    def check_update_ratio(cls, value: float) -> float:
+        if not 0 < value <= 1:
+            raise ValueError(f"{cls.path}.update_ratio: {value} is outside (0, 1]. Set a share such as 0.1.")
+        return value
+
+    @field_validator("warmup_ratio")
+    @classmethod
+    def check_warmup_ratio(cls, value: float) -> float:
+        if not 0 <= value < 1:
+            raise ValueError(f"{cls.path}.warmup_ratio: {value} is outside [0, 1). Set a share such as 0.1.")
+        return value
+
+    @field_validator("prune_threshold")
+    @classmethod
+    def check_prune_threshold(cls, value: float) -> float:
+        if not 0 < value < 1:
+            raise ValueError(
+                f"{cls.path}.prune_threshold: {value} is outside (0, 1): gates lie from 0 to 1, and only one below the "
+                "threshold is pruned. Leave the key out."
+            )
+        return value
+
+    @model_validator(mode="after")
+    def check_ranks_and_gates(self) -> "L1RAArgs":
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ValueError(f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}.")
+        if self.gate_lr == 0 and self.l1_lambda != 0:
+            raise ValueError(
+                f"{self.path}.gate_lr: 0 holds the gates where they are, whatever l1_lambda: {self.l1_lambda} is. Set "
+                "a gate_lr above 0; or, to train plain LoRA on purpose, `l1_lambda: 0` too."
+            )
+        return self
+
+
+def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:
+    """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.l1ra``."""
+    check_ranks(data, settings)
+    check_gates(data, "layersel.l1ra")
+    check_optimizer(read_choice(data, "optimizer"))
+
+
+def check_ranks(data: Mapping[str, Any], settings: L1RAArgs) -> None:
+    """Raise LayerselError where the ranks of ``layersel.l1ra`` do not go with ``lora_r`` and ``lora_alpha``."""
+    rank = as_whole(data.get("lora_r"))
+    if rank is None:
+        raise LayerselError("lora_r: None is no rank that layersel.l1ra could start from. Set `lora_r`, such as 16.")
+    alpha = data.get("lora_alpha")
+    if as_number(alpha) is None:
+        raise LayerselError(
+            f"lora_alpha: {quote(alpha)} is no number that a scaling could come from. Set it, such as {rank}."
+        )
+    check_bounds(settings, rank)
+
+
+def check_bounds(settings: L1RAArgs, lora_r: int) -> None:
+    """Raise LayerselError unless ``lora_r`` lies between the lowest and the highest rank that a module can have."""
+    if settings.max_rank is not None and settings.max_rank < lora_r:
+        raise LayerselError(
+            f"layersel.l1ra.max_rank: {settings.max_rank} is less than lora_r: {lora_r}, with which modules start. Set "
+            f"{lora_r} or more, or leave it out for {2 * lora_r}."
+        )
+    if settings.min_rank > lora_r:
+        raise LayerselError(
+            f"layersel.l1ra.min_rank: {settings.min_rank} is more than lora_r: {lora_r}, with which modules start. Set "
+            f"{lora_r} or less."
+        )
+
+
+def check_optimizer(name: str | None) -> None:
+    """Raise LayerselError for an optimizer whose moments rank cannot move with; None is Axolotl's default."""
+    if name is not None and name not in ADAM_OPTIMIZERS:
+        raise LayerselError(
+            f"optimizer: {name!r} is not supported by layersel.l1ra, which clears the Adam moments of the components "
+            "that it moves: 8-bit and paged ones share them between components, others have none. "
+            f"Use {' or '.join(f'`{known}`' for known in ADAM_OPTIMIZERS)}."
+        )

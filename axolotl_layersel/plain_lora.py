@@ -1,0 +1,95 @@
+"""What gates need of the LoRA under them and of the run around it; nothing here imports torch.
+
+A gate multiplies what a plain LoRA module computes. Each refusal is one sentence, whether the fact comes from the
+YAML file or from a trainer.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from axolotl_layersel.block import as_mapping, read_choice
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.initialisation import PLAIN, check_loftq, normalise
+
+LOG = logging.getLogger("axolotl.layersel")
+
+LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+# Trainers that hand the adapter to a generator while training.
+GENERATING_TRAINERS = ("grpo", "gdpo", "ebft")
+
+
+@dataclass(frozen=True)
+class GatedRun:
+    """What of a run decides whether gates can be put on its LoRA.
+
+    Attributes:
+        initialisation: ``peft_init_lora_weights``.
+        has_dora: whether the adapter is DoRA.
+        fp16: whether the loss is scaled, as training in fp16 does; the value of the key.
+        restarts: whether training starts over with smaller batches where memory does not suffice.
+    """
+
+    initialisation: bool | str | None
+    has_dora: bool
+    fp16: Any
+    restarts: bool
+
+    def check(self, setting: str) -> None:
+        """Raise LayerselError for what would make gates wrong; ``setting`` is the YAML key that puts them there."""
+        if self.has_dora:
+            raise LayerselError(
+                f"peft_use_dora: true. DoRA ties its magnitudes to the whole adapter, of which {setting} cannot gate "
+                "parts. Remove peft_use_dora."
+            )
+        if normalise(self.initialisation) not in PLAIN:
+            raise LayerselError(
+                f"peft_init_lora_weights: {self.initialisation!r} is not supported by {setting}, whose gates need an "
+                "adapter that starts from nothing. Remove it, or use `gaussian`."
+            )
+        if self.fp16:
+            raise LayerselError(
+                f"fp16: {self.fp16!r} scales the loss, and with it the gradients of the gates of {setting}. "
+                "Set `bf16: true` instead."
+            )
+        if self.restarts:
+            raise LayerselError(
+                f"auto_find_batch_size: true starts training over, which {setting} does not support. Remove it, and "
+                "set `micro_batch_size`."
+            )
+
+
+def check_gates(data: Mapping[str, Any], setting: str) -> None:
+    """Raise LayerselError for what would make gates wrong in a YAML file; ``setting`` is the key that asks for them."""
+    GatedRun(
+        initialisation=data.get("peft_init_lora_weights"),
+        has_dora=bool(data.get("peft_use_dora")),
+        fp16=data.get("fp16") if data.get("fp16") != "auto" else None,
+        restarts=bool(data.get("auto_find_batch_size")),
+    ).check(setting)
+    check_loftq(data)
+    rl = read_choice(data, "rl")
+    if rl in GENERATING_TRAINERS or as_mapping(data.get("trl")).get("use_vllm"):
+        raise LayerselError(
+            f"rl: {rl!r} generates text from a merged copy of the adapter that knows nothing of the gates of "
+            f"{setting}. Use another method of `selection` alone with it."
+        )
+
+
+def switch_off_kernels(data: dict[str, Any]) -> None:
+    """Switch off the fused LoRA kernels that Axolotl would switch on by itself: they compute past gated modules.
+
+    Args:
+        data: the YAML file's content as the user wrote it, which is changed.
+
+    Raises:
+        LayerselError: if the user switched one on.
+    """
+    for key in LORA_KERNELS:
+        if data.get(key):
+            raise LayerselError(
+                f"{key}: {data[key]} bypasses the modules that layersel.l1ra looks into. Remove {key}, or that setting."
+            )
+        data[key] = False
+    LOG.info("layersel: l1ra switches off the fused LoRA kernels: %s", ", ".join(LORA_KERNELS))

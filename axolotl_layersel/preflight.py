@@ -1,0 +1,108 @@
+"""What a training run is checked for before its model loads; of all commands, only ``train`` comes here."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from axolotl_layersel.agreement import AGREEING_KEYS, check_started_alike
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.checkpoints import find_resumed_checkpoint
+from axolotl_layersel.engines.collectives import decide_on_rank_zero
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import check_output, read_json
+from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
+from axolotl_layersel.l1ra.records import ranks_path
+from axolotl_layersel.plan import plan_path
+from axolotl_layersel.prepare import check_resumed
+from axolotl_layersel.selection.args import DEFAULT_UNSELECTED
+from axolotl_layersel.selection.methods.flexora.records import gates_path
+from axolotl_layersel.selection.select import check_continuing, check_encoder_decoder, find_plan
+from axolotl_layersel.trainers import CONFIG_ONLY_TRAINERS
+
+
+def read_settings(cfg: Any) -> LayerselBlock:
+    """Return the validated ``layersel`` block of Axolotl's configuration."""
+    return LayerselBlock.model_validate(cfg.layersel.to_dict())
+
+
+def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
+    """Check what can be known before the model loads, and settle which checkpoint is resumed; every rank calls this.
+
+    Args:
+        cfg: Axolotl's configuration, in which the checkpoint that is resumed is named afterwards.
+        take_lock: lets no other run write into a folder.
+
+    Raises:
+        LayerselError: on every rank, where something cannot be honoured.
+    """
+    settings = read_settings(cfg)
+    names = [path("").name for path in (plan_path, ranks_path, gates_path)]
+    check_started_alike({"layersel": settings.model_dump(), **{key: cfg.get(key) for key in AGREEING_KEYS}})
+    decide_on_rank_zero(lambda: check_output(cfg.output_dir, names))
+    decide_on_rank_zero(lambda: take_lock(cfg.output_dir))
+    resume_from = find_resumed_checkpoint(
+        settings, cfg.output_dir, cfg.resume_from_checkpoint, bool(cfg.auto_resume_from_checkpoints)
+    )
+    # Axolotl by itself would also resume from a checkpoint that a killed run left incomplete.
+    cfg.resume_from_checkpoint = resume_from
+    cfg.auto_resume_from_checkpoints = False
+    decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
+    if cfg.lora_model_dir and cfg.rl in CONFIG_ONLY_TRAINERS:
+        raise LayerselError(
+            f"lora_model_dir: {cfg.lora_model_dir} is not loaded by Axolotl with rl: {cfg.rl.value}, "
+            "which starts from a new adapter. Remove lora_model_dir, or merge that adapter into the base first."
+        )
+    selection = settings.selection
+    if selection is None:
+        return
+    reused = decide_on_rank_zero(lambda: find_plan(selection, resume_from, cfg.base_model))
+    if cfg.lora_model_dir and reused is None:
+        check_continuing(selection)
+    if reused is None and decide_on_rank_zero(lambda: loads_encoder_decoder(cfg)):
+        check_encoder_decoder(selection, cfg.base_model)
+    if (reused[0].unselected if reused else selection.unselected or DEFAULT_UNSELECTED) == "remove":
+        check_base_weights(cfg)
+
+
+def loads_encoder_decoder(cfg: Any) -> bool:
+    """Return whether the model will have an encoder and a decoder, as its configuration and ``model_type`` say.
+
+    Of BART and others Axolotl loads the decoder alone, unless ``model_type`` names another class.
+    """
+    from axolotl.loaders.utils import load_model_config
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = load_model_config(cfg)
+    if cfg.type_of_model in (None, "AutoModelForCausalLM"):
+        decoder_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not cfg.is_multimodal
+    else:
+        decoder_alone = cfg.type_of_model.endswith("ForCausalLM")
+    return bool(getattr(config, "is_encoder_decoder", False)) and not decoder_alone
+
+
+def check_base_weights(cfg: Any) -> None:
+    """Raise LayerselError where base weights that the initialisation changes could not be what they were again."""
+    if cfg.lora_model_dir:
+        initial = decide_on_rank_zero(lambda: read_initialisation(Path(cfg.lora_model_dir)))
+        if changes_base(initial):
+            raise LayerselError(describe_continued(initial, cfg.lora_model_dir))
+        return
+    quantised = next((key for key in ("load_in_4bit", "load_in_8bit", "gptq") if cfg[key]), None)
+    found = f"{quantised} is on" if quantised else f"they are in {str(cfg.torch_dtype).removeprefix('torch.')}"
+    if changes_base(cfg.peft_init_lora_weights) and (quantised or cfg.torch_dtype != torch.float32):
+        raise LayerselError(describe_rounding(cfg.peft_init_lora_weights, found))
+
+
+def read_initialisation(folder: Path) -> bool | str | None:
+    """Return ``init_lora_weights`` of the adapter in ``folder``; None where it lies elsewhere, such as on a hub."""
+    path = folder / "adapter_config.json"
+    content = read_json("lora_model_dir", path, "Give the folder of an adapter.") if path.is_file() else None
+    return content.get("init_lora_weights") if isinstance(content, dict) else None
+
+
+def find_scaling(cfg: Any) -> float:
+    """Return the scaling that ``lora_alpha`` and ``lora_r`` ask for."""
+    return cfg.lora_alpha / (math.sqrt(cfg.lora_r) if cfg.peft_use_rslora else cfg.lora_r)

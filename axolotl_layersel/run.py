@@ -1,0 +1,62 @@
+"""What all parts of a run work on: its trainer, the engine, and the model with its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import Trainer
+
+from axolotl_layersel.engines import find_engine
+from axolotl_layersel.engines.base import Engine
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import find_lora_modules, get_adapter_name
+from axolotl_layersel.trainers import unwrap_model
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trainer whose model is a PEFT model with one LoRA adapter.
+
+    Attributes:
+        trainer: it may have trained.
+        engine: what the trainer runs on.
+        model: the trainer's, unwrapped; it stays the same object when an engine is built around it.
+        adapter: the name of the adapter in training.
+    """
+
+    trainer: Trainer
+    engine: Engine
+    model: PeftModel
+    adapter: str
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Run:
+        """Return the run of ``trainer``.
+
+        Raises:
+            LayerselError: if its engine is not supported, or its model has not just one LoRA adapter.
+        """
+        engine, model = find_engine(trainer), unwrap_model(trainer)
+        if not isinstance(model, PeftModel):
+            raise LayerselError(
+                f"adapter: the trainer's model is a {type(model).__name__}, not a PEFT model with LoRA."
+            )
+        return cls(trainer, engine, model, get_adapter_name(model))
+
+    @property
+    def config(self) -> LoraConfig:
+        """The configuration of the adapter."""
+        return self.model.peft_config[self.adapter]
+
+    @property
+    def lora_modules(self) -> dict[str, LoraLayer]:
+        """The LoRA modules by their name in the base model."""
+        return find_lora_modules(self.model.get_base_model())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trainer computes."""
+        return self.trainer.args.device

@@ -1,0 +1,276 @@
+"""``layersel.selection``: its settings, and what in the rest of the YAML file contradicts them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from axolotl_layersel.block import SEEDS, Block, as_mapping, as_whole_list, check_known, describe_seeds, read_choice
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.initialisation import check_initialisation
+from axolotl_layersel.plain_lora import GENERATING_TRAINERS
+from axolotl_layersel.selection.methods import LABELS, METHODS, get_method, list_data_free
+from axolotl_layersel.selection.methods.flexora import args as flexora
+from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs, Search
+
+TOKENS = ("auto", "last", "mean", "cls")
+UNSELECTED = ("remove", "freeze")
+DEFAULT_RATIO = 0.5
+DEFAULT_NUM_SAMPLES = 128
+DEFAULT_TOKEN = "auto"
+DEFAULT_UNSELECTED = "remove"
+TOWERS = ("keep", "remove")
+DEFAULT_TOWERS = "keep"
+KEEP = ("positive",)
+PLAN_CHECKS = ("error", "ignore")
+
+
+class SelectionArgs(Block):
+    """``layersel.selection``: which layers keep their adapter."""
+
+    path: ClassVar[str] = "layersel.selection"
+
+    method: str = Field(description=f"How layers are chosen: {', '.join(METHODS)}.")
+    ratio: float | None = Field(
+        default=None,
+        description=f"Share of the candidate layers that is kept, in (0, 1]. Default {DEFAULT_RATIO}, "
+        "unless `num_layers` or `layers` is given; with flexora see `keep`.",
+    )
+    num_layers: int | None = Field(default=None, description="Number of layers kept, instead of `ratio`.")
+    layers: list[int] | None = Field(default=None, description="With `method: explicit`: the layers kept, from 0.")
+    keep: str | None = Field(
+        default=None,
+        description="flexora: `positive` (default) keeps what has a gate above zero, instead of `ratio` or "
+        "`num_layers`.",
+    )
+    candidates: list[int] | None = Field(
+        default=None,
+        description="Layers that may be chosen. Default: every layer of the language model that carries LoRA.",
+    )
+    unselected: str | None = Field(
+        default=None,
+        description="`remove` (default): the other layers get no adapter; `freeze`: they keep it, untrained.",
+    )
+    towers: str | None = Field(
+        default=None,
+        description="LoRA outside of the language model's layers, such as in a vision tower, a projector or an encoder "
+        "beside a decoder. `keep` (default): it stays and trains; `remove`: it gets no adapter.",
+    )
+    num_samples: int | None = Field(
+        default=None, description=f"Training rows that the scores are computed from. Default {DEFAULT_NUM_SAMPLES}."
+    )
+    token: str | None = Field(
+        default=None,
+        description="cka: the token that stands for a row. `auto` (default): the last one before the ending that "
+        "nearly all rows share (others are left out); `last`, `mean` (of the row's tokens), `cls` (the first).",
+    )
+    seed: int | None = Field(
+        default=None, description="Seed of the calibration sample, or of the search. Default: the run's seed."
+    )
+    plan: str | None = Field(
+        default=None, description="Path of a saved plan.json: it is checked and applied, nothing is scored."
+    )
+    plan_check: str | None = Field(
+        default=None,
+        description="What a plan, or a checkpoint, that was made for another base model is. `error` (default); "
+        "`ignore`: it is applied, for a model that has another name only.",
+    )
+    flexora: FlexoraArgs | None = Field(
+        default=None, description="The search of `method: flexora`, see below. Default: its defaults."
+    )
+
+    @field_validator("method", "token", "unselected", "towers", "keep", "plan_check", mode="before")
+    @classmethod
+    def check_choice(cls, value: Any, info: Any) -> Any:
+        choices = {
+            "method": tuple(METHODS),
+            "token": TOKENS,
+            "unselected": UNSELECTED,
+            "towers": TOWERS,
+            "keep": KEEP,
+            "plan_check": PLAN_CHECKS,
+        }
+        return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
+
+    @field_validator("ratio")
+    @classmethod
+    def check_ratio(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{cls.path}.ratio: {value} is outside (0, 1]. Set the share to keep, such as 0.5.")
+        return value
+
+    @field_validator("num_layers")
+    @classmethod
+    def check_num_layers(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{cls.path}.num_layers: {value} keeps no layer. Set 1 or more.")
+        return value
+
+    @field_validator("seed")
+    @classmethod
+    def check_seed(cls, value: int | None) -> int | None:
+        if value is not None and value not in SEEDS:
+            raise ValueError(f"{cls.path}.seed: {value} is {describe_seeds()}")
+        return value
+
+    @field_validator("layers", "candidates")
+    @classmethod
+    def check_layers(cls, value: list[int] | None, info: Any) -> list[int] | None:
+        if value is None:
+            return None
+        key = f"{cls.path}.{info.field_name}"
+        if not value:
+            raise ValueError(f"{key}: [] names no layer. List at least one, counted from 0.")
+        negative = [layer for layer in value if layer < 0]
+        if negative:
+            raise ValueError(f"{key}: {negative} are negative. Layers are counted from 0, the lowest.")
+        repeated = sorted({layer for layer in value if value.count(layer) > 1})
+        if repeated:
+            raise ValueError(f"{key}: {repeated} are listed more than once. List each layer once.")
+        return value
+
+    @model_validator(mode="after")
+    def check_together(self) -> "SelectionArgs":
+        if self.method == "explicit" and self.layers is None:
+            raise ValueError(f"{self.path}.layers is missing: method explicit keeps just the layers listed there.")
+        if self.method != "explicit" and self.layers is not None:
+            raise ValueError(
+                f"{self.path}.layers: {self.layers} has no effect with method {self.method}. "
+                "Set `method: explicit`, or use `candidates` to limit the choice."
+            )
+        method = get_method(self.method)
+        for key in sorted({key for each in METHODS.values() for key in each.keys} - {*method.keys, "layers"}):
+            value = getattr(self, key)
+            if value is not None:
+                shown = "the block" if isinstance(value, Block) else value
+                raise ValueError(f"{self.path}.{key}: {shown} has no effect with method {self.method}. Remove the key.")
+        if self.num_samples is not None and self.num_samples < method.fewest_samples:
+            raise ValueError(
+                f"{self.path}.num_samples: {self.num_samples} is too few to compare rows by {self.method}. "
+                f"Set {method.fewest_samples} or more."
+            )
+        given = [key for key in ("keep", "ratio", "num_layers", "layers") if getattr(self, key) is not None]
+        if len(given) > 1:
+            shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
+            raise ValueError(f"{self.path}: {shown} both say how many layers are kept. Keep one of them.")
+        if self.flexora is not None and self.flexora.gate_lr == 0 and self.ratio != 1:
+            raise ValueError(
+                f"{FlexoraArgs.path}.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by. Set it "
+                "above 0, or keep everything with `ratio: 1`."
+            )
+        if self.flexora is not None and self.flexora.granularity == "module" and self.num_layers is not None:
+            raise ValueError(
+                f"{self.path}.num_layers: {self.num_layers} counts layers, but flexora.granularity: module chooses "
+                "modules. Use `ratio`, the share of the modules, or `keep: positive`."
+            )
+        if self.candidates is not None:
+            outside = sorted(set(self.layers or []) - set(self.candidates))
+            if outside:
+                raise ValueError(
+                    f"{self.path}.layers: {outside} are not among candidates: {self.candidates}. Add them there, or "
+                    "remove candidates."
+                )
+            if (self.num_layers or 0) > len(self.candidates):
+                raise ValueError(
+                    f"{self.path}.num_layers: {self.num_layers} is more than the {len(self.candidates)} candidates."
+                )
+        return self
+
+    def resolve(self, run_seed: int) -> "ResolvedSelection":
+        """Return the settings as they take effect; ``run_seed``: the seed where the block gives none."""
+        method = get_method(self.method)
+        ratio, keep = self.ratio, self.keep
+        if ratio is None and self.num_layers is None and self.layers is None:
+            if "keep" in method.keys:
+                keep = KEEP[0]
+            else:
+                ratio = DEFAULT_RATIO
+        return ResolvedSelection(
+            method=self.method,
+            ratio=ratio,
+            num_layers=self.num_layers,
+            layers=None if self.layers is None else sorted(self.layers),
+            keep=keep,
+            candidates=None if self.candidates is None else sorted(self.candidates),
+            unselected=self.unselected or DEFAULT_UNSELECTED,
+            towers=self.towers or DEFAULT_TOWERS,
+            num_samples=(self.num_samples or DEFAULT_NUM_SAMPLES) if "num_samples" in method.keys else None,
+            token=(self.token or DEFAULT_TOKEN) if "token" in method.keys else None,
+            seed=run_seed if self.seed is None else self.seed,
+            flexora=(self.flexora or FlexoraArgs()).resolve() if "flexora" in method.keys else None,
+        )
+
+
+@dataclass(frozen=True)
+class ResolvedSelection:
+    """The settings of a selection as they take effect, None where one has none; see ``SelectionArgs``."""
+
+    method: str
+    ratio: float | None
+    num_layers: int | None
+    layers: list[int] | None
+    keep: str | None
+    candidates: list[int] | None
+    unselected: str
+    towers: str
+    num_samples: int | None
+    token: str | None
+    seed: int
+    flexora: Search | None
+
+
+def check_file(data: Mapping[str, Any], settings: SelectionArgs) -> None:
+    """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.selection``."""
+    check_layers_to_transform(data, settings)
+    check_initialisation(data)
+    check_dataset(data, settings)
+    if settings.method == "flexora" and settings.plan is None:
+        flexora.check_file(data, (settings.flexora or FlexoraArgs()).resolve())
+
+
+def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionArgs) -> None:
+    """Raise LayerselError where ``peft_layers_to_transform`` leaves no room for the selection."""
+    value = data.get("peft_layers_to_transform")
+    allowed = as_whole_list(value if isinstance(value, list) else [value])
+    if allowed is None:
+        return
+    for key in ("layers", "candidates"):
+        outside = sorted(set(getattr(selection, key) or []) - set(allowed))
+        if outside:
+            raise LayerselError(
+                f"peft_layers_to_transform: {allowed} contradicts layersel.selection.{key}: layers {outside} would "
+                "carry no LoRA. Remove peft_layers_to_transform (the plugin decides the layers), or add them to it."
+            )
+    if (selection.num_layers or 0) > len(allowed):
+        raise LayerselError(
+            f"peft_layers_to_transform: {allowed} contradicts layersel.selection.num_layers: "
+            f"{selection.num_layers}. Remove peft_layers_to_transform, or lower num_layers."
+        )
+
+
+def check_dataset(data: Mapping[str, Any], selection: SelectionArgs) -> None:
+    """Raise LayerselError where the method needs rows that cannot be drawn at random, or answers that no row has."""
+    method = get_method(selection.method)
+    if not method.needs_data or selection.plan is not None:
+        return
+    rl = read_choice(data, "rl")
+    strided = as_mapping(data.get("ebft")).get("mode") == "strided"  # on texts, not on prompts
+    if method.draws_rows and rl in GENERATING_TRAINERS and not strided:
+        raise LayerselError(
+            f"rl: {rl!r} trains on prompts whose answers are yet to be generated, and layersel.selection.method: "
+            f"{selection.method!r} scores layers on answers. Give a saved `plan`, or use one of the methods that need "
+            f"no data: {list_data_free()}."
+        )
+    if method.reads == LABELS and data.get("reward_model"):
+        raise LayerselError(
+            f"reward_model: {data['reward_model']} learns from pairs of answers and has no labels, of which "
+            "layersel.selection.method: {method.name!r} needs the likelihood. Use `cka` or `cosine`."
+        )
+    streamed = next((key for key in ("streaming", "pretraining_dataset") if data.get(key)), None)
+    if streamed:
+        raise LayerselError(
+            f"{streamed}: {data[streamed]!r} cannot be sampled for layersel.selection.method: "
+            f"{selection.method!r}. Use a dataset that is loaded whole, give a saved `plan`, or one of the "
+            f"methods that need no data: {list_data_free()}."
+        )

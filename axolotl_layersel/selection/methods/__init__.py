@@ -1,0 +1,126 @@
+"""How layers are chosen: the table of methods. Each has a module of its own, which is loaded when it is used.
+
+Nothing here imports torch, so that settings can be checked without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from axolotl_layersel.errors import LayerselError, suggest
+
+if TYPE_CHECKING:
+    from axolotl_layersel.selection.choosing import Choice, Selection
+
+# What a method reads of the data.
+NOTHING = "nothing"
+TOKENS = "tokens"
+LABELS = "tokens and labels"
+BATCHES = "batches"  # it trains on them, whatever they are made of
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose layers.
+
+    Attributes:
+        name: the value of ``method`` in the YAML file.
+        summary: what it takes for important, for the documentation.
+        module: where its function is, below this package.
+        function: takes a ``Selection`` and returns a ``Choice``; every rank calls it.
+        reads: what it reads of the data.
+        needs_backward: whether it runs the model backward.
+        keys: of the ``selection`` block, those that not every method has.
+        fewest_samples: rows that it needs at least.
+        more_evidence: what to give more of when its scores do not tell layers apart.
+        way_out: what to do when layers cannot be scored.
+    """
+
+    name: str
+    summary: str
+    module: str
+    function: str = "choose"
+    reads: str = TOKENS
+    needs_backward: bool = False
+    keys: tuple[str, ...] = ("num_samples", "seed")
+    fewest_samples: int = 2
+    more_evidence: str = "more `num_samples`"
+    way_out: str = "Keep fewer layers."
+
+    @property
+    def draws_rows(self) -> bool:
+        """Whether it scores layers on a calibration sample of training rows."""
+        return self.reads in (TOKENS, LABELS)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at the data."""
+        return self.reads != NOTHING
+
+    def load(self) -> Callable[[Selection], Choice]:
+        """Return its function."""
+        return getattr(importlib.import_module(f"{__name__}.{self.module}"), self.function)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "cka",
+            "A layer that changes the geometry of its input much, 1 − CKA(input, output), at one token of each row.",
+            "cka",
+            keys=("num_samples", "seed", "token"),
+            fewest_samples=3,  # the CKA of two rows is always 1
+            way_out="Use `token: auto` or `mean`, or keep fewer layers.",
+        ),
+        Method(
+            "cosine", "A layer that turns its input far, 1 − cos(input, output), on average over all tokens.", "cosine"
+        ),
+        Method(
+            "fisher",
+            "A layer whose weights the likelihood of the answers depends on: the mean squared gradient.",
+            "fisher",
+            reads=LABELS,
+            needs_backward=True,
+        ),
+        Method(
+            "flexora",
+            "A layer whose gate a short search raises, because its adapter lowers the validation loss.",
+            "flexora.choice",
+            reads=BATCHES,
+            needs_backward=True,
+            keys=("flexora", "keep", "seed"),
+            more_evidence="more flexora.steps",
+        ),
+        Method("random", "Layers drawn by the seed.", "controls", "choose_random", reads=NOTHING, keys=("seed",)),
+        Method("first", "The lowest layers.", "controls", "choose_first", reads=NOTHING, keys=()),
+        Method("last", "The highest layers.", "controls", "choose_last", reads=NOTHING, keys=()),
+        Method(
+            "explicit",
+            "The layers that `layers` lists.",
+            "controls",
+            "choose_explicit",
+            reads=NOTHING,
+            keys=("layers",),
+        ),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """Return the method ``name``.
+
+    Raises:
+        LayerselError: if there is none.
+    """
+    if name not in METHODS:
+        raise LayerselError(f"layersel.selection.method: {name!r} is not known: {suggest(name, METHODS)}")
+    return METHODS[name]
+
+
+def list_data_free() -> str:
+    """Return the names of the methods that look at no data, for messages."""
+    return ", ".join(method.name for method in METHODS.values() if not method.needs_data)

@@ -1,0 +1,159 @@
+"""CKA: a layer that changes its input's geometry much is important (Layer-wise LoRA, arXiv 2602.05988)."""
+
+import logging
+
+import torch
+
+from axolotl_layersel.engines import collectives
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.selection import passes
+from axolotl_layersel.selection.calibration import Sample, are_most, count_most_common, place_token
+from axolotl_layersel.selection.choosing import Choice, Scores, Selection, check_finite, choose_by_score
+
+LOG = logging.getLogger("axolotl.layersel")
+
+# Embeddings of one repeated token differ by rounding only, about 1e-7 of their norm in fp32 and 4e-3 in bf16
+# times zero: equal tokens give equal rows. Centring in fp64 then leaves about 1e-16; 1e-5 is far from both.
+ZERO_VARIANCE = 1e-5
+
+
+def choose(selection: Selection) -> Choice:
+    """Return the layers that change the geometry of their input most; every rank must call this."""
+    return choose_by_score(selection, lambda samples: score(selection, samples))
+
+
+def score(selection: Selection, samples: list[Sample]) -> Scores:
+    """Return 1 − CKA of each layer's input and output at one token of each sample; every rank must call this."""
+    token = selection.settings.token
+    assert token is not None, "CKA has a token"
+    compared, positions = place_token(samples, token)
+    rows = {sample.row for sample in compared}
+    left_out = [sample.row for sample in samples if sample.row not in rows]
+    if collectives.get_rank() == 0:
+        report_token(compared, positions, left_out, token)
+    states = measure_token_states(selection, compared, positions)
+
+    def conclude() -> Scores:
+        assert states is not None, "rank 0 has the measurements"
+        check_finite(states.sum(dim=-1), ["the embeddings", *passes.name_places(selection)], compared)
+        return Scores(*score_layers(states), left_out)
+
+    return collectives.decide_on_rank_zero(conclude)
+
+
+def centre(representations: torch.Tensor) -> torch.Tensor:
+    """Return ``representations`` (samples, width) in float64 with the mean of each column taken away."""
+    values = representations.double()
+    return values - values.mean(dim=0, keepdim=True)
+
+
+def is_constant(representations: torch.Tensor) -> bool:
+    """Return whether all samples have the same representation: ‖Xc‖ ≤ 1e-5·‖X‖ (Frobenius)."""
+    norm = representations.double().norm()
+    return bool(centre(representations).norm() <= ZERO_VARIANCE * norm)
+
+
+def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the linear CKA of two representations of the same samples, in [0, 1], computed in float64.
+
+    CKA(X, Y) = ‖YcᵀXc‖²_F / (‖XcᵀXc‖_F · ‖YcᵀYc‖_F), with centred columns (Kornblith et al. 2019, eq. 4).
+    With fewer samples than features the same numbers come from the Gram matrices K = XcXcᵀ and L = YcYcᵀ:
+    ⟨K, L⟩ / (‖K‖·‖L‖), which are n×n.
+
+    Args:
+        first: (samples, features), any floating dtype.
+        second: (samples, other features), any floating dtype.
+
+    Raises:
+        ValueError: if one of them is the same for all samples: CKA is 0/0 there.
+    """
+    if is_constant(first) or is_constant(second):
+        raise ValueError("linear CKA is undefined where all samples have the same representation")
+    x, y = centre(first), centre(second)
+    if x.shape[0] < max(x.shape[1], y.shape[1]):
+        gram_x, gram_y = x @ x.T, y @ y.T
+        return float((gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm()))
+    return float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def score_layers(states: torch.Tensor) -> tuple[list[float | None], dict[int, str]]:
+    """Return the importance 1 − CKA(R_{i−1}, R_i) of each layer, and why a layer has none.
+
+    Args:
+        states: (samples, layers + 1, width): the embeddings and each layer's output, the last after the final
+            norm, as Hugging Face's ``hidden_states``.
+    """
+    scores: list[float | None] = []
+    reasons: dict[int, str] = {}
+    constant = [is_constant(states[:, i]) for i in range(states.shape[1])]
+    for layer in range(states.shape[1] - 1):
+        if constant[layer] or constant[layer + 1]:
+            where = "input" if constant[layer] else "output"
+            reasons[layer] = f"its {where} is the same for all samples at the token chosen"
+            scores.append(None)
+        else:
+            scores.append(1 - linear_cka(states[:, layer], states[:, layer + 1]))
+    return scores, reasons
+
+
+def measure_token_states(
+    selection: Selection, samples: list[Sample], positions: list[int] | None
+) -> torch.Tensor | None:
+    """Return the hidden states of one token of each sample: (samples, layers + 1, width), fp32 on the CPU.
+
+    They are those of Hugging Face's ``hidden_states``: the embeddings, then each layer's output, the last
+    after the final norm. ``positions`` is None for the mean over a sample's tokens. Only the rows asked for
+    are kept of each layer's output.
+    """
+    run, stack = selection.run, selection.stack
+    rows: list[torch.Tensor] = []
+
+    def measure(indices: list[int]) -> list[torch.Tensor]:
+        inputs = passes.make_inputs(run, [samples[i] for i in indices])
+        rows.clear()
+
+        def keep(hidden: torch.Tensor) -> None:
+            if positions is None:
+                mask = inputs["attention_mask"].to(hidden.device)[..., None]
+                kept = (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)
+            else:
+                kept = hidden[torch.arange(len(indices)), [positions[i] for i in indices]]
+            rows.append(kept.float().cpu())
+
+        with passes.hook_layers(stack, lambda layer, args, kwargs: keep(passes.get_hidden(args, kwargs)), None):
+            handle = stack.owner.register_forward_hook(lambda module, args, output: keep(passes.get_output(output)))
+            with passes.handle_removed(handle):
+                passes.call(run, inputs)
+        if len(rows) != len(stack.layers) + 1:
+            raise LayerselError(
+                f"layersel.selection.method: {type(stack.owner).__name__} ran {len(rows) - 1} of its "
+                f"{len(stack.layers)} layers in one forward pass; models that skip layers are not supported."
+            )
+        # Rows of their own: a view is sent to rank 0 with the storage of the whole batch.
+        return [state.clone() for state in torch.stack(rows, dim=1)]
+
+    with passes.scoring(selection):
+        return passes.over_samples(run, samples, measure, passes.count_fitting(run, samples))
+
+
+def report_token(samples: list[Sample], positions: list[int] | None, left_out: list[int], token: str) -> None:
+    """Log which rows are not scored, and a warning where the token that stands for a row says little about it."""
+    if left_out:
+        LOG.warning(
+            "layersel: token: %s: %d of the %d rows drawn lack the ending that the others share, as rows do that are "
+            "cut at sequence_len, and are not scored: %s",
+            token,
+            len(left_out),
+            len(samples) + len(left_out),
+            ", ".join(map(str, left_out)),
+        )
+    alike = 0 if positions is None else count_most_common(samples, positions)
+    if are_most(alike, len(samples)):
+        LOG.warning(
+            "layersel: token: %s: %d of %d rows have the same token there, so its embedding says next to nothing about "
+            "a row, and the score of layer 0 hangs on few rows or on none. %s",
+            token,
+            alike,
+            len(samples),
+            "Use `token: mean`." if token == "auto" else "Use `token: auto` or `mean`.",
+        )

@@ -1,0 +1,23 @@
+"""Cosine: a layer that turns its input far is important (LS-LoRA)."""
+
+import torch
+
+from axolotl_layersel.selection.choosing import Choice, Selection, choose_by_score
+from axolotl_layersel.selection.passes import score_by_tokens
+
+
+def choose(selection: Selection) -> Choice:
+    """Return the layers that turn their input farthest; every rank must call this."""
+    return choose_by_score(selection, lambda samples: score_by_tokens(selection, samples, sum_turns))
+
+
+def sum_turns(inputs: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the sum over each sample's tokens of 1 − cos(input, output): (samples,), float64.
+
+    Args:
+        inputs: a layer's input, (samples, tokens, width).
+        outputs: its output, before any final norm, same shape.
+        mask: (samples, tokens), 1 at real tokens and 0 at padding.
+    """
+    cosine = torch.nn.functional.cosine_similarity(inputs.double(), outputs.double(), dim=-1)
+    return ((1 - cosine) * mask).sum(dim=1)

@@ -1,0 +1,148 @@
+"""Fisher: a layer whose weights the log-likelihood depends on is important."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+from axolotl_layersel.engines import collectives
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.selection import passes
+from axolotl_layersel.selection.calibration import Sample, cut_sample
+from axolotl_layersel.selection.choosing import Choice, Scores, Selection, check_finite, choose_by_score
+from axolotl_layersel.selection.likelihood import count_tokens_at_a_time, differentiate
+from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
+
+# Tokens of the forward pass that shows how a model's head works.
+PROBED_TOKENS = 16
+
+
+def choose(selection: Selection) -> Choice:
+    """Return the layers whose weights the likelihood depends on most; every rank must call this."""
+    return choose_by_score(selection, lambda samples: score(selection, samples))
+
+
+def score(selection: Selection, samples: list[Sample]) -> Scores:
+    """Return each layer's mean squared gradient of the log-likelihood; every rank must call this."""
+    squares = measure_squared_gradients(selection, samples)
+    weights = count_target_weights(selection)
+
+    def conclude() -> Scores:
+        assert squares is not None, "rank 0 has the measurements"
+        check_finite(squares, passes.name_places(selection), samples)
+        return Scores(*score_layers(squares, weights))
+
+    return collectives.decide_on_rank_zero(conclude)
+
+
+def ghost_norm(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Return the squared Frobenius norm of a linear layer's weight gradient, which is never formed whole.
+
+    For one sample with inputs x_t and output gradients g_t the gradient is Σ_t g_t x_tᵀ, and its squared norm
+    is Σ (XXᵀ ∘ GGᵀ) over pairs of tokens (ghost clipping, Li et al. 2022, eq. 3 of arXiv 2110.05679).
+    Where the weight is smaller than the tokens' pairs, its gradient is formed after all: same number, less work.
+
+    Args:
+        inputs: X, (tokens, in), any floating dtype.
+        gradients: G, (tokens, out), any floating dtype.
+
+    Returns:
+        A scalar, float64.
+    """
+    x, g = inputs.float(), gradients.float()
+    tokens, wide, high = x.shape[0], x.shape[1], g.shape[1]
+    if tokens * (wide + high) <= wide * high:
+        return ((x @ x.T).double() * (g @ g.T).double()).sum()
+    return (g.T @ x).double().square().sum()
+
+
+def score_layers(squares: torch.Tensor, weights: torch.Tensor) -> tuple[list[float | None], dict[int, str]]:
+    """Return each layer's mean squared gradient, over samples and over its own LoRA-target weights.
+
+    Args:
+        squares: (samples, layers), squared norms of the gradient, summed over the layer's target modules.
+        weights: (layers,), number of those weights; 0 where the layer has none, which leaves it unscored.
+    """
+    reasons = {layer: "it carries no LoRA" for layer, count in enumerate(weights.tolist()) if not count}
+    means = squares.mean(dim=0) / weights.clamp(min=1)
+    return [None if layer in reasons else value for layer, value in enumerate(means.tolist())], reasons
+
+
+def measure_squared_gradients(selection: Selection, samples: list[Sample]) -> torch.Tensor | None:
+    """Return the squared norm of each sample's gradient of the response log-likelihood: (samples, layers), float64.
+
+    The gradient is that of the layer's own weights under LoRA. It is never formed for a whole layer, and each
+    layer is computed again in the backward pass, so no more than one layer's activations are held; logits are
+    computed for a few tokens at a time.
+
+    Raises:
+        LayerselError: if the rows have no labels of the kind that the model's logits answer.
+    """
+    run, stack = selection.run, selection.stack
+    kind = find_kind(run.model)
+    check_labels(samples, kind)
+    base, lora = run.model.get_base_model(), run.lora_modules
+    squares = torch.zeros(len(stack.layers), dtype=torch.float64)
+
+    def watch(layer: int, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                return
+            given = args[0].detach()
+
+            def add(gradient: torch.Tensor) -> None:
+                norm = ghost_norm(given.flatten(0, -2), gradient.flatten(0, -2))
+                squares[layer] += norm.to(squares.device)
+
+            output.register_hook(add)
+
+        return module.get_base_layer().register_forward_hook(hook)
+
+    def compute_logits(sample: Sample) -> torch.Tensor:
+        return passes.call(run, passes.make_inputs(run, [sample]), logits_to_keep=0).logits[0]
+
+    def measure(indices: list[int]) -> list[torch.Tensor]:
+        (sample,) = (samples[i] for i in indices)
+        squares.zero_()
+        targets = align(torch.tensor(sample.labels), kind)
+        if bool((targets != IGNORED_LABEL).any()) or run.engine.runs_in_lockstep:
+            with torch.enable_grad():
+                if kind == ROW:
+                    logits = compute_logits(sample)
+                    row_log_likelihood(logits, targets.to(logits.device), base.config.problem_type).backward()
+                else:
+                    differentiate(base, lambda: compute_logits(sample), targets, at_a_time)
+        return [squares.clone()]
+
+    with passes.scoring(selection), contextlib.ExitStack() as hooks:
+        for layer, names in stack.lora_modules.items():
+            for name in names:
+                hooks.enter_context(passes.handle_removed(watch(layer, lora[name])))
+        at_a_time = None
+        if kind != ROW and run.engine.has_weights():
+            short = cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
+            at_a_time = count_tokens_at_a_time(base, lambda: compute_logits(short))
+        return passes.over_samples(run, samples, measure, 1)
+
+
+def check_labels(samples: list[Sample], kind: str) -> None:
+    """Raise LayerselError unless every sample has labels that logits of this ``kind`` answer."""
+    for sample in samples:
+        labels = sample.labels
+        if kind == ROW and isinstance(labels, int | float):
+            continue
+        if isinstance(labels, list) and (kind == ROW or len(labels) == len(sample.input_ids)):
+            continue
+        what = "a label of each row" if kind == ROW else "labels of tokens"
+        raise LayerselError(
+            f"layersel.selection.method: fisher needs {what}, training row {sample.row} has none. Use cka."
+        )
+
+
+def count_target_weights(selection: Selection) -> torch.Tensor:
+    """Return how many weights lie under the LoRA modules of each layer: (layers,), float64."""
+    stack, lora = selection.stack, selection.run.lora_modules
+    counts = torch.zeros(len(stack.layers), dtype=torch.float64)
+    for layer, names in stack.lora_modules.items():
+        counts[layer] = sum(lora[name].in_features * lora[name].out_features for name in names)
+    return counts

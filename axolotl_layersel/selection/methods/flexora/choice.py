@@ -1,0 +1,52 @@
+"""From a search to a choice: which units have a gate, and which of them are kept."""
+
+from axolotl_layersel.engines.collectives import decide_on_rank_zero
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.selection.calibration import fingerprint, has_tokens, read_sample
+from axolotl_layersel.selection.choosing import Choice, Selection, choose_highest, count_kept
+from axolotl_layersel.selection.methods.flexora.gating import choose_positive
+from axolotl_layersel.selection.methods.flexora.search import search_gates
+from axolotl_layersel.units import find_units
+
+
+def choose(selection: Selection) -> Choice:
+    """Search with gates on the candidates, and return what they say is kept; every rank must call this.
+
+    Raises:
+        LayerselError: on every rank, if the search cannot be made, or its gates say nothing.
+    """
+    settings, search = selection.settings, selection.settings.flexora
+    assert search is not None, "the method has these settings"
+    units = find_units(selection.stack, search.granularity, selection.candidates)
+    by_share = settings.keep is None
+    if not by_share and len(units) < 2:
+        raise LayerselError(
+            f"layersel.selection.keep: 'positive' needs two or more gates to compare, and there is {len(units)}. Give "
+            "more `candidates`, or set `num_layers`."
+        )
+    keep = decide_on_rank_zero(lambda: count_kept(settings, len(units), f"{search.granularity}s") if by_share else None)
+
+    def choose_gates(gates: dict[str, float]) -> list[str]:
+        if keep is None:
+            return choose_positive(gates)
+        names = list(gates)
+        highest = choose_highest(list(gates.values()), {}, list(range(len(names))), keep, selection.method)
+        return [names[i] for i in highest]
+
+    result = search_gates(selection, search, {unit.name: unit.modules for unit in units}, choose_gates)
+    gates = result.history.final
+    kept = set(decide_on_rank_zero(lambda: choose_gates(gates)))
+    scores: list[float | None] = [None] * len(selection.stack.layers)
+    for layer in selection.candidates:
+        scores[layer] = max(gates[unit.name] for unit in units if unit.layer == layer)
+    tokenised = all(has_tokens(row) for row in result.validation)
+    samples = [read_sample(values, row) for row, values in zip(result.validation_rows, result.validation) if tokenised]
+    return Choice(
+        modules=[module for unit in units if unit.name in kept for module in unit.modules],
+        scores=scores,
+        # Where units are layers, the layers' scores say the same.
+        module_scores={} if all(unit.name == str(unit.layer) for unit in units) else gates,
+        rows=result.validation_rows,
+        fingerprint=fingerprint(samples) if tokenised else None,
+        history=result.history,
+    )

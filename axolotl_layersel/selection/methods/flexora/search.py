@@ -1,0 +1,385 @@
+"""The search: LoRA steps on training batches, gate steps on validation batches, in turn."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from axolotl_layersel import adapters, trainers
+from axolotl_layersel.engines import collectives
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.gates import Gates
+from axolotl_layersel.layers import LayerStack
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection.calibration import check_indexable
+from axolotl_layersel.selection.choosing import Selection
+from axolotl_layersel.selection.methods.flexora.args import SETTING, Search, check_attention, describe_sharded
+from axolotl_layersel.selection.methods.flexora.gating import find_alpha_gradient, find_multipliers
+from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.selection.methods.flexora.unrolled import InnerSteps
+from axolotl_layersel.selection.methods.flexora.validation import (
+    ValidationBatches,
+    count_targets,
+    find_eval_rows,
+    hold_out,
+    take_rows,
+)
+from axolotl_layersel.targets import find_kind
+from axolotl_layersel.trial import run_trial
+
+LOG = logging.getLogger("axolotl.layersel")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        history: its course; ``history.final`` are the gates at its end.
+        validation_rows: rows of the training set that were held out, or of the eval set, in the order drawn.
+        validation: the rows themselves.
+    """
+
+    history: GateHistory
+    validation_rows: list[int]
+    validation: list[dict[str, Any]]
+
+
+def search_gates(
+    selection: Selection,
+    settings: Search,
+    gated: dict[str, list[str]],
+    choose: Callable[[dict[str, float]], list[str]],
+) -> SearchResult:
+    """Search with one gate for each group of LoRA modules, then leave all as it was; every rank must call this.
+
+    Args:
+        selection: its seed draws the validation rows, their order, and the order of the training rows.
+        settings: of the search.
+        gated: names of the modules under each gate, by the gate's name; LoRA in no gate takes no part.
+        choose: what would be kept of gates, by their names, for ``patience``.
+
+    Raises:
+        LayerselError: on every rank, if the search cannot be made or comes to nothing.
+    """
+    run, seed = selection.run, selection.settings.seed
+    trainer, lora = run.trainer, run.lora_modules
+    modules = [module for names in gated.values() for module in names]
+    collectives.decide_on_rank_zero(lambda: check_search(run, settings, {module: lora[module] for module in modules}))
+    kind = find_kind(run.model)
+    source, rows, train_dataset = SOURCES[settings.val_source](run, settings, seed, kind)
+    validation = [dict(source[row]) for row in rows]
+    downs = {name: [lora[module].lora_A[run.adapter] for module in names] for name, names in gated.items()}
+    search = GateSearch(run, settings, downs, ValidationBatches(trainer, validation, seed), choose, kind)
+    if collectives.get_rank() == 0:
+        LOG.info(
+            "layersel: a search with %d gates: %d optimizer steps on %d training rows, a gate step after every %d of "
+            "them on %d validation rows",
+            len(gated),
+            settings.steps,
+            len(train_dataset),
+            settings.inner_steps,
+            len(rows),
+        )
+    with leaving_out(run, selection.stack, modules), search.attached():
+        run_trial(run, settings.steps, train_dataset, SearchCallback(search), seed)
+    search.conclude()
+    return SearchResult(search.history, rows, validation)
+
+
+def take_eval_rows(run: Run, settings: Search, seed: int, kind: str) -> tuple[Any, list[int], Any]:
+    """Return the eval set, its rows to validate on, and the training set, whole."""
+    source, rows = find_eval_rows(run.trainer.eval_dataset, settings.val_samples, seed, kind)
+    return source, rows, run.trainer.train_dataset
+
+
+def take_training_rows(run: Run, settings: Search, seed: int, kind: str) -> tuple[Any, list[int], Any]:
+    """Return the training set, its rows to validate on, and the rest of it."""
+    source, arguments = run.trainer.train_dataset, run.trainer.args
+    check_indexable(source, "datasets")
+    train_rows, rows = hold_out(
+        source, settings.val_samples, arguments.train_batch_size * arguments.world_size, seed, kind
+    )
+    return source, rows, take_rows(source, train_rows)
+
+
+# By ``val_source``: what is validated on, by its rows, and what is trained on.
+SOURCES = {"train": take_training_rows, "eval": take_eval_rows}
+
+
+def check_search(run: Run, settings: Search, modules: dict[str, LoraLayer]) -> None:
+    """Raise LayerselError for a run in which no search can be made with gates on ``modules``."""
+    adapters.check_plain_lora(run, modules, SETTING)
+    trainers.check_no_optimizer(run.trainer)
+    if settings.hypergradient == "unrolled":
+        if run.engine.is_streamed:
+            raise LayerselError(describe_sharded(run.engine.name))
+        check_attention(str(getattr(run.model.config, "_attn_implementation", None) or "eager"))
+
+
+@contextlib.contextmanager
+def leaving_out(run: Run, stack: LayerStack, taking_part: list[str]) -> Iterator[None]:
+    """Let no LoRA weight of the stack train within the block but those of the modules ``taking_part``."""
+    before = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    adapters.freeze_unselected(run, stack, taking_part)
+    try:
+        yield
+    finally:
+        for name, parameter in run.model.named_parameters():  # FSDP2 has made new ones
+            parameter.requires_grad_(name in before)
+
+
+class GateSearch:
+    """The state of a search: the gates, and the losses seen.
+
+    α and its optimizer, Adam, are float64 on the CPU, the same on every rank. What the modules multiply by is fp32
+    on the device, outside the engine.
+
+    Attributes:
+        alpha: (gates,), float64.
+        kind: which labels the model's logits answer.
+        history: of the optimizer steps so far; a rank's own training losses until ``conclude``.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Search,
+        downs: dict[str, list[nn.Module]],
+        validation: ValidationBatches,
+        choose: Callable[[dict[str, float]], list[str]],
+        kind: str,
+    ) -> None:
+        self.trainer = run.trainer
+        self.settings = settings
+        self.validation = validation
+        self.choose = choose
+        self.kind = kind
+        self.gates = Gates(downs, 1, run.device)
+        self.alpha = torch.zeros(len(downs), dtype=torch.float64)
+        self.adam = torch.optim.Adam([self.alpha], lr=settings.gate_lr)
+        self.history = GateHistory(list(downs))
+        self.largest_gradient = torch.zeros_like(self.alpha)
+        self.losses: list[torch.Tensor] = []
+        inner_steps = {"first_order": lambda: None, "unrolled": lambda: InnerSteps(run.trainer, self.gates)}
+        self.inner = inner_steps[settings.hypergradient]()
+        self.kept: list[str] | None = None
+        self.unchanged = 0
+        self.progress = Progress(
+            TextColumn("layersel: searching layers"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("training loss {task.fields[train]:.4f} validation loss {task.fields[validation]:.4f}"),
+            disable=collectives.get_rank() != 0,
+            transient=True,
+        )
+        self.bar = self.progress.add_task("", total=settings.steps, train=float("nan"), validation=float("nan"))
+
+    # --- Training -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Put the gates on the modules, and follow the trainer's steps, within the block."""
+        self.gates.attach()
+        self.hold_gates(True)
+        try:
+            with self.progress:
+                yield
+        finally:
+            self.gates.detach()
+
+    def start(self, train_dataloader: Any) -> None:
+        """Follow the trainer, whose engine is there and whose training begins."""
+        self.validation.follow(train_dataloader)
+        upstream = self.trainer.training_step
+
+        def training_step(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            if self.inner:
+                self.inner.add(inputs, num_items_in_batch)
+            loss = upstream(model, inputs, num_items_in_batch)
+            self.losses.append(loss)
+            return loss
+
+        self.trainer.training_step = training_step
+        if self.inner:
+            self.inner.begin()
+
+    def finish_step(self, step: int) -> bool:
+        """Make the gate step after optimizer step ``step``, if it is time; every rank must call this.
+
+        Returns:
+            Whether the search can stop: what is kept has not changed for ``patience`` gate steps.
+        """
+        train_loss = float(torch.stack(self.losses).sum())
+        self.losses.clear()
+        if self.inner:
+            self.inner.end_step()
+        validation_loss, moved = None, step % self.settings.inner_steps == 0
+        if moved:
+            validation_loss = self.step_gates(step)
+        self.history.add(train_loss, validation_loss, self.alpha.tolist())
+        shown = {} if validation_loss is None else {"validation": validation_loss}
+        self.progress.update(self.bar, completed=step, train=train_loss, **shown)
+        if validation_loss is not None and collectives.get_rank() == 0 and self.is_time_to_log(step):
+            LOG.info(
+                "layersel: search step %d of %d: training loss %.4f, validation loss %.4f",
+                step,
+                self.settings.steps,
+                train_loss,
+                validation_loss,
+            )
+        return moved and self.settings.patience is not None and self.has_settled()
+
+    def is_time_to_log(self, step: int) -> bool:
+        """Return whether a tenth of the search was completed since the last gate step, for logs without a bar."""
+        steps, before = self.settings.steps, step - self.settings.inner_steps
+        return step * 10 // steps > before * 10 // steps
+
+    def has_settled(self) -> bool:
+        """Return whether what would be kept is the same as after each of the last ``patience`` gate steps."""
+        try:
+            kept = self.choose(self.history.final)
+        except LayerselError:
+            kept = None  # no choice yet
+        self.unchanged = self.unchanged + 1 if kept is not None and kept == self.kept else 0
+        self.kept = kept
+        return self.unchanged >= self.settings.patience
+
+    def conclude(self) -> None:
+        """Settle the history, and check that the search was one; every rank must call this.
+
+        Raises:
+            LayerselError: if it ended early, or its gradients did not reach some gates.
+        """
+        history = self.history
+        stopped = self.unchanged >= (self.settings.patience or 1)
+        if not history.gates or (len(history.gates) < self.settings.steps and not stopped):
+            raise LayerselError(
+                f"layersel.selection.flexora.val_samples: {self.settings.val_samples} leaves too few rows to train on: "
+                f"the search ended after {len(history.gates)} of {self.settings.steps} steps. Lower val_samples, use "
+                "`val_source: eval`, or make batches smaller."
+            )
+        losses = torch.tensor(history.train_losses, dtype=torch.float64, device=self.gates.values.device)
+        collectives.average(losses)
+        history.train_losses = losses.tolist()
+        untouched = [name for name, largest in zip(history.names, self.largest_gradient) if largest == 0]
+        if untouched:
+            raise LayerselError(
+                f"layersel.selection.method: flexora: no gradient reached the gate of {', '.join(untouched)}: the LoRA "
+                "there did not train, or is computed past its modules. Raise flexora.steps or the learning rate, or "
+                "look for fused LoRA code."
+            )
+
+    # --- Gates --------------------------------------------------------------------------------------------------------
+
+    def hold_gates(self, held: bool) -> None:
+        """Let the gates be constants, as in LoRA steps, or not."""
+        for gate in self.gates.leaves.values():
+            gate.requires_grad_(not held)
+
+    def step_gates(self, step: int) -> float:
+        """Step the gates on the next validation micro-batches and return the loss; every rank must call this.
+
+        Raises:
+            LayerselError: if the loss or a gradient is not a number.
+        """
+        self.gates.clear_gradient()
+        self.hold_gates(False)
+        with self.frozen():
+            batches = [self.validation.draw() for _ in range(self.settings.val_batches)]
+            loss, targets = (
+                self.inner.measure(batches, self.compute_loss) if self.inner else self.measure_first_order(batches)
+            )
+        self.hold_gates(True)
+        # Each rank has added up over its labels: all together, divided by all labels.
+        sums = torch.cat([self.gates.gradient, loss.view(1), targets.view(1)])
+        collectives.add_up(sums)
+        gradient, loss, _ = (sums / sums[-1]).double().cpu().split([len(self.alpha), 1, 1])
+        self.check_finite(gradient, loss, step)
+        self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs())
+        self.alpha.grad = find_alpha_gradient(self.alpha, gradient)
+        self.adam.step()
+        # Rank 0's: on nodes with other processors the last bits could differ, and with them when a search stops.
+        gates = torch.cat([self.alpha, find_multipliers(self.alpha)]).to(self.gates.values.device)
+        collectives.broadcast(gates)
+        alpha, multipliers = gates.split(len(self.alpha))
+        self.alpha.copy_(alpha)
+        self.gates.values.copy_(multipliers)
+        if self.inner:
+            self.inner.begin()
+        return float(loss)
+
+    def check_finite(self, gradient: torch.Tensor, loss: torch.Tensor, step: int) -> None:
+        """Raise LayerselError naming the first gate whose gradient is NaN or infinite."""
+        if gradient.isfinite().all() and loss.isfinite().all():
+            return
+        bad = (~gradient.isfinite()).nonzero()
+        where = f"the gradient of gate {self.history.names[int(bad[0])]}" if len(bad) else "the validation loss"
+        raise LayerselError(
+            f"layersel.selection.method: flexora: NaN or infinity in {where} after step {step} of the search. Lower "
+            "the learning rate, look at the validation rows, and at the base model's precision (try bf16)."
+        )
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let no parameter get a gradient, and nothing be random (dropout, NEFTune), within the block.
+
+        Only the modules that checkpoint their activations stay in training mode, in which alone they do.
+        """
+        trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+        training = [
+            module
+            for module in self.trainer.model.modules()
+            if module.training and not getattr(module, "gradient_checkpointing", False)
+        ]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module in training:
+                module.training = True
+
+    def compute_loss(self, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the loss over a micro-batch's labels, with a graph, and the number of them."""
+        inputs = trainers.prepare_inputs(self.trainer, inputs)
+        targets = count_targets(inputs, self.kind)
+        # The inner model: the engine's own forward would set its reduction of gradients going.
+        loss = self.trainer.compute_loss(self.trainer.model, inputs) * targets
+        return loss, torch.tensor(float(targets), device=self.gates.values.device)
+
+    def measure_first_order(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss summed over the labels of ``batches``, and their number; the gradient is in the gates."""
+        total, labels = torch.zeros(2, device=self.gates.values.device)
+        for inputs in batches:
+            with trainers.offload_activations(self.trainer):
+                loss, targets = self.compute_loss(inputs)
+                loss.backward()
+            total, labels = total + loss.detach(), labels + targets
+        return total, labels
+
+
+class SearchCallback(TrainerCallback):
+    """When the search starts and steps; it only delegates."""
+
+    def __init__(self, search: GateSearch) -> None:
+        self.search = search
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.search.start(kwargs["train_dataloader"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self.search.finish_step(state.global_step):
+            control.should_training_stop = True

@@ -1,0 +1,185 @@
+"""The rows that the gates learn from: which ones, and how they become micro-batches."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer
+
+from axolotl_layersel.engines.collectives import get_rank
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.selection.calibration import check_indexable
+from axolotl_layersel.selection.methods.flexora.args import describe_missing_eval_set
+from axolotl_layersel.targets import ROW, count_answered, get_labels
+
+Row = dict[str, Any]
+
+
+def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int, kind: str) -> tuple[list[int], list[int]]:
+    """Return the rows to train on, ascending, and ``samples`` rows to validate on, in the order drawn by ``seed``.
+
+    Args:
+        dataset: tokenised rows; of those with labels only such as have a label to learn are validated on.
+        samples: number of validation rows.
+        least: rows that must be left to train on, a batch.
+        seed: what draws.
+        kind: which labels the model's logits answer.
+
+    Raises:
+        LayerselError: if too few rows are left.
+    """
+    key = "layersel.selection.flexora.val_samples"
+    most = len(dataset) - least
+    if samples > most:
+        way_out = f"Set it to at most {most}, or use" if most > 0 else "Give more data, or use"
+        raise LayerselError(
+            f"{key}: {samples} of the {len(dataset)} training rows leaves no training rows for the search, which needs "
+            f"{least} for a batch. {way_out} `val_source: eval`."
+        )
+    validation = draw_labelled(dataset, samples, seed, kind)
+    if len(validation) < samples:
+        raise LayerselError(
+            f"{key}: only {len(validation)} training rows have a label to learn, {samples} are to be held out. Lower "
+            "it, or look at the labels of your data."
+        )
+    held = set(validation)
+    return [row for row in range(len(dataset)) if row not in held], validation
+
+
+def draw_labelled(dataset: Sequence[Row], samples: int, seed: int, kind: str) -> list[int]:
+    """Return up to ``samples`` different rows with a label to learn, in an order drawn by ``seed``."""
+    count = len(dataset)
+    # Few of a large set are enough, where most rows have labels.
+    drawn = min(count, 4 * samples)
+    rows = [row for row in random.Random(seed).sample(range(count), drawn) if has_target(dataset[row], kind)]
+    if len(rows) < samples and drawn < count:
+        rows = [row for row in random.Random(seed).sample(range(count), count) if has_target(dataset[row], kind)]
+    return rows[:samples]
+
+
+def has_target(row: Row, kind: str) -> bool:
+    """Return whether a row has a label to learn, or is of a kind that has no labels of this kind of model."""
+    labels = get_labels(row)
+    if labels is None:
+        return True
+    labels = torch.as_tensor(labels)
+    if kind == ROW:
+        return count_answered(labels.view(1, -1), kind) > 0
+    return labels.dim() == 0 or count_answered(labels, kind) > 0
+
+
+def find_eval_rows(eval_dataset: Any, samples: int, seed: int, kind: str) -> tuple[Sequence[Row], list[int]]:
+    """Return the eval set, several as one, and up to ``samples`` of its rows drawn by ``seed``.
+
+    Raises:
+        LayerselError: if there is none, or it cannot be indexed.
+    """
+    key = "layersel.selection.flexora.val_source: 'eval'"
+    parts = list_eval_sets(eval_dataset)
+    if not parts:
+        raise LayerselError(describe_missing_eval_set())
+    for part in parts:
+        check_indexable(part, key)
+    eval_dataset = join_eval_sets(eval_dataset)
+    rows = draw_labelled(eval_dataset, samples, seed, kind)
+    if not rows:
+        raise LayerselError(f"{key}: no row of the eval set has a label to learn. Use `val_source: train`.")
+    return eval_dataset, rows
+
+
+def list_eval_sets(eval_dataset: Any) -> list[Any]:
+    """Return a trainer's eval sets."""
+    parts = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    return [part for part in parts if part is not None]
+
+
+def join_eval_sets(eval_dataset: Any) -> Any:
+    """Return a trainer's eval sets as one, or None where it has none, or some that cannot be indexed."""
+    parts = list_eval_sets(eval_dataset)
+    if not parts or not all(hasattr(part, "__len__") for part in parts):
+        return None
+    return parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
+
+
+def take_rows(dataset: Any, rows: list[int]) -> Any:
+    """Return the part of ``dataset`` with these rows, in their order."""
+    return dataset.select(rows) if isinstance(dataset, Dataset) else torch.utils.data.Subset(dataset, rows)
+
+
+def draw_micro_batches(count: int, lengths: list[int] | None, size: int, seed: int) -> Iterator[list[int]]:
+    """Yield micro-batches of the rows 0 to ``count`` − 1 without end, each pass over them in another order.
+
+    Args:
+        count: number of rows.
+        lengths: tokens of each row, where rows are packed.
+        size: rows of a micro-batch, or with ``lengths`` tokens that it holds; one row is always in it.
+        seed: of the orders.
+    """
+    generator = random.Random(seed)
+    stream = (row for _ in itertools.count() for row in generator.sample(range(count), count))
+    if lengths is None:
+        while True:
+            yield list(itertools.islice(stream, size))
+    batch: list[int] = []
+    tokens = 0
+    for row in stream:
+        if batch and tokens + lengths[row] > size:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(row)
+        tokens += lengths[row]
+
+
+class ValidationBatches:
+    """An endless stream of validation micro-batches, collated as the trainer collates; each process has its share.
+
+    Args:
+        trainer: whose batch size and packing are used.
+        rows: the validation rows.
+        seed: of their order.
+    """
+
+    def __init__(self, trainer: Trainer, rows: list[Row], seed: int) -> None:
+        self.rows = rows
+        arguments = trainer.args
+        lengths, size = None, arguments.per_device_train_batch_size
+        if getattr(arguments, "sample_packing", False):
+            lengths, size = [len(row["input_ids"]) for row in rows], size * arguments.max_seq_length
+        stream = draw_micro_batches(len(rows), lengths, size, seed)
+        self.stream = itertools.islice(stream, get_rank(), None, arguments.world_size)
+        self.collate: Callable[[list[Row]], Any] | None = None
+        self.columns: list[str] | None = None
+
+    def follow(self, train_dataloader: Any) -> None:
+        """Collate as ``train_dataloader`` does, with the columns that it has left in its rows."""
+        self.collate = train_dataloader.collate_fn
+        self.columns = getattr(train_dataloader.dataset, "column_names", None)
+
+    def draw(self) -> Any:
+        """Return this process's next micro-batch."""
+        assert self.collate is not None, "follow a dataloader first"
+        return self.collate([self.prepare(self.rows[index]) for index in next(self.stream)])
+
+    def prepare(self, row: Row) -> Row:
+        """Return a copy of ``row``, for collators change rows in place, with the columns of the training rows."""
+        if self.columns is None:
+            return dict(row)
+        row = {key: row[key] for key in self.columns if key in row}
+        if "position_ids" in self.columns and "position_ids" not in row:
+            # Rows of an eval set that is not packed have none, and packed together they would see each other.
+            row["position_ids"] = list(range(len(row["input_ids"])))
+        return row
+
+
+def count_targets(inputs: Any, kind: str) -> int:
+    """Return how many labels the loss of a micro-batch is the mean over; its rows, where it has no labels.
+
+    ``kind``: which labels the model's logits answer.
+    """
+    labels = inputs.get("labels")
+    if labels is None:
+        return len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+    return count_answered(labels, kind)

@@ -1,0 +1,94 @@
+"""A plan as a table."""
+
+from rich.console import Console
+from rich.table import Table
+
+from axolotl_layersel.plan import Plan, Stability, Tower
+from axolotl_layersel.tables import arrange, cell
+from axolotl_layersel.terminal import clean, make_console, make_encodable
+
+BAR_WIDTH = 24
+FULL_BLOCK = "█"
+# Two random halves of many layers overlap by a third. Below this, less than three in four of the layers that one of
+# two choices keeps are in both.
+LOW_OVERLAP = 0.6
+
+
+def make_table(plan: Plan, bar: str) -> Table:
+    """Return the plan as a table: layer, score, a bar relative to the highest score, and what was chosen.
+
+    ``bar``: the character that bars are made of.
+    """
+    table = Table()
+    # Folded where the terminal is narrow: the sign that stands for what is cut off is not in every encoding.
+    table.add_column("layer", justify="right", overflow="fold")
+    table.add_column("score", justify="right", overflow="fold")
+    table.add_column("", width=BAR_WIDTH)
+    table.add_column("chosen", overflow="fold")
+    highest = max((choice.score for choice in plan.layers if choice.score is not None), default=0.0)
+    for choice in plan.layers:
+        score = "-" if choice.score is None else f"{choice.score:.4g}"
+        share = 0.0 if choice.score is None or highest <= 0 else max(choice.score, 0.0) / highest
+        drawn = bar * round(share * BAR_WIDTH)
+        style = "bold" if choice.selected else "dim"
+        table.add_row(str(choice.layer), score, drawn, "yes" if choice.selected else "", style=style)
+    return table
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print what was chosen, the plan's table, and under it why layers have no score."""
+    console = console or make_console()
+    others = "frozen" if plan.unselected == "freeze" else "without an adapter"
+    count = f"{len(plan.selected)} of {len(plan.layers)} layers"
+    if plan.module_scores:
+        count = f"{len(plan.modules)} of {len(plan.module_scores)} LoRA modules, in {count}"
+    console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}")
+    bar = FULL_BLOCK if make_encodable(FULL_BLOCK, console.encoding) == FULL_BLOCK else "#"
+    console.print(make_module_table(plan) if plan.module_scores else make_table(plan, bar))
+    for tower in plan.outside:
+        console.print(f"{clean(tower.place)}: {describe_tower(tower, plan.towers)}", soft_wrap=True)
+    if plan.stability is not None:
+        print_stability(plan.stability, console)
+    for layer, reason in sorted(plan.unscored.items()):
+        console.print(f"layer {layer} is not scored: {clean(reason)}")
+
+
+def describe_tower(tower: Tower, towers: str) -> str:
+    """Return how many LoRA modules a place outside of the layers has, or had, and what became of them."""
+    count = len(tower.modules)
+    if towers == "remove":
+        state = "removed"
+    elif tower.trained == count:
+        state = "kept and trained"
+    else:
+        state = f"kept, {tower.trained or 'none'} of them trained"
+    return f"{count} LoRA module{'s' if count > 1 else ''} outside of the layers, {state}"
+
+
+def make_module_table(plan: Plan) -> Table:
+    """Return the scores of modules by layer (rows) and type (columns); a star marks those that were chosen."""
+    layers, kinds = arrange(plan.module_scores)
+    table = Table()
+    for heading in ("layer", *kinds):
+        table.add_column(cell(heading), justify="right", overflow="fold")
+    kept = set(plan.modules)
+    for layer, row in layers.items():
+        cells = {kind: f"{plan.module_scores[name]:.3g}{' *' if name in kept else '  '}" for kind, name in row.items()}
+        table.add_row(cell(layer), *(cells.get(kind, "") for kind in kinds))
+    return table
+
+
+def print_stability(stability: Stability, console: Console) -> None:
+    """Print what each seed chose and how far the choices agree, with a warning where they do not."""
+    for seed, layers in stability.selected.items():
+        console.print(f"seed {seed}: layers {', '.join(map(str, layers))}")
+    console.print(
+        f"layersel: {len(stability.selected)} seeds agree with a mean overlap (Jaccard) of {stability.overlap:.2f}; "
+        "1 is the same choice each time",
+    )
+    if stability.overlap < LOW_OVERLAP:
+        console.print(
+            "layersel: WARNING: the choice depends on the seed, so it says little about your data. Give the method "
+            "more to look at (num_samples; for flexora steps and val_samples), or keep more layers.",
+            style="yellow",
+        )

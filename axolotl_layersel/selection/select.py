@@ -1,0 +1,294 @@
+"""Layer selection: decide which layers keep their adapter, and apply it before the real engine is built."""
+
+import dataclasses
+import importlib.metadata
+import logging
+import math
+import time
+from pathlib import Path
+
+from transformers import Trainer
+
+from axolotl_layersel import adapters
+from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import FOLDER
+from axolotl_layersel.initialisation import changes_base, check_known, describe_continued
+from axolotl_layersel.interrupt import ending_on_signal
+from axolotl_layersel.layers import LayerStack, find_layer_stack
+from axolotl_layersel.plan import (
+    LayerChoice,
+    Plan,
+    Stability,
+    Tower,
+    check_checkpoint,
+    check_model,
+    check_settings,
+    plan_path,
+    read_plan,
+    write_plan,
+)
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection.args import DEFAULT_UNSELECTED, SelectionArgs
+from axolotl_layersel.selection.callback import LayerSelectionCallback
+from axolotl_layersel.selection.choosing import Selection, find_mean_overlap
+from axolotl_layersel.selection.methods import get_method, list_data_free
+from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
+from axolotl_layersel.selection.provenance import check_base_model, compare_data, describe_shape
+from axolotl_layersel.selection.report import print_plan
+
+LOG = logging.getLogger("axolotl.layersel")
+
+
+def select_layers(
+    run: Run,
+    settings: SelectionArgs,
+    resume_from: str | None = None,
+    continues_adapter: bool = False,
+    repeat: int = 1,
+) -> Plan:
+    """Choose layers and apply the choice to the trainer's model; ``prepare_trainer`` does all that a run needs.
+
+    Args:
+        run: its trainer has not trained.
+        settings: the ``selection`` block.
+        resume_from: the checkpoint that the run resumes from; its plan is used, nothing is selected again.
+        continues_adapter: the LoRA weights are a trained adapter's, and stay as they are.
+        repeat: choose with so many seeds in all, to say how far the choices agree; the first is the plan.
+
+    Returns:
+        The plan, which lies in ``<output_dir>/layersel/plan.json`` too.
+
+    Raises:
+        LayerselError: on every rank, where something cannot be honoured.
+    """
+    trainer, base = run.trainer, run.model.get_base_model()
+    stack = find_layer_stack(run.model)
+    base_model = run.config.base_model_name_or_path
+    reused = decide_on_rank_zero(lambda: find_plan(settings, resume_from, base_model))
+    if reused is None and getattr(base.config, "is_encoder_decoder", False):
+        check_encoder_decoder(settings, type(base).__name__)
+    if continues_adapter and reused is None:
+        check_continuing(settings)
+    removes = (reused[0].unselected if reused else settings.unselected or DEFAULT_UNSELECTED) == "remove"
+    check_base(run, continues_adapter, removes)
+    if reused is not None and repeat > 1:
+        raise LayerselError(
+            f"--repeat: nothing is chosen with {reused[1]} as the plan. Remove `plan` from the block, or --repeat."
+        )
+    output = Path(trainer.args.output_dir)
+    if reused is None:
+        # Before anything is scored or searched: what the run will not have takes no part in that either.
+        resolved = settings.resolve(trainer.args.seed)
+        remove_towers(run, stack, resolved.towers)
+        selection = Selection.of(run, stack, resolved)
+        with ending_on_signal(run.device, "interrupted; no layers are chosen yet, and no plan is written"):
+            plan, history = make_plan(selection)
+        decide_on_rank_zero(lambda: write_choice(plan, history, output))
+        if repeat > 1:
+            with ending_on_signal(run.device, "interrupted; the plan does not say how far seeds agree"):
+                plan.stability = measure_stability(selection, plan, repeat)
+            decide_on_rank_zero(lambda: write_choice(plan, history, output))
+    else:
+        plan, source = reused
+        outside = [name for names in stack.towers.values() for name in names]
+        check_model(plan, stack.name, len(stack.layers), stack.lora_modules, outside, source)
+        if settings.plan_check != "ignore":
+            check_base_model(plan, base_model, describe_shape(base.config), source)
+        report_data(plan, trainer, source)
+        remove_towers(run, stack, plan.towers)
+        plan.outside = describe_towers(run, stack)
+        LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
+        decide_on_rank_zero(lambda: carry_over(plan, Path(source), output))
+    apply_plan(run, stack, plan)
+    if get_rank() == 0:
+        print_plan(plan)
+    trainer.add_callback(LayerSelectionCallback(run, stack, plan))
+    return plan
+
+
+def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
+    """Write the plan, and beside it the course of its search; another search's goes."""
+    if history is None:
+        gates_path(output).unlink(missing_ok=True)
+    else:
+        history.write(output)
+    write_plan(plan, plan_path(output))
+
+
+def carry_over(plan: Plan, source: Path, output: Path) -> None:
+    """Write a plan that was read from ``source``, and the course of its search, which lies there or, for a
+    checkpoint's plan, in its run.
+    """
+    target = gates_path(output)
+    places = [gates_path(folder) for folder in source.resolve().parents[1:3]] if source.parent.name == FOLDER else []
+    found = next((place for place in places if plan.method == "flexora" and place.exists()), None)
+    if found is None:
+        target.unlink(missing_ok=True)
+    elif found != target.resolve():
+        GateHistory.read(found.parents[1], "layersel.selection.plan").write(output)
+    write_plan(plan, plan_path(output))
+
+
+def check_encoder_decoder(settings: SelectionArgs, name: str) -> None:
+    """Raise LayerselError for a method that runs rows through the layers as one sequence.
+
+    ``name``: of the encoder-decoder model.
+    """
+    if get_method(settings.method).draws_rows:
+        raise LayerselError(
+            f"base_model: {name} is an encoder-decoder model, whose layers layersel.selection.method: "
+            f"{settings.method} cannot score: no row runs through all of them. Use one of flexora, "
+            f"{list_data_free()}, which choose among the layers of the decoder."
+        )
+
+
+def check_continuing(settings: SelectionArgs) -> None:
+    """Raise LayerselError where the default would delete the weights of the adapter that is continued."""
+    if settings.unselected is None:
+        raise LayerselError(
+            "layersel.selection.unselected: lora_model_dir continues a trained adapter, and `remove`, the default, "
+            "would delete its weights in the layers that are not selected. Set `unselected: freeze` to keep them "
+            "untrained, or write `unselected: remove` to delete them."
+        )
+
+
+def check_base(run: Run, continues_adapter: bool, removes: bool) -> None:
+    """Raise LayerselError where the base weights do not allow for a selection."""
+    initial = run.config.init_lora_weights
+    if continues_adapter:
+        if removes and changes_base(initial):
+            raise LayerselError(describe_continued(initial, "the adapter"))
+    else:
+        check_known(initial)
+
+
+def report_data(plan: Plan, trainer: Trainer, source: str) -> None:
+    """Log a warning, on rank 0, where a plan was made on other data than the run's."""
+    difference = None
+    if get_rank() == 0:
+        difference = compare_data(plan, trainer.train_dataset, trainer.eval_dataset)
+    if difference:
+        LOG.warning(
+            "layersel: the plan from %s was made on other data than this run's: %s. It is applied all the same; make a "
+            "new plan to choose by this run's data.",
+            source,
+            difference,
+        )
+
+
+def find_plan(
+    settings: SelectionArgs, resume_from: str | None, base_model: str | None = None
+) -> tuple[Plan, str] | None:
+    """Return the plan that the run must use and where it is from, or None where layers are to be selected.
+
+    A resumed run uses the plan of its checkpoint; else ``settings.plan`` is used.
+
+    Raises:
+        LayerselError: if that plan is missing or damaged, was made for another model than ``base_model``, or the YAML
+            block asks for another.
+    """
+    if resume_from is not None:
+        places = [plan_path(resume_from), plan_path(Path(resume_from).parent)]
+        source = next((place for place in places if place.exists()), None)
+        if source is None:
+            raise LayerselError(
+                f"resume_from_checkpoint: {resume_from} holds no layersel plan ({places[0]}): it is not a checkpoint "
+                "of a run with layer selection. Resume another checkpoint, or start without resuming."
+            )
+        key = "resume_from_checkpoint"
+    elif settings.plan is not None:
+        source, key = Path(settings.plan), "layersel.selection.plan"
+    else:
+        return None
+    plan = read_plan(source, key)
+    check_settings(plan, settings, str(source))
+    if settings.plan_check != "ignore":
+        check_base_model(plan, base_model, None, str(source))
+    if resume_from is not None:
+        check_checkpoint(plan, resume_from)
+    return plan, str(source)
+
+
+def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
+    """Return the plan that ``selection`` leads to, and the course of its search; every rank must call this."""
+    started = time.monotonic()
+    run, stack, settings = selection.run, selection.stack, selection.settings
+    choice = selection.method.load()(selection)
+    kept = set(choice.modules)
+    layers = [
+        LayerChoice(layer=layer, score=score, selected=not kept.isdisjoint(stack.lora_modules.get(layer, [])))
+        for layer, score in enumerate(choice.scores)
+    ]
+    plan = Plan(
+        method=settings.method,
+        layers=layers,
+        unselected=settings.unselected,
+        towers=settings.towers,
+        outside=describe_towers(run, stack),
+        unscored=choice.unscored,
+        stack=stack.name,
+        modules=choice.modules,
+        module_scores=choice.module_scores,
+        settings=dataclasses.asdict(settings),
+        seed=settings.seed,
+        calibration_rows=choice.rows,
+        rows_left_out=choice.left_out,
+        dataset_fingerprint=choice.fingerprint,
+        base_model=run.config.base_model_name_or_path,
+        base_shape=describe_shape(run.model.get_base_model().config),
+        versions={
+            name: importlib.metadata.version(name)
+            for name in ("axolotl-layersel", "axolotl", "torch", "transformers", "peft")
+        },
+        engine=run.engine.name,
+        processes=run.trainer.args.world_size,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    # All ranks come to the same plan but for the seconds; rank 0's is the one that is kept.
+    return decide_on_rank_zero(lambda: plan), choice.history
+
+
+def measure_stability(selection: Selection, plan: Plan, repeat: int) -> Stability:
+    """Choose again with the seeds after the plan's, ``repeat`` choices in all, and return how far they agree.
+
+    Raises:
+        LayerselError: if the method draws nothing by its seed.
+    """
+    if not selection.method.needs_data:
+        raise LayerselError(
+            f"--repeat: {repeat} choices by method {selection.method.name} would say nothing: it does not look at the "
+            "data. Remove --repeat."
+        )
+    plans = [plan]
+    for seed in range(plan.seed + 1, plan.seed + repeat):
+        again = dataclasses.replace(selection, settings=dataclasses.replace(selection.settings, seed=seed))
+        plans.append(make_plan(again)[0])
+    return Stability(
+        selected={each.seed: each.selected for each in plans},
+        overlap=find_mean_overlap([each.modules for each in plans]),
+    )
+
+
+def remove_towers(run: Run, stack: LayerStack, towers: str) -> None:
+    """Remove the LoRA modules outside of the layers, or keep them."""
+    if {"keep": False, "remove": bool(stack.towers)}[towers]:
+        adapters.remove_modules(run, [name for names in stack.towers.values() for name in names])
+
+
+def describe_towers(run: Run, stack: LayerStack) -> list[Tower]:
+    """Return what LoRA there is, or was, outside of the layers, and how much of it trains in this run."""
+    lora = run.lora_modules
+
+    def trains(name: str) -> bool:
+        return name in lora and any(parameter.requires_grad for parameter in adapters.lora_parameters(lora[name]))
+
+    return [Tower(place=place, modules=names, trained=sum(map(trains, names))) for place, names in stack.towers.items()]
+
+
+def apply_plan(run: Run, stack: LayerStack, plan: Plan) -> None:
+    """Remove or freeze the LoRA modules of the layers that ``plan`` does not select."""
+    changes = {"remove": adapters.remove_unselected, "freeze": adapters.freeze_unselected}
+    changes[plan.unselected](run, stack, plan.modules)
+    trainable = sum(math.prod(run.engine.find_shape(p)) for p in run.model.parameters() if p.requires_grad)
+    LOG.info("layersel: %s parameters train; %d layers keep LoRA", f"{trainable:,}", len(plan.selected))

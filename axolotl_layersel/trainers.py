@@ -1,0 +1,167 @@
+"""The private facts of transformers' Trainer, and of Axolotl's and TRL's.
+
+Each is relied on beyond documented interfaces, in the version that it was seen in (``tests/test_trainers.py`` fails
+when one of them changes):
+
+* transformers 5.16.1, ``Trainer.save_model``: is called for every checkpoint, before any push to a hub.
+* transformers 5.16.1, ``PreTrainedModel.enable_input_require_grads``: registers forward hooks named
+  ``make_inputs_require_grads`` on the embeddings, more than once under gradient checkpointing.
+* transformers 5.16.1, ``Trainer._load_from_checkpoint`` and ``_load_best_model``: on one process and DDP both restore
+  LoRA weights through the model's own ``load_adapter``, and by nothing else.
+* transformers 5.16.1, ``Trainer._save``: the adapter's files come from the model's own ``save_pretrained``. axolotl
+  0.19.0: so do those after training on one process, DDP and ZeRO-1/2; ZeRO-3 has ``save_model`` write them, FSDP2 the
+  function ``save_fsdp2_lora_adapter``, which also writes checkpoints where the base is quantised. Both callers look
+  it up in its module when they save.
+* transformers 5.16.1 and axolotl 0.19.0: ``OPTIONAL_STATE_FILES`` are read where they are there;
+  ``trainer_state.json`` is written last.
+* transformers 5.16.1, ``Trainer._inner_training_loop``: looks at ``should_training_stop`` after every ``_run_epoch``
+  only, which makes a step at least; nothing saves or evaluates before the first one but ``eval_on_start``.
+* transformers 5.16.1, ``Trainer._save_checkpoint``: leaves ``state()`` of every ``ExportableState`` callback in
+  ``stateful_callbacks``, of several of a class in a list that grows with every checkpoint; ``_load_callback_state``
+  restores them only on request, by making the callbacks anew at the end of the list.
+* transformers 5.16.1, ``Trainer.set_initial_training_values``: ends in the planned number of optimizer steps.
+* accelerate 1.13.0, ``Accelerator.prepare``: what iterates over batches is the ``base_dataloader`` of what it
+  returns, whose ``worker_init_fn`` is read when an iteration begins.
+* transformers 5.16.1, ``Trainer._save_checkpoint``: writes a whole checkpoint of the last step; what the step had
+  still to do lies in ``trainer_state.json`` as the state of ``TrainerControl``, in which ``should_evaluate`` is true
+  until the evaluation is over. ``_evaluate``, ``_determine_best_metric`` and ``_load_rng_state`` make up for one.
+* transformers 5.16.1, ``Trainer.train`` can be called again on a trainer whose attributes were put back; accelerate
+  1.13.0 keeps a model in mixed precision in its ``forward`` and ``_original_forward``; axolotl 0.19.0 and trl 1.9.0
+  collect what they will log in ``_stored_metrics`` and ``_metrics``. Of axolotl's arguments those in ``STEP_COUNTS``
+  count optimizer steps of its schedule.
+* transformers 5.16.1, ``Trainer._prepare_inputs``: puts a micro-batch on the device. axolotl 0.19.0,
+  ``activation_offload_context``: where it exists, forward passes that train run inside.
+* axolotl 0.19.0, ``ModelLoader._load_adapters``: ``CONFIG_ONLY_TRAINERS`` make the adapter themselves.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from axolotl_layersel.errors import LayerselError
+
+FORWARD_ATTRIBUTES = {"forward", "_original_forward"}
+METRIC_ATTRIBUTES = {"_stored_metrics", "_metrics"}
+STEP_COUNTS = ("jagged_restart_steps", "jagged_restart_warmup_steps", "jagged_restart_anneal_steps")
+# Of fp16's loss scaler, and Axolotl's count of tokens.
+OPTIONAL_STATE_FILES = ("scaler.pt", "tokens_state.json")
+CONFIG_ONLY_TRAINERS = ("dpo", "ipo", "kto")
+
+
+def unwrap_model(trainer: Trainer) -> nn.Module:
+    """Return the trainer's model without what an engine or a compiler has put around it."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+
+
+def count_optimizer_steps(trainer: Trainer) -> int:
+    """Return the planned number of optimizer steps of a run that has not begun."""
+    if trainer.args.max_steps > 0:  # Axolotl always says it
+        return trainer.args.max_steps
+    with torch.random.fork_rng():
+        return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def respect_stop_before_first_step(trainer: Trainer) -> None:
+    """Let a callback's ``should_training_stop`` count at ``on_train_begin`` too, before any step is made."""
+    upstream = trainer._run_epoch
+
+    def run_epoch(*args, **kwargs) -> None:
+        if not trainer.control.should_training_stop:
+            upstream(*args, **kwargs)
+
+    trainer._run_epoch = run_epoch
+
+
+def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState) -> None:
+    """Give callbacks back what they had counted when the checkpoint that ``state`` is from was written.
+
+    They stay the objects that they are, in their order and with the settings of this run.
+    """
+    for kind in {type(callback) for callback in callbacks if isinstance(callback, ExportableState)}:
+        same = [callback for callback in callbacks if type(callback) is kind]
+        # The next checkpoint could not be written without an entry for one that this run is the first to have.
+        saved = state.stateful_callbacks.setdefault(kind.__name__, [callback.state() for callback in same])
+        saved = saved if isinstance(saved, list) else [saved]
+        for callback, values in zip(same, saved[-len(same) :]):
+            for name, value in values["attributes"].items():
+                setattr(callback, name, value)
+
+
+def initialize_loaders(trainer: Trainer, initialize: Callable[[int], None]) -> None:
+    """Let ``initialize`` run first in every process that loads data for ``trainer``, with that process's number."""
+
+    def initializing(upstream: Callable) -> Callable:
+        def get_dataloader(*args, **kwargs) -> Any:
+            prepared = upstream(*args, **kwargs)
+            loader = getattr(prepared, "base_dataloader", prepared)
+            own = getattr(loader, "worker_init_fn", None)
+            # A loader whose processes stay is returned again.
+            if getattr(own, "func", None) is not initialize_both:
+                loader.worker_init_fn = functools.partial(initialize_both, initialize, own)
+            return prepared
+
+        return get_dataloader
+
+    for name in ("get_train_dataloader", "get_eval_dataloader"):
+        setattr(trainer, name, initializing(getattr(trainer, name)))
+
+
+def initialize_both(first: Callable[[int], None], then: Callable[[int], None] | None, worker: int) -> None:
+    """Initialise a process that loads data in two ways."""
+    first(worker)
+    if then is not None:
+        then(worker)
+
+
+def offload_activations(trainer: Trainer) -> contextlib.AbstractContextManager:
+    """Return the context in which the trainer's own forward passes keep their activations elsewhere, if it has one."""
+    return getattr(trainer, "activation_offload_context", contextlib.nullcontext())
+
+
+def prepare_inputs(trainer: Trainer, inputs: dict) -> dict:
+    """Return a micro-batch on the trainer's device, as its own steps prepare it."""
+    return trainer._prepare_inputs(inputs)
+
+
+def remove_embedding_hooks(model: nn.Module) -> None:
+    """Remove every hook by which transformers makes the embeddings' output require a gradient."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+                del module._forward_hooks[key]
+
+
+def save_checkpoint(trainer: Trainer) -> None:
+    """Write a whole checkpoint of the step that has ended, weights being in shards; every rank must call this."""
+    trainer._save_checkpoint(trainer.model, None)
+
+
+def is_evaluation_due(trainer: Trainer) -> bool:
+    """Return whether the checkpoint that the run was resumed from was written before its step's evaluation."""
+    control = trainer.state.stateful_callbacks.get("TrainerControl", {})
+    return bool(control.get("args", {}).get("should_evaluate"))
+
+
+def evaluate(trainer: Trainer, checkpoint: str) -> None:
+    """Make up for the evaluation that ``checkpoint`` lacks, as training begins again from it; every rank calls this."""
+    trainer.control.should_evaluate = True
+    trainer._determine_best_metric(trainer._evaluate(None, None), None)
+    # Random streams are loaded when the first batch is; the next checkpoint gets those that this one had.
+    trainer._load_rng_state(checkpoint)
+
+
+def check_no_optimizer(trainer: Trainer) -> None:
+    """Raise LayerselError where the trainer has an optimizer already, of weights that are yet to change."""
+    if trainer.optimizer is not None:
+        raise LayerselError("optimizer: it was made before the trainer was prepared, so it holds other LoRA weights.")
+
+
+def scales_loss(trainer: Trainer) -> bool:
+    """Return whether the trainer scales the loss, as training in fp16 does."""
+    return bool(trainer.args.fp16 or trainer.accelerator.mixed_precision == "fp16")

@@ -1,0 +1,92 @@
+"""What DeepSpeed's engines rely on; the runs in test_runs.py assert the rest on the engines themselves."""
+
+import inspect
+import types
+
+import pytest
+import torch
+from conftest import describe_engine
+
+from axolotl_layersel.engines import find_engine
+from axolotl_layersel.engines.zero import edit_slice
+from axolotl_layersel.errors import LayerselError
+
+
+def test_a_partitioned_parameter_says_where_its_parts_are():
+    from deepspeed.runtime.zero import partition_parameters
+
+    source = inspect.getsource(partition_parameters)
+    for attribute in ("ds_tensor", "ds_numel", "ds_process_group"):
+        assert f"param.{attribute} = " in source
+
+
+def test_each_rank_holds_its_part_of_what_deepspeed_splits_where_an_edit_looks_for_it():
+    from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.utils.tensor_fragment import set_full_hp_param
+
+    source = inspect.getsource(set_full_hp_param)
+    assert "torch.narrow(value.flatten(), 0, lp_frag_address.start, lp_frag_address.numel)" in source
+    assert "hp_fragment = self._hp_mapping.get_hp_fragment(optim_state_key)" in source
+    assert "hp_fragment.data.copy_(value_fragment.data)" in source
+    source = inspect.getsource(partition_parameters)
+    assert "start = partition_size * self.get_partition_rank()" in source
+    assert "param.ds_tensor.copy_(src_tensor)" in source
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_a_tensor_is_changed_part_by_part_as_it_is_as_a_whole(size):
+    torch.manual_seed(0)
+    whole, factors = torch.randn(5, 3), torch.tensor([2.0, 0.5, -1.0])
+
+    def edit(tensor: torch.Tensor) -> None:
+        tensor[2] = torch.arange(3.0)
+        tensor.index_fill_(0, torch.tensor([4]), 0)
+        tensor.mul_(factors)
+
+    expected = whole.clone()
+    edit(expected)
+    length = -(-15 // size)
+    padded = torch.nn.functional.pad(whole.flatten(), (0, size * length - 15), value=7.0)
+    for rank in range(size):
+        edit_slice(padded[rank * length : (rank + 1) * length], rank * length, whole.shape, edit)
+    assert torch.equal(padded[:15].view(5, 3), expected)
+    assert (padded[15:] == 7).all()
+
+
+def test_what_holds_a_deepspeed_engine_that_was_destroyed_is_let_go_of():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    for hook in ("self.module_forward_pre_hook = ", "self.module_forward_post_hook = "):
+        assert hook in inspect.getsource(DeepSpeedEngine.__init__)
+        assert hook.split()[0] not in inspect.getsource(DeepSpeedEngine.destroy), "it removes its hooks by itself now"
+    assert "p._z3_optimizer = self" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
+
+
+def test_a_second_engine_can_be_built_over_the_parameters_of_the_first():
+    from accelerate import Accelerator
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero import partition_parameters
+
+    assert "ds_active_sub_modules" in inspect.getsource(partition_parameters)
+    assert hasattr(DeepSpeedEngine, "empty_partition_cache")
+    assert "engine.destroy()" in inspect.getsource(Accelerator.free_memory)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type Lamb keeps no Adam moments"),
+        ({"offload_param": {"device": "nvme"}}, "offload_param.device nvme keeps weights on disk"),
+        ({"offload_param": {"device": "cpu"}, "optimizer": {"type": "AdamW"}}, None),
+    ],
+)
+def test_a_deepspeed_file_under_which_rank_cannot_move_is_refused(content, message):
+    zero = {"stage": 3, **{key: value for key, value in content.items() if key == "offload_param"}}
+    plugin = types.SimpleNamespace(zero_stage=3, deepspeed_config={**content, "zero_optimization": zero})
+    trainer = describe_engine("DEEPSPEED", {"deepspeed_plugin": plugin})
+    if message is None:
+        find_engine(trainer).check_optimizer()
+        return
+    with pytest.raises(LayerselError, match=message):
+        find_engine(trainer).check_optimizer()

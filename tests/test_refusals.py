@@ -1,0 +1,128 @@
+"""A refusal is one sentence, whether the YAML file or the trainer shows the reason; and what is unknown raises."""
+
+from collections.abc import Callable
+
+import pytest
+from conftest import make_lora, make_small_llama, make_trainer
+from pydantic import ValidationError
+from transformers import Trainer
+
+from axolotl_layersel.args import LayerselArgs, LayerselBlock
+from axolotl_layersel.engines import load_class
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs
+
+FILE = {"plugins": ["axolotl_layersel.LayerSelectionPlugin"], "adapter": "lora", "lora_r": 4, "lora_alpha": 8}
+FLEXORA = {"selection": {"method": "flexora", "flexora": {"steps": 4, "val_samples": 4}}}
+UNROLLED = {"selection": {"method": "flexora", "flexora": {"hypergradient": "unrolled", "val_samples": 4}}}
+L1RA = {"l1ra": {}}
+
+
+def say_by_file(block: dict, keys: dict) -> str:
+    """Return what a YAML file with ``keys`` is refused with."""
+    with pytest.raises(ValidationError) as caught:
+        LayerselArgs.model_validate({**FILE, **keys, "layersel": block})
+    return caught.value.errors()[0]["msg"].removeprefix("Value error, ")
+
+
+def say_by_trainer(block: dict, trainer: Trainer) -> str:
+    """Return what a trainer is refused with."""
+    with pytest.raises(LayerselError) as caught:
+        prepare_trainer(trainer, LayerselBlock(**block))
+    return str(caught.value)
+
+
+def change_argument(name: str, value: object) -> Callable[[Trainer], None]:
+    return lambda trainer: setattr(trainer.args, name, value)
+
+
+def use_flash_attention(trainer: Trainer) -> None:
+    trainer.model.config._attn_implementation = "flash_attention_2"
+
+
+def leave(trainer: Trainer) -> None:
+    """The adapter itself is what is refused."""
+
+
+REFUSALS = {
+    "fp16 with l1ra": (L1RA, {"fp16": True}, {}, change_argument("fp16", True)),
+    "fp16 with flexora": (FLEXORA, {"fp16": True}, {}, change_argument("fp16", True)),
+    "starting over with l1ra": (
+        L1RA,
+        {"auto_find_batch_size": True},
+        {},
+        change_argument("auto_find_batch_size", True),
+    ),
+    "starting over with flexora": (
+        FLEXORA,
+        {"auto_find_batch_size": True},
+        {},
+        change_argument("auto_find_batch_size", True),
+    ),
+    "DoRA with l1ra": (L1RA, {"peft_use_dora": True}, {"use_dora": True}, leave),
+    "DoRA with flexora": (FLEXORA, {"peft_use_dora": True}, {"use_dora": True}, leave),
+    "PiSSA with l1ra": (L1RA, {"peft_init_lora_weights": "pissa"}, {"init_lora_weights": "pissa"}, leave),
+    "an initialisation that is not known": (
+        {"selection": {"method": "first"}},
+        {"peft_init_lora_weights": "eva"},
+        {},
+        lambda trainer: setattr(trainer.model.peft_config["default"], "init_lora_weights", "eva"),
+    ),
+    "an optimizer without moments": (L1RA, {"optimizer": "adafactor"}, {}, change_argument("optim", "adafactor")),
+    "a highest rank below the first": ({"l1ra": {"max_rank": 3}}, {}, {}, leave),
+    "a lowest rank above the first": ({"l1ra": {"min_rank": 5}}, {}, {}, leave),
+    "no eval set": (
+        {"selection": {"method": "flexora", "flexora": {"steps": 4, "val_source": "eval"}}},
+        {},
+        {},
+        leave,
+    ),
+    "attention that is differentiated once": (
+        UNROLLED,
+        {"attn_implementation": "flash_attention_2"},
+        {},
+        use_flash_attention,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_the_file_and_the_trainer_are_refused_in_the_same_sentence(tmp_path, name):
+    block, keys, lora, change = REFUSALS[name]
+    by_file = say_by_file(block, keys)
+    trainer = make_trainer(make_lora(make_small_llama(), **lora), tmp_path, max_steps=20)
+    change(trainer)
+    assert say_by_trainer(block, trainer) == by_file
+
+
+def test_a_method_that_is_not_known_raises_wherever_it_comes_from(tmp_path):
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path)
+    slipped = SelectionArgs.model_construct(
+        method="cosin", **dict.fromkeys(SelectionArgs.model_fields.keys() - {"method"})
+    )
+    with pytest.raises(LayerselError, match="method: 'cosin' is not known: did you mean 'cosine'"):
+        prepare_trainer(trainer, LayerselBlock.model_construct(selection=slipped, l1ra=None))
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("granularity", {"granularity": "group"}),
+        ("val_source", {"val_source": "test"}),
+        ("hypergradient", {"hypergradient": "second_order"}),
+    ],
+)
+def test_a_setting_of_a_search_that_is_not_known_raises_wherever_it_comes_from(tmp_path, key, values):
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path)
+    search = FlexoraArgs(steps=4, val_samples=4).model_copy(update=values)
+    selection = SelectionArgs(method="flexora", flexora=FlexoraArgs()).model_copy(update={"flexora": search})
+    with pytest.raises(KeyError, match=values[key]):
+        prepare_trainer(trainer, LayerselBlock.model_construct(selection=selection, l1ra=None))
+
+
+def test_an_engine_that_is_not_known_raises():
+    with pytest.raises(KeyError, match="zero4"):
+        load_class("zero4")

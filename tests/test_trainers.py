@@ -1,0 +1,174 @@
+"""What trainers.py relies on beyond documented interfaces: each fails loudly when a library changes it.
+
+The runs in test_runs.py assert the distributed halves of these facts on the engines themselves.
+"""
+
+import inspect
+import json
+import re
+from importlib.metadata import version
+
+import pytest
+import torch
+from conftest import make_lora, make_small_llama, make_trainer
+from transformers import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_callback import CallbackHandler, ExportableState
+
+from axolotl_layersel import trainers
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.selection.args import SelectionArgs
+
+COUNTER = "early_stopping_patience_counter"
+SEEN = {"axolotl": "0.19.0", "transformers": "5.16.1", "accelerate": "1.13.0", "peft": "0.20.0"}
+
+
+class Counting(TrainerCallback, ExportableState):
+    """Counts the steps that it sees."""
+
+    count = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.count += 1
+
+    def state(self):
+        return {"args": {}, "attributes": {"count": self.count}}
+
+
+@pytest.mark.parametrize("library", SEEN)
+def test_the_versions_are_those_that_were_looked_at(library):
+    assert version(library) == SEEN[library], "read the lists at the head of trainers.py and in engines/ again"
+
+
+def test_checkpoints_are_written_by_save_model_before_they_are_pushed():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert source.index("self.save_model(output_dir, _internal_call=True)") < source.index("_push_from_checkpoint")
+    assert list(inspect.signature(Trainer.save_model).parameters) == ["self", "output_dir", "_internal_call"]
+
+
+@pytest.mark.parametrize("method", ["_load_from_checkpoint", "_load_best_model"])
+def test_lora_weights_are_restored_by_the_models_own_load_adapter_alone(method):
+    """Ragged adapters do not fit the modules in training: what restores them takes the place of this one call."""
+    source = inspect.getsource(getattr(Trainer, method))
+    assert source.count("model.load_adapter(") == (2 if method == "_load_from_checkpoint" else 1)
+
+
+def test_adapter_files_come_from_the_models_own_save_pretrained():
+    from axolotl.core.trainers.base import AxolotlTrainer
+
+    for trainer in (Trainer, AxolotlTrainer):
+        source = inspect.getsource(trainer._save)
+        assert source.count("save_pretrained(") >= 2 and "self.model.save_pretrained(" in source
+
+
+def test_axolotl_saves_by_the_three_ways_that_are_taken_over():
+    from axolotl import train
+    from axolotl.core.trainers.base import AxolotlTrainer
+
+    end = inspect.getsource(train.save_trained_model)
+    quantised = inspect.getsource(AxolotlTrainer._save_fsdp2_quantized_lora_adapter)
+    for source in (end, quantised):
+        # Looked up when it is called: it can be another function by then.
+        assert re.search(
+            r"from axolotl.integrations.expert_parallel.shard import \(?\s*save_fsdp2_lora_adapter", source
+        )
+    assert "is_deepspeed_zero3_enabled():" in end and end.count("trainer.save_model(cfg.output_dir)") == 2
+    assert end.count("model.save_pretrained(cfg.output_dir)") == 2
+
+
+def test_the_embeddings_hooks_are_found_by_their_name_however_many_there_are():
+    model = make_lora(make_small_llama())
+    embeddings = model.get_base_model().model.embed_tokens
+    for _ in range(3):
+        model.enable_input_require_grads()
+    assert len(embeddings._forward_hooks) >= 3
+    assert embeddings(torch.tensor([[3]])).requires_grad
+    kept = embeddings.register_forward_hook(lambda *args: None)
+    trainers.remove_embedding_hooks(model)
+    assert list(embeddings._forward_hooks) == [kept.id], "a hook of somebody else's is gone, or one of theirs is left"
+    assert not embeddings(torch.tensor([[3]])).requires_grad
+
+
+def test_training_looks_for_a_stop_after_an_epoch_only_and_keeps_what_callbacks_counted():
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    begin, epoch, stop = (loop.index(part) for part in ("on_train_begin(", "self._run_epoch(", "should_training_stop"))
+    assert begin < epoch < stop and loop.count("_run_epoch(") == 1
+    assert "args.eval_on_start" in loop[begin:epoch]
+    save = inspect.getsource(Trainer._save_checkpoint)
+    assert "self.state.stateful_callbacks[cb_name].append(cb_state)" in save
+    assert "restore_callback_states_from_checkpoint" in inspect.getsource(Trainer._load_callback_state)
+
+
+def test_callbacks_get_their_counts_back_and_stay_what_and_where_they_are():
+    stopping, other = EarlyStoppingCallback(early_stopping_patience=5), EarlyStoppingCallback(early_stopping_patience=9)
+    callbacks = [DefaultFlowCallback(), stopping, other]
+    counts = [0, 0, 1, 0, 3, 2]  # of both, at the start and in two checkpoints
+    entries = [{"args": {"early_stopping_patience": 4}, "attributes": {COUNTER: count}} for count in counts]
+    trainers.restore_callbacks(callbacks, TrainerState(stateful_callbacks={"EarlyStoppingCallback": entries}))
+    assert [callback.early_stopping_patience_counter for callback in callbacks[1:]] == [3, 2]
+    assert callbacks[1:] == [stopping, other] and stopping.early_stopping_patience == 5
+    trainers.restore_callbacks(callbacks[:2], TrainerState(stateful_callbacks={"EarlyStoppingCallback": entries[2]}))
+    assert stopping.early_stopping_patience_counter == 1
+
+
+def test_a_callback_that_the_checkpoint_does_not_know_is_saved_with_the_next_one(tmp_path):
+    make_trainer(make_lora(make_small_llama()), tmp_path, save_strategy="steps", save_steps=2).train()
+    again = make_trainer(make_lora(make_small_llama()), tmp_path, save_strategy="steps", save_steps=4)
+    again.add_callback(Counting())
+    prepare_trainer(again, LayerselBlock(selection=SelectionArgs(method="first", ratio=1)))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["Counting"][-1]["attributes"] == {"count": 2}
+
+
+def test_what_a_trial_gives_back_is_where_the_libraries_keep_it():
+    from accelerate import Accelerator
+    from axolotl.core.trainers.base import AxolotlTrainer
+    from axolotl.core.training_args import AxolotlTrainingArguments
+    from trl import DPOTrainer
+
+    assert "self._stored_metrics = " in inspect.getsource(AxolotlTrainer.__init__)
+    assert "self._metrics = " in inspect.getsource(DPOTrainer.__init__)
+    assert "model._original_forward = model.forward" in inspect.getsource(Accelerator.prepare_model)
+    counts = {name for name in AxolotlTrainingArguments.__dataclass_fields__ if name.startswith("jagged_")}
+    assert counts == set(trainers.STEP_COUNTS)
+
+
+def test_a_gate_step_prepares_and_weighs_its_rows_as_the_trainer_does():
+    from axolotl.core.trainers.mixins import ActivationOffloadingMixin
+
+    assert "inputs = self._prepare_inputs(inputs)" in inspect.getsource(Trainer.training_step)
+    assert "with self.activation_offload_context:" in inspect.getsource(ActivationOffloadingMixin.training_step)
+
+
+def test_a_checkpoint_says_whether_the_evaluation_of_its_step_is_still_due():
+    assert "control.should_evaluate = False" in inspect.getsource(CallbackHandler.on_evaluate)
+    assert TrainerControl(should_evaluate=True).state()["args"]["should_evaluate"] is True
+    assert "self.callback_handler.callbacks + [self.control]" in inspect.getsource(Trainer._save_checkpoint)
+    expected = {
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_determine_best_metric": ["self", "metrics", "trial"],
+        "_load_rng_state": ["self", "checkpoint"],
+    }
+    for method, parameters in expected.items():
+        assert list(inspect.signature(getattr(Trainer, method)).parameters) == parameters
+    assert list(inspect.signature(Trainer._evaluate).parameters)[:3] == ["self", "trial", "ignore_keys_for_eval"]
+    # Written and loaded where evaluate_and_save expects it: before a checkpoint's first batch, not earlier.
+    assert "_load_rng_state" in inspect.getsource(Trainer._run_epoch)
+
+
+def test_processes_that_load_data_are_initialised_in_both_ways(tmp_path):
+    trainer = make_trainer(make_small_llama(layers=1), tmp_path, dataloader_num_workers=1)
+    calls = tmp_path / "calls"
+    trainers.initialize_loaders(trainer, lambda worker: calls.write_text(f"{worker} {torch.initial_seed()}"))
+    loader = trainer.get_train_dataloader()
+    assert loader.base_dataloader.worker_init_fn.args[1].func.__name__ == "seed_worker", "the Trainer's own"
+    next(iter(loader))
+    assert calls.read_text().split()[0] == "0"
