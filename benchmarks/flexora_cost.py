@@ -16,7 +16,6 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 
-from axolotl_layersel.selection.flexora import search
 from measuring import (
     Goal,
     Setup,
@@ -40,8 +39,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_layersel.args import LayerselBlock, SelectionArgs
+from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.selection.methods.flexora import search
 
 PLAIN, UNROLLED = "lora", "unrolled, 1"
 SEARCHES = {"1": 1, "2": 2, "4": 4, UNROLLED: 1}

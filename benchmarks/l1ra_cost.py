@@ -53,7 +53,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
-from axolotl_layersel.args import L1RAArgs, LayerselBlock
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.schedule import find_update_steps

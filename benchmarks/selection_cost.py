@@ -38,8 +38,11 @@ from rich.table import Table
 from transformers import Trainer
 
 from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.selection import cka, passes
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection.args import SelectionArgs
 from axolotl_layersel.selection.calibration import Sample, place_token
+from axolotl_layersel.selection.choosing import Selection
+from axolotl_layersel.selection.methods import cka
 
 PLAIN, OURS = "plain", "layersel"
 WAYS = (PLAIN, OURS)
@@ -91,14 +94,15 @@ def make_ways(setup: Setup, folder: str) -> dict[str, Callable[[list[Sample]], l
     """Return both ways of scoring the layers of one model, each warmed up on a few short samples."""
     model = make_model(setup)
     trainer = make_trainer(setup, model, folder)
-    stack = find_layer_stack(model)
+    settings = SelectionArgs(method="cka").resolve(run_seed=0)
+    selection = Selection.of(Run.of(trainer), find_layer_stack(model), settings)
 
     def plain(samples: list[Sample]) -> list[float | None]:
         states = measure_plainly(trainer, model, *place_token(samples, "last"))
         return cka.score_layers(states)[0]
 
     def ours(samples: list[Sample]) -> list[float | None]:
-        states = passes.measure_token_states(trainer, model, stack, *place_token(samples, "last"))
+        states = cka.measure_token_states(selection, *place_token(samples, "last"))
         return cka.score_layers(states)[0]
 
     for way in (plain, ours):

@@ -45,7 +45,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
-from axolotl_layersel.args import SelectionArgs
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection.args import SelectionArgs
 from axolotl_layersel.selection.select import select_layers
 
 ALL, OURS, STOCK = "all", "layersel", "stock"
@@ -111,7 +112,7 @@ def make_arm(
         gradient_checkpointing_kwargs={"use_reentrant": checkpointing == REENTRANT} if checkpointing != NONE else None,
     )
     if arm == OURS:
-        select_layers(trainer, SelectionArgs(method="last", ratio=0.5))
+        select_layers(Run.of(trainer), SelectionArgs(method="last", ratio=0.5))
     return trainer, timer
 
 

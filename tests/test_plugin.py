@@ -14,7 +14,8 @@ from transformers import BartConfig, BertConfig, LlamaConfig, T5Config, Training
 
 from axolotl_layersel.agreement import ADAPTER_SETTINGS, AGREEING_KEYS, ARGUMENTS
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plugin import LayerSelectionPlugin, loads_encoder_decoder
+from axolotl_layersel.plugin import LayerSelectionPlugin
+from axolotl_layersel.preflight import loads_encoder_decoder
 
 
 @hypothesis.settings(max_examples=200, deadline=None)
