@@ -204,6 +204,35 @@ def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
     return {"fsdp_version": 2, "fsdp_config": config}, 2
 
 
+LAUNCHING_FIXTURES = {"zygote", "base_model"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that start processes, by the fixtures that they use: ``make check`` leaves them out."""
+    for item in items:
+        if LAUNCHING_FIXTURES & set(item.fixturenames):
+            item.add_marker("launches")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Let no test train, nor a fixture for it, that is not marked so: ``make check`` is to stay quick."""
+    from transformers import Trainer
+
+    if item.get_closest_marker("trains"):
+        return (yield)
+    upstream = Trainer.train
+
+    def train(*args, **kwargs):
+        raise AssertionError("mark this test, or its module, with `pytest.mark.trains`")
+
+    Trainer.train = train
+    try:
+        return (yield)
+    finally:
+        Trainer.train = upstream
+
+
 @dataclass
 class Run:
     """A finished run of Axolotl."""

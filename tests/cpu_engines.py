@@ -75,13 +75,13 @@ class CpuEnginesPlugin(BasePlugin):
             cfg.device_map = None
 
     def post_trainer_create(self, cfg, trainer):
-        from axolotl_layersel.engines import name_engine
+        from axolotl_layersel.engines import find_engine
 
         accelerator = trainer.accelerator
         if accelerator.is_main_process:
             record = {
                 "distributed_type": accelerator.distributed_type.value,
-                "engine": name_engine(trainer),
+                "engine": find_engine(trainer).name,
                 "processes": accelerator.num_processes,
             }
             Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,7 @@ def read_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_run_that_has_ended_leaves_its_files_as_they_are_when_it_is_started_again(tmp_path, block):
     train(BLOCKS[block], tmp_path)
@@ -52,6 +53,7 @@ def test_a_run_that_has_ended_leaves_its_files_as_they_are_when_it_is_started_ag
     assert len(ended) > 20
 
 
+@pytest.mark.trains
 def test_a_run_that_has_ended_goes_on_where_it_is_given_more_steps(tmp_path):
     train(BLOCKS["selection"], tmp_path)
     again = train(BLOCKS["selection"], tmp_path, str(tmp_path / "checkpoint-10"), max_steps=12)
@@ -65,6 +67,7 @@ def show(folder: Path) -> str:
     return result.output
 
 
+@pytest.mark.trains
 def test_a_run_shows_nothing_of_an_earlier_one_in_its_folder(tmp_path):
     train(BLOCKS["l1ra"], tmp_path)
     assert "ranks after l1ra" in show(tmp_path)
@@ -79,6 +82,7 @@ def test_a_run_shows_nothing_of_an_earlier_one_in_its_folder(tmp_path):
     assert "method first" not in show(tmp_path)
 
 
+@pytest.mark.trains
 def test_a_run_that_does_not_come_to_train_leaves_an_earlier_ones_files(tmp_path):
     train(BLOCKS["l1ra"], tmp_path)
     before = read_files(tmp_path)
@@ -105,6 +109,7 @@ def signals_given_back():
 
 
 # An epoch is 6 steps. Of the last step of an epoch, and of the run, what is due at the epoch's end is a part.
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("strategy", "step"), [("steps", 3), ("steps", 4), ("epoch", 4), ("epoch", 6), ("epoch", 12), ("steps", 12)]
 )

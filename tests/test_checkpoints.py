@@ -14,6 +14,8 @@ from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.selection.args import SelectionArgs
 
+pytestmark = pytest.mark.trains
+
 BLOCK = LayerselBlock(selection=SelectionArgs(method="first", num_layers=3), l1ra=L1RAArgs(update_ratio=0.2))
 READ = [
     "trainer_state.json",

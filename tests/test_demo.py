@@ -11,6 +11,8 @@ import pytest
 from conftest import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.launches
+
 STEPS = 4
 
 

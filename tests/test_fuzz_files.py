@@ -32,6 +32,8 @@ from axolotl_layersel.prepare import check_resumed, prepare_trainer
 from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
 from axolotl_layersel.selection.select import find_plan
 
+pytestmark = pytest.mark.trains
+
 SELECTION = {"method": "explicit", "layers": [0, 2], "unselected": "remove"}
 BLOCKS = {
     "ranks": {"selection": SELECTION, "l1ra": {"update_ratio": 0.2, "l1_lambda": 0.9}},

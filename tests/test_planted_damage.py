@@ -21,6 +21,8 @@ from benchmarks.planted import (
     pretrain,
 )
 
+pytestmark = pytest.mark.trains
+
 STEPS, SEARCH_STEPS, UNROLLED_STEPS, BATCH, RANK = 200, 60, 40, 4, 8
 
 

@@ -118,6 +118,7 @@ def test_callbacks_get_their_counts_back_and_stay_what_and_where_they_are():
     assert stopping.early_stopping_patience_counter == 1
 
 
+@pytest.mark.trains
 def test_a_callback_that_the_checkpoint_does_not_know_is_saved_with_the_next_one(tmp_path):
     make_trainer(make_lora(make_small_llama()), tmp_path, save_strategy="steps", save_steps=2).train()
     again = make_trainer(make_lora(make_small_llama()), tmp_path, save_strategy="steps", save_steps=4)

@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 from axolotl_layersel.run import Run
 from axolotl_layersel.trial import compress_steps, run_trial
 
+pytestmark = pytest.mark.trains
+
 
 class Watcher(TrainerCallback):
     def __init__(self):

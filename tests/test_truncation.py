@@ -52,6 +52,7 @@ def train_one_step(folder, checkpointing: str, truncate: bool) -> Gradients:
     return gradients
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_gradients_are_those_of_the_whole_backward_pass(tmp_path, checkpointing):
     cut = train_one_step(tmp_path / "cut", checkpointing, truncate=True)

@@ -80,6 +80,7 @@ def test_every_kind_of_lora_is_written_as_peft_would(tmp_path, settings, tied):
         assert found == config
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("block", BLOCKS)
 def test_saving_leaves_training_as_it_was(tmp_path, block):
     ends = []
@@ -95,6 +96,7 @@ def test_saving_leaves_training_as_it_was(tmp_path, block):
     assert often.keys() == once.keys() and all(torch.equal(value, once[name]) for name, value in often.items())
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize(
     ("corrupt", "message"),
@@ -123,6 +125,7 @@ def test_a_corrupted_write_stops_the_run_and_leaves_the_last_checkpoint(tmp_path
     assert all(parameter.isfinite().all() for parameter in loaded.parameters())
 
 
+@pytest.mark.trains
 def test_weights_that_became_nan_are_not_written(tmp_path):
     trainer = prepare(tmp_path, CHOSEN, max_steps=1, save_steps=1)
     next(p for p in trainer.model.parameters() if p.requires_grad).data[0, 0] = float("nan")

@@ -22,6 +22,7 @@ def prepare(folder, settings: dict | None = None, model=None, resume_from: str |
     return trainer, ranks
 
 
+@pytest.mark.trains
 def test_preparing_and_training_leave_the_users_random_stream_to_the_user(tmp_path):
     def train(block: LayerselBlock | None) -> torch.Tensor:
         trainer = make_trainer(make_lora(make_small_llama()), tmp_path, max_steps=12)
@@ -49,6 +50,7 @@ def test_a_run_given_in_epochs_is_counted_in_optimizer_steps(tmp_path):
         prepare(tmp_path, {"update_ratio": 0.5}, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2)
 
 
+@pytest.mark.trains
 def test_a_module_that_training_never_runs_stays_out_of_the_way(tmp_path):
     model = make_small_llama()
     model.model.layers[0].self_attn.spare_proj = torch.nn.Linear(32, 32)
@@ -58,6 +60,7 @@ def test_a_module_that_training_never_runs_stays_out_of_the_way(tmp_path):
     assert sum(ranks.history.ranks[9].values()) + ranks.pool == 7 * 4
 
 
+@pytest.mark.trains
 def test_a_run_that_resumes_without_being_prepared_for_it_is_refused(tmp_path):
     trainer, _ = prepare(tmp_path, save_strategy="steps", save_steps=4)
     trainer.train()
@@ -66,6 +69,7 @@ def test_a_run_that_resumes_without_being_prepared_for_it_is_refused(tmp_path):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.trains
 def test_a_run_resumed_from_any_checkpoint_ends_the_same(tmp_path):
     trainer, _ = prepare(tmp_path / "whole", save_strategy="steps", save_steps=1)
     trainer.train()

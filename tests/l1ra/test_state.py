@@ -17,6 +17,8 @@ from axolotl_layersel.l1ra.state import find_ranks_digest, read_state, state_pat
 from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.tensors import load_tensors, save_tensors
 
+pytestmark = pytest.mark.trains
+
 SETTINGS = L1RAArgs(update_ratio=0.2, l1_lambda=0.9)
 Tensors = dict[str, torch.Tensor]
 

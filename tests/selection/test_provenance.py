@@ -76,6 +76,7 @@ def test_a_plan_that_was_written_before_shapes_were_is_known_by_its_name(plan, t
     check_base_model(make_plan(), "", {}, "there")
 
 
+@pytest.mark.trains
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     _, trainer = prepare(tmp_path / "run")
     trainer.train()
@@ -98,6 +99,7 @@ def test_other_data_are_told_in_one_warning(plan, tmp_path, caplog):
         assert "of the training set, and this run's has 8 rows" in caplog.text
 
 
+@pytest.mark.trains
 def test_the_rows_of_a_search_on_the_eval_set_are_compared_with_the_eval_set(tmp_path):
     search = {"steps": 2, "val_source": "eval", "val_samples": 4}
     made, trainer = prepare(tmp_path, method="flexora", ratio=0.5, flexora=search, eval_rows=make_rows(9, seed=4))

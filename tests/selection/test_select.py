@@ -81,6 +81,7 @@ def test_only_candidates_are_chosen_and_the_others_lose_their_adapter(tmp_path):
     assert all(choice.score is not None for choice in plan.layers)
 
 
+@pytest.mark.trains
 def test_frozen_layers_keep_their_adapter_untrained(tmp_path):
     trainer, _plan = select(tmp_path, method="explicit", layers=[1, 4], unselected="freeze")
     assert len(find_lora_modules(trainer.model.get_base_model())) == 18
@@ -210,6 +211,7 @@ def test_lora_that_the_run_itself_freezes_is_not_said_to_train(tmp_path, capsys)
     )
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("unselected", ["remove", "freeze"])
 def test_towers_can_be_left_without_an_adapter(tmp_path, capsys, unselected):
     trainer, plan = select_with_towers(tmp_path, towers="remove", unselected=unselected, num_layers=1)
@@ -234,6 +236,7 @@ def test_a_method_that_scores_refuses_an_encoder_decoder_model(tmp_path, make, m
     assert not plan_path(tmp_path).exists()
 
 
+@pytest.mark.trains
 def test_a_search_sees_the_loss_of_an_encoder_decoder_model(tmp_path):
     model = make_lora(make_t5(), ["q", "v"])
     for name, parameter in model.named_parameters():
@@ -256,6 +259,7 @@ def test_a_search_sees_the_loss_of_an_encoder_decoder_model(tmp_path):
     assert GateHistory.read(tmp_path).validation_losses == [pytest.approx(expected, rel=1e-5)]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("make", [make_t5, make_bart])
 def test_an_encoder_beside_the_decoder_is_a_tower(tmp_path, make):
     targets = ["q", "v"] if make is make_t5 else ["q_proj", "v_proj"]
@@ -301,6 +305,7 @@ def test_a_plan_with_towers_needs_them_in_the_model_and_in_the_checkpoint(tmp_pa
     select_with_towers(tmp_path / "again", resume=str(tmp_path / "good"))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("towers", ["keep", "remove"])
 def test_a_search_trains_lora_outside_of_the_layers_without_a_gate_if_the_run_does(tmp_path, towers):
     model = make_lora(make_small_llama(), ["q_proj", "lm_head"])
@@ -323,6 +328,7 @@ def test_a_search_trains_lora_outside_of_the_layers_without_a_gate_if_the_run_do
     assert not isinstance(head, LoraLayer) if towers == "remove" else not head.lora_B["default"].weight.any()
 
 
+@pytest.mark.trains
 def test_rank_moves_in_both_sides_of_an_encoder_decoder_model(tmp_path):
     model = make_lora(make_t5(), ["q", "v"])
     trainer = make_trainer(model, tmp_path, max_steps=10)
@@ -345,6 +351,7 @@ def test_rank_moves_in_both_sides_of_an_encoder_decoder_model(tmp_path):
         torch.testing.assert_close(rebuilt(**batch).logits, model.eval()(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("towers", [None, "keep", "remove"])
 def test_rank_moves_outside_of_the_layers_too_where_lora_is_kept_there(tmp_path, towers):
     model = make_lora(make_small_llama(), ["q_proj", "lm_head"])

@@ -15,6 +15,8 @@ from axolotl_layersel.selection.methods.flexora.records import GateHistory, gate
 from axolotl_layersel.selection.methods.flexora.search import GateSearch
 from axolotl_layersel.selection.methods.flexora.unrolled import InnerSteps
 
+pytestmark = pytest.mark.trains
+
 SEARCH = {"steps": 6, "inner_steps": 2, "val_samples": 9, "gate_lr": 0.05}
 
 
