@@ -1,28 +1,39 @@
-# make demo: train the demo. make test: lint and test. Both install into .venv first.
+# make demo: train the demo. make check: what can be known in two minutes. make test: everything.
+# All install into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that share the tests. Each takes one core and, at the most, some 5 GB.
+WORKERS ?= 2
 
 export AXOLOTL_DO_NOT_TRACK := 1
 # Nothing is downloaded but packages.
 export HF_HUB_OFFLINE := 1
 # axolotl starts accelerate by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# The models are so small that a second thread gains little, and loses much where cores are shared.
+check test demo: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test
+.PHONY: demo check test
 
-# The demo's model is so small that a second thread gains little, and loses much where cores are shared.
-demo: export OMP_NUM_THREADS := 1
 demo: $(STAMP)
 	$(BIN)/python -m demo.prepare
 	$(BIN)/axolotl train example_configs/demo.yml
 	$(BIN)/python -m demo.report
 
+# Neither starts processes nor trains.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not launches and not trains"
+
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	$(BIN)/mypy
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term
 
 $(STAMP): pyproject.toml | $(BIN)/python
 # torch first: where the index has a CPU build, a machine without a GPU gets that one.

@@ -15,6 +15,7 @@ import threading
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
@@ -216,21 +217,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    """Let no test train, nor a fixture for it, that is not marked so: ``make check`` is to stay quick."""
+    """Let no test train or start a process, nor a fixture for it, that is not marked so: ``make check`` stays quick."""
     from transformers import Trainer
 
-    if item.get_closest_marker("trains"):
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("trains"):
+            patch.setattr(Trainer, "train", lambda *args, **kwargs: refuse_unmarked("trains"))
+        if not item.get_closest_marker("launches"):
+            patch.setattr(subprocess, "Popen", QuietPopen)
         return (yield)
-    upstream = Trainer.train
 
-    def train(*args, **kwargs):
-        raise AssertionError("mark this test, or its module, with `pytest.mark.trains`")
 
-    Trainer.train = train
-    try:
-        return (yield)
-    finally:
-        Trainer.train = upstream
+class QuietPopen(subprocess.Popen):
+    """Starts anything but a program of Python's, as libraries do to learn about the machine."""
+
+    def __init__(self, args, *rest, **options):
+        program = Path(args.split()[0] if isinstance(args, str) else args[0]).name
+        if "python" in program or program.startswith(("axolotl", "accelerate", "torchrun")):
+            refuse_unmarked("launches")
+        super().__init__(args, *rest, **options)
+
+
+def refuse_unmarked(mark: str) -> NoReturn:
+    raise AssertionError(f"mark this test, or its module, with `pytest.mark.{mark}`")
 
 
 @dataclass

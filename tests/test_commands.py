@@ -84,6 +84,7 @@ def test_show_prints_the_table_of_a_file_or_a_folder(trained):
     assert "█" * 24 in rows[highest]
 
 
+@pytest.mark.launches
 def test_show_says_what_is_wrong_with_a_file(tmp_path):
     (tmp_path / "plan.json").write_text("{")
     text = call("axolotl-layersel", "show", str(tmp_path / "plan.json"), expect=1)
@@ -91,6 +92,7 @@ def test_show_says_what_is_wrong_with_a_file(tmp_path):
     assert "Traceback" not in text
 
 
+@pytest.mark.launches
 def test_show_imports_neither_axolotl_nor_torch():
     code = (
         "import sys; import axolotl_layersel.cli.main, axolotl_layersel.plan, axolotl_layersel.selection.report;"
@@ -99,6 +101,7 @@ def test_show_imports_neither_axolotl_nor_torch():
     assert call(sys.executable, "-c", code) == "[]\n"
 
 
+@pytest.mark.launches
 def test_importing_the_plugin_costs_no_second_beyond_axolotl():
     code = (
         "import time; import axolotl.cli.train, axolotl.integrations.base, axolotl.train; start = time.perf_counter();"

@@ -48,6 +48,7 @@ def test_looking_whether_a_run_can_write_leaves_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.launches
 def test_a_limit_on_the_size_of_files_is_said_in_bytes(tmp_path):
     # In a process of its own: the limit stays.
     code = f"""if True:

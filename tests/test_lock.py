@@ -58,6 +58,7 @@ def say_it_is_elsewhere(folder) -> None:
     (folder / FILE).write_text(json.dumps(vars(owner)))
 
 
+@pytest.mark.launches
 def test_two_runs_at_once_in_one_folder_are_refused_by_the_name_of_the_first(hold, tmp_path):
     process = hold()
     with pytest.raises(LayerselError) as error:
@@ -67,6 +68,7 @@ def test_two_runs_at_once_in_one_folder_are_refused_by_the_name_of_the_first(hol
     assert f"delete {tmp_path / FILE}" in message
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("end", ["", "raise ValueError", "raise SystemExit(130)", "held.release()"])
 def test_a_run_that_ends_leaves_nothing_behind(hold, tmp_path, end):
     process = hold(end)
@@ -74,6 +76,7 @@ def test_a_run_that_ends_leaves_nothing_behind(hold, tmp_path, end):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.launches
 def test_a_run_that_was_killed_on_this_machine_is_known_to_be_gone_at_once(hold, tmp_path):
     process = hold()
     process.send_signal(signal.SIGKILL)
@@ -92,6 +95,7 @@ def test_another_process_that_has_got_the_same_number_is_not_the_run(tmp_path):
     RunLock.take(tmp_path).release()
 
 
+@pytest.mark.launches
 def test_a_run_on_another_machine_that_gives_signs_of_life_is_refused(hold, tmp_path, impatient):
     hold()
     say_it_is_elsewhere(tmp_path)
@@ -99,6 +103,7 @@ def test_a_run_on_another_machine_that_gives_signs_of_life_is_refused(hold, tmp_
         RunLock.take(tmp_path)
 
 
+@pytest.mark.launches
 def test_a_run_on_another_machine_that_gives_none_is_gone(hold, tmp_path, impatient):
     process = hold()
     say_it_is_elsewhere(tmp_path)

@@ -46,6 +46,7 @@ def run(code: str, *args: object, **env: str) -> str:
     return " ".join(done.stdout.decode(env.get("PYTHONIOENCODING", "ascii")).split())
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("env", ENCODINGS)
 def test_show_prints_on_a_terminal_that_is_not_unicode(tmp_path, env):
     write_plan(make_plan((0.5, None, 0.1), unscored={1: "ärger ☃"}, modules=[MODULE]), plan_path(tmp_path))
@@ -57,6 +58,7 @@ def test_show_prints_on_a_terminal_that_is_not_unicode(tmp_path, env):
     assert "123456789" in text
 
 
+@pytest.mark.launches
 def test_a_run_prints_its_tables_where_the_output_is_not_unicode(tmp_path):
     text = run(f"import sys; sys.path.insert(0, 'tests')\n{TRAIN}", tmp_path, **NARROW)
     assert "layersel: method cka keeps 1 of 2 layers" in text

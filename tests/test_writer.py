@@ -234,6 +234,7 @@ for name, block in BLOCKS.items():
 """
 
 
+@pytest.mark.launches
 def test_the_same_run_writes_the_same_bytes(tmp_path):
     digests, processes = [], []
     for seed in ("1", "2"):

@@ -85,6 +85,7 @@ def test_a_picture_of_nothing_is_refused(tmp_path):
     assert "plan.json cannot be read" in result.output
 
 
+@pytest.mark.launches
 def test_showing_ranks_imports_no_torch(tmp_path):
     RankHistory({0: RANKS}).write(tmp_path)
     code = f"""if True:
