@@ -24,6 +24,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from axolotl_layersel.selection.methods import METHODS
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 ENGINES = ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
@@ -111,7 +113,7 @@ def make_trainer(model, folder: Path, rows: list[dict] | None = None, **argument
 
 def selection(method: str = "cka", **values) -> dict:
     """Return a ``layersel`` block; methods that score take an odd number of rows, for unequal shares of two."""
-    scoring = {"num_samples": 15} if method in ("cka", "cosine", "fisher") else {}
+    scoring = {"num_samples": 15} if METHODS[method].draws_rows else {}
     return {"layersel": {"selection": {"method": method, **scoring, **values}}}
 
 
@@ -205,6 +207,8 @@ def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
     return {"fsdp_version": 2, "fsdp_config": config}, 2
 
 
+# The methods that score layers on rows.
+SCORING = [name for name, method in METHODS.items() if method.draws_rows]
 LAUNCHING_FIXTURES = {"zygote", "base_model"}
 
 

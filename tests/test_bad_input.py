@@ -96,7 +96,7 @@ BEFORE_THE_MODEL = {
     ),
     "pairs without labels": (
         {"reward_model": True, **selection(method="fisher")},
-        "reward_model: True learns from pairs of answers and has no labels",
+        "has no labels, of which layersel.selection.method: 'fisher' needs the likelihood. Use `cka` or `cosine`.",
     ),
     "continued adapter": (
         {"lora_model_dir": "somewhere"},

@@ -265,7 +265,7 @@ def check_dataset(data: Mapping[str, Any], selection: SelectionArgs) -> None:
     if method.reads == LABELS and data.get("reward_model"):
         raise LayerselError(
             f"reward_model: {data['reward_model']} learns from pairs of answers and has no labels, of which "
-            "layersel.selection.method: {method.name!r} needs the likelihood. Use `cka` or `cosine`."
+            f"layersel.selection.method: {method.name!r} needs the likelihood. Use `cka` or `cosine`."
         )
     streamed = next((key for key in ("streaming", "pretraining_dataset") if data.get(key)), None)
     if streamed:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_lora, make_rows, make_small_llama, make_trainer
+from conftest import SCORING, make_lora, make_rows, make_small_llama, make_trainer
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -50,13 +50,13 @@ def test_ties_go_to_the_lower_layer():
     assert choose_highest([0.1, 0.5, 0.5, 0.5, 0.0], {}, [0, 1, 2, 3, 4], 2, METHODS["cka"]) == [1, 2]
 
 
-@pytest.mark.parametrize("method", ["cka", "cosine", "fisher", "random", "first", "last"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("explicit", "flexora")])
 def test_every_method_leaves_lora_in_the_chosen_layers_alone(tmp_path, method):
     trainer, plan = select(tmp_path, method=method, num_layers=2)
     assert len(plan.selected) == 2
     assert set(find_lora_modules(trainer.model.get_base_model())) == set(plan.modules)
     assert {int(name.split(".")[2]) for name in plan.modules} == set(plan.selected)
-    assert (plan.layers[0].score is None) == (method in ("random", "first", "last"))
+    assert (plan.layers[0].score is None) == (method not in SCORING)
     assert read_plan(plan_path(tmp_path)) == plan
 
 
@@ -226,7 +226,7 @@ def test_towers_can_be_left_without_an_adapter(tmp_path, capsys, unselected):
     assert set(find_lora_modules(rebuilt.get_base_model())) == set(left)
 
 
-@pytest.mark.parametrize("method", ["cka", "cosine", "fisher"])
+@pytest.mark.parametrize("method", SCORING)
 @pytest.mark.parametrize("make", [make_t5, make_bart])
 def test_a_method_that_scores_refuses_an_encoder_decoder_model(tmp_path, make, method):
     name = "T5ForConditionalGeneration" if make is make_t5 else "BartForConditionalGeneration"

@@ -28,7 +28,7 @@ class Method:
 
     Attributes:
         name: the value of ``method`` in the YAML file.
-        summary: what it takes for important, for the documentation.
+        summary: what the score of a layer is, for the documentation.
         module: where its function is, below this package.
         function: takes a ``Selection`` and returns a ``Choice``; every rank calls it.
         reads: what it reads of the data.
@@ -70,37 +70,66 @@ METHODS = {
     for method in (
         Method(
             "cka",
-            "A layer that changes the geometry of its input much, 1 − CKA(input, output), at one token of each row.",
+            "How much the layer rearranges your rows relative to each other: 0, they lie as before; towards "
+            "1, in a new order. (1 minus the linear CKA of its input and output.) One forward pass per row.",
             "cka",
             keys=("num_samples", "seed", "token"),
             fewest_samples=3,  # the CKA of two rows is always 1
             way_out="Use `token: auto` or `mean`, or keep fewer layers.",
         ),
         Method(
-            "cosine", "A layer that turns its input far, 1 − cos(input, output), on average over all tokens.", "cosine"
+            "cosine",
+            "How far the layer turns the hidden state of a token, averaged over all tokens: 0, not at all; 1, "
+            "to a right angle. One forward pass per row.",
+            "cosine",
         ),
         Method(
             "fisher",
-            "A layer whose weights the likelihood of the answers depends on: the mean squared gradient.",
+            "How strongly the likelihood of your answers (for a classifier, of each row's label) depends on "
+            "the layer's own frozen weights: the squared gradient, averaged over rows and weights. A forward "
+            "and a backward pass per row, with the logits of a few answer tokens at a time, so that a large "
+            "vocabulary takes no more memory. Axolotl's fused LoRA kernels are off meanwhile.",
             "fisher",
             reads=LABELS,
             needs_backward=True,
         ),
         Method(
             "flexora",
-            "A layer whose gate a short search raises, because its adapter lowers the validation loss.",
+            "The layer's gate after a short search that trains: above 0, its LoRA helped on rows that it was "
+            "not trained on more than others' did. See [below](#searching-with-gates).",
             "flexora.choice",
             reads=BATCHES,
             needs_backward=True,
             keys=("flexora", "keep", "seed"),
             more_evidence="more flexora.steps",
         ),
-        Method("random", "Layers drawn by the seed.", "controls", "choose_random", reads=NOTHING, keys=("seed",)),
-        Method("first", "The lowest layers.", "controls", "choose_first", reads=NOTHING, keys=()),
-        Method("last", "The highest layers.", "controls", "choose_last", reads=NOTHING, keys=()),
+        Method(
+            "random",
+            "None, and no data are read: the layers are drawn by the seed.",
+            "controls",
+            "choose_random",
+            reads=NOTHING,
+            keys=("seed",),
+        ),
+        Method(
+            "first",
+            "None, and no data are read: the lowest layers are kept.",
+            "controls",
+            "choose_first",
+            reads=NOTHING,
+            keys=(),
+        ),
+        Method(
+            "last",
+            "None, and no data are read: the highest layers are kept.",
+            "controls",
+            "choose_last",
+            reads=NOTHING,
+            keys=(),
+        ),
         Method(
             "explicit",
-            "The layers that `layers` lists.",
+            "None, and no data are read: the layers that you list are kept.",
             "controls",
             "choose_explicit",
             reads=NOTHING,
