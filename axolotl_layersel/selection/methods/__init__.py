@@ -84,6 +84,12 @@ METHODS = {
             "cosine",
         ),
         Method(
+            "relative",
+            "How much the layer adds to the hidden state of a token, for its size, averaged over all tokens: 0, "
+            "nothing; 1, as much as there was. One forward pass per row.",
+            "relative",
+        ),
+        Method(
             "fisher",
             "How strongly the likelihood of your answers (for a classifier, of each row's label) depends on "
             "the layer's own frozen weights: the squared gradient, averaged over rows and weights. A forward "

@@ -1,0 +1,27 @@
+"""Relative: a layer that adds much to its input, for the input's size, is important."""
+
+import torch
+
+from axolotl_layersel.selection.choosing import Choice, Selection, choose_by_score
+from axolotl_layersel.selection.passes import score_by_tokens
+
+
+def choose(selection: Selection) -> Choice:
+    """Return the layers that change their input most, for its size; every rank must call this."""
+    return choose_by_score(selection, lambda samples: score_by_tokens(selection, samples, sum_changes))
+
+
+def sum_changes(inputs: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the sum over each sample's tokens of ‖output − input‖ / ‖input‖: (samples,), float64.
+
+    A token whose hidden state is zero, of which nothing is a share, counts as changed by nothing.
+
+    Args:
+        inputs: a layer's input, (samples, tokens, width).
+        outputs: its output, before any final norm, same shape.
+        mask: (samples, tokens), 1 at real tokens and 0 at padding.
+    """
+    before, after = inputs.double(), outputs.double()
+    size = before.norm(dim=-1)
+    change = torch.where(size > 0, (after - before).norm(dim=-1) / size, 0.0)
+    return (change * mask).sum(dim=1)
