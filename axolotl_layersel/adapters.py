@@ -4,18 +4,26 @@ import re
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import refuse
 from axolotl_layersel.initialisation import RESTORED, SEEDED, changes_base, describe_rounding, normalise
-from axolotl_layersel.layers import LayerStack, find_lora_modules, get_adapter_name, get_config
+from axolotl_layersel.layers import (
+    LayerStack,
+    find_lora_modules,
+    get_adapter_name,
+    get_base_model,
+    get_config,
+    get_linears,
+)
 from axolotl_layersel.layouts import list_ends, sort_sets
 from axolotl_layersel.plain_lora import GatedRun
 from axolotl_layersel.randomness import draw_orthogonal, draw_row, make_row_generator
@@ -48,7 +56,7 @@ def complete_config(run: Run) -> None:
 
     Call it before an engine exists: FSDP2 gives classes other names.
     """
-    config, base = run.config, run.model.get_base_model()
+    config, base = run.config, run.base
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = base.__dict__.get("name_or_path")
     if config.task_type is None:
@@ -73,7 +81,7 @@ def check_plain_lora(run: Run, modules: dict[str, LoraLayer], setting: str) -> N
     ).check(setting)
     for name, module in modules.items():
         linear = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
-        shape = run.engine.find_shape(module.lora_A[adapter].weight) if linear else ()
+        shape = run.engine.find_shape(get_linears(module, adapter)[0].weight) if linear else ()
         if len(shape) != 2:
             raise LayerselError(
                 f"lora_target_modules: {name} is a {type(module.get_base_layer()).__name__}, on whose LoRA {setting} "
@@ -102,17 +110,17 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
     method = get_initialisation(config)
     if method not in SEEDED:
         return False
-    for name, module in find_lora_modules(model.get_base_model()).items():
+    for name, module in find_lora_modules(get_base_model(model)).items():
         if method == "orthogonal":
-            down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            down, up = (linear.weight for linear in get_linears(module, adapter))
             values = draw_orthogonal(down.shape[1], up.shape[0], down.shape[0], make_row_generator(seed, name, 0))
             for weight, value in zip((down, up), values):
                 weight.copy_(value)
         elif adapter in module.lora_A:
-            weight = module.lora_A[adapter].weight
+            weight = module.lora_A[adapter].get_parameter("weight")
             rows = [draw_row(weight[i], method, seed, name, i, module.r[adapter]) for i in range(weight.shape[0])]
             weight.copy_(torch.stack(rows))
-            nn.init.zeros_(module.lora_B[adapter].weight)
+            nn.init.zeros_(module.lora_B[adapter].get_parameter("weight"))
         elif adapter in module.lora_embedding_A:
             weight = module.lora_embedding_B[adapter]
             generators = [make_row_generator(seed, name, i) for i in range(weight.shape[1])]
@@ -142,18 +150,15 @@ def remove_modules(run: Run, removed: list[str]) -> None:
     Raises:
         LayerselError: if PEFT has changed the weight of such a module, and it cannot be what it was.
     """
-    base = run.model.get_base_model()
+    base, lora = run.base, run.lora_modules
     restores = changes_base(run.config.init_lora_weights)
     for name in removed:
         parent, _, child = name.rpartition(".")
-        module = base.get_submodule(name)
         if restores:
-            restore_base(run, name, module)
-        while isinstance(module, BaseTunerLayer):
-            module = module.base_layer
-        setattr(base.get_submodule(parent), child, module)
+            restore_base(run, name, lora[name])
+        setattr(base.get_submodule(parent), child, lora[name].get_base_layer())
     gone = set(removed)
-    tuner = run.model.base_model
+    tuner: Any = run.model.base_model
     tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in gone]
     name_exactly(run.config, base)
 
@@ -165,7 +170,7 @@ def restore_base(run: Run, name: str, module: LoraLayer) -> None:
     Raises:
         LayerselError: if that would not be the weight that it was.
     """
-    weight, method = module.get_base_layer().weight, get_initialisation(run.config)
+    weight, method = module.get_base_layer().get_parameter("weight"), get_initialisation(run.config)
     if method not in RESTORED:
         raise LayerselError(
             f"peft_init_lora_weights: {method!r} has changed the base weight of {name}, which cannot be undone. "
@@ -179,7 +184,7 @@ def restore_base(run: Run, name: str, module: LoraLayer) -> None:
             f"peft_init_lora_weights: 'olora' takes {name}, a {type(module.get_base_layer()).__name__}, for its "
             "transpose, so PEFT computes something else from the start. Use `pissa`, or remove it."
         )
-    down, up = (matrices[run.adapter].weight.float() for matrices in (module.lora_A, module.lora_B))
+    down, up = (linear.weight.float() for linear in get_linears(module, run.adapter))
     product = module.scaling[run.adapter] * (up @ down)
     product = product.T if transposed else product
     run.engine.edit_weight(weight, lambda whole: whole.add_(product.to(whole.device)))
@@ -193,8 +198,8 @@ def name_exactly(config: LoraConfig, base: nn.Module) -> None:
     and, for the layers, at the tensors in the file; SGLang refuses regular expressions.
     """
     present, others = list(find_lora_modules(base)), list_other_modules(base)
-    layers = [NUMBERED_LAYER.match(name) for name in present]
-    if all(layers):
+    layers = [layer for name in present if (layer := NUMBERED_LAYER.match(name))]
+    if len(layers) == len(present):
         config.target_modules = sorted({name.rpartition(".")[2] for name in present})
         config.layers_to_transform = sorted({int(layer["number"]) for layer in layers})
         config.layers_pattern = sorted({layer["list"] for layer in layers})
@@ -228,13 +233,12 @@ def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
 
 def freeze_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:
     """Stop the LoRA weights of the layers from training, but for the modules ``kept``; their values stay."""
-    base = run.model.get_base_model()
     for name in find_others(stack, kept):
-        for parameter in lora_parameters(base.get_submodule(name)):
+        for parameter in lora_parameters(run.base.get_submodule(name)):
             parameter.requires_grad_(False)
 
 
-def lora_parameters(module: LoraLayer) -> list[nn.Parameter]:
+def lora_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the adapter's own parameters of a LoRA module, without the base layer's."""
     return [parameter for name, parameter in module.named_parameters() if not name.startswith("base_layer.")]
 
@@ -245,7 +249,7 @@ def keep_trained_alone(model: PeftModel) -> None:
     PEFT then makes every LoRA weight train, also frozen ones; trainers whose reference model is the base, such as
     DPO's, switch it off in the middle of a loss.
     """
-    tuner = model.base_model
+    tuner: Any = model.base_model
     # Methods, not closures: a deep copy of the model switches its own adapter off.
     tuner.disable_adapter_layers = types.MethodType(disable_adapter_layers, tuner)
     tuner.enable_adapter_layers = types.MethodType(enable_adapter_layers, tuner)
@@ -253,20 +257,20 @@ def keep_trained_alone(model: PeftModel) -> None:
 
 def disable_adapter_layers(tuner: BaseTuner) -> None:
     """Switch the adapter off, and note what trains."""
-    tuner.layersel_trained = {name for name, parameter in tuner.named_parameters() if parameter.requires_grad}
+    vars(tuner)["layersel_trained"] = {name for name, parameter in tuner.named_parameters() if parameter.requires_grad}
     type(tuner).disable_adapter_layers(tuner)
 
 
 def enable_adapter_layers(tuner: BaseTuner) -> None:
     """Switch the adapter on again, and let train what did."""
     type(tuner).enable_adapter_layers(tuner)
-    trained = tuner.__dict__.pop("layersel_trained", None)
+    trained = vars(tuner).pop("layersel_trained", None)
     if trained is not None:
         for name, parameter in tuner.named_parameters():
             parameter.requires_grad_(name in trained)
 
 
-def adapter_parameters(model: PeftModel, embeddings: bool | str = False) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: PeftModel, embeddings: bool | Literal["auto"] = False) -> dict[str, nn.Parameter]:
     """Return the parameters that an adapter file holds, by their name in that file (PEFT's naming); tied ones twice.
 
     ``embeddings``: whether base embeddings are among them; ``"auto"`` where PEFT would save them, after the

@@ -191,4 +191,4 @@ def describe_rows(dataset: Any, seed: int) -> Any:
 def digest(parameter: torch.Tensor) -> str:
     """Return a hash of the bytes of a whole tensor."""
     raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.blake2b(raw.numpy(), digest_size=8).hexdigest()
+    return hashlib.blake2b(raw.numpy().data, digest_size=8).hexdigest()

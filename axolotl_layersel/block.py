@@ -40,6 +40,7 @@ class Block(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def check_type(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "it validates fields"
         field = cls.model_fields[info.field_name]
         return read(f"{cls.path}.{info.field_name}", value, field.annotation, field.description)
 
@@ -56,6 +57,7 @@ def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
     if value is None:
         raise ValueError(f"{key}: the value is blank. Write one, or leave the key out. {description}")
     hint = " (YAML reads `on`, `yes` and `true` as True)" if value is True else ""
+    result: Any
     if int in kinds:
         result, expected = as_whole(value), "a whole number"
     elif float in kinds and str in kinds:
@@ -104,8 +106,10 @@ def as_whole(value: Any) -> int | None:
 
 def as_whole_list(value: Any) -> list[int] | None:
     """Return a list of whole numbers; None for anything else."""
-    numbers = [as_whole(item) for item in value] if isinstance(value, list) else [None]
-    return None if None in numbers else numbers
+    if not isinstance(value, list):
+        return None
+    numbers = [number for item in value if (number := as_whole(item)) is not None]
+    return numbers if len(numbers) == len(value) else None
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -39,7 +40,7 @@ class RestoreCallback(TrainerCallback):
         self.resume_from = resume_from
         self.restore = restore
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == 0:
             return
         callbacks = self.run.trainer.callback_handler.callbacks
@@ -50,7 +51,7 @@ class RestoreCallback(TrainerCallback):
             LOG.info("layersel: the run has ended at step %d already; nothing is trained", state.global_step)
             control.should_training_stop = True
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self.run.engine.restores_lora and args.load_best_model_at_end and state.best_model_checkpoint:
             self.restore(state.best_model_checkpoint)
 
@@ -73,7 +74,7 @@ class TidyCallback(TrainerCallback):
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for path in self.paths if collectives.get_rank() == 0 else []:
             if path.exists():
                 LOG.info("layersel: %s is an earlier run's, and is removed", path)
@@ -102,7 +103,7 @@ class InterruptCallback(TrainerCallback):
         self.terminated = False
         self.may_leave = True
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         WATCH.install()
         self.shared = SharedSignal(args.device)
         self.training, self.began_at = True, state.global_step
@@ -110,23 +111,23 @@ class InterruptCallback(TrainerCallback):
         if state.global_step > 0 and self.resume_from and trainers.is_evaluation_due(self.run.trainer):
             self.make_up_for_evaluation(self.resume_from)
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.obey(self.shared.look())
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.obey(self.shared.settle())
         # What is due at the end of an epoch belongs to its last step.
         self.may_leave = not ends_epoch(state, control)
         if self.terminated and self.may_leave:
             control.should_save = True
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.may_leave = True
         if self.terminated:
             control.should_save = True
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         # An evaluation may take longer than a launcher waits before it kills; all ranks run as many batches.
         if not self.training:
@@ -138,13 +139,13 @@ class InterruptCallback(TrainerCallback):
                 self.save_checkpoint()
             self.leave_checkpoint()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Ranks have just waited for each other, and what came while they saved need not cost another step and save.
         self.obey(self.shared.settle())
         if self.terminated and self.may_leave:
             self.leave_checkpoint()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.training = False
         self.shared.settle()
         WATCH.restore()
@@ -164,7 +165,7 @@ class InterruptCallback(TrainerCallback):
     def obey(self, signum: int) -> None:
         """Save the adapter and leave on Ctrl-C; on SIGTERM note that the run ends at its next checkpoint."""
         if signum == signal.SIGINT:
-            folder = Path(self.run.trainer.args.output_dir)
+            folder = self.run.output_dir
             self.writer.save(folder)
             leave(signum, f"interrupted; the adapter as trained so far is in {folder}")
         self.terminated = self.terminated or signum == signal.SIGTERM
@@ -187,10 +188,10 @@ class StopCallback(TrainerCallback):
     def __init__(self, device: torch.device) -> None:
         self.shared = SharedSignal(device)
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.raise_for(self.shared.look())
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.raise_for(self.shared.settle())
 
     def raise_for(self, signum: int) -> None:

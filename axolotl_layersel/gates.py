@@ -1,5 +1,7 @@
 """Gates on LoRA modules or on their rank components: the same fp32 numbers on every rank, outside the engine."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 
@@ -26,7 +28,7 @@ class Gates:
         device: where the gates are.
     """
 
-    def __init__(self, linears: dict[str, list[nn.Module]], components: int, device: torch.device) -> None:
+    def __init__(self, linears: Mapping[str, Sequence[nn.Module]], components: int, device: torch.device) -> None:
         self.linears = linears
         self.parts = {name: slice(i * components, (i + 1) * components) for i, name in enumerate(linears)}
         self.values = torch.ones(len(linears) * components, device=device)

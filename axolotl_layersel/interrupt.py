@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class SignalWatch:
     def __init__(self) -> None:
         self.received = 0
         self.interrupts = 0
-        self.previous: dict[int, object] = {}
+        self.previous: dict[int, Any] = {}
         self.process = 0
 
     def install(self) -> None:

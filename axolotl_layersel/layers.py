@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from axolotl_layersel.errors import LayerselError
 
@@ -47,14 +48,33 @@ def get_adapter_name(model: PeftModel) -> str:
     return names[0]
 
 
-def get_config(model: PeftModel) -> LoraConfig:
-    """Return the LoRA configuration of the adapter in training."""
-    return model.peft_config[get_adapter_name(model)]
+def get_config(model: PeftModel, adapter: str | None = None) -> LoraConfig:
+    """Return the LoRA configuration of ``adapter``, by default of the one in training.
+
+    Raises:
+        LayerselError: if it is an adapter of another kind.
+    """
+    config = model.peft_config[adapter or get_adapter_name(model)]
+    if not isinstance(config, LoraConfig):
+        raise LayerselError(f"adapter: {config.peft_type} is not supported; layer selection and l1ra need LoRA.")
+    return config
+
+
+def get_base_model(model: PeftModel) -> PreTrainedModel:
+    """Return the transformers model that carries the adapter."""
+    return cast(PreTrainedModel, model.get_base_model())
 
 
 def find_lora_modules(model: nn.Module) -> dict[str, LoraLayer]:
     """Return the LoRA modules of ``model`` by name, in the order of ``named_modules``."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def get_linears(module: LoraLayer, adapter: str) -> tuple[nn.Linear, nn.Linear]:
+    """Return A and B of a LoRA module that is linear."""
+    down, up = module.lora_A[adapter], module.lora_B[adapter]
+    assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear), "LoRA on convolutions was refused"
+    return down, up
 
 
 def find_layer_stack(model: PeftModel) -> LayerStack:
@@ -63,7 +83,7 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
     Raises:
         LayerselError: if no stack, or more than one, could be meant.
     """
-    base = model.get_base_model()
+    base = get_base_model(model)
     expected = list_layer_counts(base.config.get_text_config())
     lora_names = list(find_lora_modules(base))
     found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}

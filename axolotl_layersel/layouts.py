@@ -6,9 +6,10 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -102,7 +103,7 @@ def lay_out(
     return tensors, config
 
 
-def write_pattern(values: dict[str, float]) -> dict[str, float]:
+def write_pattern(values: Mapping[str, float]) -> dict[str, float]:
     """Return a ``rank_pattern`` or ``alpha_pattern`` that gives each module, by its full name, its value.
 
     It has one pattern for each distinct value, not for each module: PEFT matches every module against every pattern,
@@ -213,7 +214,8 @@ def read_config(path: Path) -> PeftConfig:
 
 def find_config_fault(config: LoraConfig) -> str | None:
     """Return what a configuration says of ranks and scaling that no adapter can have, None where nothing is wrong."""
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    read: Any = config  # its fields are what the file says, of any type
+    ranks, alphas = read.rank_pattern or {}, read.alpha_pattern or {}
     if not isinstance(ranks, dict) or not isinstance(alphas, dict):
         return "a pattern is no mapping"
     for pattern in (*ranks, *alphas):
@@ -225,13 +227,13 @@ def find_config_fault(config: LoraConfig) -> str | None:
     mixed = [name for name, value in sets.items() if isinstance(value, set) and not all(map(is_text, value))]
     if mixed:
         return f"{mixed[0]} holds other than names"
-    for rank in (config.r, *ranks.values()):
+    for rank in (read.r, *ranks.values()):
         if type(rank) is not int or rank < 1:
             return f"{rank!r} is no rank"
-    for alpha in (config.lora_alpha, *alphas.values()):
+    for alpha in (read.lora_alpha, *alphas.values()):
         if type(alpha) not in (int, float) or abs(alpha) > MOST_ALPHA:
             return f"{alpha!r} is no lora_alpha"
-    if type(config.use_rslora) is not bool or type(config.use_dora) is not bool:
+    if type(read.use_rslora) is not bool or type(read.use_dora) is not bool:
         return "use_rslora or use_dora is neither true nor false"
     return None
 

@@ -159,11 +159,9 @@ def remove_stale(path: Path) -> None:
     """
     try:
         owner = Owner.read(path)
-        here = owner is not None and owner.machine is not None and owner.machine == find_machine()
-        if here and owner.process == os.getpid() and owner.is_alive():
-            gone = True  # an earlier run of this very process
-        elif here:
-            gone = not owner.is_alive()
+        if owner is not None and owner.machine is not None and owner.machine == find_machine():
+            # It may be an earlier run of this very process.
+            gone = owner.process == os.getpid() or not owner.is_alive()
         else:
             gone = stays_silent(path, owner)
             owner = Owner.read(path)

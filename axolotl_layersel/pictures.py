@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import write_atomically
@@ -84,7 +84,7 @@ def draw_gate_lines(axes: "Axes", history: GateHistory, kept: Collection[str]) -
     width = 1.8 if len(shown) <= MOST_NAMES else 0.7
     steps = range(1, len(history.gates) + 1)
     for index, name in enumerate(history.names):
-        style = {"color": colours.get(name, GREY), "linewidth": width if name in kept else 0.6}
+        style: dict[str, Any] = {"color": colours.get(name, GREY), "linewidth": width if name in kept else 0.6}
         axes.plot(steps, [gates[index] for gates in history.gates], zorder=2 + (name in kept), **style)
     axes.axhline(0, color="black", linewidth=0.8, zorder=2)
     modules = any("." in name for name in history.names)
@@ -179,8 +179,9 @@ def name_ends(
     """
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    axes.figure.draw_without_rendering()  # only then is it known how high the axes are
-    height = axes.get_window_extent().height / axes.figure.dpi
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # only then is it known how high the axes are
+    height = axes.get_window_extent().height / figure.dpi
     lines = {name: (value - low) / (high - low) for name, value in ends.items()}
     texts = spread_out(lines, NAME_HEIGHT / height)
     for name, at in lines.items():
@@ -258,7 +259,8 @@ def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str]
     axes.set_yticks(range(len(rows)), map(clean, rows), fontsize=7, parse_math=False)
     axes.set_ylabel("layer")
     if not numbers:
-        axes.figure.colorbar(image, ax=axes, shrink=min(1.0, 5 / axes.figure.get_size_inches()[1]), anchor=(0, 1))
+        figure: Any = axes.figure
+        figure.colorbar(image, ax=axes, shrink=min(1.0, 5 / figure.get_size_inches()[1]), anchor=(0, 1))
 
 
 def make_figure(size: tuple[float, float]) -> "Figure":

@@ -3,17 +3,17 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.selection.args import SelectionArgs, Towers, Unselected
 from axolotl_layersel.selection.methods import METHODS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 FILE = "plan.json"
 
 
@@ -54,8 +54,8 @@ class Plan(BaseModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     method: str
     layers: list[LayerChoice]
-    unselected: Literal["remove", "freeze"]
-    towers: Literal["keep", "remove"] = Field(default="keep", description="what became of LoRA outside of the layers")
+    unselected: Unselected
+    towers: Towers = Field(default="keep", description="what became of LoRA outside of the layers")
     outside: list[Tower] = Field(
         default_factory=list,
         description="LoRA modules outside of the layers, before any were removed, by place in the base model",
@@ -124,9 +124,9 @@ def read_plan(path: str | Path, key: str = "layersel.selection.plan") -> Plan:
         where = ".".join(str(part) for part in first["loc"])
         fault = f"is not a plan: {where}: {first['msg']} ({error.error_count()} problems)"
         raise refuse(key, path, fault, way_out) from error
-    fault = find_contradiction(plan)
-    if fault:
-        raise refuse(key, path, fault, way_out)
+    contradiction = find_contradiction(plan)
+    if contradiction:
+        raise refuse(key, path, contradiction, way_out)
     return plan
 
 
@@ -139,7 +139,11 @@ def find_contradiction(plan: Plan) -> str | None:
     if not set(plan.unscored) <= set(range(len(plan.layers))):
         return "says why layers are not scored that it does not list"
     outside = [name for tower in plan.outside for name in tower.modules]
-    lists = {"modules": plan.modules, "calibration_rows": plan.calibration_rows, "outside": outside}
+    lists: dict[str, list[Any]] = {
+        "modules": plan.modules,
+        "calibration_rows": plan.calibration_rows,
+        "outside": outside,
+    }
     for name, values in lists.items():
         if len(set(values)) != len(values):
             return f"lists something twice in {name}"

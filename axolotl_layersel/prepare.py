@@ -73,7 +73,7 @@ def prepare_trainer(
     plan = None
     if settings.selection:
         plan = select_layers(run, settings.selection, resume_from, continues_adapter, repeat)
-    ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra else None
+    ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
     trainer.add_callback(RestoreCallback(run, resume_from, restore))
     trainers.respect_stop_before_first_step(trainer)
@@ -85,9 +85,9 @@ def prepare_trainer(
             ranks.check(resume_from, "resume_from_checkpoint")
         trainer.add_callback(RankCallback(ranks, resume_from))
     writer = AdapterWriter(run, ranks.fold if ranks else None)
-    trainer.add_callback(TidyCallback(list_foreign_files(settings, trainer.args.output_dir)))
+    trainer.add_callback(TidyCallback(list_foreign_files(settings, run.output_dir)))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))
-    trainer.save_adapter = complete_saves(run, writer, plan, ranks)
+    vars(trainer)["save_adapter"] = complete_saves(run, writer, plan, ranks)
     return plan
 
 
@@ -104,7 +104,7 @@ def check_resumed(settings: LayerselBlock, resume_from: str | None) -> None:
         )
 
 
-def list_foreign_files(settings: LayerselBlock, output_dir: str) -> list[Path]:
+def list_foreign_files(settings: LayerselBlock, output_dir: Path) -> list[Path]:
     """Return the files of this package in a run's folder that would be an earlier run's."""
     ranks = [] if settings.l1ra else [ranks_path(output_dir)]
     # A run that selects has written its plan by then, and with it the course of a search, or removed that.

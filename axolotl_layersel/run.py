@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from axolotl_layersel.engines import find_engine
 from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_lora_modules, get_adapter_name
+from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config
 from axolotl_layersel.trainers import unwrap_model
 
 
@@ -49,14 +50,25 @@ class Run:
     @property
     def config(self) -> LoraConfig:
         """The configuration of the adapter."""
-        return self.model.peft_config[self.adapter]
+        return get_config(self.model, self.adapter)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model that carries the adapter."""
+        return get_base_model(self.model)
 
     @property
     def lora_modules(self) -> dict[str, LoraLayer]:
         """The LoRA modules by their name in the base model."""
-        return find_lora_modules(self.model.get_base_model())
+        return find_lora_modules(self.base)
 
     @property
     def device(self) -> torch.device:
         """Where the trainer computes."""
         return self.trainer.args.device
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder that the run writes to."""
+        assert self.trainer.args.output_dir is not None, "transformers fills it in"
+        return Path(self.trainer.args.output_dir)

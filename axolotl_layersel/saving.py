@@ -3,9 +3,11 @@
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import PeftModel
-from transformers import Trainer
+from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel.engines import collectives
@@ -37,7 +39,7 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
         weights = writer.save(folder)
         collectives.decide_on_rank_zero(lambda: write_beside(Path(folder), weights))
 
-    def write_beside(folder: Path, weights: dict) -> None:
+    def write_beside(folder: Path, weights: dict[str, torch.Tensor]) -> None:
         model.create_or_update_model_card(str(folder))
         if ranks and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             ranks.save(folder, weights)
@@ -53,11 +55,11 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
             upstream_save_model(output_dir, _internal_call=True)
         finally:
             silent = False
-        save(output_dir or trainer.args.output_dir)
+        save(output_dir or run.output_dir)
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
-    def save_pretrained(self: PeftModel, save_directory: str, is_main_process: bool = True, **options) -> None:
+    def save_pretrained(self: PeftModel, save_directory: str, is_main_process: bool = True, **options: Any) -> None:
         if self is not model:
             type(self).save_pretrained(self, save_directory, is_main_process=is_main_process, **options)
         elif options.get("state_dict") is not None and not silent:
@@ -67,15 +69,15 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
             writer.save_alone(save_directory)
             model.create_or_update_model_card(str(save_directory))
 
-    trainer.save_model = save_model
+    trainer.save_model = save_model  # type: ignore[method-assign]  # of this trainer alone
     # A method, not a closure over the model: a deep copy of the model saves itself.
-    model.save_pretrained = types.MethodType(save_pretrained, model)
+    model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]
     if ranks:
-        model.load_adapter = ranks.load_adapter(model.load_adapter)
+        model.load_adapter = ranks.load_adapter(model.load_adapter)  # type: ignore[method-assign]
     return save
 
 
-def take_over_fsdp2_writer(trainer: Trainer) -> None:
+def take_over_fsdp2_writer(trainer: Any) -> None:
     """Let ``trainer.save_adapter`` write what Axolotl's own writer of FSDP2 adapters would, past the trainer.
 
     Axolotl calls that at the end of every FSDP2 run, and for the checkpoints of one with a quantised base.
@@ -83,15 +85,15 @@ def take_over_fsdp2_writer(trainer: Trainer) -> None:
     from axolotl.integrations.expert_parallel import shard
 
     upstream = getattr(shard.save_fsdp2_lora_adapter, "upstream", shard.save_fsdp2_lora_adapter)
-    model = unwrap_model(trainer)
+    model: Any = unwrap_model(trainer)
     # Preference training hands the base model over.
     ours = (model, model.get_base_model())
 
-    def save_fsdp2_lora_adapter(model, output_dir: str) -> bool:
+    def save_fsdp2_lora_adapter(model: nn.Module, output_dir: str) -> bool:
         if not any(model is known for known in ours):
             return upstream(model, output_dir)
         trainer.save_adapter(output_dir)
         return True
 
-    save_fsdp2_lora_adapter.upstream = upstream
+    vars(save_fsdp2_lora_adapter)["upstream"] = upstream
     shard.save_fsdp2_lora_adapter = save_fsdp2_lora_adapter

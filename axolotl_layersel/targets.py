@@ -40,8 +40,8 @@ def find_kind(model: nn.Module) -> str:
     Raises:
         LayerselError: if its class does not say.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kind = KINDS_BY_LOSS.get(getattr(base, "loss_type", None))
+    base = getattr(model, "get_base_model", lambda: model)()
+    kind = KINDS_BY_LOSS.get(getattr(base, "loss_type", None) or "")
     if kind is None:
         names = {ancestor.__name__ for ancestor in type(base).__mro__}
         # A few old classes are in both lists; their losses do not shift.

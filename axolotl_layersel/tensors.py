@@ -59,7 +59,7 @@ def find_digest(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -
     described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
     digest = hashlib.sha256(json.dumps([sorted(metadata.items()), described]).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """What reaches a terminal or a log: nothing that steers it, and only what its encoding knows."""
 
 import sys
-from typing import TextIO
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 
@@ -28,13 +28,14 @@ class EncodableFile:
     def write(self, text: str) -> int:
         return self.file.write(make_encodable(text, self.file.encoding))
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
 
 def make_console(file: TextIO | None = None, width: int | None = None) -> Console:
     """Return what prints tables to ``file``, by default standard output: text as it is, no markup and no emoji."""
-    return Console(file=EncodableFile(file or sys.stdout), width=width, markup=False, emoji=False, highlight=False)
+    encodable = cast(IO[str], EncodableFile(file or sys.stdout))
+    return Console(file=encodable, width=width, markup=False, emoji=False, highlight=False)
 
 
 def say(text: str) -> None:

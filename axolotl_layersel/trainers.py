@@ -59,6 +59,19 @@ def unwrap_model(trainer: Trainer) -> nn.Module:
     return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
 
+def get_model(trainer: Trainer) -> nn.Module:
+    """Return the trainer's model, past the engine that may have been built around it."""
+    assert trainer.model is not None, "a trainer has made it by now, where it was given a function that does"
+    return trainer.model
+
+
+def compute_loss(trainer: Trainer, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    """Return the loss of a prepared micro-batch, with a graph; the engine does not reduce its gradients."""
+    loss = trainer.compute_loss(get_model(trainer), inputs, num_items_in_batch=num_items_in_batch)
+    assert isinstance(loss, torch.Tensor), "outputs were not asked for"
+    return loss
+
+
 def count_optimizer_steps(trainer: Trainer) -> int:
     """Return the planned number of optimizer steps of a run that has not begun."""
     if trainer.args.max_steps > 0:  # Axolotl always says it
@@ -71,11 +84,11 @@ def respect_stop_before_first_step(trainer: Trainer) -> None:
     """Let a callback's ``should_training_stop`` count at ``on_train_begin`` too, before any step is made."""
     upstream = trainer._run_epoch
 
-    def run_epoch(*args, **kwargs) -> None:
+    def run_epoch(*args: Any, **kwargs: Any) -> None:
         if not trainer.control.should_training_stop:
             upstream(*args, **kwargs)
 
-    trainer._run_epoch = run_epoch
+    trainer._run_epoch = run_epoch  # type: ignore[method-assign]  # of this trainer alone
 
 
 def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState) -> None:
@@ -83,10 +96,11 @@ def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState) -> 
 
     They stay the objects that they are, in their order and with the settings of this run.
     """
+    stored: Any = state.stateful_callbacks  # a mapping, once a trainer has it
     for kind in {type(callback) for callback in callbacks if isinstance(callback, ExportableState)}:
         same = [callback for callback in callbacks if type(callback) is kind]
         # The next checkpoint could not be written without an entry for one that this run is the first to have.
-        saved = state.stateful_callbacks.setdefault(kind.__name__, [callback.state() for callback in same])
+        saved = stored.setdefault(kind.__name__, [callback.state() for callback in same])
         saved = saved if isinstance(saved, list) else [saved]
         for callback, values in zip(same, saved[-len(same) :]):
             for name, value in values["attributes"].items():
@@ -97,7 +111,7 @@ def initialize_loaders(trainer: Trainer, initialize: Callable[[int], None]) -> N
     """Let ``initialize`` run first in every process that loads data for ``trainer``, with that process's number."""
 
     def initializing(upstream: Callable) -> Callable:
-        def get_dataloader(*args, **kwargs) -> Any:
+        def get_dataloader(*args: Any, **kwargs: Any) -> Any:
             prepared = upstream(*args, **kwargs)
             loader = getattr(prepared, "base_dataloader", prepared)
             own = getattr(loader, "worker_init_fn", None)
@@ -124,7 +138,7 @@ def offload_activations(trainer: Trainer) -> contextlib.AbstractContextManager:
     return getattr(trainer, "activation_offload_context", contextlib.nullcontext())
 
 
-def prepare_inputs(trainer: Trainer, inputs: dict) -> dict:
+def prepare_inputs(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return a micro-batch on the trainer's device, as its own steps prepare it."""
     return trainer._prepare_inputs(inputs)
 
@@ -139,13 +153,13 @@ def remove_embedding_hooks(model: nn.Module) -> None:
 
 def save_checkpoint(trainer: Trainer) -> None:
     """Write a whole checkpoint of the step that has ended, weights being in shards; every rank must call this."""
-    trainer._save_checkpoint(trainer.model, None)
+    trainer._save_checkpoint(get_model(trainer), None)
 
 
 def is_evaluation_due(trainer: Trainer) -> bool:
     """Return whether the checkpoint that the run was resumed from was written before its step's evaluation."""
-    control = trainer.state.stateful_callbacks.get("TrainerControl", {})
-    return bool(control.get("args", {}).get("should_evaluate"))
+    stored: Any = trainer.state.stateful_callbacks
+    return bool(stored.get("TrainerControl", {}).get("args", {}).get("should_evaluate"))
 
 
 def evaluate(trainer: Trainer, checkpoint: str) -> None:

@@ -59,9 +59,10 @@ def compress_arguments(arguments: TrainingArguments, steps: int, planned: int) -
     warmup = arguments.get_warmup_steps(planned)
     # From 1 it is a number of steps, below it a share.
     arguments.warmup_steps = scale(warmup) if warmup else 0
+    schedule: Any = arguments.lr_scheduler_kwargs or {}  # text was parsed
     arguments.lr_scheduler_kwargs = {
         key: scale(value) if key.endswith("_steps") and isinstance(value, int) else value
-        for key, value in (arguments.lr_scheduler_kwargs or {}).items()
+        for key, value in schedule.items()
     }
     for name in trainers.STEP_COUNTS:
         if getattr(arguments, name, None):

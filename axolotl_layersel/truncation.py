@@ -1,10 +1,12 @@
 """Stop the backward pass at the lowest layer that trains, instead of at the embeddings."""
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import nn
 
-from axolotl_layersel.layers import LayerStack
+from axolotl_layersel.layers import LayerStack, get_base_model
 from axolotl_layersel.trainers import remove_embedding_hooks
 
 
@@ -14,7 +16,7 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
     Of what trains outside the layers only the output embeddings are known to come after them: trained input
     embeddings or a trained vision tower need the gradient of the lowest layer's input.
     """
-    base = model.get_base_model()
+    base = get_base_model(model)
     lowest = next(
         (i for i, layer in enumerate(stack.layers) if any(p.requires_grad for p in layer.parameters())),
         len(stack.layers),
@@ -47,7 +49,8 @@ class TruncatedBackward:
         if self.lowest == 0:
             return
         remove_embedding_hooks(self.model)
-        for layer in self.stack.layers[: self.lowest]:
+        layers: list[Any] = list(self.stack.layers[: self.lowest])
+        for layer in layers:
             if hasattr(layer, "gradient_checkpointing"):
                 layer.gradient_checkpointing = False
         self.handle = self.stack.layers[self.lowest - 1].register_forward_hook(start_graph)

@@ -6,10 +6,10 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -135,12 +135,14 @@ def check_files(
     return stored
 
 
-def read_config(written: Path, folder: Path) -> PeftConfig:
+def read_config(written: Path, folder: Path) -> LoraConfig:
     """Return the configuration in ``written`` as PEFT reads it, see ``check_files``."""
     try:
-        return PeftConfig.from_pretrained(str(written))
+        config = PeftConfig.from_pretrained(str(written))
     except (ValueError, TypeError) as error:
         fail(folder / CONFIG_NAME, f"PEFT cannot read it ({error})", REPORT)
+    assert isinstance(config, LoraConfig), "what was written is one"
+    return config
 
 
 def find_fault(stored: torch.Tensor, tensor: torch.Tensor) -> str | None:
@@ -229,14 +231,14 @@ def find_probe_tokens(run: Run) -> torch.Tensor | None:
 
     The beginning of the first row of data where it is there to be read, else the first tokens of the vocabulary.
     """
-    config = getattr(run.model.get_base_model(), "config", None)
+    config = getattr(run.base, "config", None)
     if config is None or not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
         return None
     vocabulary = getattr(config, "vocab_size", None)
     # The text model of a multimodal one has a configuration of its own.
     if not vocabulary or config.get_text_config() is not config:
         return None
-    data = run.trainer.train_dataset
+    data: Any = run.trainer.train_dataset
     ids = list(range(PROBE_TOKENS))
     if hasattr(data, "__getitem__") and "input_ids" in (getattr(data, "column_names", None) or ()):
         ids = list(data[0]["input_ids"][:PROBE_TOKENS])

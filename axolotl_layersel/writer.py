@@ -85,7 +85,7 @@ class AdapterWriter:
         self, folder: Path, tensors: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], config: LoraConfig
     ) -> None:
         """Raise LayerselError unless what was read back computes what the model computes, see the class."""
-        path, base = folder / SAFETENSORS_WEIGHTS_NAME, self.run.model.get_base_model()
+        path, base = folder / SAFETENSORS_WEIGHTS_NAME, self.run.base
         modules, adapter = self.run.lora_modules, self.run.adapter
         if not self.computed:
             for name in sorted({*adapters.find_targets(config, base)} ^ modules.keys()):

@@ -22,7 +22,7 @@ from axolotl_layersel.errors import LayerselError
 
 # Changes a whole tensor in place: each element by its place and its own value alone, for others' are not known
 # everywhere, and the same way on every rank.
-Edit = Callable[[torch.Tensor], None]
+Edit = Callable[[torch.Tensor], object]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -150,7 +150,7 @@ class Engine:
         return (parameter.detach().flatten(), 0) if get_rank() == 0 else None
 
     @torch.no_grad()
-    def edit_parameter(self, parameter: nn.Parameter, edit: Edit) -> None:
+    def edit_parameter(self, parameter: torch.Tensor, edit: Edit) -> None:
         """Change a parameter that the engine trains between two optimizer steps, on every rank.
 
         What the next forward reads and, where there is one, the fp32 master both change; what ``edit`` leaves as it is
@@ -159,12 +159,12 @@ class Engine:
         self.edit_weight(parameter, edit)
 
     @torch.no_grad()
-    def edit_weight(self, parameter: nn.Parameter, edit: Edit) -> None:
+    def edit_weight(self, parameter: torch.Tensor, edit: Edit) -> None:
         """Change a parameter on every rank, but not the fp32 master that the engine may have of it."""
         self.edit_held(parameter, edit)
 
     @torch.no_grad()
-    def edit_moments(self, parameter: nn.Parameter, edit: Edit) -> None:
+    def edit_moments(self, parameter: torch.Tensor, edit: Edit) -> None:
         """Change both Adam moments of a parameter as ``edit_parameter`` does.
 
         Raises:
@@ -205,8 +205,9 @@ def move(tensors: list[torch.Tensor], device: torch.device) -> Iterator[None]:
 def move_tensor(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Give ``tensor`` the data of another device; a 4-bit weight's quantisation state follows it."""
     tensor.data = data
-    if getattr(tensor, "quant_state", None) is not None:
-        tensor.quant_state.to(data.device)
+    quant_state = getattr(tensor, "quant_state", None)
+    if quant_state is not None:
+        quant_state.to(data.device)
 
 
 def check_moments(state: dict, optimizer: str) -> None:

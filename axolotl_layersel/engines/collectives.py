@@ -6,7 +6,7 @@ raises ``DistStoreError`` when the time is over.
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -40,7 +40,7 @@ def decide_on_rank_zero(decide: Callable[[], T]) -> T:
     """
     if not is_distributed():
         return decide()
-    outcome: list[object] = [None, None]
+    outcome: list[Any] = [None, None]
     failure: Exception | None = None
     if get_rank() == 0:
         try:
@@ -53,7 +53,7 @@ def decide_on_rank_zero(decide: Callable[[], T]) -> T:
         raise failure
     if outcome[1] is not None:
         raise LayerselError(outcome[1])
-    return outcome[0]  # type: ignore[return-value]
+    return outcome[0]
 
 
 def gather_on_rank_zero(values: dict[int, torch.Tensor], ranks: list[int]) -> torch.Tensor | None:

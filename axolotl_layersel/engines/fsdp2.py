@@ -17,7 +17,7 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from axolotl_layersel.engines.base import Edit, Engine, name_random_state
 from axolotl_layersel.engines.collectives import count_ranks
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.trainers import get_model
 
 FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
 
@@ -61,12 +62,12 @@ class ShardedEngine(Engine):
     def release(self, model: nn.Module) -> None:
         super().release(model)
         for parameter in model.parameters():
-            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            shard: Any = getattr(parameter, "_local_tensor", parameter)
             if parameter.requires_grad and shard.numel() == 0:
-                parameter._local_tensor.data_ptr = functools.partial(id, parameter)
+                shard.data_ptr = functools.partial(id, parameter)
 
     def reshard(self) -> None:
-        for module in self.trainer.model.modules():
+        for module in get_model(self.trainer).modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
@@ -87,12 +88,13 @@ class ShardedEngine(Engine):
             return super().find_shard(parameter)
         mesh, placements = parameter.device_mesh, parameter.placements
         coordinate = mesh.get_coordinate()
+        assert coordinate is not None, "every rank holds a part"
         if any(place and not placement.is_shard() for place, placement in zip(coordinate, placements)):
             return None
         shape, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
         if tuple(shape[1:]) != tuple(parameter.shape[1:]):
             raise LayerselError(f"fsdp_config: shards of {placements} are not supported. Shard the first dimension.")
-        return parameter.detach().to_local().flatten(), offsets[0] * math.prod(shape[1:])
+        return parameter.to_local().detach().flatten(), offsets[0] * math.prod(shape[1:])
 
     def edit_held(self, tensor: torch.Tensor, edit: Edit) -> None:
         if isinstance(tensor, DTensor):
@@ -104,7 +106,7 @@ class ShardedEngine(Engine):
 def gather_shards(shards: DTensor) -> torch.Tensor:
     """Return the whole of a DTensor on its mesh's device; a collective call. Offloaded shards are copied there."""
     mesh = shards.device_mesh
-    local = shards.detach().to_local().to(mesh.device_type)
+    local = shards.to_local().detach().to(mesh.device_type)
     return DTensor.from_local(local, mesh, shards.placements, shape=shards.shape, stride=shards.stride()).full_tensor()
 
 

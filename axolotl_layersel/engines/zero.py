@@ -109,16 +109,16 @@ class ZeroEngine(DeepSpeedEngine):
             )
 
     @torch.no_grad()
-    def edit_parameter(self, parameter: nn.Parameter, edit: Edit) -> None:
+    def edit_parameter(self, parameter: torch.Tensor, edit: Edit) -> None:
         self.edit_weight(parameter, edit)
         self.edit_state(parameter, edit, None)
 
     @torch.no_grad()
-    def edit_moments(self, parameter: nn.Parameter, edit: Edit) -> None:
+    def edit_moments(self, parameter: torch.Tensor, edit: Edit) -> None:
         for moment in MOMENTS[:2]:
             self.edit_state(parameter, edit, moment)
 
-    def edit_state(self, parameter: nn.Parameter, edit: Edit, moment: str | None) -> None:
+    def edit_state(self, parameter: torch.Tensor, edit: Edit, moment: str | None) -> None:
         """Change this rank's part of the fp32 master of a parameter, or of one of its Adam moments.
 
         Raises:
@@ -181,7 +181,8 @@ class PartitionedEngine(ZeroEngine):
             parameter.grad = None
             if hasattr(parameter, "ds_active_sub_modules"):
                 parameter.ds_active_sub_modules.clear()
-        self.trainer.model_wrapped.empty_partition_cache()
+        engine: Any = self.trainer.model_wrapped
+        engine.empty_partition_cache()
         super().release(model)
         for parameter in parameters:
             if hasattr(parameter, "_z3_optimizer"):
@@ -202,7 +203,7 @@ class PartitionedEngine(ZeroEngine):
             if value is not None:
                 parameter.data.copy_(value)
 
-    def find_shard(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+    def find_shard(self, parameter: Any) -> tuple[torch.Tensor, int] | None:
         if not hasattr(parameter, "ds_id"):
             return super().find_shard(parameter)
         if parameter.ds_tensor.status.name != "AVAILABLE":  # it lies on an NVMe disk
@@ -214,14 +215,14 @@ class PartitionedEngine(ZeroEngine):
         # The last partition is padded.
         return (part[: max(0, parameter.ds_numel - offset)], offset) if 0 in ranks else None
 
-    def edit_held(self, tensor: torch.Tensor, edit: Edit) -> None:
+    def edit_held(self, tensor: Any, edit: Edit) -> None:
         if hasattr(tensor, "ds_id"):
             edit_partition(tensor, tensor.ds_tensor, edit)
         # Small parameters stay whole between steps; the others have no data then.
         if tensor.numel():
             edit(tensor.data)
 
-    def edit_state(self, parameter: nn.Parameter, edit: Edit, moment: str | None) -> None:
+    def edit_state(self, parameter: torch.Tensor, edit: Edit, moment: str | None) -> None:
         from deepspeed import utils
 
         if moment is None:
@@ -241,7 +242,7 @@ def describe_missing_state() -> str:
     return "deepspeed: the engine keeps no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3."
 
 
-def edit_partition(parameter: torch.Tensor, part: torch.Tensor, edit: Edit) -> None:
+def edit_partition(parameter: Any, part: torch.Tensor, edit: Edit) -> None:
     """Change this rank's flat ``part`` of a tensor that has the shape of ``parameter`` and is split by ZeRO-3."""
     start = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
     edit_slice(part, start, parameter.ds_shape, edit)

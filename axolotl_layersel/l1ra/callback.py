@@ -1,5 +1,7 @@
 """When the ranks of a run are restored, stepped and settled; it only delegates."""
 
+from typing import Any
+
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_layersel.errors import LayerselError
@@ -13,7 +15,7 @@ class RankCallback(TrainerCallback):
         self.ranks = ranks
         self.resume_from = resume_from
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step > 0:
             if self.resume_from is None:
                 raise LayerselError(
@@ -23,10 +25,10 @@ class RankCallback(TrainerCallback):
             self.ranks.restore(self.resume_from)
         self.ranks.start(state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.ranks.step(state.global_step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self.ranks.restore_gates(state.best_model_checkpoint, "load_best_model_at_end")
         self.ranks.finish(state.global_step)

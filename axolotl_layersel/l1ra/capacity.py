@@ -13,7 +13,7 @@ from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.args import L1RAArgs, check_bounds, check_optimizer
 from axolotl_layersel.l1ra.schedule import check_run_length
-from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_config
+from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config, get_linears
 from axolotl_layersel.layouts import Factors, find_used, write_pattern
 from axolotl_layersel.run import Run
 from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps
@@ -81,12 +81,12 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
         LayerselError: if a module uses more than ``max_rank``.
     """
     adapter = get_adapter_name(model)
-    modules = find_lora_modules(model.get_base_model())
+    modules = find_lora_modules(get_base_model(model))
+    linears = {name: get_linears(module, adapter) for name, module in modules.items()}
 
     def find_components() -> dict[str, list[int]]:
         components = {
-            name: find_used(Factors(module.lora_A[adapter].weight, module.lora_B[adapter].weight)).nonzero()
-            for name, module in modules.items()
+            name: find_used(Factors(down.weight, up.weight)).nonzero() for name, (down, up) in linears.items()
         }
         return {name: found.flatten().tolist() for name, found in components.items()}
 
@@ -100,8 +100,8 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
                 f"Set max_rank to at least {max(map(len, components.values()))}."
             )
         rescale = 1.0 if scaling is None else module.scaling[adapter] / scaling
-        grow_linear(module.lora_A[adapter], 0, used, max_rank, 1.0)
-        grow_linear(module.lora_B[adapter], 1, used, max_rank, rescale)
+        grow_linear(linears[name][0], 0, used, max_rank, 1.0)
+        grow_linear(linears[name][1], 1, used, max_rank, rescale)
         module.scaling[adapter] /= rescale
         module.r[adapter] = max_rank
         module.lora_alpha[adapter] = module.scaling[adapter] * max_rank

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -27,6 +28,7 @@ from axolotl_layersel.l1ra.schedule import (
     resolve_lambda,
 )
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, State, read_state, state_path, write_state
+from axolotl_layersel.layers import get_linears
 from axolotl_layersel.randomness import draw_row
 from axolotl_layersel.run import Run
 
@@ -55,13 +57,15 @@ class RankRedistribution:
         self.settings = settings
         self.lora_r, self.max_rank = capacity.lora_r, capacity.max_rank
         self.modules = {
-            name: module for name, module in run.lora_modules.items() if module.lora_A[run.adapter].weight.requires_grad
+            name: module
+            for name, module in run.lora_modules.items()
+            if get_linears(module, run.adapter)[0].weight.requires_grad
         }
+        self.linears = {name: get_linears(module, run.adapter) for name, module in self.modules.items()}
         self.parameters_per_component = {
-            name: module.in_features + module.out_features for name, module in self.modules.items()
+            name: down.in_features + up.out_features for name, (down, up) in self.linears.items()
         }
-        downs = {name: [module.lora_A[self.run.adapter]] for name, module in self.modules.items()}
-        self.gates = Gates(downs, self.max_rank, run.device)
+        self.gates = Gates({name: [down] for name, (down, _) in self.linears.items()}, self.max_rank, run.device)
         self.active = torch.zeros_like(self.gates.values, dtype=torch.bool)
         for name, part in self.gates.parts.items():
             self.active[part][capacity.slots[name]] = True
@@ -110,7 +114,7 @@ class RankRedistribution:
         self.l1_lambda = resolve_lambda(settings.l1_lambda, self.gate_lr, steps)
         if collectives.get_rank() == 0:
             self.announce(steps)
-            self.history.write(self.run.trainer.args.output_dir)
+            self.history.write(self.run.output_dir)
 
     def announce(self, steps: int) -> None:
         """Log what the run will do; Axolotl's own count of trainable parameters includes the room for rank."""
@@ -195,7 +199,7 @@ class RankRedistribution:
         trainer.log(numbers)
         trainer.control.should_log = should_log
         if collectives.get_rank() == 0:
-            self.history.write(self.run.trainer.args.output_dir)
+            self.history.write(self.run.output_dir)
 
     def check_gradients(self, step: int) -> None:
         """Raise LayerselError for a module that trains while no gradient reaches its gates; every rank must call this.
@@ -214,7 +218,7 @@ class RankRedistribution:
                 "these modules out of lora_target_modules."
             )
         self.run.engine.reshard()
-        ups = {name: self.modules[name].lora_B[self.run.adapter].weight for name in without}
+        ups = {name: self.linears[name][1].weight for name in without}
         self.expect_gradients = {name for name, up in ups.items() if self.run.engine.gather_parameter(up).any()}
 
     def apply(self, moves: Moves, step: int, training: bool = True) -> None:
@@ -235,8 +239,7 @@ class RankRedistribution:
             changed = torch.tensor(sorted({*pruned, *added}), dtype=torch.long)
             if not len(changed):
                 continue
-            module = self.modules[name]
-            down, up = (matrices[self.run.adapter].weight for matrices in (module.lora_A, module.lora_B))
+            down, up = (linear.weight for linear in self.linears[name])
             rows = {slot: self.draw_row(name, slot, step) for slot in added}
             engine.edit_parameter(down, write_rows(changed, rows))
             engine.edit_parameter(up, zero(changed, dim=1))
@@ -302,7 +305,7 @@ class RankRedistribution:
     def draw_row(self, module: str, slot: int, step: int) -> torch.Tensor:
         """Return the row of A that a component added after ``step`` starts from, (inputs,), fp32."""
         method = adapters.get_initialisation(self.run.config)
-        like = torch.empty(self.modules[module].in_features)
+        like = torch.empty(self.linears[module][0].in_features)
         return draw_row(like, method, self.run.trainer.args.seed, f"{module}\0{step}", slot, self.lora_r)
 
     def finish(self, step: int) -> None:
@@ -315,12 +318,11 @@ class RankRedistribution:
         self.apply(Moves(pruned, {}, self.pool), step, training=False)
         self.history.ranks[step] = self.ranks()
         for name, part in self.gates.parts.items():
-            up = self.modules[name].lora_B[self.run.adapter].weight
-            self.run.engine.edit_parameter(up, multiply(self.gates.values[part].clone()))
+            self.run.engine.edit_parameter(self.linears[name][1].weight, multiply(self.gates.values[part].clone()))
         self.gates.values.copy_(self.active)
         self.gates.detach()
         if collectives.get_rank() == 0:
-            self.history.write(self.run.trainer.args.output_dir)
+            self.history.write(self.run.output_dir)
             if closed:
                 LOG.warning(
                     "layersel: all gates of %d of %d modules ended at 0, such as those of %s: they contribute "
@@ -398,7 +400,7 @@ class RankRedistribution:
     def load_adapter(self, upstream: Callable) -> Callable:
         """Return what takes the place of the model's ``load_adapter``, for which ragged files have no fitting shape."""
 
-        def load_adapter(model_id: str, adapter_name: str, *args, **kwargs):
+        def load_adapter(model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
             path = state_path(model_id)
             if adapter_name != self.run.adapter or not path.exists():
                 return upstream(model_id, adapter_name, *args, **kwargs)

@@ -21,9 +21,9 @@ def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Tabl
         table.add_row(cell(layer), *(str(ranks.get(kind, "")) for kind in kinds), f"{mean(ranks.values()):.1f}")
     table.add_section()
     members = {kind: [row[kind] for row in layers.values() if kind in row] for kind in kinds}
-    for heading, ranks in (("mean", after), ("before", before)):
-        means = [mean(ranks[name] for name in names) for names in members.values()]
-        table.add_row(heading, *(f"{number:.1f}" for number in means), f"{mean(ranks.values()):.1f}")
+    for heading, all_ranks in (("mean", after), ("before", before)):
+        means = [mean(all_ranks[name] for name in names) for names in members.values()]
+        table.add_row(heading, *(f"{number:.1f}" for number in means), f"{mean(all_ranks.values()):.1f}")
     return table
 
 

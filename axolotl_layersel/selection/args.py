@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,12 +15,14 @@ from axolotl_layersel.selection.methods.flexora import args as flexora
 from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs, Search
 
 TOKENS = ("auto", "last", "mean", "cls")
-UNSELECTED = ("remove", "freeze")
+Unselected = Literal["remove", "freeze"]
+UNSELECTED = get_args(Unselected)
 DEFAULT_RATIO = 0.5
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_TOKEN = "auto"
 DEFAULT_UNSELECTED = "remove"
-TOWERS = ("keep", "remove")
+Towers = Literal["keep", "remove"]
+TOWERS = get_args(Towers)
 DEFAULT_TOWERS = "keep"
 KEEP = ("positive",)
 PLAN_CHECKS = ("error", "ignore")
@@ -193,8 +195,8 @@ class SelectionArgs(Block):
             layers=None if self.layers is None else sorted(self.layers),
             keep=keep,
             candidates=None if self.candidates is None else sorted(self.candidates),
-            unselected=self.unselected or DEFAULT_UNSELECTED,
-            towers=self.towers or DEFAULT_TOWERS,
+            unselected=cast(Unselected, self.unselected or DEFAULT_UNSELECTED),
+            towers=cast(Towers, self.towers or DEFAULT_TOWERS),
             num_samples=(self.num_samples or DEFAULT_NUM_SAMPLES) if "num_samples" in method.keys else None,
             token=(self.token or DEFAULT_TOKEN) if "token" in method.keys else None,
             seed=run_seed if self.seed is None else self.seed,
@@ -212,8 +214,8 @@ class ResolvedSelection:
     layers: list[int] | None
     keep: str | None
     candidates: list[int] | None
-    unselected: str
-    towers: str
+    unselected: Unselected
+    towers: Towers
     num_samples: int | None
     token: str | None
     seed: int

@@ -46,7 +46,7 @@ def draw_rows(num_rows: int, num_samples: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(num_rows), num_samples)
 
 
-def read_samples(dataset: object, num_samples: int, seed: int) -> list[Sample]:
+def read_samples(dataset: Any, num_samples: int, seed: int) -> list[Sample]:
     """Return the calibration sample of a tokenised training set.
 
     Raises:

@@ -1,5 +1,7 @@
 """What layer selection does while the run trains; it only delegates."""
 
+from typing import Any
+
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_layersel.layers import LayerStack
@@ -17,13 +19,13 @@ class LayerSelectionCallback(TrainerCallback):
         self.plan = plan
         self.truncated: TruncatedBackward | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.truncated = TruncatedBackward(self.run.model, self.stack)
         self.truncated.install()
         if state.global_step == 0:
             self.run.trainer.log(describe(self.plan))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.truncated is not None:
             self.truncated.remove()
 

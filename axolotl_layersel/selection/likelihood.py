@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from axolotl_layersel.targets import IGNORED_LABEL, log_likelihood
@@ -60,7 +61,7 @@ def replaying(body: nn.Module) -> Iterator[Replay]:
     """Let ``body`` run at the first call within the block only."""
     replay, original, own = Replay(), body.forward, body.__dict__.get("forward")
 
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         replay.calls += 1
         if replay.output is None:
             replay.output = original(*args, **kwargs)
@@ -103,7 +104,7 @@ def count_tokens_at_a_time(base: nn.Module, call: Callable[[], torch.Tensor]) ->
 
 
 def differentiate(
-    base: nn.Module, call: Callable[[], torch.Tensor], targets: torch.Tensor, at_a_time: int | None
+    base: PreTrainedModel, call: Callable[[], torch.Tensor], targets: torch.Tensor, at_a_time: int | None
 ) -> None:
     """Send the gradient of the targets' log-likelihood through the model, in one backward pass.
 
@@ -126,6 +127,7 @@ def differentiate(
             replay.positions = positions
             logits = call()
             log_likelihood(logits, targets[positions].to(logits.device)).backward()
+            assert replay.part is not None and replay.part.grad is not None, "the logits were made of it"
             gradients.append(replay.part.grad)
         gradient = torch.zeros_like(replay.hidden)
         gradient[:, answered] = torch.cat(gradients, dim=1)

@@ -133,7 +133,7 @@ def make_inputs(run: Run, samples: list[Sample]) -> dict[str, torch.Tensor]:
 
 def call(run: Run, inputs: dict[str, torch.Tensor], logits_to_keep: int = 1) -> Any:
     """Run the model under the adapter, without a cache; logits of the last ``logits_to_keep`` tokens (0: all)."""
-    base = run.model.get_base_model()
+    base = run.base
     known = inspect.signature(base.forward).parameters
     options = {"use_cache": False, "logits_to_keep": logits_to_keep, "token_type_ids": inputs.get("token_type_ids")}
     return base(
@@ -148,7 +148,7 @@ def get_hidden(args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def get_output(output: object) -> torch.Tensor:
+def get_output(output: Any) -> torch.Tensor:
     """Return the hidden states that a layer or a stack of layers returned, (samples, tokens, width)."""
     if isinstance(output, torch.Tensor):
         return output
@@ -191,7 +191,7 @@ def scoring(selection: Selection) -> Iterator[None]:
     states untouched, weights where the engine allows them to be.
     """
     run, stack = selection.run, selection.stack
-    model, base = run.model, run.model.get_base_model()
+    model, base = run.model, run.base
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with contextlib.ExitStack() as state:
         state.enter_context(keep_random_state())
@@ -239,7 +239,7 @@ def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None
             state.enter_context(precision(run.trainer))
             yield
 
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             with ready():
                 return original(*args, **kwargs)

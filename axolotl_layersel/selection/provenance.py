@@ -1,7 +1,6 @@
 """Whether a plan was made for this run's base model, and on this run's data."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ SHAPE = (
 def describe_shape(config: Any) -> dict[str, int | str]:
     """Return what the configuration of a model says of its language model's shape."""
     text = config.get_text_config()
-    values = {key: getattr(text, key, None) for key in SHAPE}
+    values: dict[str, Any] = {key: getattr(text, key, None) for key in SHAPE}
     return {key: value for key, value in values.items() if type(value) in (int, str)}
 
 
@@ -81,7 +80,7 @@ def compare_data(plan: Plan, train_dataset: Any, eval_dataset: Any) -> str | Non
     search = plan.settings.get("flexora")
     of_eval = isinstance(search, dict) and search.get("val_source") == "eval"
     name = "eval" if of_eval else "training"
-    dataset: Sequence[Any] | None = join_eval_sets(eval_dataset) if of_eval else train_dataset
+    dataset: Any = join_eval_sets(eval_dataset) if of_eval else train_dataset
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return f"it was made on rows of the {name} set, and this run has none that could be compared"
     highest = max(plan.calibration_rows, default=-1)

@@ -62,7 +62,7 @@ def select_layers(
     Raises:
         LayerselError: on every rank, where something cannot be honoured.
     """
-    trainer, base = run.trainer, run.model.get_base_model()
+    trainer, base = run.trainer, run.base
     stack = find_layer_stack(run.model)
     base_model = run.config.base_model_name_or_path
     reused = decide_on_rank_zero(lambda: find_plan(settings, resume_from, base_model))
@@ -76,7 +76,7 @@ def select_layers(
         raise LayerselError(
             f"--repeat: nothing is chosen with {reused[1]} as the plan. Remove `plan` from the block, or --repeat."
         )
-    output = Path(trainer.args.output_dir)
+    output = run.output_dir
     if reused is None:
         # Before anything is scored or searched: what the run will not have takes no part in that either.
         resolved = settings.resolve(trainer.args.seed)
@@ -236,7 +236,7 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
         rows_left_out=choice.left_out,
         dataset_fingerprint=choice.fingerprint,
         base_model=run.config.base_model_name_or_path,
-        base_shape=describe_shape(run.model.get_base_model().config),
+        base_shape=describe_shape(run.base.config),
         versions={
             name: importlib.metadata.version(name)
             for name in ("axolotl-layersel", "axolotl", "torch", "transformers", "peft")
@@ -281,7 +281,7 @@ def describe_towers(run: Run, stack: LayerStack) -> list[Tower]:
     lora = run.lora_modules
 
     def trains(name: str) -> bool:
-        return name in lora and any(parameter.requires_grad for parameter in adapters.lora_parameters(lora[name]))
+        return name in lora and any(p.requires_grad for p in adapters.lora_parameters(run.base.get_submodule(name)))
 
     return [Tower(place=place, modules=names, trained=sum(map(trains, names))) for place, names in stack.towers.items()]
 

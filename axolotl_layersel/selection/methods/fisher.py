@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from axolotl_layersel.engines import collectives
@@ -81,10 +82,10 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample]) -> to
     run, stack = selection.run, selection.stack
     kind = find_kind(run.model)
     check_labels(samples, kind)
-    base, lora = run.model.get_base_model(), run.lora_modules
+    base, lora = run.base, run.lora_modules
     squares = torch.zeros(len(stack.layers), dtype=torch.float64)
 
-    def watch(layer: int, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    def watch(layer: int, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
         def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
             if not output.requires_grad:
                 return
@@ -144,5 +145,11 @@ def count_target_weights(selection: Selection) -> torch.Tensor:
     stack, lora = selection.stack, selection.run.lora_modules
     counts = torch.zeros(len(stack.layers), dtype=torch.float64)
     for layer, names in stack.lora_modules.items():
-        counts[layer] = sum(lora[name].in_features * lora[name].out_features for name in names)
+        counts[layer] = sum(count_weights(lora[name]) for name in names)
     return counts
+
+
+def count_weights(module: LoraLayer) -> int:
+    """Return how many weights lie under a LoRA module."""
+    assert module.in_features is not None and module.out_features is not None, "PEFT has made A and B by them"
+    return module.in_features * module.out_features

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class GateHistory:
         """The gates at the end, by name; empty before the first step."""
         return dict(zip(self.names, self.gates[-1])) if self.gates else {}
 
-    def add(self, train_loss: float, validation_loss: float | None, gates: Sequence[float]) -> None:
+    def add(self, train_loss: float, validation_loss: float | None, gates: Iterable[float]) -> None:
         """Add the next optimizer step."""
         self.train_losses.append(train_loss)
         self.validation_losses.append(validation_loss)

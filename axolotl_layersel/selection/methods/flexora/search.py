@@ -16,7 +16,7 @@ from axolotl_layersel import adapters, trainers
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
-from axolotl_layersel.layers import LayerStack
+from axolotl_layersel.layers import LayerStack, get_linears
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.calibration import check_indexable
 from axolotl_layersel.selection.choosing import Selection
@@ -76,7 +76,7 @@ def search_gates(
     kind = find_kind(run.model)
     source, rows, train_dataset = SOURCES[settings.val_source](run, settings, seed, kind)
     validation = [dict(source[row]) for row in rows]
-    downs = {name: [lora[module].lora_A[run.adapter] for module in names] for name, names in gated.items()}
+    downs = {name: [get_linears(lora[module], run.adapter)[0] for module in names] for name, names in gated.items()}
     search = GateSearch(run, settings, downs, ValidationBatches(trainer, validation, seed), choose, kind)
     if collectives.get_rank() == 0:
         LOG.info(
@@ -102,7 +102,8 @@ def take_eval_rows(run: Run, settings: Search, seed: int, kind: str) -> tuple[An
 
 def take_training_rows(run: Run, settings: Search, seed: int, kind: str) -> tuple[Any, list[int], Any]:
     """Return the training set, its rows to validate on, and the rest of it."""
-    source, arguments = run.trainer.train_dataset, run.trainer.args
+    arguments = run.trainer.args
+    source: Any = run.trainer.train_dataset
     check_indexable(source, "datasets")
     train_rows, rows = hold_out(
         source, settings.val_samples, arguments.train_batch_size * arguments.world_size, seed, kind
@@ -152,7 +153,7 @@ class GateSearch:
         self,
         run: Run,
         settings: Search,
-        downs: dict[str, list[nn.Module]],
+        downs: dict[str, list[nn.Linear]],
         validation: ValidationBatches,
         choose: Callable[[dict[str, float]], list[str]],
         kind: str,
@@ -208,7 +209,7 @@ class GateSearch:
             self.losses.append(loss)
             return loss
 
-        self.trainer.training_step = training_step
+        self.trainer.training_step = training_step  # type: ignore[method-assign]  # within the trial
         if self.inner:
             self.inner.begin()
 
@@ -226,7 +227,7 @@ class GateSearch:
         if moved:
             validation_loss = self.step_gates(step)
         self.history.add(train_loss, validation_loss, self.alpha.tolist())
-        shown = {} if validation_loss is None else {"validation": validation_loss}
+        shown: dict[str, Any] = {} if validation_loss is None else {"validation": validation_loss}
         self.progress.update(self.bar, completed=step, train=train_loss, **shown)
         if validation_loss is not None and collectives.get_rank() == 0 and self.is_time_to_log(step):
             LOG.info(
@@ -245,6 +246,7 @@ class GateSearch:
 
     def has_settled(self) -> bool:
         """Return whether what would be kept is the same as after each of the last ``patience`` gate steps."""
+        assert self.settings.patience is not None, "it is asked only then"
         try:
             kept = self.choose(self.history.final)
         except LayerselError:
@@ -334,10 +336,11 @@ class GateSearch:
 
         Only the modules that checkpoint their activations stay in training mode, in which alone they do.
         """
-        trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+        model = trainers.get_model(self.trainer)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         training = [
             module
-            for module in self.trainer.model.modules()
+            for module in model.modules()
             if module.training and not getattr(module, "gradient_checkpointing", False)
         ]
         for parameter in trained:
@@ -356,8 +359,8 @@ class GateSearch:
         """Return the sum of the loss over a micro-batch's labels, with a graph, and the number of them."""
         inputs = trainers.prepare_inputs(self.trainer, inputs)
         targets = count_targets(inputs, self.kind)
-        # The inner model: the engine's own forward would set its reduction of gradients going.
-        loss = self.trainer.compute_loss(self.trainer.model, inputs) * targets
+        # The engine's own forward would set its reduction of gradients going.
+        loss = trainers.compute_loss(self.trainer, inputs) * targets
         return loss, torch.tensor(float(targets), device=self.gates.values.device)
 
     def measure_first_order(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -377,9 +380,11 @@ class SearchCallback(TrainerCallback):
     def __init__(self, search: GateSearch) -> None:
         self.search = search
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.search.start(kwargs["train_dataloader"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.search.finish_step(state.global_step):
             control.should_training_stop = True

@@ -49,7 +49,7 @@ class InnerSteps:
         """Return the LoRA weights under gates, by their name in the trainer's model."""
         downs = {id(linear) for linears in self.gates.linears.values() for linear in linears}
         weights: dict[str, nn.Parameter] = {}
-        for name, module in self.trainer.model.named_modules():
+        for name, module in trainers.get_model(self.trainer).named_modules():
             for adapter, down in getattr(module, "lora_A", {}).items():
                 if id(down) in downs:
                     weights[f"{name}.lora_A.{adapter}.weight"] = down.weight
@@ -62,6 +62,7 @@ class InnerSteps:
         Raises:
             LayerselError: if the step is made with several learning rates.
         """
+        assert self.trainer.optimizer is not None, "the trainer makes steps with it"
         rates = {float(group["lr"]) for group in self.trainer.optimizer.param_groups}
         if len(rates) > 1:
             raise LayerselError(
@@ -103,7 +104,7 @@ class InnerSteps:
                 labels = labels + targets
             return torch.stack(losses).sum()
 
-        with without_checkpointing(self.trainer.model), sdpa_kernel(SDPBackend.MATH):
+        with without_checkpointing(trainers.get_model(self.trainer)), sdpa_kernel(SDPBackend.MATH):
             loss, gradients = find_unrolled_gradient(
                 [weight.requires_grad_() for weight in self.weights.values()],
                 list(self.gates.leaves.values()),
@@ -119,7 +120,7 @@ class InnerSteps:
         """Return the loss of a training micro-batch as the trainer weighs it in an optimizer step."""
         trainer = self.trainer
         prepared = trainers.prepare_inputs(trainer, dict(inputs))
-        loss = trainer.compute_loss(trainer.model, prepared, num_items_in_batch=num_items_in_batch)
+        loss = trainers.compute_loss(trainer, prepared, num_items_in_batch)
         by_labels = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         return loss if by_labels or trainer.compute_loss_func is not None else loss / micro_batches
 
@@ -139,7 +140,7 @@ class LossOf(nn.Module):
 @contextlib.contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Let the model keep its activations: recomputed in the backward pass, they would be of the wrong weights."""
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    layers: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for layer in layers:
         layer.gradient_checkpointing = False
     try:

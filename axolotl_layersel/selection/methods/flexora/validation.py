@@ -144,7 +144,7 @@ class ValidationBatches:
 
     def __init__(self, trainer: Trainer, rows: list[Row], seed: int) -> None:
         self.rows = rows
-        arguments = trainer.args
+        arguments: Any = trainer.args
         lengths, size = None, arguments.per_device_train_batch_size
         if getattr(arguments, "sample_packing", False):
             lengths, size = [len(row["input_ids"]) for row in rows], size * arguments.max_seq_length
