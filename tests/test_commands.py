@@ -12,7 +12,10 @@ from conftest import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 from test_runs import load_with_stock_peft
 
+from axolotl_layersel import __version__
 from axolotl_layersel.lock import RunLock
+
+pytestmark = pytest.mark.launches
 
 
 def call(*command: str, expect: int = 0, timeout: float = 240) -> str:
@@ -84,7 +87,6 @@ def test_show_prints_the_table_of_a_file_or_a_folder(trained):
     assert "█" * 24 in rows[highest]
 
 
-@pytest.mark.launches
 def test_show_says_what_is_wrong_with_a_file(tmp_path):
     (tmp_path / "plan.json").write_text("{")
     text = call("axolotl-layersel", "show", str(tmp_path / "plan.json"), expect=1)
@@ -92,7 +94,6 @@ def test_show_says_what_is_wrong_with_a_file(tmp_path):
     assert "Traceback" not in text
 
 
-@pytest.mark.launches
 def test_show_imports_neither_axolotl_nor_torch():
     code = (
         "import sys; import axolotl_layersel.cli.main, axolotl_layersel.plan, axolotl_layersel.selection.report;"
@@ -101,7 +102,41 @@ def test_show_imports_neither_axolotl_nor_torch():
     assert call(sys.executable, "-c", code) == "[]\n"
 
 
-@pytest.mark.launches
+@pytest.mark.parametrize("command", [["axolotl-layersel"], [sys.executable, "-m", "axolotl_layersel"]])
+def test_both_names_of_the_command_know_the_same(command, tmp_path):
+    assert call(*command, "--version") == f"axolotl-layersel {__version__}\n"
+    text = call(*command, "--help")
+    assert "Choose the layers that get a LoRA adapter" in text
+    assert [name for name in ("plan", "show", "export") if f"│ {name} " in text] == ["plan", "show", "export"]
+    assert ("--install-completion" in text) == (command == ["axolotl-layersel"])
+    nowhere = tmp_path / "plan.json"
+    assert call(*command, "show", str(nowhere), expect=1).startswith(
+        f"axolotl-layersel: PATH: {nowhere} cannot be read"
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("axolotl-layersel ", {"plan", "show", "export"}),
+        ("axolotl-layersel sh", {"show"}),
+        ("axolotl-layersel plan run.yml --l", {"--launcher"}),
+        ("axolotl-layersel plan run.yml --launcher t", {"torchrun"}),
+        ("axolotl-layersel export run --layout ", {"ragged", "uniform"}),
+    ],
+)
+def test_bash_completes_what_is_typed(typed, offered, tmp_path):
+    script = tmp_path / "completion.bash"
+    script.write_text(call("axolotl-layersel", "--show-completion", "bash"))
+    # What bash itself does when tab is pressed: it calls the function that the script has registered.
+    code = (
+        'source "$1"; read -ra COMP_WORDS <<< "$2"; [[ $2 == *" " ]] && COMP_WORDS+=(""); '
+        "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); function=$(complete -p axolotl-layersel); "
+        'function=${function#*-F }; ${function%% *} axolotl-layersel; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    assert set(call("bash", "-c", code, "bash", str(script), typed).splitlines()) == offered
+
+
 def test_importing_the_plugin_costs_no_second_beyond_axolotl():
     code = (
         "import time; import axolotl.cli.train, axolotl.integrations.base, axolotl.train; start = time.perf_counter();"

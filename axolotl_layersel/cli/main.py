@@ -1,4 +1,4 @@
-"""The command ``axolotl-layersel``."""
+"""The command ``axolotl-layersel``, which is also ``python -m axolotl_layersel`` and ``axolotl layersel``."""
 
 import subprocess
 import sys
@@ -9,15 +9,28 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from axolotl_layersel import __version__
 from axolotl_layersel.block import quote
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.terminal import clean, make_encodable, say
 
-app = typer.Typer(
-    help="Choose the layers that get a LoRA adapter, and look at what was chosen.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def print_version(asked: bool) -> None:
+    """Print the version and leave, where ``--version`` asks for it."""
+    if asked:
+        say(f"axolotl-layersel {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Choose the layers that get a LoRA adapter, and look at what was chosen."""
 
 
 class Launcher(str, Enum):
@@ -143,3 +156,8 @@ def describe(error: Exception) -> str:
             message = f"{quote(problem['input'])} is refused. {message}"
         lines.append(message if problem["type"] == "value_error" or not where else f"{where}: {message}")
     return "\n".join(dict.fromkeys(lines))
+
+
+# The same command without the options that install shell completion, which complete the script ``axolotl-layersel``
+# alone. Axolotl finds it by the entry point ``layersel`` of the group ``axolotl.cli_commands``.
+command = typer.main.get_group(app)

@@ -1,0 +1,6 @@
+"""``python -m axolotl_layersel``: the command, where its script is not on the path."""
+
+from axolotl_layersel.cli.main import command
+
+if __name__ == "__main__":
+    command()
