@@ -52,9 +52,9 @@ def check_experts(run: Run) -> None:
 
 
 def complete_config(run: Run) -> None:
-    """Let the configuration say all that PEFT adds to it when it saves, in an order that is the same in every run.
+    """Complete the configuration with what PEFT adds when it saves, in an order that is the same in every run.
 
-    Call it before an engine exists: FSDP2 gives classes other names.
+    Call it before the engine is built, because FSDP2 renames the model's class.
     """
     config, base = run.config, run.base
     if config.base_model_name_or_path is None:
@@ -103,8 +103,7 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
     processes, whatever other layers carry LoRA. The global random state is not touched.
 
     Returns:
-        Whether the weights were drawn; False where the initialisation depends on the base weights (PiSSA, OLoRA),
-        whose result PEFT's is kept.
+        Whether the weights were drawn. PiSSA and OLoRA depend on the base weights, so PEFT's result is kept there.
     """
     config, adapter = get_config(model), get_adapter_name(model)
     method = get_initialisation(config)
@@ -131,13 +130,13 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
 
 
 def find_others(stack: LayerStack, kept: list[str]) -> list[str]:
-    """Return the names of the LoRA modules of the layers, but for those ``kept``."""
+    """Return the names of the LoRA modules of the layers, except those ``kept``."""
     staying = set(kept)
     return [name for name in stack.list_modules(stack.lora_modules) if name not in staying]
 
 
 def remove_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:
-    """Put the base modules back in place of the LoRA modules of the layers, but for those ``kept``."""
+    """Put the base modules back in place of the LoRA modules of the layers, except those ``kept``."""
     remove_modules(run, find_others(stack, kept))
 
 
@@ -193,9 +192,9 @@ def restore_base(run: Run, name: str, module: LoraLayer) -> None:
 def name_exactly(config: LoraConfig, base: nn.Module) -> None:
     """Make ``config`` name exactly the LoRA modules of ``base``.
 
-    In this order, whichever is exact: the ends of their names, such as ``q_proj``, with the numbers of their layers,
-    which PEFT loads fastest; their full names; a regular expression. vLLM and SGLang look at the ends of the names
-    and, for the layers, at the tensors in the file; SGLang refuses regular expressions.
+    The first of these that is exact is used: the ends of the names, such as ``q_proj``, with the numbers of the layers,
+    which PEFT loads fastest; the full names; a regular expression. vLLM and SGLang read the ends of the names, and find
+    the layers in the file's tensors. SGLang refuses regular expressions.
     """
     present, others = list(find_lora_modules(base)), list_other_modules(base)
     layers = [layer for name in present if (layer := NUMBERED_LAYER.match(name))]
@@ -226,13 +225,13 @@ def list_other_modules(base: nn.Module) -> list[str]:
 
 
 def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
-    """Return the names of the modules of ``base`` that PEFT would put LoRA on, were there none; LoRA modules first."""
+    """Return the names of the modules that PEFT would put LoRA on if ``base`` had none; LoRA modules come first."""
     names = (*find_lora_modules(base), *list_other_modules(base))
     return [name for name in names if check_target_module_exists(config, name)]
 
 
 def freeze_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:
-    """Stop the LoRA weights of the layers from training, but for the modules ``kept``; their values stay."""
+    """Stop the LoRA weights of the layers from training, except the modules ``kept``; their values stay."""
     for name in find_others(stack, kept):
         for parameter in lora_parameters(run.base.get_submodule(name)):
             parameter.requires_grad_(False)
@@ -244,10 +243,10 @@ def lora_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def keep_trained_alone(model: PeftModel) -> None:
-    """Let what trains, and nothing else, train again after the adapter was switched off for a while.
+    """Make sure that what trains now is what trains after the adapter was switched off for a while.
 
-    PEFT then makes every LoRA weight train, also frozen ones; trainers whose reference model is the base, such as
-    DPO's, switch it off in the middle of a loss.
+    PEFT makes every LoRA weight train when it switches the adapter on, frozen ones too. Trainers whose reference model
+    is the base, such as DPO's, switch it off in the middle of a loss.
     """
     tuner: Any = model.base_model
     # Methods, not closures: a deep copy of the model switches its own adapter off.
@@ -287,7 +286,7 @@ def adapter_parameters(model: PeftModel, embeddings: bool | Literal["auto"] = Fa
 def find_adapter(run: Run) -> dict[str, nn.Parameter]:
     """Return the parameters of the adapter's file by name, as the engine trains them; every rank must call this.
 
-    FSDP2 may have left whole copies of them in the model, in the precision of a forward pass; they are let go.
+    FSDP2 may have left whole copies of them in the model, in the precision of a forward pass. They are dropped.
     """
     run.engine.reshard()
     names = collectives.decide_on_rank_zero(lambda: list(adapter_parameters(run.model, embeddings="auto")))

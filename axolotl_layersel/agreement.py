@@ -1,4 +1,4 @@
-"""All ranks of a run are started alike: what differs is named at once, before it hangs a run or spoils its adapter."""
+"""Check that all ranks were started alike, and name what differs before it hangs a run or spoils its adapter."""
 
 import hashlib
 import importlib.metadata
@@ -19,7 +19,7 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.run import Run
 
 PACKAGES = ("axolotl-layersel", "axolotl", "torch", "transformers", "peft", "accelerate", "deepspeed")
-# Ranks come to the first check within seconds of each other; a rank that never does is waited for so long.
+# Ranks reach the first check within seconds of each other. This is how long they wait for one that does not.
 PATIENCE = 600
 SAMPLED_ROWS = 32
 # By the name of a fact, what to do about ranks that differ in it.
@@ -29,8 +29,8 @@ WAYS_OUT = {
     "rows": "Give all nodes the same files, and delete what `dataset_prepared_path` holds of others.",
     "weights": "Give all nodes the same base model and the same adapter.",
 }
-# What of a file decides how a run goes, and so must be the same on all ranks. Paths may differ from node to node; what
-# lies there is compared itself.
+# The keys that decide how a run goes, and so must be the same on all ranks. Paths may differ from node to node, so
+# their contents are compared instead.
 AGREEING_KEYS = (
     *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear"),
     *("lora_modules_to_save", "peft_layers_to_transform", "lora_rank_pattern", "lora_alpha_pattern"),
@@ -41,7 +41,7 @@ AGREEING_KEYS = (
     *("load_best_model_at_end", "early_stopping_patience", "auto_resume_from_checkpoints", "gradient_checkpointing"),
     *("deepspeed", "fsdp", "fsdp_version", "fsdp_config", "bf16", "fp16"),
 )
-# What of the Trainer's arguments decides how a run goes, by the YAML keys that set them.
+# The Trainer's arguments that decide how a run goes, by the YAML keys that set them.
 ARGUMENTS = {
     "seed": "seed",
     "max_steps": "max_steps",
@@ -172,7 +172,7 @@ def find_versions() -> dict[str, str | None]:
 def describe_rows(dataset: Any, seed: int) -> Any:
     """Return the number of a dataset's rows, and a hash of some, drawn by ``seed``; None where it is streamed.
 
-    A hash only where the rows lie still, without what a transformation makes of them.
+    Rows are hashed only where they are stored, without any transformation.
     """
     if isinstance(dataset, Mapping):
         return {name: describe_rows(part, seed) for name, part in dataset.items()}

@@ -25,9 +25,9 @@ LOG = logging.getLogger("axolotl.layersel")
 
 
 class RestoreCallback(TrainerCallback):
-    """Restores what upstream leaves out of a resume, and lets a run that had ended end again without a step.
+    """Restores what upstream leaves out when a run resumes, and ends a run that had ended before without a step.
 
-    FSDP2's LoRA weights are restored upstream on one rank only, and what callbacks have counted, not at all.
+    Upstream restores FSDP2's LoRA weights on one rank only, and does not restore what callbacks have counted.
 
     Args:
         run: it may have been resumed.
@@ -84,8 +84,8 @@ class TidyCallback(TrainerCallback):
 class InterruptCallback(TrainerCallback):
     """Ends the run on Ctrl-C or SIGTERM, on all ranks together.
 
-    Ctrl-C leaves the adapter as trained so far, SIGTERM a checkpoint from which the same run goes on. It is the last
-    callback: at the end of training whoever had the signals gets them back once all is settled.
+    Ctrl-C leaves the adapter as trained so far, and SIGTERM leaves a checkpoint from which the same run goes on. This
+    is the last callback, so that the earlier signal handlers come back when everything else is settled.
 
     Args:
         run: it may be interrupted.

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: one of which everything is there that resuming reads."""
+"""Which checkpoint a run resumes from: one that holds everything that resuming reads."""
 
 import json
 import logging
@@ -81,7 +81,7 @@ def list_checkpoints(output_dir: str | Path) -> list[str]:
 
 
 def find_fault_anywhere(checkpoint: Path, settings: LayerselBlock) -> str | None:
-    """Return what the lowest rank misses that lacks something of ``checkpoint``, or None; a collective call.
+    """Return what of ``checkpoint`` a rank lacks, of several the lowest one, or None; a collective call.
 
     Raises:
         LayerselError: if another node cannot see a checkpoint that is complete for the first one.
@@ -116,7 +116,7 @@ def find_fault(checkpoint: Path, settings: LayerselBlock, rank: int, world: int)
 
 
 def find_first_fault(checkpoint: Path, names: list[str]) -> str | None:
-    """Return what keeps the first file of ``names`` from being read that cannot be, or None."""
+    """Return the fault of the first file of ``names`` that cannot be read, or None."""
     return next((fault for fault in (find_file_fault(checkpoint, name) for name in names) if fault), None)
 
 
@@ -174,8 +174,9 @@ def find_file_fault(checkpoint: Path, name: str) -> str | None:
 
 
 def check_archive(path: Path) -> None:
-    """Raise BadZipFile unless the file ends in the directory of an archive; distributed checkpoints are several in one,
-    so that the end of an earlier one must not be taken for theirs.
+    """Raise BadZipFile unless the file ends with the directory of an archive.
+
+    A file of a distributed checkpoint holds several archives. The end of an earlier one must not be taken for its own.
     """
     with open(path, "rb") as file:
         file.seek(-min(ZIP_END_SIZE, path.stat().st_size), os.SEEK_END)

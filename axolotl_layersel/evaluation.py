@@ -14,7 +14,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
     try:
         for module in before:
-            # Not where weights are in 4 bits, which knows no dropout: seen in bitsandbytes 0.50.2, it packs them anew,
+            # A 4-bit layer has no dropout, and stays in training mode: bitsandbytes 0.50.2 packs its weights again,
             # coarser and for good, when they first see data in evaluation mode on a CPU.
             module.training = hasattr(getattr(module, "weight", None), "quant_state")
         yield

@@ -1,4 +1,4 @@
-"""What ``peft_init_lora_weights`` can say in PEFT 0.20, and which of it layers can be selected under."""
+"""The values of ``peft_init_lora_weights`` in PEFT 0.20, and which of them a selection supports."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -60,7 +60,7 @@ def describe_continued(value: bool | str | None, adapter: str) -> str:
 
 
 def check_known(value: bool | str | None) -> None:
-    """Raise LayerselError for an initialisation that layers cannot be selected under; unknown ones are such."""
+    """Raise LayerselError for an initialisation that a selection does not support, or that is not known."""
     name = normalise(value)
     if name in SEEDED or name in RESTORED:
         return
@@ -75,7 +75,7 @@ def check_known(value: bool | str | None) -> None:
 
 
 def check_initialisation(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError for initial LoRA weights that layers cannot be selected under."""
+    """Raise LayerselError for initial LoRA weights that a selection does not support in this file's run."""
     if data.get("lora_model_dir"):
         return  # With an adapter to continue Axolotl does not look at these keys.
     check_loftq(data)

@@ -16,7 +16,7 @@ from axolotl_layersel.engines import collectives
 LOG = logging.getLogger("axolotl.layersel")
 
 WATCHED = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 3  # a launcher repeats the user's Ctrl-C once; whoever sends a third wants out at once
+PATIENCE = 3  # a launcher repeats the user's Ctrl-C once; a third one means that the user wants out at once
 SPACING = 8  # micro-batches between two looks
 
 
@@ -45,7 +45,7 @@ class SignalWatch:
         self.process = 0
 
     def install(self) -> None:
-        """Take both signals over, and forget earlier ones."""
+        """Take over both signals, and forget earlier ones."""
         self.received = self.interrupts = 0
         # Signals reach the main thread only; a trainer run in another one keeps its owner's handling.
         if not self.previous and threading.current_thread() is threading.main_thread():
@@ -79,8 +79,8 @@ WATCH = SignalWatch()
 def outlive_signals(worker: int) -> None:
     """Let a process that loads data end by its parent alone.
 
-    A terminal sends Ctrl-C to all processes, Slurm and torchrun SIGTERM: without their data the ranks could not come
-    to the end of a step.
+    A terminal sends Ctrl-C to all processes, and Slurm and torchrun send SIGTERM to all. Without their data the ranks
+    could not finish their step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Blocked here and waited for below, since only so one learns who has sent it.
@@ -98,9 +98,9 @@ def end_with_parent() -> None:
 class SharedSignal:
     """The signal that any rank has received, as all ranks learn of it at the same place, so that they act together.
 
-    To ask is a collective call, and one that waits for the answer makes every rank wait for the slowest. Between
-    two optimizer steps DDP's ranks need not wait for each other at all. So there the question is put after every
-    ``SPACING`` micro-batches, and the answer is looked at so many later, when it has long been there.
+    Asking is a collective call, and waiting for the answer makes every rank wait for the slowest one. Between two
+    optimizer steps DDP's ranks need not wait for each other at all. There the question is asked after every ``SPACING``
+    micro-batches, and the answer is read ``SPACING`` micro-batches later, when it has long arrived.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Axolotl's fused LoRA kernels, which compute past LoRA's modules: off while layers are chosen, then on again.
+"""Axolotl's fused LoRA kernels compute past LoRA's modules: they are off while layers are chosen, then on again.
 
 Seen in axolotl 0.19.0, ``apply_lora_kernel_patches``: once a model is loaded they take the place of methods of its
 modules, as attributes of the instance; without any kernel in its configuration it sets what they fall back to.

@@ -84,7 +84,7 @@ def lay_out(
 
     ``ragged``: every module has its own rank, named in ``rank_pattern`` and, with the same number, in
     ``alpha_pattern``. ``uniform``: all are padded with zeros to the highest rank. In both, ``lora_alpha`` is
-    ``r``, so that the scaling is 1 for whoever reads the patterns, the top level, or the tensors' own rank.
+    ``r``, so that the scaling is 1 for every reader: of the patterns, of the top level, or of the tensors' own rank.
     """
     factors = {module: drop_unused(pair) for module, pair in factors.items()}
     highest = max(pair.rank for pair in factors.values())
@@ -137,7 +137,7 @@ Check = Callable[[dict[str, torch.Tensor], LoraConfig], None]
 def write_adapter(
     folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig, check: Check | None = None
 ) -> None:
-    """Write an adapter to ``folder``; the same adapter is the same bytes, whoever writes it.
+    """Write an adapter to ``folder``. The same adapter always gives the same bytes.
 
     Each of its two files appears there at once and complete, once both have been read back and found to be right.
 

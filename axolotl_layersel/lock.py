@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock file that says who writes there, known to be stale when they are gone."""
+"""One run at a time in a folder: a lock file names the process that writes there, and is stale once that is gone."""
 
 import atexit
 import contextlib

@@ -1,4 +1,4 @@
-"""The Axolotl plugin: hooks only. Which part of the package runs when."""
+"""The Axolotl plugin. Its hooks only delegate, and show which part of the package runs when."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class LayerSelectionPlugin(BasePlugin):
         self.repeat = 1  # choices that `axolotl-layersel plan --repeat` asks for
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """See the YAML file as the user wrote it: only here their LoRA kernels differ from Axolotl's own."""
+        """See the YAML file as the user wrote it: only here can the user's own LoRA kernels be told from Axolotl's."""
         block = cfg.get("layersel")
         if isinstance(block, dict):
             check_blank_blocks(block)

@@ -1,4 +1,4 @@
-"""What a training run is checked for before its model loads; of all commands, only ``train`` comes here."""
+"""The checks of a training run before its model loads. Of all commands, only ``train`` comes here."""
 
 import math
 from collections.abc import Callable

@@ -67,7 +67,7 @@ def prepare_trainer(
     seeded = not continues_adapter and adapters.initialize_lora(run.model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
     check_weights_alike(run)
-    # First, for after a search the weights may lie in shards.
+    # This comes first, because the weights may lie in shards after a search.
     capacity = make_room(run, settings.l1ra, lora_r, scaling) if settings.l1ra else None
     trainers.initialize_loaders(trainer, outlive_signals)
     plan = None
@@ -78,7 +78,7 @@ def prepare_trainer(
     trainer.add_callback(RestoreCallback(run, resume_from, restore))
     trainers.respect_stop_before_first_step(trainer)
     if resume_from:
-        # It would be one evaluation more than the run had that was not killed, and early stopping would count it.
+        # A run that was not killed had no such evaluation, and early stopping would count it.
         trainer.args.eval_on_start = False
     if ranks:
         if resume_from:

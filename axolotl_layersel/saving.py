@@ -23,9 +23,9 @@ Save = Callable[[str | Path], None]
 def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: RankRedistribution | None) -> Save:
     """Let ``writer`` write every adapter of the run, with the plan beside it and, in a checkpoint, what resuming needs.
 
-    Whoever saves comes by one of three ways. ``trainer.save_model``: checkpoints, the best model, pushes to a hub
-    (before which it runs, as ``on_save`` does not), and the end on ZeRO-3. The model's ``save_pretrained``, by one
-    process alone: the end on one process, DDP and ZeRO-1/2. What is returned: writers that gather shards themselves.
+    There are three ways to save. ``trainer.save_model`` writes checkpoints, the best model, and the end on ZeRO-3; it
+    runs before a push to a hub, as ``on_save`` does not. The model's ``save_pretrained`` writes the end on one process,
+    DDP and ZeRO-1/2, from one process alone. Writers that gather shards themselves call what is returned.
 
     Returns:
         What saves to a folder; every rank must call it.
@@ -48,8 +48,8 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
 
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
         nonlocal silent
-        # What upstream would make of the adapter's files is unlike the model with gates, without the frozen weights
-        # on ZeRO-3, and nothing at all on FSDP2 with SHARDED_STATE_DICT: it writes everything else.
+        # Upstream writes everything but the adapter. Its adapter would ignore gates, lack frozen weights on ZeRO-3, and
+        # be missing on FSDP2 with SHARDED_STATE_DICT.
         silent = True
         try:
             upstream_save_model(output_dir, _internal_call=True)
@@ -63,7 +63,7 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
         if self is not model:
             type(self).save_pretrained(self, save_directory, is_main_process=is_main_process, **options)
         elif options.get("state_dict") is not None and not silent:
-            # Weights that the caller has gathered, for another program that generates with them meanwhile.
+            # The caller has gathered these weights for another program, which generates text with them.
             upstream_save_pretrained(save_directory, is_main_process=is_main_process, **options)
         elif is_main_process and not silent:
             writer.save_alone(save_directory)

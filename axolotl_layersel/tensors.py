@@ -16,7 +16,7 @@ DIGEST = "sha256"
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to the file ``path``: the same ones are the same bytes. Other programs read it as any other file.
+    """Write tensors to the file ``path``. The same tensors give the same bytes, and other programs can read them.
 
     Args:
         tensors: whole ones, by name.

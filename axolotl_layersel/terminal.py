@@ -1,4 +1,4 @@
-"""What reaches a terminal or a log: nothing that steers it, and only what its encoding knows."""
+"""Text for a terminal or a log: it holds nothing that steers a terminal, and only what its encoding knows."""
 
 import sys
 from typing import IO, Any, TextIO, cast

@@ -81,7 +81,7 @@ def count_optimizer_steps(trainer: Trainer) -> int:
 
 
 def respect_stop_before_first_step(trainer: Trainer) -> None:
-    """Let a callback's ``should_training_stop`` count at ``on_train_begin`` too, before any step is made."""
+    """Respect a callback that asks at ``on_train_begin`` for training to stop, before any step is made."""
     upstream = trainer._run_epoch
 
     def run_epoch(*args: Any, **kwargs: Any) -> None:

@@ -34,8 +34,8 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
 class TruncatedBackward:
     """The backward pass of a model in training, cut below the lowest layer that trains.
 
-    Gradients above are unchanged. Works without and with gradient checkpointing, reentrant or not: layers
-    below keep no graph, so nothing of them is computed again.
+    Gradients above are unchanged. It works without and with gradient checkpointing, reentrant or not: layers below keep
+    no graph, so nothing of them is computed again.
     """
 
     def __init__(self, model: PeftModel, stack: LayerStack) -> None:

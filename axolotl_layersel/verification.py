@@ -1,4 +1,4 @@
-"""Check what is written of an adapter: the gathered weights, the files, and what they compute once they are loaded."""
+"""Checks of a written adapter: the gathered weights, the files, and what they compute once they are loaded."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def fail(path: Path, fault: str, advice: str) -> NoReturn:
 def fingerprint(flat: torch.Tensor, offset: int = 0) -> torch.Tensor:
     """Return how many elements of a part of a tensor are not zero, and a sum over their bits and places, (2,), int64.
 
-    The fingerprints of all parts of a tensor add up to that of the whole, with no rounding: whoever holds the whole
-    can compare it bit for bit with parts that lie elsewhere.
+    The fingerprints of all parts of a tensor add up to that of the whole, without rounding. So the whole can be
+    compared bit for bit with parts that lie on other ranks.
 
     Args:
         flat: consecutive elements, (count,).

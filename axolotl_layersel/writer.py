@@ -1,4 +1,4 @@
-"""The one writer of a run's adapter, on every engine, and what it looks at before it keeps what it wrote."""
+"""The one writer of a run's adapter, on every engine. It checks what it wrote before it keeps it."""
 
 import contextlib
 import logging
@@ -23,10 +23,10 @@ LOG = logging.getLogger("axolotl.layersel")
 class AdapterWriter:
     """Writes the adapter of a run as plain PEFT files, and checks each before it takes its place.
 
-    What is written must be, bit for bit, what the ranks hold, or what ``fold`` makes of it; be read back so; name the
-    modules that carry LoRA, and no other; and add to each module's output what the module in training adds. The first
-    time the model also runs on a few tokens with the written adapter in place of its own, and must give the same
-    logits; not on ZeRO-3 and FSDP2, whose modules hold shards of another shape.
+    The gathered weights must be those of the ranks, bit for bit. The file must read back as it was written, name the
+    modules that carry LoRA and no other, and add to each module's output what the module in training adds. The first
+    time, the model also runs on a few tokens with the written adapter in place of its own, and must give the same logits.
+    That is left out on ZeRO-3 and FSDP2, whose modules hold shards of another shape.
 
     Args:
         run: whose model carries the adapter.

@@ -1,4 +1,4 @@
-"""What the package asks of an engine, answered for those on which every rank holds all weights whole.
+"""The operations of an engine, for those on which every rank holds all weights whole.
 
 Relied on beyond documented interfaces (``tests/engines/test_base.py`` fails when one of them changes):
 
@@ -72,7 +72,7 @@ class Engine:
 
     @contextlib.contextmanager
     def materialize(self, tensors: list[torch.Tensor]) -> Iterator[None]:
-        """Make parameters and buffers whole and put them on the trainer's device, then as they were.
+        """Make parameters and buffers whole on the trainer's device within the block, then as they were before.
 
         What lies whole on the CPU is copied to the device, and the copy dropped.
         """

@@ -1,4 +1,4 @@
-"""What processes of a run say to each other, whatever their engine. With one process every call is about it alone.
+"""How the processes of a run communicate, whatever their engine. With one process every call is about it alone.
 
 Relied on in torch 2.13.0: the process group's store is ``distributed_c10d._get_default_store()``, and its ``wait``
 raises ``DistStoreError`` when the time is over.
@@ -32,7 +32,7 @@ def count_ranks() -> int:
 
 
 def decide_on_rank_zero(decide: Callable[[], T]) -> T:
-    """Return ``decide()`` as rank 0 computed it, on every rank; files that it reads need lie on rank 0's disk only.
+    """Return ``decide()`` as rank 0 computed it, on every rank. Files that it reads are needed on rank 0's disk only.
 
     Raises:
         LayerselError: on every rank, if rank 0 raised it. Another exception of rank 0 is raised there, and
@@ -92,7 +92,7 @@ def average(tensor: torch.Tensor) -> None:
 
 
 def average_differentiably(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the averages over all ranks, through which gradients flow; a collective call, and one when they do."""
+    """Return the averages over all ranks. Gradients flow through them; both directions are collective calls."""
     if not is_distributed():
         return tensors
     from torch.distributed.nn.functional import all_reduce
@@ -121,7 +121,7 @@ def find_differing_ranks(digest: bytes | None) -> list[int]:
 def find_absent_ranks(place: str, seconds: float) -> list[int]:
     """Return the ranks that have not called this with ``place`` within ``seconds``, ascending.
 
-    No collective call, in which a rank would wait, or worse be answered by one of somebody else's.
+    This is not a collective call: in one a rank would wait, or worse, be answered by a call of somebody else's.
     """
     if not is_distributed():
         return []
@@ -136,7 +136,7 @@ def find_absent_ranks(place: str, seconds: float) -> list[int]:
 
 
 def begin_to_share(number: int, device: torch.device) -> Callable[[], int]:
-    """Begin to find the largest ``number`` of all ranks, a collective call, and return what returns it.
+    """Begin to find the largest ``number`` of all ranks, and return a function that returns it; a collective call.
 
     No rank waits for another until it asks for the result. That waits for the device too.
     """

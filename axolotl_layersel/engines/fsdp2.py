@@ -114,7 +114,7 @@ def edit_shards(shards: DTensor, edit: Edit) -> None:
     """Change this rank's part of a DTensor."""
     mesh, local = shards.device_mesh, shards.to_local()
     places = torch.arange(shards.numel(), device=mesh.device_type).view(shards.shape)
-    # Without a source every rank cuts its part out of its own tensor.
+    # With no source rank, every rank cuts its part out of its own tensor.
     places = distribute_tensor(places, mesh, shards.placements, src_data_rank=None).to_local().to(local.device)
     whole = local.new_zeros(shards.shape)
     whole.view(-1)[places] = local

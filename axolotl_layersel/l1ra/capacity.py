@@ -20,7 +20,7 @@ from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps
 
 
 def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> None:
-    """Raise LayerselError for a run in which rank cannot move."""
+    """Raise LayerselError if rank cannot move in this run."""
     check_bounds(settings, lora_r)
     optimizer = run.trainer.args.optim
     check_optimizer(getattr(optimizer, "value", optimizer))
@@ -67,7 +67,7 @@ def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float |
 def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) -> dict[str, list[int]]:
     """Give every LoRA module ``max_rank`` components, the new ones zero, without changing what it computes.
 
-    Call it before the optimizer or an engine exists. Padding of an adapter that was loaded is made room of.
+    Call it before the optimizer or an engine exists. Padding of an adapter that was loaded becomes room too.
 
     Args:
         model: with plain linear LoRA modules, see ``adapters.check_plain_lora``.
@@ -126,7 +126,7 @@ def grow_linear(linear: nn.Linear, dim: int, used: list[int], rank: int, factor:
 
 
 def describe_capacity(config: LoraConfig, modules: dict[str, LoraLayer], adapter: str, max_rank: int) -> LoraConfig:
-    """Return a configuration that says what the grown modules are: whoever saves them as they are is right."""
+    """Return a configuration that describes the grown modules, so that they can be saved as they are."""
     config = copy.copy(config)
     alphas = {name: module.lora_alpha[adapter] for name, module in modules.items()}
     config.r = max_rank

@@ -314,7 +314,7 @@ class RankRedistribution:
         closed = [name for name, part in self.gates.parts.items() if not self.gates.values[part].any()]
         settings = self.settings
         pruned = prune(self.describe(), settings.prune_threshold, settings.min_rank)
-        # What the last round frees is placed nowhere: there is nothing left to train it.
+        # Rank that is freed now is not placed again, because no step is left to train it.
         self.apply(Moves(pruned, {}, self.pool), step, training=False)
         self.history.ranks[step] = self.ranks()
         for name, part in self.gates.parts.items():

@@ -78,7 +78,7 @@ def select_layers(
         )
     output = run.output_dir
     if reused is None:
-        # Before anything is scored or searched: what the run will not have takes no part in that either.
+        # This comes before anything is scored or searched, so that what the run will not have takes no part in it.
         resolved = settings.resolve(trainer.args.seed)
         remove_towers(run, stack, resolved.towers)
         selection = Selection.of(run, stack, resolved)
@@ -108,7 +108,7 @@ def select_layers(
 
 
 def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
-    """Write the plan, and beside it the course of its search; another search's goes."""
+    """Write the plan, and the course of its search beside it. The course of an earlier search is removed."""
     if history is None:
         gates_path(output).unlink(missing_ok=True)
     else:
