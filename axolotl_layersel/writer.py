@@ -25,8 +25,8 @@ class AdapterWriter:
 
     The gathered weights must be those of the ranks, bit for bit. The file must read back as it was written, name the
     modules that carry LoRA and no other, and add to each module's output what the module in training adds. The first
-    time, the model also runs on a few tokens with the written adapter in place of its own, and must give the same logits.
-    That is left out on ZeRO-3 and FSDP2, whose modules hold shards of another shape.
+    time, the model also runs on a few tokens with the written adapter in place of its own, and must give the same
+    logits. That is left out on ZeRO-3 and FSDP2, whose modules hold shards of another shape.
 
     Args:
         run: whose model carries the adapter.
