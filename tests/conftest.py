@@ -29,6 +29,8 @@ from axolotl_layersel.selection.methods import METHODS
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 ENGINES = ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
+# The methods that score layers on rows.
+SCORING = [name for name, method in METHODS.items() if method.draws_rows]
 ENVIRONMENT = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -113,7 +115,7 @@ def make_trainer(model, folder: Path, rows: list[dict] | None = None, **argument
 
 def selection(method: str = "cka", **values) -> dict:
     """Return a ``layersel`` block; methods that score take an odd number of rows, for unequal shares of two."""
-    scoring = {"num_samples": 15} if METHODS[method].draws_rows else {}
+    scoring = {"num_samples": 15} if method in SCORING else {}
     return {"layersel": {"selection": {"method": method, **scoring, **values}}}
 
 
@@ -207,8 +209,6 @@ def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
     return {"fsdp_version": 2, "fsdp_config": config}, 2
 
 
-# The methods that score layers on rows.
-SCORING = [name for name, method in METHODS.items() if method.draws_rows]
 LAUNCHING_FIXTURES = {"zygote", "base_model"}
 
 
