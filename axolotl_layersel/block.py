@@ -40,7 +40,7 @@ class Block(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def check_type(cls, value: Any, info: ValidationInfo) -> Any:
-        assert info.field_name is not None, "it validates fields"
+        assert info.field_name is not None, "only fields are validated"
         field = cls.model_fields[info.field_name]
         return read(f"{cls.path}.{info.field_name}", value, field.annotation, field.description)
 

@@ -56,7 +56,7 @@ def get_config(model: PeftModel, adapter: str | None = None) -> LoraConfig:
     """
     config = model.peft_config[adapter or get_adapter_name(model)]
     if not isinstance(config, LoraConfig):
-        raise LayerselError(f"adapter: {config.peft_type} is not supported; layer selection and l1ra need LoRA.")
+        raise LayerselError(f"adapter: {config.peft_type} is not supported. Use `adapter: lora` or `adapter: qlora`.")
     return config
 
 
@@ -73,7 +73,7 @@ def find_lora_modules(model: nn.Module) -> dict[str, LoraLayer]:
 def get_linears(module: LoraLayer, adapter: str) -> tuple[nn.Linear, nn.Linear]:
     """Return A and B of a LoRA module that is linear."""
     down, up = module.lora_A[adapter], module.lora_B[adapter]
-    assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear), "LoRA on convolutions was refused"
+    assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear), "LoRA on other modules was refused"
     return down, up
 
 

@@ -61,7 +61,7 @@ def unwrap_model(trainer: Trainer) -> nn.Module:
 
 def get_model(trainer: Trainer) -> nn.Module:
     """Return the trainer's model, past the engine that may have been built around it."""
-    assert trainer.model is not None, "a trainer has made it by now, where it was given a function that does"
+    assert trainer.model is not None, "every trainer is made with a model, or has made it"
     return trainer.model
 
 

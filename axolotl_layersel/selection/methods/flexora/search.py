@@ -246,7 +246,7 @@ class GateSearch:
 
     def has_settled(self) -> bool:
         """Return whether what would be kept is the same as after each of the last ``patience`` gate steps."""
-        assert self.settings.patience is not None, "it is asked only then"
+        assert self.settings.patience is not None, "only a search with patience asks"
         try:
             kept = self.choose(self.history.final)
         except LayerselError:
