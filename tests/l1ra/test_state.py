@@ -129,6 +129,7 @@ def test_a_state_without_a_digest_is_read_as_earlier_versions_wrote_it(copy, che
     assert (state.pool, state.history, state.modules) == (expected.pool, expected.history, expected.modules)
 
 
+@pytest.mark.launches
 def test_the_same_tensors_are_the_same_bytes(tmp_path):
     code = (
         "import sys, torch; from axolotl_layersel.tensors import save_tensors;"
