@@ -19,6 +19,7 @@ import sys
 import threading
 import traceback
 
+import coverage
 import numpy
 import torch
 
@@ -30,6 +31,17 @@ LOCK = threading.Lock()
 def reply(**message) -> None:
     with LOCK:
         REPLY.write(json.dumps(message) + "\n")
+
+
+def save_coverage() -> None:
+    """Write what coverage has measured in this process, where it measures.
+
+    Its patch of ``os._exit`` would do so too, but also in the processes that load data. There a thread of the plugin's
+    calls ``os._exit`` while the main thread may do so as well, and two threads that save at once crash the process.
+    """
+    measured = coverage.Coverage.current()
+    if measured is not None:
+        measured.save()
 
 
 def run_child(job: dict, rank: int) -> None:
@@ -66,6 +78,7 @@ def run_child(job: dict, rank: int) -> None:
     except BaseException:
         traceback.print_exc()
     atexit._run_exitfuncs()
+    save_coverage()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
