@@ -15,24 +15,23 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The models are so small that a second thread gains little, and loses much where cores are shared.
 check test demo: export OMP_NUM_THREADS := 1
 
-.PHONY: demo check test
+.PHONY: demo lint check test
 
 demo: $(STAMP)
 	$(BIN)/python -m demo.prepare
 	$(BIN)/axolotl train example_configs/demo.yml
 	$(BIN)/python -m demo.report
 
-# Neither starts processes nor trains.
-check: $(STAMP)
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Neither starts processes nor trains.
+check: lint
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not launches and not trains"
 
-test: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
 $(STAMP): pyproject.toml | $(BIN)/python

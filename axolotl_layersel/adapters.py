@@ -25,7 +25,7 @@ from axolotl_layersel.layers import (
     get_linears,
 )
 from axolotl_layersel.layouts import list_ends, sort_sets
-from axolotl_layersel.plain_lora import GatedRun
+from axolotl_layersel.plain_lora import check_gated_run
 from axolotl_layersel.randomness import draw_orthogonal, draw_row, make_row_generator
 from axolotl_layersel.run import Run
 from axolotl_layersel.tensors import load_tensors
@@ -72,13 +72,14 @@ def check_plain_lora(run: Run, modules: dict[str, LoraLayer], setting: str) -> N
         modules: those that get gates, by name.
         setting: the YAML key that puts gates on them.
     """
-    adapter, arguments = run.adapter, run.trainer.args
-    GatedRun(
+    adapter = run.adapter
+    check_gated_run(
+        setting,
         initialisation=run.config.init_lora_weights,
         has_dora=run.config.use_dora,
         fp16=scales_loss(run.trainer),
-        restarts=arguments.auto_find_batch_size,
-    ).check(setting)
+        restarts=run.trainer.args.auto_find_batch_size,
+    )
     for name, module in modules.items():
         linear = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
         shape = run.engine.find_shape(get_linears(module, adapter)[0].weight) if linear else ()

@@ -10,9 +10,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -20,6 +20,8 @@ from axolotl_layersel.errors import LayerselError
 
 # Of a run and of each of its checkpoints: where all files of this package lie.
 FOLDER = "layersel"
+
+T = TypeVar("T")
 
 
 # --- Writing ------------------------------------------------------------------------------------------------------
@@ -177,6 +179,13 @@ def read_text(key: str, path: str | Path, way_out: str) -> str:
         return Path(path).read_bytes().decode("utf-8")
 
 
+def read_parsed(key: str, path: str | Path, way_out: str, parse: Callable[[str], T]) -> T:
+    """Return what ``parse`` makes of the text of a UTF-8 file; see ``reading``."""
+    text = read_text(key, path, way_out)
+    with reading(key, path, way_out):
+        return parse(text)
+
+
 def read_json(key: str, path: str | Path, way_out: str) -> Any:
     """Return the content of a JSON file; see ``reading``. Keys that come twice, NaN and infinities are damage."""
     text = read_text(key, path, way_out)
@@ -235,6 +244,13 @@ def parse_csv(text: str) -> list[list[str]]:
     if not rows:
         raise ValueError("it is empty")
     return rows
+
+
+def format_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """Return rows as CSV, which ``parse_csv`` reads."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def parse_count(text: str) -> int:

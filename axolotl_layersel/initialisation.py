@@ -59,7 +59,7 @@ def describe_continued(value: bool | str | None, adapter: str) -> str:
     )
 
 
-def check_known(value: bool | str | None) -> None:
+def check_supported(value: bool | str | None) -> None:
     """Raise LayerselError for an initialisation that a selection does not support, or that is not known."""
     name = normalise(value)
     if name in SEEDED or name in RESTORED:
@@ -80,7 +80,7 @@ def check_initialisation(data: Mapping[str, Any]) -> None:
         return  # With an adapter to continue Axolotl does not look at these keys.
     check_loftq(data)
     initial = data.get("peft_init_lora_weights")
-    check_known(initial)
+    check_supported(initial)
     lacking = None
     if find_zero_stage(data.get("deepspeed")) == 3:
         lacking = "ZeRO-3 has split before PEFT sees them. Use ZeRO-2"

@@ -6,7 +6,6 @@ YAML file or from a trainer.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from axolotl_layersel.block import as_mapping, read_choice
@@ -20,54 +19,49 @@ LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_emb
 GENERATING_TRAINERS = ("grpo", "gdpo", "ebft")
 
 
-@dataclass(frozen=True)
-class GatedRun:
-    """What of a run decides whether gates can be put on its LoRA.
+def check_gated_run(
+    setting: str, *, initialisation: bool | str | None, has_dora: bool, fp16: Any, restarts: bool
+) -> None:
+    """Raise LayerselError for what would make gates wrong.
 
-    Attributes:
+    Args:
+        setting: the YAML key that puts gates on LoRA.
         initialisation: ``peft_init_lora_weights``.
         has_dora: whether the adapter is DoRA.
         fp16: whether the loss is scaled, as training in fp16 does; the value of the key.
         restarts: whether training starts over with smaller batches where memory does not suffice.
     """
-
-    initialisation: bool | str | None
-    has_dora: bool
-    fp16: Any
-    restarts: bool
-
-    def check(self, setting: str) -> None:
-        """Raise LayerselError for what would make gates wrong; ``setting`` is the YAML key that puts them there."""
-        if self.has_dora:
-            raise LayerselError(
-                f"peft_use_dora: true. DoRA ties its magnitudes to the whole adapter, of which {setting} cannot gate "
-                "parts. Remove peft_use_dora."
-            )
-        if normalise(self.initialisation) not in PLAIN:
-            raise LayerselError(
-                f"peft_init_lora_weights: {self.initialisation!r} is not supported by {setting}, whose gates need an "
-                "adapter that starts from nothing. Remove it, or use `gaussian`."
-            )
-        if self.fp16:
-            raise LayerselError(
-                f"fp16: {self.fp16!r} scales the loss, and with it the gradients of the gates of {setting}. "
-                "Set `bf16: true` instead."
-            )
-        if self.restarts:
-            raise LayerselError(
-                f"auto_find_batch_size: true starts training over, which {setting} does not support. Remove it, and "
-                "set `micro_batch_size`."
-            )
+    if has_dora:
+        raise LayerselError(
+            f"peft_use_dora: true. DoRA ties its magnitudes to the whole adapter, of which {setting} cannot gate "
+            "parts. Remove peft_use_dora."
+        )
+    if normalise(initialisation) not in PLAIN:
+        raise LayerselError(
+            f"peft_init_lora_weights: {initialisation!r} is not supported by {setting}, whose gates need an "
+            "adapter that starts from nothing. Remove it, or use `gaussian`."
+        )
+    if fp16:
+        raise LayerselError(
+            f"fp16: {fp16!r} scales the loss, and with it the gradients of the gates of {setting}. "
+            "Set `bf16: true` instead."
+        )
+    if restarts:
+        raise LayerselError(
+            f"auto_find_batch_size: true starts training over, which {setting} does not support. Remove it, and "
+            "set `micro_batch_size`."
+        )
 
 
-def check_gates(data: Mapping[str, Any], setting: str) -> None:
+def check_gated_file(data: Mapping[str, Any], setting: str) -> None:
     """Raise LayerselError for what would make gates wrong in a YAML file; ``setting`` is the key that asks for them."""
-    GatedRun(
+    check_gated_run(
+        setting,
         initialisation=data.get("peft_init_lora_weights"),
         has_dora=bool(data.get("peft_use_dora")),
         fp16=data.get("fp16") if data.get("fp16") != "auto" else None,
         restarts=bool(data.get("auto_find_batch_size")),
-    ).check(setting)
+    )
     check_loftq(data)
     rl = read_choice(data, "rl")
     if rl in GENERATING_TRAINERS or as_mapping(data.get("trl")).get("use_vllm"):

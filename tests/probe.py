@@ -281,7 +281,7 @@ class RankProbe(TrainerCallback):
     def apply(self, moves, step, training=True):
         if not training:
             return self.upstream_apply(moves, step, training)
-        self.gates[step] = {name: list(module.gates.values()) for name, module in self.ranks.describe().items()}
+        self.gates[step] = {name: list(module.gates.values()) for name, module in self.ranks.describe_modules().items()}
         before = self.collect()
         with CommDebugMode() as communication:
             self.upstream_apply(moves, step, training)

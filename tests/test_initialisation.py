@@ -8,14 +8,14 @@ from peft.tuners.lora import layer
 
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.initialisation import REFUSED, RESTORED, SEEDED, changes_base, check_known, normalise
+from axolotl_layersel.initialisation import REFUSED, RESTORED, SEEDED, changes_base, check_supported, normalise
 from axolotl_layersel.prepare import prepare_trainer
 
 
 def explain_refusal(value: object) -> str | None:
     """Return why layers cannot be selected under an initialisation, None where they can."""
     try:
-        check_known(value)
+        check_supported(value)
     except LayerselError as error:
         return str(error)
     return None

@@ -144,7 +144,7 @@ def fail(message: str) -> None:
     raise typer.Exit(1)
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return an error as sentences for a person: ours as they are, pydantic's with the key and the value."""
     if not isinstance(error, ValidationError):
         return str(error)

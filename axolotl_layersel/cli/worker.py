@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from axolotl_layersel.cli.main import describe
+from axolotl_layersel.cli.main import describe_error
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import plan_path
 from axolotl_layersel.terminal import say
@@ -51,7 +51,7 @@ def main(config: str, repeat: int = 1) -> None:
         path = plan_alone(config, repeat)
     except (LayerselError, ValidationError) as error:
         if main_process:
-            print(f"axolotl-layersel: {describe(error)}", file=sys.stderr)
+            print(f"axolotl-layersel: {describe_error(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     if main_process:
         say(f"plan: {path}")

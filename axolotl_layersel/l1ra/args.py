@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from axolotl_layersel.block import Block, as_number, as_whole, check_known, quote, read_choice
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.allocation import BUDGETS
-from axolotl_layersel.plain_lora import check_gates
+from axolotl_layersel.plain_lora import check_gated_file
 
 # No model has matrices with more rows and columns; room for such a rank would take all memory.
 HIGHEST_RANK = 2**16
@@ -124,7 +124,7 @@ class L1RAArgs(Block):
 def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:
     """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.l1ra``."""
     check_ranks(data, settings)
-    check_gates(data, "layersel.l1ra")
+    check_gated_file(data, "layersel.l1ra")
     check_optimizer(read_choice(data, "optimizer"))
 
 

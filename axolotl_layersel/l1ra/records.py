@@ -1,13 +1,11 @@
 """What happened to the ranks: ranks.csv, and numbers for the run's trackers."""
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from axolotl_layersel.files import FOLDER, parse_count, parse_csv, read_text, reading, write_atomically
+from axolotl_layersel.files import FOLDER, format_csv, parse_count, parse_csv, read_parsed, write_atomically
 
 FILE = "ranks.csv"
 HEADER = ["step", "module", "rank"]
@@ -26,12 +24,9 @@ class RankHistory:
 
     def to_csv(self) -> str:
         """Return the rows ``step,module,rank`` in the order of the steps."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(HEADER)
-        for step in sorted(self.ranks):
-            writer.writerows([step, module, rank] for module, rank in self.ranks[step].items())
-        return text.getvalue()
+        steps = sorted(self.ranks)
+        rows = ([step, module, rank] for step in steps for module, rank in self.ranks[step].items())
+        return format_csv([HEADER, *rows])
 
     @classmethod
     def from_csv(cls, text: str) -> "RankHistory":
@@ -65,10 +60,7 @@ class RankHistory:
         Raises:
             LayerselError: naming ``key`` if the file is missing or damaged.
         """
-        path, way_out = ranks_path(folder), "Give another run or checkpoint."
-        text = read_text(key, path, way_out)
-        with reading(key, path, way_out):
-            return cls.from_csv(text)
+        return read_parsed(key, ranks_path(folder), "Give another run or checkpoint.", cls.from_csv)
 
     def write(self, folder: str | Path) -> None:
         """Write ranks.csv for the run or checkpoint in ``folder``; it appears at once and complete."""

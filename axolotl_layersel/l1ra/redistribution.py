@@ -86,7 +86,7 @@ class RankRedistribution:
         """Return the rank of every module."""
         return dict(zip(self.gates.parts, self.active.view(-1, self.max_rank).sum(dim=1).tolist()))
 
-    def describe(self) -> dict[str, ModuleState]:
+    def describe_modules(self) -> dict[str, ModuleState]:
         """Return what the allocation needs to know."""
         values, active = self.gates.values.tolist(), self.active.tolist()
         costs = BUDGETS[self.settings.budget](self.parameters_per_component)
@@ -181,7 +181,7 @@ class RankRedistribution:
         self.check_gradients(step)
         settings = self.settings
         moves = allocate(
-            self.describe(),
+            self.describe_modules(),
             self.pool,
             settings.prune_threshold,
             settings.min_rank,
@@ -313,7 +313,7 @@ class RankRedistribution:
         self.settle(step)
         closed = [name for name, part in self.gates.parts.items() if not self.gates.values[part].any()]
         settings = self.settings
-        pruned = prune(self.describe(), settings.prune_threshold, settings.min_rank)
+        pruned = prune(self.describe_modules(), settings.prune_threshold, settings.min_rank)
         # Rank that is freed now is not placed again, because no step is left to train it.
         self.apply(Moves(pruned, {}, self.pool), step, training=False)
         self.history.ranks[step] = self.ranks()

@@ -23,14 +23,14 @@ class LayerSelectionCallback(TrainerCallback):
         self.truncated = TruncatedBackward(self.run.model, self.stack)
         self.truncated.install()
         if state.global_step == 0:
-            self.run.trainer.log(describe(self.plan))
+            self.run.trainer.log(describe_plan(self.plan))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.truncated is not None:
             self.truncated.remove()
 
 
-def describe(plan: Plan) -> dict[str, float]:
+def describe_plan(plan: Plan) -> dict[str, float]:
     """Return the plan as numbers for the run's trackers, layers with leading zeros so that they sort."""
     width = len(str(len(plan.layers) - 1))
     numbers: dict[str, float] = {"layersel/selected_layers": len(plan.selected)}

@@ -153,8 +153,6 @@ def count_kept(settings: ResolvedSelection, candidates: int, what: str = "layers
     Raises:
         LayerselError: if that is none, or more than there are.
     """
-    if settings.layers is not None:
-        return len(settings.layers)
     if settings.num_layers is not None:
         if settings.num_layers > candidates:
             raise LayerselError(
@@ -163,8 +161,7 @@ def count_kept(settings: ResolvedSelection, candidates: int, what: str = "layers
             )
         return settings.num_layers
     ratio = settings.ratio
-    if ratio is None:
-        raise LayerselError(f"layersel.selection.ratio: nothing says how many {what} are kept. Set it, such as 0.5.")
+    assert ratio is not None, "settings as they take effect say how much is kept"
     keep = math.floor(ratio * candidates + 1e-9)
     if keep == 0:
         way_out = ", or `num_layers: 1`" if what == "layers" else ""
@@ -202,6 +199,29 @@ def find_mean_overlap(choices: list[Collection]) -> float:
     """Return the mean Jaccard overlap |A ∩ B| / |A ∪ B| of all pairs of ``choices``, none of them empty."""
     sets = [set(choice) for choice in choices]
     return mean(len(one & other) / len(one | other) for one, other in combinations(sets, 2))
+
+
+def conclude(
+    measured: torch.Tensor | None, places: list[str], samples: list[Sample], score: Callable[[torch.Tensor], Scores]
+) -> Scores:
+    """Return what rank 0 makes of the measurements, which it alone has; every rank must call this.
+
+    Args:
+        measured: (samples, places, ...), None on the other ranks.
+        places: what was measured, in the order that the model runs.
+        samples: what it was measured on.
+        score: scores the layers by the measurements.
+
+    Raises:
+        LayerselError: on every rank, naming the place and the training row of a number that is not finite.
+    """
+
+    def decide() -> Scores:
+        assert measured is not None, "rank 0 has the measurements"
+        check_finite(measured.flatten(2).sum(dim=-1) if measured.dim() > 2 else measured, places, samples)
+        return score(measured)
+
+    return decide_on_rank_zero(decide)
 
 
 def check_finite(measured: torch.Tensor, places: list[str], samples: list[Sample]) -> None:

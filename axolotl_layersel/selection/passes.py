@@ -22,7 +22,7 @@ from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.randomness import keep_random_state
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.calibration import Sample, collate
-from axolotl_layersel.selection.choosing import Scores, Selection, check_finite
+from axolotl_layersel.selection.choosing import Scores, Selection, conclude
 
 # Tokens of a forward pass that gathers or copies each layer's weights: at 70B the activations of one layer
 # take some 5 GB, and the copy is hidden behind enough work.
@@ -36,13 +36,7 @@ def score_by_tokens(selection: Selection, samples: list[Sample], compare: Compar
     """Return each layer's mean of ``compare`` over all tokens of all samples; every rank must call this."""
     sums = measure_token_sums(selection, samples, compare)
     tokens = torch.tensor([len(sample.input_ids) for sample in samples])
-
-    def conclude() -> Scores:
-        assert sums is not None, "rank 0 has the measurements"
-        check_finite(sums, name_places(selection), samples)
-        return Scores(list(average_over_tokens(sums, tokens)))
-
-    return collectives.decide_on_rank_zero(conclude)
+    return conclude(sums, name_places(selection), samples, lambda sums: Scores(list(average_over_tokens(sums, tokens))))
 
 
 def average_over_tokens(sums: torch.Tensor, tokens: torch.Tensor) -> list[float]:

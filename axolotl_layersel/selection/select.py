@@ -13,7 +13,7 @@ from axolotl_layersel import adapters
 from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER
-from axolotl_layersel.initialisation import changes_base, check_known, describe_continued
+from axolotl_layersel.initialisation import changes_base, check_supported, describe_continued
 from axolotl_layersel.interrupt import ending_on_signal
 from axolotl_layersel.layers import LayerStack, find_layer_stack
 from axolotl_layersel.plan import (
@@ -160,7 +160,7 @@ def check_base(run: Run, continues_adapter: bool, removes: bool) -> None:
         if removes and changes_base(initial):
             raise LayerselError(describe_continued(initial, "the adapter"))
     else:
-        check_known(initial)
+        check_supported(initial)
 
 
 def report_data(plan: Plan, trainer: Trainer, source: str) -> None:

@@ -8,7 +8,7 @@ from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.calibration import Sample, are_most, count_most_common, place_token
-from axolotl_layersel.selection.choosing import Choice, Scores, Selection, check_finite, choose_by_score
+from axolotl_layersel.selection.choosing import Choice, Scores, Selection, choose_by_score, conclude
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -32,13 +32,8 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
     if collectives.get_rank() == 0:
         report_token(compared, positions, left_out, token)
     states = measure_token_states(selection, compared, positions)
-
-    def conclude() -> Scores:
-        assert states is not None, "rank 0 has the measurements"
-        check_finite(states.sum(dim=-1), ["the embeddings", *passes.name_places(selection)], compared)
-        return Scores(*score_layers(states), left_out)
-
-    return collectives.decide_on_rank_zero(conclude)
+    places = ["the embeddings", *passes.name_places(selection)]
+    return conclude(states, places, compared, lambda states: Scores(*score_layers(states), left_out))
 
 
 def centre(representations: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.calibration import Sample, cut_sample
-from axolotl_layersel.selection.choosing import Choice, Scores, Selection, check_finite, choose_by_score
+from axolotl_layersel.selection.choosing import Choice, Scores, Selection, choose_by_score, conclude
 from axolotl_layersel.selection.likelihood import count_tokens_at_a_time, differentiate
 from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
 
@@ -27,13 +26,8 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
     """Return each layer's mean squared gradient of the log-likelihood; every rank must call this."""
     squares = measure_squared_gradients(selection, samples)
     weights = count_target_weights(selection)
-
-    def conclude() -> Scores:
-        assert squares is not None, "rank 0 has the measurements"
-        check_finite(squares, passes.name_places(selection), samples)
-        return Scores(*score_layers(squares, weights))
-
-    return collectives.decide_on_rank_zero(conclude)
+    places = passes.name_places(selection)
+    return conclude(squares, places, samples, lambda squares: Scores(*score_layers(squares, weights)))
 
 
 def ghost_norm(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from axolotl_layersel.block import Block, check_known, list_plugins
 from axolotl_layersel.engines.refusals import LABELS, find_shards
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plain_lora import check_gates
+from axolotl_layersel.plain_lora import check_gated_file
 from axolotl_layersel.units import UNITS
 
 SETTING = "layersel.selection.method: flexora"
@@ -105,7 +105,7 @@ class FlexoraArgs(Block):
 
 def check_file(data: Mapping[str, Any], search: Search) -> None:
     """Raise LayerselError where a Flexora search cannot be made in this run."""
-    check_gates(data, SETTING)
+    check_gated_file(data, SETTING)
     if search.val_source == "eval" and not (data.get("val_set_size") or data.get("test_datasets")):
         raise LayerselError(describe_missing_eval_set())
     if search.hypergradient != "unrolled":

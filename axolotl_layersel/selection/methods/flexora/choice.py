@@ -44,8 +44,10 @@ def choose(selection: Selection) -> Choice:
     return Choice(
         modules=[module for unit in units if unit.name in kept for module in unit.modules],
         scores=scores,
-        # Where units are layers, the layers' scores say the same.
-        module_scores={} if all(unit.name == str(unit.layer) for unit in units) else gates,
+        # Where layers are chosen, their scores say all.
+        module_scores={}
+        if search.granularity == "layer"
+        else {module: gates[unit.name] for unit in units for module in unit.modules},
         rows=result.validation_rows,
         fingerprint=fingerprint(samples) if tokenised else None,
         history=result.history,

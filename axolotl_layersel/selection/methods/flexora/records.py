@@ -1,12 +1,18 @@
 """What a search saw: gates.csv, the losses and gates after every optimizer step."""
 
-import csv
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from axolotl_layersel.files import FOLDER, parse_count, parse_csv, parse_number, read_text, reading, write_atomically
+from axolotl_layersel.files import (
+    FOLDER,
+    format_csv,
+    parse_count,
+    parse_csv,
+    parse_number,
+    read_parsed,
+    write_atomically,
+)
 
 FILE = "gates.csv"
 LEADING = ["step", "train_loss", "validation_loss"]
@@ -46,13 +52,12 @@ class GateHistory:
 
     def to_csv(self) -> str:
         """Return a row for each step: its number from 1, both losses, and a column for each gate."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*LEADING, *self.names])
-        for step, row in enumerate(zip(self.train_losses, self.validation_losses, self.gates), start=1):
-            train_loss, validation_loss, gates = row
-            writer.writerow([step, train_loss, "" if validation_loss is None else validation_loss, *gates])
-        return text.getvalue()
+        steps = zip(self.train_losses, self.validation_losses, self.gates)
+        rows = (
+            [step, train_loss, "" if validation_loss is None else validation_loss, *gates]
+            for step, (train_loss, validation_loss, gates) in enumerate(steps, start=1)
+        )
+        return format_csv([[*LEADING, *self.names], *rows])
 
     @classmethod
     def from_csv(cls, text: str) -> "GateHistory":
@@ -81,10 +86,7 @@ class GateHistory:
         Raises:
             LayerselError: naming ``key`` if the file is missing or damaged.
         """
-        path, way_out = gates_path(folder), "Remove it, or make the plan anew."
-        text = read_text(key, path, way_out)
-        with reading(key, path, way_out):
-            return cls.from_csv(text)
+        return read_parsed(key, gates_path(folder), "Remove it, or make the plan anew.", cls.from_csv)
 
     def write(self, folder: str | Path) -> None:
         """Write gates.csv for the run in ``folder``; it appears at once and complete."""
