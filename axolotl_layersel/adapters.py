@@ -57,8 +57,9 @@ def complete_config(run: Run) -> None:
     Call it before the engine is built, because FSDP2 renames the model's class.
     """
     config, base = run.config, run.base
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = base.__dict__.get("name_or_path")
+    if not config.base_model_name_or_path:
+        # Of a model without a name PEFT 0.20.0 writes an empty one, 0.21.2 none.
+        config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     sort_sets(config)

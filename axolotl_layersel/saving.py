@@ -14,7 +14,7 @@ from axolotl_layersel.engines import collectives
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.plan import Plan, plan_path, write_plan
 from axolotl_layersel.run import Run
-from axolotl_layersel.trainers import unwrap_model
+from axolotl_layersel.trainers import let_one_process_write, unwrap_model
 from axolotl_layersel.writer import AdapterWriter
 
 Save = Callable[[str | Path], None]
@@ -69,6 +69,7 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
             writer.save_alone(save_directory)
             model.create_or_update_model_card(str(save_directory))
 
+    let_one_process_write(trainer)
     trainer.save_model = save_model  # type: ignore[method-assign]  # of this trainer alone
     # A method, not a closure over the model: a deep copy of the model saves itself.
     model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]

@@ -3,11 +3,13 @@
 Each is relied on beyond documented interfaces, in the version that it was seen in (``tests/test_trainers.py`` fails
 when one of them changes):
 
-* transformers 5.16.1, ``Trainer.save_model``: is called for every checkpoint, before any push to a hub.
+* transformers 5.16.1, ``Trainer.save_model``: is called for every checkpoint, before any push to a hub. It calls
+  ``_save`` where ``should_save`` is true; 5.24.0 calls it on every rank, and that of axolotl 0.19.0 writes wherever it
+  is called.
 * transformers 5.16.1, ``PreTrainedModel.enable_input_require_grads``: registers forward hooks named
   ``make_inputs_require_grads`` on the embeddings, more than once under gradient checkpointing.
 * transformers 5.16.1, ``Trainer._load_from_checkpoint`` and ``_load_best_model``: on one process and DDP both restore
-  LoRA weights through the model's own ``load_adapter``, and by nothing else.
+  LoRA weights through the model's own ``load_adapter``, and by nothing else. So does 5.24.0.
 * transformers 5.16.1, ``Trainer._save``: the adapter's files come from the model's own ``save_pretrained``. axolotl
   0.19.0: so do those after training on one process, DDP and ZeRO-1/2; ZeRO-3 has ``save_model`` write them, FSDP2 the
   function ``save_fsdp2_lora_adapter``, which also writes checkpoints where the base is quantised. Both callers look
@@ -26,9 +28,10 @@ when one of them changes):
   still to do lies in ``trainer_state.json`` as the state of ``TrainerControl``, in which ``should_evaluate`` is true
   until the evaluation is over. ``_evaluate``, ``_determine_best_metric`` and ``_load_rng_state`` make up for one.
 * transformers 5.16.1, ``Trainer.train`` can be called again on a trainer whose attributes were put back; accelerate
-  1.13.0 keeps a model in mixed precision in its ``forward`` and ``_original_forward``; axolotl 0.19.0 and trl 1.9.0
-  collect what they will log in ``_stored_metrics`` and ``_metrics``. Of axolotl's arguments those in ``STEP_COUNTS``
-  count optimizer steps of its schedule.
+  1.13.0 keeps a model in mixed precision in its ``forward`` and ``_original_forward``, and 1.15.0 prepares no model
+  again that has ``_is_accelerate_prepared``; axolotl 0.19.0 and trl 1.9.0 collect what they will log in
+  ``_stored_metrics`` and ``_metrics``. Of axolotl's arguments those in ``STEP_COUNTS`` count optimizer steps of its
+  schedule.
 * transformers 5.16.1, ``Trainer._prepare_inputs``: puts a micro-batch on the device. axolotl 0.19.0,
   ``activation_offload_context``: where it exists, forward passes that train run inside.
 * axolotl 0.19.0, ``ModelLoader._load_adapters``: ``CONFIG_ONLY_TRAINERS`` make the adapter themselves.
@@ -46,7 +49,7 @@ from transformers.trainer_callback import ExportableState
 
 from axolotl_layersel.errors import LayerselError
 
-FORWARD_ATTRIBUTES = {"forward", "_original_forward"}
+FORWARD_ATTRIBUTES = {"forward", "_original_forward", "_is_accelerate_prepared"}
 METRIC_ATTRIBUTES = {"_stored_metrics", "_metrics"}
 STEP_COUNTS = ("jagged_restart_steps", "jagged_restart_warmup_steps", "jagged_restart_anneal_steps")
 # Of fp16's loss scaler, and Axolotl's count of tokens.
@@ -154,6 +157,17 @@ def remove_embedding_hooks(model: nn.Module) -> None:
 def save_checkpoint(trainer: Trainer) -> None:
     """Write a whole checkpoint of the step that has ended, weights being in shards; every rank must call this."""
     trainer._save_checkpoint(get_model(trainer), None)
+
+
+def let_one_process_write(trainer: Trainer) -> None:
+    """Let what ``save_model`` writes itself be written where ``should_save`` is true, and by no other rank."""
+    upstream = trainer._save
+
+    def save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if trainer.args.should_save:
+            upstream(output_dir, state_dict)
+
+    trainer._save = save  # type: ignore[method-assign]  # of this trainer alone
 
 
 def is_evaluation_due(trainer: Trainer) -> bool:

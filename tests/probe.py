@@ -99,6 +99,14 @@ class ProbeCallback(TrainerCallback):
             return upstream(output_dir, _internal_call)
 
         self.trainer.save_model = save_model
+        tokenizer = self.trainer.processing_class
+        write = tokenizer.save_pretrained
+
+        def save_pretrained(*args, **kwargs):
+            (self.folder / f"tokenizer_written_by_{collectives.get_rank()}").touch()
+            return write(*args, **kwargs)
+
+        tokenizer.save_pretrained = save_pretrained
 
     def on_step_end(self, args, state, control, **kwargs):
         name, _, step = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(",")[0].partition(":")

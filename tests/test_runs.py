@@ -166,6 +166,12 @@ def test_every_checkpoint_holds_an_adapter_and_the_plan(whole_runs, engine):
         ).read_text()
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-full"])
+def test_one_process_alone_writes_what_is_the_same_on_all(whole_runs, engine):
+    writers = whole_runs[engine].folder.glob("tokenizer_written_by_*")
+    assert [path.name for path in writers] == ["tokenizer_written_by_0"]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_run_reads_its_first_adapter_back_and_computes_with_it(whole_runs, engine):
     run = whole_runs[engine]

@@ -3,9 +3,11 @@
 The runs in test_runs.py assert the distributed halves of these facts on the engines themselves.
 """
 
+import ast
 import inspect
 import json
 import re
+import textwrap
 from importlib.metadata import version
 
 import pytest
@@ -27,7 +29,13 @@ from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.selection.args import SelectionArgs
 
 COUNTER = "early_stopping_patience_counter"
-SEEN = {"axolotl": "0.19.0", "transformers": "5.16.1", "accelerate": "1.13.0", "peft": "0.20.0"}
+# What Axolotl pins, and what else was looked at, see docs/compatibility.md.
+SEEN = {
+    "axolotl": ["0.19.0"],
+    "transformers": ["5.16.1", "5.24.0"],
+    "accelerate": ["1.13.0", "1.15.0"],
+    "peft": ["0.20.0", "0.21.2"],
+}
 
 
 class Counting(TrainerCallback, ExportableState):
@@ -44,7 +52,7 @@ class Counting(TrainerCallback, ExportableState):
 
 @pytest.mark.parametrize("library", SEEN)
 def test_the_versions_are_those_that_were_looked_at(library):
-    assert version(library) == SEEN[library], "read the lists at the head of trainers.py and in engines/ again"
+    assert version(library) in SEEN[library], "read the lists at the head of trainers.py and in engines/ again"
 
 
 def test_checkpoints_are_written_by_save_model_before_they_are_pushed():
@@ -56,8 +64,12 @@ def test_checkpoints_are_written_by_save_model_before_they_are_pushed():
 @pytest.mark.parametrize("method", ["_load_from_checkpoint", "_load_best_model"])
 def test_lora_weights_are_restored_by_the_models_own_load_adapter_alone(method):
     """Ragged adapters do not fit the modules in training: what restores them takes the place of this one call."""
-    source = inspect.getsource(getattr(Trainer, method))
-    assert source.count("model.load_adapter(") == (2 if method == "_load_from_checkpoint" else 1)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(Trainer, method))))
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if call.endswith("load_adapter")]
+    # One adapter, or those in subfolders; 5.24.0 loads an adapter beside them too.
+    expected = [1] if method == "_load_best_model" else [2, 3]
+    assert set(loads) == {"model.load_adapter"} and len(loads) in expected
 
 
 def test_adapter_files_come_from_the_models_own_save_pretrained():
@@ -138,6 +150,7 @@ def test_what_a_trial_gives_back_is_where_the_libraries_keep_it():
     assert "self._stored_metrics = " in inspect.getsource(AxolotlTrainer.__init__)
     assert "self._metrics = " in inspect.getsource(DPOTrainer.__init__)
     assert "model._original_forward = model.forward" in inspect.getsource(Accelerator.prepare_model)
+    assert "_is_accelerate_prepared = True" in inspect.getsource(Accelerator.prepare)
     counts = {name for name in AxolotlTrainingArguments.__dataclass_fields__ if name.startswith("jagged_")}
     assert counts == set(trainers.STEP_COUNTS)
 

@@ -102,6 +102,17 @@ def test_the_run_after_a_trial_is_the_run_without_it(tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+def test_the_run_after_a_trial_computes_in_its_precision(tmp_path):
+    trainer, model = make(tmp_path, save_strategy="no", eval_strategy="no", bf16=True)
+    types = set()
+    module = model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"]
+    module.register_forward_hook(lambda module, args, output: types.add(output.dtype))
+    run_trial(Run.of(trainer), 2, trainer.train_dataset, Watcher(), seed=9)
+    types.clear()
+    trainer.train()
+    assert types == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
