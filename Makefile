@@ -32,7 +32,7 @@ check: lint
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not launches and not trains"
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=25 --cov --cov-report=term
 
 $(STAMP): pyproject.toml | $(BIN)/python
 # torch first: where the index has a CPU build, a machine without a GPU gets that one.

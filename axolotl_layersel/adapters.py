@@ -81,18 +81,24 @@ def check_plain_lora(run: Run, modules: dict[str, LoraLayer], setting: str) -> N
         fp16=scales_loss(run.trainer),
         restarts=run.trainer.args.auto_find_batch_size,
     )
+    check_linear(run, modules, setting)
     for name, module in modules.items():
-        linear = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
-        shape = run.engine.find_shape(get_linears(module, adapter)[0].weight) if linear else ()
-        if len(shape) != 2:
-            raise LayerselError(
-                f"lora_target_modules: {name} is a {type(module.get_base_layer()).__name__}, on whose LoRA {setting} "
-                "cannot put gates. Target linear modules, such as q_proj and down_proj."
-            )
         if module.lora_variant.get(adapter) is not None or module.lora_bias.get(adapter):
             raise LayerselError(
                 f"lora_target_modules: LoRA on {name} is not plain LoRA (DoRA, aLoRA, lora_bias or the like), which "
                 f"{setting} does not support. Use plain LoRA."
+            )
+
+
+def check_linear(run: Run, modules: dict[str, LoraLayer], setting: str) -> None:
+    """Raise LayerselError unless A and B of all ``modules`` are linear, as the YAML key ``setting`` needs them."""
+    for name, module in modules.items():
+        linear = run.adapter in module.lora_A and isinstance(module.lora_A[run.adapter], nn.Linear)
+        shape = run.engine.find_shape(get_linears(module, run.adapter)[0].weight) if linear else ()
+        if len(shape) != 2:
+            raise LayerselError(
+                f"lora_target_modules: {name} is a {type(module.get_base_layer()).__name__}, whose LoRA {setting} does "
+                "not support. Target linear modules, such as q_proj and down_proj."
             )
 
 
@@ -107,28 +113,33 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
     Returns:
         Whether the weights were drawn. PiSSA and OLoRA depend on the base weights, so PEFT's result is kept there.
     """
-    config, adapter = get_config(model), get_adapter_name(model)
-    method = get_initialisation(config)
-    if method not in SEEDED:
+    if get_initialisation(get_config(model)) not in SEEDED:
         return False
     for name, module in find_lora_modules(get_base_model(model)).items():
-        if method == "orthogonal":
-            down, up = (linear.weight for linear in get_linears(module, adapter))
-            values = draw_orthogonal(down.shape[1], up.shape[0], down.shape[0], make_row_generator(seed, name, 0))
-            for weight, value in zip((down, up), values):
-                weight.copy_(value)
-        elif adapter in module.lora_A:
-            weight = module.lora_A[adapter].get_parameter("weight")
-            rows = [draw_row(weight[i], method, seed, name, i, module.r[adapter]) for i in range(weight.shape[0])]
-            weight.copy_(torch.stack(rows))
-            nn.init.zeros_(module.lora_B[adapter].get_parameter("weight"))
-        elif adapter in module.lora_embedding_A:
-            weight = module.lora_embedding_B[adapter]
-            generators = [make_row_generator(seed, name, i) for i in range(weight.shape[1])]
-            columns = [torch.randn(weight.shape[0], generator=generator) for generator in generators]
-            weight.copy_(torch.stack(columns, dim=1))
-            nn.init.zeros_(module.lora_embedding_A[adapter])
+        initialize_module(model, name, module, seed)
     return True
+
+
+@torch.no_grad()
+def initialize_module(model: PeftModel, name: str, module: LoraLayer, seed: int) -> None:
+    """Draw the initial weights of one LoRA module, whose initialisation is in ``SEEDED``, see ``initialize_lora``."""
+    adapter, method = get_adapter_name(model), get_initialisation(get_config(model))
+    if method == "orthogonal":
+        down, up = (linear.weight for linear in get_linears(module, adapter))
+        values = draw_orthogonal(down.shape[1], up.shape[0], down.shape[0], make_row_generator(seed, name, 0))
+        for weight, value in zip((down, up), values):
+            weight.copy_(value)
+    elif adapter in module.lora_A:
+        weight = module.lora_A[adapter].get_parameter("weight")
+        rows = [draw_row(weight[i], method, seed, name, i, module.r[adapter]) for i in range(weight.shape[0])]
+        weight.copy_(torch.stack(rows))
+        nn.init.zeros_(module.lora_B[adapter].get_parameter("weight"))
+    elif adapter in module.lora_embedding_A:
+        weight = module.lora_embedding_B[adapter]
+        generators = [make_row_generator(seed, name, i) for i in range(weight.shape[1])]
+        columns = [torch.randn(weight.shape[0], generator=generator) for generator in generators]
+        weight.copy_(torch.stack(columns, dim=1))
+        nn.init.zeros_(module.lora_embedding_A[adapter])
 
 
 def find_others(stack: LayerStack, kept: list[str]) -> list[str]:

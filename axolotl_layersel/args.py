@@ -38,6 +38,11 @@ class LayerselBlock(Block):
                 "layersel: the block is empty, so it would do nothing. Add `selection`, `l1ra` (`l1ra: {}` "
                 "for its defaults), or both."
             )
+        if self.selection and self.l1ra and self.l1ra.max_rank and (self.selection.max_rank or 0) > self.l1ra.max_rank:
+            raise ValueError(
+                f"layersel.selection.max_rank: {self.selection.max_rank} is more than layersel.l1ra.max_rank: "
+                f"{self.l1ra.max_rank}, for which the modules have room. Lower the one, or raise the other."
+            )
         return self
 
 

@@ -74,6 +74,18 @@ def check_supported(value: bool | str | None) -> None:
     )
 
 
+def check_redrawn(value: bool | str | None, rank: str) -> None:
+    """Raise LayerselError for an initialisation by which modules of other ranks cannot be begun anew.
+
+    ``rank``: the value of ``layersel.selection.rank`` that asks for them.
+    """
+    if normalise(value) not in PLAIN:
+        raise LayerselError(
+            f"peft_init_lora_weights: {value!r} does not go with layersel.selection.rank: {rank}, which begins modules "
+            "anew with other ranks. Remove it, use `gaussian`, or set `rank: same`."
+        )
+
+
 def check_initialisation(data: Mapping[str, Any]) -> None:
     """Raise LayerselError for initial LoRA weights that a selection does not support in this file's run."""
     if data.get("lora_model_dir"):

@@ -13,7 +13,7 @@ from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
 from axolotl_layersel.selection.args import SelectionArgs, Towers, Unselected
 from axolotl_layersel.selection.methods import METHODS
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 FILE = "plan.json"
 
 
@@ -46,12 +46,22 @@ class Stability(BaseModel):
     overlap: float = Field(description="mean Jaccard overlap of all pairs of the sets of modules chosen")
 
 
+class Budget(BaseModel):
+    """Trainable parameters in the layers: those that LoRA with ``lora_r`` has, and those of the ranks given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lora: int = Field(description="of LoRA with lora_r in all candidates")
+    allowed: int = Field(description="what the ranks could spend")
+    spent: int = Field(description="what they take")
+
+
 class Plan(BaseModel):
     """What was decided, and everything needed to check it against another run."""
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     method: str
     layers: list[LayerChoice]
     unselected: Unselected
@@ -62,11 +72,16 @@ class Plan(BaseModel):
     )
     unscored: dict[int, str] = Field(default_factory=dict, description="why a layer has no score, by layer")
     stack: str = Field(description="where the layers are in the base model, such as model.layers")
-    modules: list[str] = Field(description="LoRA modules of the selected layers, by their name in the base model")
+    modules: list[str] = Field(description="LoRA modules that are kept in the layers, by their name in the base model")
+    granularity: str = Field(default="layer", description="what was chosen among: layer, group or module")
+    ranks: dict[str, int] = Field(
+        default_factory=dict, description="the rank of every module that is kept; empty where all have lora_r"
+    )
+    budget: Budget | None = Field(default=None, description="where ranks were given by one")
     settings: dict[str, Any] = Field(description="the selection block that produced this plan")
     seed: int
     module_scores: dict[str, float] = Field(
-        default_factory=dict, description="importance of every LoRA module, where modules were chosen, not layers"
+        default_factory=dict, description="importance of the unit of every LoRA module, where those are not layers"
     )
     stability: Stability | None = Field(default=None, description="with `axolotl-layersel plan --repeat`")
     calibration_rows: list[int] = Field(
@@ -111,11 +126,13 @@ def read_plan(path: str | Path, key: str = "layersel.selection.plan") -> Plan:
     way_out = "Give the path of a plan.json, or make the plan anew."
     content = read_json(key, path, way_out)
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if isinstance(version, bool) or version not in (1, SCHEMA_VERSION):
         raise LayerselError(
-            f"{key}: {path} has schema_version {version!r}, this version of axolotl-layersel reads {SCHEMA_VERSION}. "
-            "Make the plan anew with `axolotl-layersel plan`."
+            f"{key}: {path} has schema_version {version!r}, this version of axolotl-layersel reads 1 to "
+            f"{SCHEMA_VERSION}. Make the plan anew with `axolotl-layersel plan`."
         )
+    if version == 1:
+        content = upgrade(content)
     try:
         # As JSON, whose keys are text, and strictly: "yes" is no Boolean and 1.0 is no layer.
         plan = Plan.model_validate_json(json.dumps(content), strict=True)
@@ -128,6 +145,15 @@ def read_plan(path: str | Path, key: str = "layersel.selection.plan") -> Plan:
     if contradiction:
         raise refuse(key, path, contradiction, way_out)
     return plan
+
+
+def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a plan of schema 1, in which all ranks are the same, as one of schema 2."""
+    settings = dict(content["settings"]) if isinstance(content.get("settings"), dict) else {}
+    search = dict(settings["flexora"]) if isinstance(settings.get("flexora"), dict) else None
+    granularity = "layer" if search is None else search.pop("granularity", "layer")
+    settings |= {"flexora": search, "granularity": granularity, "rank": "same"}
+    return {**content, "schema_version": SCHEMA_VERSION, "granularity": granularity, "settings": settings}
 
 
 def find_contradiction(plan: Plan) -> str | None:
@@ -158,6 +184,10 @@ def find_contradiction(plan: Plan) -> str | None:
         return f"does not keep modules of just the layers that it selects at {plan.stack!r}"
     if plan.module_scores and not set(plan.modules) <= set(plan.module_scores):
         return "keeps modules that module_scores does not list"
+    if plan.ranks and plan.ranks.keys() != set(plan.modules):
+        return "does not give just the modules that it keeps a rank"
+    if any(rank < 1 for rank in plan.ranks.values()):
+        return "gives a module that it keeps no rank"
     return None
 
 
@@ -206,7 +236,9 @@ def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
     Raises:
         LayerselError: if the adapter is missing, damaged or another.
     """
-    from axolotl_layersel.tensors import load_tensors  # needs torch, which plans themselves do not
+    # These need torch, which plans themselves do not.
+    from axolotl_layersel.l1ra.state import state_path
+    from axolotl_layersel.tensors import load_tensors
 
     path = Path(checkpoint) / "adapter_model.safetensors"
     if not path.exists():
@@ -214,11 +246,19 @@ def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
             f"resume_from_checkpoint: {checkpoint} holds no adapter_model.safetensors. Resume another checkpoint."
         )
     tensors, _ = load_tensors("resume_from_checkpoint", path, "Resume another checkpoint.")
+    if not state_path(checkpoint).exists():  # by which ranks may have moved since
+        for name, rank in plan.ranks.items():
+            held = tensors.get(f"base_model.model.{name}.lora_A.weight")
+            if held is not None and held.shape[0] != rank:
+                raise LayerselError(
+                    f"resume_from_checkpoint: the adapter in {checkpoint} has rank {held.shape[0]} in {name}, and the "
+                    f"plan beside it gives it {rank}. Resume a checkpoint of this run."
+                )
     names = [name.removeprefix("base_model.model.") for name in tensors]
-    held = {name.rpartition(".lora_")[0] for name in names if ".lora_" in name}
+    present = {name.rpartition(".lora_")[0] for name in names if ".lora_" in name}
     said = {*plan.modules, *plan.modules_outside}
-    frozen = {name for name in held if plan.unselected == "freeze" and name.startswith(f"{plan.stack}.")}
-    differing = said ^ (held - (frozen - said))
+    frozen = {name for name in present if plan.unselected == "freeze" and name.startswith(f"{plan.stack}.")}
+    differing = said ^ (present - (frozen - said))
     if differing:
         raise LayerselError(
             f"resume_from_checkpoint: the adapter in {checkpoint} is not of the plan beside it: they differ in "

@@ -72,7 +72,7 @@ def prepare_trainer(
     trainers.initialize_loaders(trainer, outlive_signals)
     plan = None
     if settings.selection:
-        plan = select_layers(run, settings.selection, resume_from, continues_adapter, repeat)
+        plan = select_layers(run, settings.selection, resume_from, continues_adapter, repeat, capacity)
     ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
     trainer.add_callback(RestoreCallback(run, resume_from, restore))

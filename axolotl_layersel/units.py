@@ -1,4 +1,7 @@
-"""What is chosen among, or gets a gate: layers, or LoRA modules. A unit is a group of LoRA modules with one name."""
+"""What is chosen among, gets a gate, or gets rank: layers, their branches, or LoRA modules.
+
+A unit is a group of LoRA modules with one name.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from axolotl_layersel.layers import LayerStack
 
 
@@ -30,13 +35,80 @@ def find_layers(stack: LayerStack, layer: int) -> list[Unit]:
     return [Unit(str(layer), layer, stack.lora_modules[layer])]
 
 
+def find_groups(stack: LayerStack, layer: int) -> list[Unit]:
+    """Return each branch of a layer that carries LoRA as a unit: its attention, its MLP, and whatever else it has.
+
+    It is called by the first part of the layer in it that carries LoRA, such as ``model.layers.3.self_attn``.
+    """
+    prefix = f"{stack.name}.{layer}."
+    units = []
+    for parts in split_branches(stack.layers[layer]):
+        inside = {
+            part: [name for name in stack.lora_modules[layer] if f"{name}.".startswith(f"{prefix}{part}.")]
+            for part in parts
+        }
+        carrying = [part for part, names in inside.items() if names]
+        if carrying:
+            modules = [name for part in carrying for name in inside[part]]
+            units.append(Unit(f"{prefix}{carrying[0]}", layer, modules))
+    return units
+
+
 def find_modules(stack: LayerStack, layer: int) -> list[Unit]:
     """Return each LoRA module of a layer as a unit, called by its name."""
     return [Unit(name, layer, [name]) for name in stack.lora_modules[layer]]
 
 
+def split_branches(layer: nn.Module) -> list[list[str]]:
+    """Return the parts of a layer, by name and in their order, in groups that belong to one branch.
+
+    A part ends a branch where its last linear module gives back the width that the branch's first one was given. The
+    attention and the MLP of most models are parts of their own. In BERT and OPT, for two, the MLP is made of two parts:
+    the first one widens, and the second one gives the width back.
+    """
+    branches: list[list[str]] = []
+    given: int | None = None
+    for name, part in layer.named_children():
+        widths = list_widths(part)
+        if not widths:
+            continue
+        if given is None:
+            branches.append([])
+            given = widths[0][0]
+        branches[-1].append(name)
+        if widths[-1][1] == given:
+            given = None
+    return branches
+
+
+def list_widths(part: nn.Module) -> list[tuple[int, int]]:
+    """Return the number of inputs and outputs of every linear module in ``part``, without those of LoRA itself."""
+    names = [name for name, module in part.named_modules() if hasattr(module, "lora_A")]
+    inside = tuple(f"{name}." if name else "" for name in names)
+    found = []
+    for name, module in part.named_modules():
+        if name in names or not (inside and name.startswith(inside)):
+            widths = find_widths(module)
+            found += [widths] if widths else []
+    return found
+
+
+def find_widths(module: nn.Module) -> tuple[int, int] | None:
+    """Return the number of inputs and outputs of a linear module or of LoRA on one, None for other modules."""
+    given, returned = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(given, int) and isinstance(returned, int):
+        return given, returned
+    weight = getattr(module, "weight", None)
+    # GPT-2's Conv1D has its weight the other way round, and says the number of its outputs only.
+    return tuple(weight.shape) if isinstance(getattr(module, "nf", None), int) and weight is not None else None
+
+
 # What finds the units of one layer, by the kind of unit.
-UNITS: dict[str, Callable[[LayerStack, int], list[Unit]]] = {"layer": find_layers, "module": find_modules}
+UNITS: dict[str, Callable[[LayerStack, int], list[Unit]]] = {
+    "layer": find_layers,
+    "group": find_groups,
+    "module": find_modules,
+}
 
 
 def find_units(stack: LayerStack, kind: str, layers: list[int]) -> list[Unit]:

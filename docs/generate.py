@@ -10,8 +10,11 @@ BEGIN, END = "<!-- The table of methods is made by docs/generate.py. -->", "<!--
 
 def make_method_table() -> str:
     """Return the methods as a table in Markdown."""
-    rows = [f"| `{method.name}` | {method.reads} | {method.summary} |" for method in METHODS.values()]
-    return "\n".join(["| method | reads | a layer's score |", "|---|---|---|", *rows])
+    rows = [
+        f"| `{method.name}` | {method.reads} | {', '.join(method.units)} | {method.summary} |"
+        for method in METHODS.values()
+    ]
+    return "\n".join(["| method | reads | chooses among | the score |", "|---|---|---|---|", *rows])
 
 
 def fill(text: str) -> str:

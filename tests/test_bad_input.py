@@ -198,7 +198,7 @@ AFTER_THE_MODEL = {
     ),
     "l1ra: embeddings": (
         {**l1ra(), "lora_target_modules": ["q_proj", "embed_tokens"]},
-        "lora_target_modules: model.embed_tokens is a Embedding, on whose LoRA layersel.l1ra cannot put gates",
+        "lora_target_modules: model.embed_tokens is a Embedding, whose LoRA layersel.l1ra does not support",
     ),
     "l1ra: a rank above the room": (
         {**l1ra(max_rank=6), "lora_rank_pattern": {"q_proj": 7}},
@@ -243,7 +243,7 @@ def test_what_only_the_model_shows_ends_before_training(refused, case):
     ("content", "message"),
     [
         ('{"schema_version": 1, "lay', "is not valid JSON, truncated or damaged"),
-        (json.dumps({"schema_version": 2}), "has schema_version 2, this version of axolotl-layersel reads 1"),
+        (json.dumps({"schema_version": 3}), "has schema_version 3, this version of axolotl-layersel reads 1 to 2"),
     ],
 )
 def test_a_damaged_plan_ends_before_the_model_loads(train, tmp_path, content, message):

@@ -76,7 +76,7 @@ def find_unknown_keys(content: dict) -> set[str]:
 def test_the_examples_are_there():
     assert [path.stem for path in CONFIGS] == [
         "demo",
-        *sorted(["llama-3.1-8b-flexora", "llama-3.1-8b-l1ra", "llama-3.1-8b-lora", *PROCESSES]),
+        *sorted([*(f"llama-3.1-8b-{name}" for name in ("flexora", "gradient", "l1ra", "lora")), *PROCESSES]),
     ]
 
 

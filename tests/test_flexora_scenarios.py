@@ -16,7 +16,8 @@ SEARCH = {"steps": 4, "inner_steps": 2, "val_samples": 13, "gate_lr": 0.05}
 
 def search(**values) -> dict:
     """Return a ``layersel`` block that searches for half of the layers in four steps."""
-    return selection("flexora", ratio=0.5, flexora={**SEARCH, **values})
+    granularity = values.pop("granularity", "layer")
+    return selection("flexora", ratio=0.5, granularity=granularity, flexora={**SEARCH, **values})
 
 
 def test_a_search_that_is_killed_leaves_no_plan_and_the_run_starts_it_again(train, tmp_path):

@@ -56,7 +56,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, scores):
     [
         (None, "cannot be read .No such file"),
         ('{"schema_version": 1, "meth', "not valid JSON, truncated or damaged"),
-        ("[]", "schema_version None, this version of axolotl-layersel reads 1"),
+        ("[]", "schema_version None, this version of axolotl-layersel reads 1 to 2"),
         ('{"schema_version": 7}', "schema_version 7"),
         ('{"schema_version": 1, "method": "cka"}', r"is not a plan: layers: Field required \(\d+ problems\)"),
     ],

@@ -110,7 +110,6 @@ def test_a_method_that_is_not_known_raises_wherever_it_comes_from(tmp_path):
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("granularity", {"granularity": "group"}),
         ("val_source", {"val_source": "test"}),
         ("hypergradient", {"hypergradient": "second_order"}),
     ],

@@ -83,12 +83,14 @@ def show(
     has_ranks = path.is_dir() and ranks_path(path).exists()
     has_gates = path.is_dir() and gates_path(path).exists()
     kept: list[str] = []
+    modules: tuple[str, ...] = ()
     try:
         if picture:
             check_picture(picture)
         if not has_ranks or plan_path(path).exists():
             plan = read_plan(plan_path(path) if path.is_dir() else path, key="PATH")
-            kept = plan.modules if plan.module_scores else [str(layer) for layer in plan.selected]
+            modules = tuple(f"{name}." for name in plan.modules) if plan.module_scores else ()
+            kept = [str(layer) for layer in plan.selected]
             print_plan(plan)
         if has_ranks:
             history = RankHistory.read(path)
@@ -101,7 +103,10 @@ def show(
             draw_ranks(history.ranks, picture)
         if picture and has_gates:
             target = picture.with_stem(f"{picture.stem}-gates") if has_ranks else picture
-            draw_gates(GateHistory.read(path), kept, target)
+            gates = GateHistory.read(path)
+            # A unit is called by its layer, or by a part of the model around its modules.
+            kept += [unit for unit in gates.names if any(name.startswith(f"{unit}.") for name in modules)]
+            draw_gates(gates, kept, target)
     except LayerselError as error:
         fail(str(error))
 

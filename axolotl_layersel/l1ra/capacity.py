@@ -15,6 +15,7 @@ from axolotl_layersel.l1ra.args import L1RAArgs, check_bounds, check_optimizer
 from axolotl_layersel.l1ra.schedule import check_run_length
 from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config, get_linears
 from axolotl_layersel.layouts import Factors, find_used, write_pattern
+from axolotl_layersel.resizing import resize_linear
 from axolotl_layersel.run import Run
 from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps
 
@@ -113,16 +114,30 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
 def grow_linear(linear: nn.Linear, dim: int, used: list[int], rank: int, factor: float) -> None:
     """Let ``linear``, which is A with ``dim`` 0 or B with ``dim`` 1, have ``rank`` components, ``used`` ones first."""
     weight = linear.weight
-    shape = list(weight.shape)
-    shape[dim] = rank
-    grown = weight.new_zeros(shape)
     index = torch.tensor(used, dtype=torch.long, device=weight.device)
-    grown.narrow(dim, 0, len(used)).copy_(weight.index_select(dim, index) * factor)
-    linear.weight = nn.Parameter(grown, requires_grad=weight.requires_grad)
-    if dim == 0:
-        linear.out_features = rank
-    else:
-        linear.in_features = rank
+    resize_linear(linear, dim, rank)
+    linear.weight.narrow(dim, 0, len(used)).copy_(weight.index_select(dim, index) * factor)
+
+
+@torch.no_grad()
+def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int) -> None:
+    """Let grown modules begin with ``ranks``, with new weights drawn from ``seed``.
+
+    Raises:
+        LayerselError: if there is no room for them.
+    """
+    highest = max(ranks, key=lambda name: ranks[name])
+    if ranks[highest] > capacity.max_rank:
+        raise LayerselError(
+            f"layersel.l1ra.max_rank: {capacity.max_rank} is less than the rank {ranks[highest]} that the plan gives "
+            f"{highest}. Raise it to {ranks[highest]} or more, or set `layersel.selection.max_rank`."
+        )
+    modules = run.lora_modules
+    for name, rank in ranks.items():
+        adapters.initialize_module(run.model, name, modules[name], seed)
+        down, _ = get_linears(modules[name], run.adapter)
+        down.weight[rank:] = 0
+        capacity.slots[name] = list(range(rank))
 
 
 def describe_capacity(config: LoraConfig, modules: dict[str, LoraLayer], adapter: str, max_rank: int) -> LoraConfig:

@@ -6,13 +6,26 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from axolotl_layersel.block import SEEDS, Block, as_mapping, as_whole_list, check_known, describe_seeds, read_choice
+from axolotl_layersel.block import (
+    SEEDS,
+    Block,
+    as_mapping,
+    as_number,
+    as_whole_list,
+    check_known,
+    describe_seeds,
+    quote,
+    read_choice,
+)
+from axolotl_layersel.engines.refusals import LABELS as SHARDED
+from axolotl_layersel.engines.refusals import find_shards
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.initialisation import check_initialisation
+from axolotl_layersel.initialisation import check_initialisation, check_redrawn
 from axolotl_layersel.plain_lora import GENERATING_TRAINERS
-from axolotl_layersel.selection.methods import LABELS, METHODS, get_method, list_data_free
+from axolotl_layersel.selection.methods import LABELS, METHODS, Method, get_method, list_data_free
 from axolotl_layersel.selection.methods.flexora import args as flexora
 from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs, Search
+from axolotl_layersel.units import UNITS
 
 TOKENS = ("auto", "last", "mean", "cls")
 Unselected = Literal["remove", "freeze"]
@@ -26,6 +39,11 @@ TOWERS = get_args(Towers)
 DEFAULT_TOWERS = "keep"
 KEEP = ("positive",)
 PLAN_CHECKS = ("error", "ignore")
+RANKS = ("same", "match", "score")
+BUDGET = "parameters"
+HIGHEST_FACTOR = 64
+MAX_RANK_FACTOR = 4
+HIGHEST_RANK = 1024
 
 
 class SelectionArgs(Block):
@@ -41,6 +59,30 @@ class SelectionArgs(Block):
     )
     num_layers: int | None = Field(default=None, description="Number of layers kept, instead of `ratio`.")
     layers: list[int] | None = Field(default=None, description="With `method: explicit`: the layers kept, from 0.")
+    granularity: str | None = Field(
+        default=None,
+        description="What is chosen among: `layer`, `group` (the attention or the MLP of a layer) or `module`. "
+        "Default: the first that the method has, see its table.",
+    )
+    rank: str | None = Field(
+        default=None,
+        description="The rank of what is kept. `same`: `lora_r`; `match`: one rank for all, as high as `budget` "
+        "allows; `score`: more where the score is higher. Default: `score` with gradient, `same` with the others.",
+    )
+    budget: float | str | None = Field(
+        default=None,
+        description="What `rank: match` and `score` may spend. `parameters` (default): as many trainable parameters "
+        "as LoRA with `lora_r` in all candidates; a number up to 64, such as 0.5: so many times that; a larger one: so "
+        "many parameters.",
+    )
+    min_rank: int | None = Field(
+        default=None, description="With `rank: score`: the rank of what is kept at least. Default 0: none, so left out."
+    )
+    max_rank: int | None = Field(
+        default=None,
+        description=f"With `rank: match` and `score`: the highest rank. Default {MAX_RANK_FACTOR} × lora_r, and with "
+        "l1ra the highest that it allows.",
+    )
     keep: str | None = Field(
         default=None,
         description="flexora: `positive` (default) keeps what has a gate above zero, instead of `ratio` or "
@@ -82,7 +124,9 @@ class SelectionArgs(Block):
         default=None, description="The search of `method: flexora`, see below. Default: its defaults."
     )
 
-    @field_validator("method", "token", "unselected", "towers", "keep", "plan_check", mode="before")
+    @field_validator(
+        "method", "token", "unselected", "towers", "keep", "plan_check", "granularity", "rank", mode="before"
+    )
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
         choices = {
@@ -92,8 +136,33 @@ class SelectionArgs(Block):
             "towers": TOWERS,
             "keep": KEEP,
             "plan_check": PLAN_CHECKS,
+            "granularity": tuple(UNITS),
+            "rank": RANKS,
         }
         return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def check_budget(cls, value: Any) -> Any:
+        if value in (None, BUDGET):
+            return value
+        number = as_number(value)
+        if number is not None and 0 < number <= HIGHEST_FACTOR:
+            return number
+        if number is not None and number > HIGHEST_FACTOR and number.is_integer():
+            return number
+        raise ValueError(
+            f"{cls.path}.budget: {quote(value)} is neither `{BUDGET}`, nor a multiple of them such as 0.5, nor a "
+            f"number of parameters such as 1000000. Leave the key out for `{BUDGET}`."
+        )
+
+    @field_validator("min_rank", "max_rank")
+    @classmethod
+    def check_rank(cls, value: int | None, info: Any) -> int | None:
+        lowest = {"min_rank": 0, "max_rank": 1}[info.field_name]
+        if value is not None and not lowest <= value <= HIGHEST_RANK:
+            raise ValueError(f"{cls.path}.{info.field_name}: {value} is outside {lowest} to {HIGHEST_RANK}.")
+        return value
 
     @field_validator("ratio")
     @classmethod
@@ -161,11 +230,8 @@ class SelectionArgs(Block):
                 f"{FlexoraArgs.path}.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by. Set it "
                 "above 0, or keep everything with `ratio: 1`."
             )
-        if self.flexora is not None and self.flexora.granularity == "module" and self.num_layers is not None:
-            raise ValueError(
-                f"{self.path}.num_layers: {self.num_layers} counts layers, but flexora.granularity: module chooses "
-                "modules. Use `ratio`, the share of the modules, or `keep: positive`."
-            )
+        self.check_units(method)
+        self.check_ranks(method)
         if self.candidates is not None:
             outside = sorted(set(self.layers or []) - set(self.candidates))
             if outside:
@@ -179,12 +245,45 @@ class SelectionArgs(Block):
                 )
         return self
 
+    def check_units(self, method: Method) -> None:
+        """Raise ValueError for units that the method cannot choose among, or that are counted in layers."""
+        granularity = self.granularity or method.units[0]
+        if granularity not in method.units:
+            raise ValueError(
+                f"{self.path}.granularity: {granularity!r} is not for method {self.method}, which chooses among "
+                f"{' or '.join(f'{unit}s' for unit in method.units)}. Use {list_methods_for(granularity)}, or leave "
+                "the key out."
+            )
+        if granularity != "layer" and self.num_layers is not None:
+            raise ValueError(
+                f"{self.path}.num_layers: {self.num_layers} counts layers, but granularity: {granularity} chooses "
+                f"{granularity}s. Use `ratio`, the share of them, or `granularity: layer`."
+            )
+
+    def check_ranks(self, method: Method) -> None:
+        """Raise ValueError for settings of rank that contradict each other or have no effect."""
+        rank = self.rank or method.rank
+        if rank == "score" and not method.needs_data:
+            raise ValueError(
+                f"{self.path}.rank: 'score' needs scores, and method {self.method} gives none. Use `match` or `same`."
+            )
+        idle = {"same": ("budget", "min_rank", "max_rank"), "match": ("min_rank",), "score": ()}[rank]
+        for key in idle:
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{self.path}.{key}: {getattr(self, key)} has no effect with rank: {rank}. Remove the key."
+                )
+        if (self.min_rank or 0) > (self.max_rank or HIGHEST_RANK):
+            raise ValueError(f"{self.path}.min_rank: {self.min_rank} is more than max_rank: {self.max_rank}.")
+
     def resolve(self, run_seed: int) -> "ResolvedSelection":
         """Return the settings as they take effect; ``run_seed``: the seed where the block gives none."""
         method = get_method(self.method)
-        ratio, keep = self.ratio, self.keep
-        if ratio is None and self.num_layers is None and self.layers is None:
-            if "keep" in method.keys:
+        ratio, keep, rank = self.ratio, self.keep, self.rank or method.rank
+        if ratio is None and keep is None and self.num_layers is None and self.layers is None:
+            if rank == "score":
+                ratio = 1.0  # the scores themselves say what gets no rank
+            elif "keep" in method.keys:
                 keep = KEEP[0]
             else:
                 ratio = DEFAULT_RATIO
@@ -193,6 +292,11 @@ class SelectionArgs(Block):
             ratio=ratio,
             num_layers=self.num_layers,
             layers=None if self.layers is None else sorted(self.layers),
+            granularity=self.granularity or method.units[0],
+            rank=rank,
+            budget=None if rank == "same" else (BUDGET if self.budget is None else self.budget),
+            min_rank=(self.min_rank or 0) if rank == "score" else None,
+            max_rank=self.max_rank,
             keep=keep,
             candidates=None if self.candidates is None else sorted(self.candidates),
             unselected=cast(Unselected, self.unselected or DEFAULT_UNSELECTED),
@@ -212,6 +316,11 @@ class ResolvedSelection:
     ratio: float | None
     num_layers: int | None
     layers: list[int] | None
+    granularity: str
+    rank: str
+    budget: float | str | None
+    min_rank: int | None
+    max_rank: int | None
     keep: str | None
     candidates: list[int] | None
     unselected: Unselected
@@ -222,10 +331,18 @@ class ResolvedSelection:
     flexora: Search | None
 
 
+def list_methods_for(unit: str) -> str:
+    """Return the names of the methods that choose among units of this kind, for messages."""
+    return ", ".join(method.name for method in METHODS.values() if unit in method.units)
+
+
 def check_file(data: Mapping[str, Any], settings: SelectionArgs) -> None:
     """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.selection``."""
     check_layers_to_transform(data, settings)
+    check_rank_pattern(data, settings)
     check_initialisation(data)
+    if settings.plan is None:
+        check_new_ranks(data, settings)
     check_dataset(data, settings)
     if settings.method == "flexora" and settings.plan is None:
         flexora.check_file(data, (settings.flexora or FlexoraArgs()).resolve())
@@ -249,6 +366,35 @@ def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionArgs)
             f"peft_layers_to_transform: {allowed} contradicts layersel.selection.num_layers: "
             f"{selection.num_layers}. Remove peft_layers_to_transform, or lower num_layers."
         )
+
+
+def check_new_ranks(data: Mapping[str, Any], selection: SelectionArgs) -> None:
+    """Raise LayerselError where modules cannot be given other ranks than ``lora_r``."""
+    rank, shards = selection.resolve(run_seed=0).rank, find_shards(data)
+    if rank == "same":
+        return
+    check_redrawn(data.get("peft_init_lora_weights"), rank)
+    if selection.method == "flexora" and shards:
+        raise LayerselError(describe_sharded_ranks(rank, shards))
+
+
+def check_rank_pattern(data: Mapping[str, Any], selection: SelectionArgs) -> None:
+    """Raise LayerselError where the file gives modules ranks that the selection would give them too."""
+    rank = selection.resolve(run_seed=0).rank
+    if data.get("lora_rank_pattern") and rank != "same":
+        raise LayerselError(
+            f"lora_rank_pattern: {data['lora_rank_pattern']!r} contradicts layersel.selection.rank: {rank}, by which "
+            "the plugin decides the ranks. Remove lora_rank_pattern, or set `rank: same`."
+        )
+
+
+def describe_sharded_ranks(rank: str, engine: str) -> str:
+    """Return the message for ranks that follow a search, on an engine that splits weights, by its name."""
+    return (
+        f"layersel.selection.rank: {rank!r} builds modules anew, which {SHARDED[engine]} does not allow after a search "
+        "by flexora. Make the plan on one process with `axolotl-layersel plan --launcher python` and give it as `plan`"
+        ", or use `rank: same`."
+    )
 
 
 def check_dataset(data: Mapping[str, Any], selection: SelectionArgs) -> None:

@@ -34,6 +34,8 @@ def describe_plan(plan: Plan) -> dict[str, float]:
     """Return the plan as numbers for the run's trackers, layers with leading zeros so that they sort."""
     width = len(str(len(plan.layers) - 1))
     numbers: dict[str, float] = {"layersel/selected_layers": len(plan.selected)}
+    if plan.budget is not None:
+        numbers["layersel/parameters"] = plan.budget.spent
     for choice in plan.layers:
         name = f"{choice.layer:0{width}d}"
         numbers[f"layersel/selected/{name}"] = int(choice.selected)

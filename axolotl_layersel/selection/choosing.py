@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import mean
@@ -14,10 +15,11 @@ from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import ResolvedSelection
+from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection
 from axolotl_layersel.selection.calibration import Sample, fingerprint, read_samples
 from axolotl_layersel.selection.methods import Method, get_method
 from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.units import Unit, find_units
 
 
 @dataclass(frozen=True)
@@ -29,34 +31,59 @@ class Selection:
         stack: the layers of its model.
         settings: as they take effect.
         candidates: the layers that may be chosen, ascending.
+        lora_r: the rank that LoRA has without a selection.
+        room: the highest rank that the modules have been built for, None where they can be built anew.
     """
 
     run: Run
     stack: LayerStack
     settings: ResolvedSelection
     candidates: list[int]
+    lora_r: int
+    room: int | None = None
 
     @classmethod
-    def of(cls, run: Run, stack: LayerStack, settings: ResolvedSelection) -> Selection:
+    def of(
+        cls,
+        run: Run,
+        stack: LayerStack,
+        settings: ResolvedSelection,
+        lora_r: int | None = None,
+        room: int | None = None,
+    ) -> Selection:
         """Return what is to be chosen by ``settings``; every rank must call this.
 
         Raises:
             LayerselError: on every rank, if a layer named in the settings cannot be chosen.
         """
-        return cls(run, stack, settings, decide_on_rank_zero(lambda: find_candidates(settings, stack)))
+        candidates = decide_on_rank_zero(lambda: find_candidates(settings, stack))
+        return cls(run, stack, settings, candidates, lora_r or run.config.r, room)
 
     @property
     def method(self) -> Method:
         """How it is made."""
         return get_method(self.settings.method)
 
+    @functools.cached_property
+    def units(self) -> list[Unit]:
+        """What is chosen among, lowest layer first."""
+        return find_units(self.stack, self.settings.granularity, self.candidates)
+
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank that a unit can get."""
+        if self.settings.rank == "same":
+            return self.lora_r
+        return self.settings.max_rank or self.room or MAX_RANK_FACTOR * self.lora_r
+
     def count_kept(self) -> int:
-        """Return how many layers are kept; every rank must call this.
+        """Return how many units are kept; every rank must call this.
 
         Raises:
             LayerselError: on every rank, if that is none, or more than there are.
         """
-        return decide_on_rank_zero(lambda: count_kept(self.settings, len(self.candidates)))
+        units, what = self.units, f"{self.settings.granularity}s"
+        return decide_on_rank_zero(lambda: count_kept(self.settings, len(units), what))
 
 
 @dataclass(frozen=True)
@@ -67,7 +94,8 @@ class Choice:
         modules: names of the LoRA modules that are kept, lowest layer first.
         scores: importance of every layer, None where it has none.
         unscored: why a layer has no score, by layer.
-        module_scores: importance of every LoRA module, where modules were chosen.
+        module_scores: importance of the unit of every LoRA module, where other units than layers were chosen.
+        gains: what the 1st, 2nd, … rank of every unit that is kept would gain, where the method knows.
         rows: of the dataset, that were looked at, in the order drawn.
         left_out: rows that were drawn, but could not be compared with the others.
         fingerprint: of those rows.
@@ -78,6 +106,7 @@ class Choice:
     scores: list[float | None]
     unscored: dict[int, str] = field(default_factory=dict)
     module_scores: dict[str, float] = field(default_factory=dict)
+    gains: dict[str, list[float]] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     fingerprint: str | None = None
@@ -92,36 +121,63 @@ class Scores:
         values: importance of every layer, None where it has none.
         unscored: why a layer has no score, by layer.
         left_out: rows of the samples that could not be compared with the others.
+        units: importance of every unit by its name, where they are others than layers.
+        gains: what the 1st, 2nd, … rank of every unit would gain, by its name, where the method knows.
     """
 
     values: list[float | None]
     unscored: dict[int, str] = field(default_factory=dict)
     left_out: list[int] = field(default_factory=list)
+    units: dict[str, float] = field(default_factory=dict)
+    gains: dict[str, list[float]] = field(default_factory=dict)
 
 
 def choose_by_score(selection: Selection, score: Callable[[list[Sample]], Scores]) -> Choice:
-    """Return the layers of the highest scores on a calibration sample; every rank must call this.
+    """Return the units of the highest scores on a calibration sample; every rank must call this.
 
     Args:
         selection: by a method that draws rows.
-        score: scores the layers, on every rank alike.
+        score: scores the layers, and the units where these are others, on every rank alike.
     """
     settings, keep = selection.settings, selection.count_kept()
     assert settings.num_samples is not None, "methods that draw rows have a number of them"
     samples = read_samples(selection.run.trainer.train_dataset, settings.num_samples, settings.seed)
     scores = score(samples)
-    method, candidates = selection.method, selection.candidates
-    selected = decide_on_rank_zero(lambda: choose_highest(scores.values, scores.unscored, candidates, keep, method))
+    kept = decide_on_rank_zero(lambda: choose_units(selection, scores, keep))
     left_out = set(scores.left_out)
     scored = [sample for sample in samples if sample.row not in left_out]
     return Choice(
-        selection.stack.list_modules(selected),
+        [module for unit in kept for module in unit.modules],
         scores.values,
         scores.unscored,
+        {name: scores.units[unit.name] for unit in selection.units for name in unit.modules if scores.units},
+        {unit.name: scores.gains[unit.name] for unit in kept if scores.gains},
         rows=[sample.row for sample in scored],
         left_out=scores.left_out,
         fingerprint=fingerprint(scored),
     )
+
+
+def choose_units(selection: Selection, scores: Scores, keep: int) -> list[Unit]:
+    """Return the ``keep`` units of the highest scores, lowest layer first.
+
+    Raises:
+        LayerselError: if too few are scored, or all scores are equal.
+    """
+    units, method, candidates = selection.units, selection.method, selection.candidates
+    if scores.units:
+        values: list[float | None] = [scores.units[unit.name] for unit in units]
+        return [units[i] for i in choose_highest(values, {}, list(range(len(units))), keep, method)]
+    layers = set(choose_highest(scores.values, scores.unscored, candidates, keep, method))
+    return [unit for unit in units if unit.layer in layers]
+
+
+def find_highest_by_layer(selection: Selection, scores: Mapping[str, float]) -> list[float | None]:
+    """Return the highest score of each layer's units, None where it has none."""
+    highest: list[float | None] = [None] * len(selection.stack.layers)
+    for layer in selection.candidates:
+        highest[layer] = max(scores[unit.name] for unit in selection.units if unit.layer == layer)
+    return highest
 
 
 def find_candidates(settings: ResolvedSelection, stack: LayerStack) -> list[int]:

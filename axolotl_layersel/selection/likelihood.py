@@ -34,7 +34,7 @@ class Replay:
         calls: of the body.
         output: what it returned at the first.
         positions: tokens whose hidden states it returns at the next call.
-        part: those hidden states at the last call, (1, positions, width), in a graph of their own.
+        part: those hidden states at the last call, (rows, positions, width), in a graph of their own.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Replay:
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The hidden states of all tokens, (1, tokens, width), in the graph of the body."""
+        """The hidden states of all tokens, (rows, tokens, width), in the graph of the body."""
         return self.output.last_hidden_state
 
     def give(self) -> Any:
@@ -110,23 +110,26 @@ def differentiate(
 
     Args:
         base: a transformers model.
-        call: runs it on the sample and returns the logits, (tokens, vocabulary).
-        targets: (tokens,), the label that the logits at each token answer, −100 where none.
-        at_a_time: as ``count_tokens_at_a_time`` returns it.
+        call: runs it on the rows and returns the logits, (rows, tokens, vocabulary).
+        targets: (rows, tokens), the label that the logits at each token answer, −100 where none.
+        at_a_time: as ``count_tokens_at_a_time`` returns it, for one row.
     """
+
+    def backward(logits: torch.Tensor, targets: torch.Tensor) -> None:
+        log_likelihood(logits.flatten(0, 1), targets.flatten().to(logits.device)).backward()
+
     if at_a_time is None:
-        logits = call()
-        log_likelihood(logits, targets.to(logits.device)).backward()
+        backward(call(), targets)
         return
-    answered = (targets != IGNORED_LABEL).nonzero().flatten()
+    at_a_time = max(1, at_a_time // len(targets))
+    answered = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
     if len(answered) == 0:
         answered = torch.zeros(1, dtype=torch.int64)  # its gradient is 0: a pass that ranks make together
     with replaying(base.base_model) as replay:
         gradients = []
         for positions in answered.split(at_a_time):
             replay.positions = positions
-            logits = call()
-            log_likelihood(logits, targets[positions].to(logits.device)).backward()
+            backward(call(), targets[:, positions])
             assert replay.part is not None and replay.part.grad is not None, "the logits were made of it"
             gradients.append(replay.part.grad)
         gradient = torch.zeros_like(replay.hidden)

@@ -79,12 +79,18 @@ def name_places(selection: Selection) -> list[str]:
     return [f"layer {layer}" for layer in range(len(selection.stack.layers))]
 
 
+def find_share(run: Run, samples: int) -> range:
+    """Return which of so many samples this rank measures."""
+    ranks, rank = run.engine.list_ranks_with_weights(), collectives.get_rank()
+    return range(ranks.index(rank), samples, len(ranks)) if rank in ranks else range(0)
+
+
 def over_samples(
     run: Run, samples: list[Sample], measure: Callable[[list[int]], list[torch.Tensor]], size: int
 ) -> torch.Tensor | None:
     """Return ``measure`` of every sample, stacked in order, on rank 0; each rank measures its share in batches."""
     ranks, rank = run.engine.list_ranks_with_weights(), collectives.get_rank()
-    share = range(ranks.index(rank), len(samples), len(ranks)) if rank in ranks else range(0)
+    share = find_share(run, len(samples))
     mine = sorted(share, key=lambda i: len(samples[i].input_ids))
     batches = [mine[start : start + size] for start in range(0, len(mine), size)]
     most = math.ceil(math.ceil(len(samples) / len(ranks)) / size)
@@ -178,11 +184,14 @@ def hook_layers(
 
 
 @contextlib.contextmanager
-def scoring(selection: Selection) -> Iterator[None]:
+def scoring(selection: Selection, keeps_activations: bool = False) -> Iterator[None]:
     """Put the model into the state for scoring, and everything back afterwards.
 
     Evaluation mode (no dropout), no parameter requires a gradient, the run's own precision, the global random
     states untouched, weights where the engine allows them to be.
+
+    ``keeps_activations``: of all layers until the backward pass, as training without checkpointing does; else each
+    layer is computed again. Where weights are streamed, it always is.
     """
     run, stack = selection.run, selection.stack
     model, base = run.model, run.base
@@ -200,7 +209,8 @@ def scoring(selection: Selection) -> Iterator[None]:
             # DeepSpeed would move the model there itself, later.
             model.to(run.device)
         for layer in stack.layers:
-            state.enter_context(run_layer_alone(run, layer, selection.method.needs_backward))
+            recomputes = selection.method.needs_backward and not keeps_activations
+            state.enter_context(run_layer_alone(run, layer, recomputes))
         state.enter_context(precision(run.trainer))
         state.enter_context(torch.no_grad())
         yield
@@ -216,11 +226,20 @@ def tensors_outside(base: nn.Module, stack: LayerStack) -> list[torch.Tensor]:
     return list(found.values())
 
 
+def begin_graph(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Let a layer's hidden states require a gradient, where one is computed: no parameter of the model does."""
+    if not torch.is_grad_enabled() or get_hidden(args, kwargs).requires_grad:
+        return None
+    hidden = get_hidden(args, kwargs).detach().requires_grad_()
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
 @contextlib.contextmanager
 def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None]:
     """Let ``layer`` have its weights whole only while it runs; with ``backward``, run again for its gradient."""
     if not backward and not run.engine.is_streamed:
-        yield
+        with handle_removed(layer.register_forward_pre_hook(begin_graph, with_kwargs=True)):
+            yield
         return
     original, own = layer.forward, layer.__dict__.get("forward")
 

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_layersel.plan import Plan, Stability, Tower
+from axolotl_layersel.plan import Budget, Plan, Stability, Tower, find_layer
 from axolotl_layersel.tables import arrange, cell
 from axolotl_layersel.terminal import clean, make_console, make_encodable
 
@@ -25,13 +25,19 @@ def make_table(plan: Plan, bar: str) -> Table:
     table.add_column("score", justify="right", overflow="fold")
     table.add_column("", width=BAR_WIDTH)
     table.add_column("chosen", overflow="fold")
+    if plan.ranks:
+        table.add_column("rank", justify="right", overflow="fold")
     highest = max((choice.score for choice in plan.layers if choice.score is not None), default=0.0)
     for choice in plan.layers:
         score = "-" if choice.score is None else f"{choice.score:.4g}"
         share = 0.0 if choice.score is None or highest <= 0 else max(choice.score, 0.0) / highest
         drawn = bar * round(share * BAR_WIDTH)
         style = "bold" if choice.selected else "dim"
-        table.add_row(str(choice.layer), score, drawn, "yes" if choice.selected else "", style=style)
+        cells = [str(choice.layer), score, drawn, "yes" if choice.selected else ""]
+        if plan.ranks:
+            inside = [rank for name, rank in plan.ranks.items() if find_layer(plan.stack, name) == choice.layer]
+            cells.append("-".join(map(str, sorted({min(inside), max(inside)}))) if inside else "")
+        table.add_row(*cells, style=style)
     return table
 
 
@@ -44,6 +50,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         count = f"{len(plan.modules)} of {len(plan.module_scores)} LoRA modules, in {count}"
     console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}")
     bar = FULL_BLOCK if make_encodable(FULL_BLOCK, console.encoding) == FULL_BLOCK else "#"
+    if plan.budget is not None:
+        console.print(describe_budget(plan.ranks, plan.budget), soft_wrap=True)
     console.print(make_module_table(plan) if plan.module_scores else make_table(plan, bar))
     for tower in plan.outside:
         console.print(f"{clean(tower.place)}: {describe_tower(tower, plan.towers)}", soft_wrap=True)
@@ -51,6 +59,14 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         print_stability(plan.stability, console)
     for layer, reason in sorted(plan.unscored.items()):
         console.print(f"layer {layer} is not scored: {clean(reason)}")
+
+
+def describe_budget(ranks: dict[str, int], budget: Budget) -> str:
+    """Return which ranks were given, and what they take of the budget."""
+    low, high = min(ranks.values()), max(ranks.values())
+    span = f"rank {high}" if low == high else f"ranks from {low} to {high}"
+    spent = f"{budget.spent:,} of {budget.allowed:,} parameters are spent"
+    return f"{span}; {spent}; LoRA in all candidates has {budget.lora:,}"
 
 
 def describe_tower(tower: Tower, towers: str) -> str:
@@ -66,14 +82,18 @@ def describe_tower(tower: Tower, towers: str) -> str:
 
 
 def make_module_table(plan: Plan) -> Table:
-    """Return the scores of modules by layer (rows) and type (columns); a star marks those that were chosen."""
+    """Return the scores of modules by layer (rows) and type (columns).
+
+    Behind those that are kept stands their rank, or a star where all have the same.
+    """
     layers, kinds = arrange(plan.module_scores)
     table = Table()
     for heading in ("layer", *kinds):
         table.add_column(cell(heading), justify="right", overflow="fold")
-    kept = set(plan.modules)
+    marks = {name: str(plan.ranks.get(name, "*")) for name in plan.modules}
+    width = max(map(len, marks.values()))
     for layer, row in layers.items():
-        cells = {kind: f"{plan.module_scores[name]:.3g}{' *' if name in kept else '  '}" for kind, name in row.items()}
+        cells = {kind: f"{plan.module_scores[name]:.3g} {marks.get(name, ''):>{width}}" for kind, name in row.items()}
         table.add_row(cell(layer), *(cells.get(kind, "") for kind in kinds))
     return table
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from axolotl_layersel import adapters
+from axolotl_layersel import adapters, trainers
 from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER
-from axolotl_layersel.initialisation import changes_base, check_supported, describe_continued
+from axolotl_layersel.initialisation import changes_base, check_redrawn, check_supported, describe_continued
 from axolotl_layersel.interrupt import ending_on_signal
+from axolotl_layersel.l1ra.capacity import Capacity, start_from
 from axolotl_layersel.layers import LayerStack, find_layer_stack
 from axolotl_layersel.plan import (
     LayerChoice,
@@ -28,13 +29,20 @@ from axolotl_layersel.plan import (
     read_plan,
     write_plan,
 )
+from axolotl_layersel.resizing import set_ranks
 from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import DEFAULT_UNSELECTED, SelectionArgs
+from axolotl_layersel.selection.args import (
+    DEFAULT_UNSELECTED,
+    ResolvedSelection,
+    SelectionArgs,
+    describe_sharded_ranks,
+)
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Selection, find_mean_overlap
 from axolotl_layersel.selection.methods import get_method, list_data_free
 from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
 from axolotl_layersel.selection.provenance import check_base_model, compare_data, describe_shape
+from axolotl_layersel.selection.ranks import allocate_ranks
 from axolotl_layersel.selection.report import print_plan
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -46,6 +54,7 @@ def select_layers(
     resume_from: str | None = None,
     continues_adapter: bool = False,
     repeat: int = 1,
+    capacity: Capacity | None = None,
 ) -> Plan:
     """Choose layers and apply the choice to the trainer's model; ``prepare_trainer`` does all that a run needs.
 
@@ -55,6 +64,7 @@ def select_layers(
         resume_from: the checkpoint that the run resumes from; its plan is used, nothing is selected again.
         continues_adapter: the LoRA weights are a trained adapter's, and stay as they are.
         repeat: choose with so many seeds in all, to say how far the choices agree; the first is the plan.
+        capacity: with ``l1ra``, what the modules were grown from and to.
 
     Returns:
         The plan, which lies in ``<output_dir>/layersel/plan.json`` too.
@@ -80,8 +90,11 @@ def select_layers(
     if reused is None:
         # This comes before anything is scored or searched, so that what the run will not have takes no part in it.
         resolved = settings.resolve(trainer.args.seed)
+        check_ranks(run, resolved, continues_adapter)
         remove_towers(run, stack, resolved.towers)
-        selection = Selection.of(run, stack, resolved)
+        selection = Selection.of(
+            run, stack, resolved, capacity.lora_r if capacity else None, capacity.max_rank if capacity else None
+        )
         with ending_on_signal(run.device, "interrupted; no layers are chosen yet, and no plan is written"):
             plan, history = make_plan(selection)
         decide_on_rank_zero(lambda: write_choice(plan, history, output))
@@ -101,6 +114,9 @@ def select_layers(
         LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
         decide_on_rank_zero(lambda: carry_over(plan, Path(source), output))
     apply_plan(run, stack, plan)
+    if plan.ranks:
+        apply_ranks(run, plan, capacity, continues_adapter)
+    report_parameters(run, plan)
     if get_rank() == 0:
         print_plan(plan)
     trainer.add_callback(LayerSelectionCallback(run, stack, plan))
@@ -151,6 +167,20 @@ def check_continuing(settings: SelectionArgs) -> None:
             "would delete its weights in the layers that are not selected. Set `unselected: freeze` to keep them "
             "untrained, or write `unselected: remove` to delete them."
         )
+
+
+def check_ranks(run: Run, settings: ResolvedSelection, continues_adapter: bool) -> None:
+    """Raise LayerselError where modules cannot be given other ranks than ``lora_r``."""
+    if settings.rank == "same":
+        return
+    if continues_adapter:
+        raise LayerselError(
+            f"layersel.selection.rank: {settings.rank!r} gives modules new ranks, and lora_model_dir continues an "
+            "adapter that has its own. Set `rank: same`, or start without lora_model_dir."
+        )
+    check_redrawn(run.config.init_lora_weights, settings.rank)
+    if settings.method == "flexora" and run.engine.is_streamed:
+        raise LayerselError(describe_sharded_ranks(settings.rank, run.engine.name))
 
 
 def check_base(run: Run, continues_adapter: bool, removes: bool) -> None:
@@ -215,7 +245,9 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
     started = time.monotonic()
     run, stack, settings = selection.run, selection.stack, selection.settings
     choice = selection.method.load()(selection)
-    kept = set(choice.modules)
+    ranks, budget = decide_on_rank_zero(lambda: allocate_ranks(selection, choice))
+    modules = [name for name in choice.modules if name in ranks] if ranks else choice.modules
+    kept = set(modules)
     layers = [
         LayerChoice(layer=layer, score=score, selected=not kept.isdisjoint(stack.lora_modules.get(layer, [])))
         for layer, score in enumerate(choice.scores)
@@ -228,7 +260,10 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
         outside=describe_towers(run, stack),
         unscored=choice.unscored,
         stack=stack.name,
-        modules=choice.modules,
+        modules=modules,
+        granularity=settings.granularity,
+        ranks=ranks,
+        budget=budget,
         module_scores=choice.module_scores,
         settings=dataclasses.asdict(settings),
         seed=settings.seed,
@@ -290,5 +325,21 @@ def apply_plan(run: Run, stack: LayerStack, plan: Plan) -> None:
     """Remove or freeze the LoRA modules of the layers that ``plan`` does not select."""
     changes = {"remove": adapters.remove_unselected, "freeze": adapters.freeze_unselected}
     changes[plan.unselected](run, stack, plan.modules)
+
+
+def apply_ranks(run: Run, plan: Plan, capacity: Capacity | None, continues_adapter: bool) -> None:
+    """Give the modules that ``plan`` keeps their ranks."""
+    modules = run.lora_modules
+    adapters.check_linear(run, {name: modules[name] for name in plan.ranks}, "layersel.selection.rank")
+    trainers.check_no_optimizer(run.trainer)
+    seed = run.trainer.args.seed
+    if capacity is None:
+        set_ranks(run, plan.ranks, seed, continues_adapter)
+    else:
+        start_from(run, capacity, plan.ranks, seed)
+
+
+def report_parameters(run: Run, plan: Plan) -> None:
+    """Log how much trains."""
     trainable = sum(math.prod(run.engine.find_shape(p)) for p in run.model.parameters() if p.requires_grad)
     LOG.info("layersel: %s parameters train; %d layers keep LoRA", f"{trainable:,}", len(plan.selected))

@@ -81,7 +81,9 @@ def measure(model, folder, at_once: bool = False):
     rows[3] = {**rows[3], "labels": [-100] * len(rows[3]["labels"])}
     trainer = make_trainer(model, folder, rows)
     samples = read_samples(trainer.train_dataset, 8, seed=5)
-    return fisher.measure_squared_gradients(make_selection(trainer, "fisher"), samples)
+    selection = make_selection(trainer, "fisher")
+    modules = selection.stack.list_modules(selection.stack.lora_modules)
+    return fisher.measure_squared_gradients(selection, samples, modules)
 
 
 def measure_at_once(model, folder):

@@ -5,10 +5,11 @@ import random
 import numpy
 import pytest
 import torch
-from conftest import make_lora, make_rows, make_selection, make_small_bert, make_small_llama, make_trainer
+from conftest import make_lora, make_rows, make_selection, make_small_llama, make_trainer
+from labelled import TERMS, make_labelled, make_rows_of
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_layer_stack
+from axolotl_layersel.layers import find_layer_stack, find_lora_modules
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.calibration import place_token, read_samples
@@ -34,7 +35,9 @@ def measure_turns(trainer, samples) -> torch.Tensor:
 
 
 def measure_squared_gradients(trainer, samples) -> torch.Tensor:
-    return fisher.measure_squared_gradients(make_selection(trainer, "fisher"), samples)
+    selection = make_selection(trainer, "fisher")
+    modules = selection.stack.list_modules(selection.stack.lora_modules)
+    return fisher.measure_squared_gradients(selection, samples, modules)
 
 
 def plain_hidden_states(model, samples) -> list[list[torch.Tensor]]:
@@ -81,56 +84,6 @@ def test_turns_are_those_of_each_layers_own_input_and_output(model, tmp_path):
     assert (turns[:, 5] > 0).all()
 
 
-def make_rows_of(kind: str) -> list[dict]:
-    """Return rows with the labels that models of ``kind`` learn, and with two segments where BERT sees them."""
-    rows = make_rows()
-    for number, row in enumerate(rows):
-        length = len(row["input_ids"])
-        if "Bert" in kind:
-            row["token_type_ids"] = [0] * 3 + [1] * (length - 3)
-        if kind == "BertForMaskedLM":
-            row["labels"] = [token if i % 3 == 1 else -100 for i, token in enumerate(row["input_ids"])]
-        elif kind == "BertForTokenClassification":
-            row["labels"] = [token % 3 if i % 2 else -100 for i, token in enumerate(row["input_ids"])]
-        elif kind.endswith("several classes"):
-            row["labels"] = [float(number % 2), 1.0, 0.0]
-        elif kind.endswith("a number"):
-            row["labels"] = number / 10
-        elif "Sequence" in kind:
-            row["labels"] = number % 3
-    return rows
-
-
-def make_labelled(kind: str):
-    """Return a small model of ``kind`` under LoRA."""
-    name = kind.split(":")[0]
-    if name == "LlamaForSequenceClassification":
-        from transformers import LlamaConfig, LlamaForSequenceClassification
-
-        torch.manual_seed(0)
-        size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
-        base = LlamaForSequenceClassification(
-            LlamaConfig(vocab_size=97, num_labels=3, pad_token_id=0, num_key_value_heads=2, **size)
-        )
-    elif "Bert" in name:
-        base = make_small_bert(name, num_labels=1 if kind.endswith("a number") else 3)
-    else:
-        base = make_small_llama()
-    return make_lora(base, ["query", "value"] if "Bert" in name else ["q_proj", "v_proj", "down_proj"])
-
-
-# What the mean of a model's own loss is taken over, for one row.
-TERMS = {
-    "LlamaForCausalLM": lambda labels: (labels[:, 1:] != -100).sum(),
-    "BertForMaskedLM": lambda labels: (labels != -100).sum(),
-    "BertForTokenClassification": lambda labels: (labels != -100).sum(),
-    "LlamaForSequenceClassification": lambda labels: 1,
-    "BertForSequenceClassification: a class": lambda labels: 1,
-    "BertForSequenceClassification: several classes": lambda labels: 3,
-    "BertForSequenceClassification: a number": lambda labels: 1,
-}
-
-
 @pytest.mark.parametrize("kind", TERMS)
 def test_squared_gradients_are_those_of_the_models_own_loss(tmp_path, kind):
     model = make_labelled(kind)
@@ -140,22 +93,19 @@ def test_squared_gradients_are_those_of_the_models_own_loss(tmp_path, kind):
     squares, stack = measure_squared_gradients(trainer, samples), find_layer_stack(model)
 
     model.eval()
-    base = model.get_base_model()
-    weights = {
-        layer: [base.get_submodule(name).base_layer.weight for name in names]
-        for layer, names in stack.lora_modules.items()
-    }
+    base, lora = model.get_base_model(), find_lora_modules(model.get_base_model())
+    names = stack.list_modules(stack.lora_modules)
+    weights = [lora[name].base_layer.weight for name in names]
     for i, sample in enumerate(samples):
-        for weight in (weight for group in weights.values() for weight in group):
+        for weight in weights:
             weight.requires_grad_(True).grad = None
         row = {key: torch.tensor([value]) for key, value in rows[sample.row].items()}
         (base(**row).loss * TERMS[kind](row["labels"])).backward()
-        for layer, group in weights.items():
-            expected = sum(weight.grad.double().square().sum().item() for weight in group)
-            assert squares[i, layer].item() == pytest.approx(expected, rel=1e-4)
+        for place, weight in enumerate(weights):
+            expected = weight.grad.double().square().sum().item()
+            assert squares[i, place].item() == pytest.approx(expected, rel=1e-4)
             assert expected > 0
-    counts = fisher.count_target_weights(make_selection(trainer, "fisher"))
-    assert counts.tolist() == [sum(weight.numel() for weight in weights[layer]) for layer in range(len(stack.layers))]
+    assert [fisher.count_weights(lora[name]) for name in names] == [weight.numel() for weight in weights]
 
 
 def test_segments_are_what_the_data_set_says(tmp_path):

@@ -52,7 +52,7 @@ def test_ties_go_to_the_lower_layer():
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in ("explicit", "flexora")])
 def test_every_method_leaves_lora_in_the_chosen_layers_alone(tmp_path, method):
-    trainer, plan = select(tmp_path, method=method, num_layers=2)
+    trainer, plan = select(tmp_path, method=method, num_layers=2, granularity="layer", rank="same")
     assert len(plan.selected) == 2
     assert set(find_lora_modules(trainer.model.get_base_model())) == set(plan.modules)
     assert {int(name.split(".")[2]) for name in plan.modules} == set(plan.selected)

@@ -34,6 +34,8 @@ class Method:
         reads: what it reads of the data.
         needs_backward: whether it runs the model backward.
         keys: of the ``selection`` block, those that not every method has.
+        units: what it can choose among, see ``units.UNITS``; the first is the default.
+        rank: what ``rank`` is by default.
         fewest_samples: rows that it needs at least.
         more_evidence: what to give more of when its scores do not tell layers apart.
         way_out: what to do when layers cannot be scored.
@@ -46,6 +48,8 @@ class Method:
     reads: str = TOKENS
     needs_backward: bool = False
     keys: tuple[str, ...] = ("num_samples", "seed")
+    units: tuple[str, ...] = ("layer",)
+    rank: str = "same"
     fewest_samples: int = 2
     more_evidence: str = "more `num_samples`"
     way_out: str = "Keep fewer layers."
@@ -98,6 +102,18 @@ METHODS = {
             "fisher",
             reads=LABELS,
             needs_backward=True,
+            units=("layer", "group", "module"),
+        ),
+        Method(
+            "gradient",
+            "What the first rank of LoRA there can be expected to gain: the singular values of the loss's gradient by "
+            "the frozen weights, as far as they are the same in two halves of the rows. They also say how much rank "
+            "pays where, see [below](#rank-where-it-pays). A forward and a backward pass per row.",
+            "gradient",
+            reads=LABELS,
+            needs_backward=True,
+            units=("module", "group", "layer"),
+            rank="score",
         ),
         Method(
             "flexora",
@@ -107,6 +123,7 @@ METHODS = {
             reads=BATCHES,
             needs_backward=True,
             keys=("flexora", "keep", "seed"),
+            units=("layer", "group", "module"),
             more_evidence="more flexora.steps",
         ),
         Method(
@@ -116,6 +133,7 @@ METHODS = {
             "choose_random",
             reads=NOTHING,
             keys=("seed",),
+            units=("layer", "group", "module"),
         ),
         Method(
             "first",

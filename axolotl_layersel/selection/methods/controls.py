@@ -6,9 +6,11 @@ from axolotl_layersel.selection.choosing import Choice, Selection
 
 
 def choose_random(selection: Selection) -> Choice:
-    """Return layers drawn by the seed."""
-    drawn = random.Random(selection.settings.seed).sample(selection.candidates, selection.count_kept())
-    return keep(selection, sorted(drawn))
+    """Return units drawn by the seed."""
+    units = selection.units
+    drawn = random.Random(selection.settings.seed).sample(range(len(units)), selection.count_kept())
+    modules = [module for place in sorted(drawn) for module in units[place].modules]
+    return Choice(modules, scores=[None] * len(selection.stack.layers))
 
 
 def choose_first(selection: Selection) -> Choice:

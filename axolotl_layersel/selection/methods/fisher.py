@@ -9,7 +9,14 @@ from torch import nn
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.calibration import Sample, cut_sample
-from axolotl_layersel.selection.choosing import Choice, Scores, Selection, choose_by_score, conclude
+from axolotl_layersel.selection.choosing import (
+    Choice,
+    Scores,
+    Selection,
+    choose_by_score,
+    conclude,
+    find_highest_by_layer,
+)
 from axolotl_layersel.selection.likelihood import count_tokens_at_a_time, differentiate
 from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
 
@@ -23,11 +30,26 @@ def choose(selection: Selection) -> Choice:
 
 
 def score(selection: Selection, samples: list[Sample]) -> Scores:
-    """Return each layer's mean squared gradient of the log-likelihood; every rank must call this."""
-    squares = measure_squared_gradients(selection, samples)
-    weights = count_target_weights(selection)
-    places = passes.name_places(selection)
-    return conclude(squares, places, samples, lambda squares: Scores(*score_layers(squares, weights)))
+    """Return each unit's mean squared gradient of the log-likelihood; every rank must call this."""
+    lora, modules = selection.run.lora_modules, selection.stack.list_modules(selection.stack.lora_modules)
+    weights = torch.tensor([count_weights(lora[name]) for name in modules], dtype=torch.float64)
+    squares = measure_squared_gradients(selection, samples, modules)
+
+    def score_units(squares: torch.Tensor) -> Scores:
+        def add_up(groups: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+            places = [torch.tensor([modules.index(name) for name in group], dtype=torch.int64) for group in groups]
+            sums = torch.stack([squares[:, place].sum(dim=1) for place in places], dim=1)
+            return sums, torch.stack([weights[place].sum() for place in places])
+
+        layers = [selection.stack.lora_modules.get(layer, []) for layer in range(len(selection.stack.layers))]
+        values, unscored = score_layers(*add_up(layers))
+        if selection.settings.granularity == "layer":
+            return Scores(values, unscored)
+        found, _ = score_layers(*add_up([unit.modules for unit in selection.units]))
+        units = {unit.name: value for unit, value in zip(selection.units, found) if value is not None}
+        return Scores(find_highest_by_layer(selection, units), unscored, units=units)
+
+    return conclude(squares, modules, samples, score_units)
 
 
 def ghost_norm(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -63,23 +85,23 @@ def score_layers(squares: torch.Tensor, weights: torch.Tensor) -> tuple[list[flo
     return [None if layer in reasons else value for layer, value in enumerate(means.tolist())], reasons
 
 
-def measure_squared_gradients(selection: Selection, samples: list[Sample]) -> torch.Tensor | None:
-    """Return the squared norm of each sample's gradient of the response log-likelihood: (samples, layers), float64.
+def measure_squared_gradients(selection: Selection, samples: list[Sample], modules: list[str]) -> torch.Tensor | None:
+    """Return the squared norm of each sample's gradient of the response log-likelihood: (samples, modules), float64.
 
-    The gradient is that of the layer's own weights under LoRA. It is never formed for a whole layer, and each
+    The gradient is that of the weights under the LoRA ``modules``. It is never formed for a whole layer, and each
     layer is computed again in the backward pass, so no more than one layer's activations are held; logits are
     computed for a few tokens at a time.
 
     Raises:
         LayerselError: if the rows have no labels of the kind that the model's logits answer.
     """
-    run, stack = selection.run, selection.stack
+    run = selection.run
     kind = find_kind(run.model)
-    check_labels(samples, kind)
+    check_labels(samples, kind, selection.method.name)
     base, lora = run.base, run.lora_modules
-    squares = torch.zeros(len(stack.layers), dtype=torch.float64)
+    squares = torch.zeros(len(modules), dtype=torch.float64)
 
-    def watch(layer: int, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
+    def watch(place: int, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
         def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
             if not output.requires_grad:
                 return
@@ -87,7 +109,7 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample]) -> to
 
             def add(gradient: torch.Tensor) -> None:
                 norm = ghost_norm(given.flatten(0, -2), gradient.flatten(0, -2))
-                squares[layer] += norm.to(squares.device)
+                squares[place] += norm.to(squares.device)
 
             output.register_hook(add)
 
@@ -106,13 +128,12 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample]) -> to
                     logits = compute_logits(sample)
                     row_log_likelihood(logits, targets.to(logits.device), base.config.problem_type).backward()
                 else:
-                    differentiate(base, lambda: compute_logits(sample), targets, at_a_time)
+                    differentiate(base, lambda: compute_logits(sample)[None], targets[None], at_a_time)
         return [squares.clone()]
 
     with passes.scoring(selection), contextlib.ExitStack() as hooks:
-        for layer, names in stack.lora_modules.items():
-            for name in names:
-                hooks.enter_context(passes.handle_removed(watch(layer, lora[name])))
+        for place, name in enumerate(modules):
+            hooks.enter_context(passes.handle_removed(watch(place, lora[name])))
         at_a_time = None
         if kind != ROW and run.engine.has_weights():
             short = cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
@@ -120,8 +141,8 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample]) -> to
         return passes.over_samples(run, samples, measure, 1)
 
 
-def check_labels(samples: list[Sample], kind: str) -> None:
-    """Raise LayerselError unless every sample has labels that logits of this ``kind`` answer."""
+def check_labels(samples: list[Sample], kind: str, method: str) -> None:
+    """Raise LayerselError unless all samples have labels that logits of this ``kind`` answer, for ``method``."""
     for sample in samples:
         labels = sample.labels
         if kind == ROW and isinstance(labels, int | float):
@@ -130,17 +151,8 @@ def check_labels(samples: list[Sample], kind: str) -> None:
             continue
         what = "a label of each row" if kind == ROW else "labels of tokens"
         raise LayerselError(
-            f"layersel.selection.method: fisher needs {what}, training row {sample.row} has none. Use cka."
+            f"layersel.selection.method: {method} needs {what}, training row {sample.row} has none. Use cka."
         )
-
-
-def count_target_weights(selection: Selection) -> torch.Tensor:
-    """Return how many weights lie under the LoRA modules of each layer: (layers,), float64."""
-    stack, lora = selection.stack, selection.run.lora_modules
-    counts = torch.zeros(len(stack.layers), dtype=torch.float64)
-    for layer, names in stack.lora_modules.items():
-        counts[layer] = sum(count_weights(lora[name]) for name in names)
-    return counts
 
 
 def count_weights(module: LoraLayer) -> int:

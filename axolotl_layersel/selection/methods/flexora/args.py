@@ -10,7 +10,6 @@ from axolotl_layersel.block import Block, check_known, list_plugins
 from axolotl_layersel.engines.refusals import LABELS, find_shards
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plain_lora import check_gated_file
-from axolotl_layersel.units import UNITS
 
 SETTING = "layersel.selection.method: flexora"
 VALIDATION_SOURCES = ("train", "eval")
@@ -32,7 +31,6 @@ class Search:
     val_source: str = "train"
     val_samples: int = 200
     hypergradient: str = "first_order"
-    granularity: str = "layer"
     patience: int | None = None
 
 
@@ -61,17 +59,14 @@ class FlexoraArgs(Block):
         description="`first_order` (default): the gradient of the validation loss with the LoRA weights as they are; "
         "`unrolled`: exact through K LoRA steps made as SGD steps. Needs whole weights: one process, DDP, ZeRO-1 or 2.",
     )
-    granularity: str | None = Field(
-        default=None, description="A gate for each `layer` (default), or for each LoRA `module`."
-    )
     patience: int | None = Field(
         default=None, description="Stop when what is kept has not changed for this many gate steps. Default: never."
     )
 
-    @field_validator("val_source", "hypergradient", "granularity", mode="before")
+    @field_validator("val_source", "hypergradient", mode="before")
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
-        known = {"val_source": VALIDATION_SOURCES, "hypergradient": HYPERGRADIENTS, "granularity": tuple(UNITS)}
+        known = {"val_source": VALIDATION_SOURCES, "hypergradient": HYPERGRADIENTS}
         return check_known(f"{cls.path}.{info.field_name}", value, known[info.field_name])
 
     @field_validator("steps", "inner_steps", "val_batches", "val_samples", "patience")

@@ -3,10 +3,9 @@
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.selection.calibration import fingerprint, has_tokens, read_sample
-from axolotl_layersel.selection.choosing import Choice, Selection, choose_highest, count_kept
+from axolotl_layersel.selection.choosing import Choice, Selection, choose_highest, find_highest_by_layer
 from axolotl_layersel.selection.methods.flexora.gating import choose_positive
 from axolotl_layersel.selection.methods.flexora.search import search_gates
-from axolotl_layersel.units import find_units
 
 
 def choose(selection: Selection) -> Choice:
@@ -17,14 +16,14 @@ def choose(selection: Selection) -> Choice:
     """
     settings, search = selection.settings, selection.settings.flexora
     assert search is not None, "the method has these settings"
-    units = find_units(selection.stack, search.granularity, selection.candidates)
+    units = selection.units
     by_share = settings.keep is None
     if not by_share and len(units) < 2:
         raise LayerselError(
             f"layersel.selection.keep: 'positive' needs two or more gates to compare, and there is {len(units)}. Give "
             "more `candidates`, or set `num_layers`."
         )
-    keep = decide_on_rank_zero(lambda: count_kept(settings, len(units), f"{search.granularity}s") if by_share else None)
+    keep = selection.count_kept() if by_share else None
 
     def choose_gates(gates: dict[str, float]) -> list[str]:
         if keep is None:
@@ -36,17 +35,14 @@ def choose(selection: Selection) -> Choice:
     result = search_gates(selection, search, {unit.name: unit.modules for unit in units}, choose_gates)
     gates = result.history.final
     kept = set(decide_on_rank_zero(lambda: choose_gates(gates)))
-    scores: list[float | None] = [None] * len(selection.stack.layers)
-    for layer in selection.candidates:
-        scores[layer] = max(gates[unit.name] for unit in units if unit.layer == layer)
     tokenised = all(has_tokens(row) for row in result.validation)
     samples = [read_sample(values, row) for row, values in zip(result.validation_rows, result.validation) if tokenised]
     return Choice(
         modules=[module for unit in units if unit.name in kept for module in unit.modules],
-        scores=scores,
+        scores=find_highest_by_layer(selection, gates),
         # Where layers are chosen, their scores say all.
         module_scores={}
-        if search.granularity == "layer"
+        if settings.granularity == "layer"
         else {module: gates[unit.name] for unit in units for module in unit.modules},
         rows=result.validation_rows,
         fingerprint=fingerprint(samples) if tokenised else None,

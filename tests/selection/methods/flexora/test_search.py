@@ -248,7 +248,7 @@ def test_only_candidates_take_part(tmp_path, monkeypatch):
 
 
 def test_modules_can_be_chosen_one_by_one(tmp_path):
-    trainer, plan = search(tmp_path / "run", search={"granularity": "module"}, ratio=0.3)
+    trainer, plan = search(tmp_path / "run", granularity="module", ratio=0.3)
     assert len(plan.module_scores) == 18 and len(plan.modules) == 5
     assert set(find_lora_modules(trainer.model.get_base_model())) == set(plan.modules)
     lowest = min(plan.module_scores[name] for name in plan.modules)
@@ -320,7 +320,7 @@ def test_a_method_that_draws_nothing_cannot_be_repeated(tmp_path):
         ({}, {"ratio": 0.01}, "ratio: 0.01 of 6 layers keeps none. Set at least 0.167, or `num_layers: 1`"),
         (
             {},
-            {"ratio": 0.01, "search": {"granularity": "module"}},
+            {"ratio": 0.01, "granularity": "module"},
             r"ratio: 0.01 of 18 modules keeps none. Set at least 0.056\.",
         ),
         ({"learning_rate": 0.0}, {}, "no gradient reached the gate of 0, 1, 2, 3, 4, 5: the LoRA there did not train"),

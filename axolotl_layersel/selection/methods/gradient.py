@@ -1,0 +1,178 @@
+"""Gradient: rank pays where the loss's gradient by the frozen weights is large in few directions, and not by chance.
+
+The gradient of the loss by a weight, G (outputs × inputs), says what LoRA there can gain: to first order a component
+u·vᵀ changes the loss by uᵀ·G·v, which is largest for the singular vectors of G, where it is the singular value. G is
+never formed. It is seen through a random sketch, Y = G·Ω with Ω (inputs × width), which is s⁻¹ times the gradient that
+B would have if the rows of A were Ωᵀ (randomized range finder, Halko et al. 2011, arXiv 0909.4061, section 4.1).
+"""
+
+import contextlib
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from axolotl_layersel.engines import collectives
+from axolotl_layersel.randomness import make_row_generator
+from axolotl_layersel.selection import passes
+from axolotl_layersel.selection.calibration import Sample, cut_sample
+from axolotl_layersel.selection.choosing import (
+    Choice,
+    Scores,
+    Selection,
+    choose_by_score,
+    conclude,
+    find_highest_by_layer,
+)
+from axolotl_layersel.selection.likelihood import count_tokens_at_a_time, differentiate
+from axolotl_layersel.selection.methods.fisher import PROBED_TOKENS, check_labels
+from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
+
+# Columns of a sketch beyond the ranks that are asked about: the last singular values of a sketch are too small.
+OVERSAMPLING = 8
+
+
+def choose(selection: Selection) -> Choice:
+    """Return the units whose first components promise most; every rank must call this."""
+    return choose_by_score(selection, lambda samples: score(selection, samples))
+
+
+def score(selection: Selection, samples: list[Sample]) -> Scores:
+    """Return what rank gains in each unit, whose score is what ``lora_r`` of it gain; every rank must call this."""
+    modules = selection.stack.list_modules(selection.candidates)
+    width = selection.highest_rank + OVERSAMPLING
+    measured, sketches = measure_sketches(selection, samples, modules, width)
+
+    def score_units(measured: torch.Tensor) -> Scores:
+        gains = {name: find_gains(sketch) for name, sketch in sketches.items()}
+        units = {unit.name: add_up([gains[name] for name in unit.modules]) for unit in selection.units}
+        scores = {name: float(values[: selection.lora_r].sum()) for name, values in units.items()}
+        layers = find_highest_by_layer(selection, scores)
+        return Scores(
+            layers,
+            {},
+            units={} if selection.settings.granularity == "layer" else scores,
+            gains={name: values.tolist() for name, values in units.items()},
+        )
+
+    return conclude(measured, modules, samples, score_units)
+
+
+def add_up(gains: list[torch.Tensor]) -> torch.Tensor:
+    """Return what the 1st, 2nd, … rank of several modules gains together; narrow ones have fewer components."""
+    return torch.nn.utils.rnn.pad_sequence(gains, batch_first=True).sum(dim=0)
+
+
+def draw_sketch(inputs: int, width: int, seed: int) -> torch.Tensor:
+    """Return Ω, (inputs, width), fp32: orthogonal columns in random directions, of the length √(inputs / width).
+
+    The mean of ΩΩᵀ is the identity, so YYᵀ = GΩΩᵀGᵀ is GGᵀ on average, and just that where ``width`` is ``inputs``.
+    """
+    gaussian = torch.randn(inputs, width, generator=make_row_generator(seed, "sketch", inputs), dtype=torch.float64)
+    return (torch.linalg.qr(gaussian)[0] * (inputs / width) ** 0.5).float()
+
+
+def find_gains(halves: torch.Tensor) -> torch.Tensor:
+    """Return what each component of a module gains, by the part of the gradient that both halves of the rows share.
+
+    Y₁ + Y₂ has signal and noise, Y₁ − Y₂ as much noise and no signal. So with their singular values σ and ν the signal
+    of component i is √(σᵢ² − νᵢ²), or nothing where noise alone would have given as much.
+
+    Args:
+        halves: Y₁ and Y₂, (2, outputs, width).
+
+    Returns:
+        (min(outputs, width),), descending, float64, in units of the loss summed over the rows' labels.
+    """
+    first, second = halves.double()
+    sigma, noise = torch.linalg.svdvals(first + second), torch.linalg.svdvals(first - second)
+    gains = (sigma.square() - noise.square()).clamp(min=0).sqrt()
+    return torch.cummin(gains, dim=0).values
+
+
+def measure_sketches(
+    selection: Selection, samples: list[Sample], modules: list[str], width: int
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Return each sample's gradients added up, (samples, modules), to find numbers that are not finite, and sketches.
+
+    The sketches are those of ``modules`` by name on rank 0, (2, outputs, width) in fp32: of samples at even and at odd
+    places. The loss is minus the log-likelihood of all labels, so that no number depends on how samples share batches.
+    Beside the activations of one micro-batch they take 8·width bytes for each output of each module.
+
+    Raises:
+        LayerselError: if the rows have no labels of the kind that the model's logits answer.
+    """
+    run, lora, base = selection.run, selection.run.lora_modules, selection.run.base
+    kind = find_kind(run.model)
+    check_labels(samples, kind, selection.method.name)
+    sketches: dict[str, torch.Tensor] = {}
+    drawn: dict[int, torch.Tensor] = {}
+    sums = torch.zeros(0)
+    halves: list[torch.Tensor] = []  # of a batch: which of its rows are in each half
+
+    for name in modules:
+        inputs, outputs = lora[name].in_features, lora[name].out_features
+        assert inputs is not None and outputs is not None, "PEFT has made A and B by them"
+        columns = min(width, inputs)
+        if inputs not in drawn:
+            drawn[inputs] = draw_sketch(inputs, columns, selection.settings.seed).to(run.device)
+        sketches[name] = torch.zeros(2, outputs, columns, device=run.device)
+
+    def watch(place: int, name: str, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
+        def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                return
+            given = args[0].detach()
+
+            def add(gradient: torch.Tensor) -> None:
+                sketch = drawn[given.shape[-1]].to(gradient.device, gradient.dtype)
+                projected = given.to(gradient.dtype) @ sketch
+                rows = gradient.flatten(1) if gradient.dim() > 2 else gradient
+                sums[:, place] = rows.float().sum(dim=1).to(sums.device)
+                for half, chosen in zip(sketches[name], halves):
+                    left, right = gradient[chosen].flatten(0, -2), projected[chosen].flatten(0, -2)
+                    half += (left.T @ right).to(half.device)
+
+            output.register_hook(add)
+
+        return module.get_base_layer().register_forward_hook(hook)
+
+    def compute_logits(batch: list[Sample]) -> torch.Tensor:
+        return passes.call(run, passes.make_inputs(run, batch), logits_to_keep=0).logits
+
+    def measure(indices: list[int]) -> list[torch.Tensor]:
+        nonlocal sums
+        batch = [samples[i] for i in indices]
+        sums = torch.zeros(len(batch), len(modules), dtype=torch.float64)
+        halves[:] = [
+            torch.tensor([row for row, i in enumerate(indices) if i in share and i % 2 == parity], dtype=torch.int64)
+            for parity in (0, 1)
+        ]
+        with torch.enable_grad():
+            if kind == ROW:
+                logits = compute_logits(batch)
+                labels = [align(torch.tensor(sample.labels), kind).to(logits.device) for sample in batch]
+                kinds = base.config.problem_type
+                likelihoods = [row_log_likelihood(row, label, kinds) for row, label in zip(logits, labels)]
+                torch.stack(likelihoods).sum().backward()
+            else:
+                targets = nn.utils.rnn.pad_sequence(
+                    [align(torch.tensor(sample.labels), kind) for sample in batch], True, IGNORED_LABEL
+                )
+                differentiate(base, lambda: compute_logits(batch), targets, at_a_time)
+        return [row.clone() for row in sums]
+
+    share = passes.find_share(run, len(samples))
+    keeps_activations = not run.trainer.args.gradient_checkpointing
+    with passes.scoring(selection, keeps_activations), contextlib.ExitStack() as hooks:
+        at_a_time = None
+        if kind != ROW and run.engine.has_weights():
+            short = cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
+            at_a_time = count_tokens_at_a_time(base, lambda: compute_logits([short])[0])
+        for place, name in enumerate(modules):
+            hooks.enter_context(passes.handle_removed(watch(place, name, lora[name])))
+        measured = passes.over_samples(run, samples, measure, passes.count_fitting(run, samples))
+    if run.engine.list_ranks_with_weights() != [0]:
+        for sketch in sketches.values():
+            collectives.add_up(sketch)
+    return measured, {name: sketch.cpu() for name, sketch in sketches.items()}

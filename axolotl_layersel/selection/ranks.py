@@ -1,0 +1,190 @@
+"""How much rank each unit gets: from scores, costs and a budget of parameters to ranks.
+
+A unit's cost is the number of parameters that one rank takes in all of its modules.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import get_linears
+from axolotl_layersel.plan import Budget
+from axolotl_layersel.selection.args import BUDGET, HIGHEST_FACTOR
+from axolotl_layersel.selection.choosing import Choice, Selection
+
+# A score of so small a share of the largest one counts as zero: it could not get any rank.
+NEGLIGIBLE = 1e-9
+
+
+def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int], Budget | None]:
+    """Return the rank of every module that keeps LoRA, and what they cost; nothing where all have ``lora_r``.
+
+    Raises:
+        LayerselError: if the budget does not pay for any, or there are no scores to give ranks by.
+    """
+    settings, most = selection.settings, selection.highest_rank
+    if settings.rank == "same":
+        return {}, None
+    kept = set(choice.modules)
+    units = [unit for unit in selection.units if kept.issuperset(unit.modules)]
+    parameters = count_parameters(selection)
+    prices = {unit.name: sum(parameters[name] for name in unit.modules) for unit in selection.units}
+    assert settings.budget is not None, "settings as they take effect have one"
+    lora = selection.lora_r * sum(prices.values())
+    budget = find_budget(settings.budget, lora)
+    costs = {unit.name: prices[unit.name] for unit in units}
+    least = settings.min_rank or 0
+    if settings.rank == "match":
+        ranks = match_budget(costs, budget, most)
+    elif choice.gains:
+        ranks = spend_by_gain({unit.name: choice.gains[unit.name] for unit in units}, costs, budget, least, most)
+    else:
+        ranks = share_by_score(find_unit_scores(selection, choice), costs, budget, least, most)
+    if not any(ranks.values()):
+        raise LayerselError(
+            f"layersel.selection.method: {settings.method} finds no gain that is more than noise in any of the "
+            f"{len(units)} {settings.granularity}s, so no rank can be given by it. Use more `num_samples`, or "
+            "`min_rank: 1`."
+        )
+    spent = sum(rank * costs[unit] for unit, rank in ranks.items())
+    by_module = {name: ranks[unit.name] for unit in units for name in unit.modules if ranks[unit.name]}
+    return by_module, Budget(lora=lora, allowed=budget, spent=spent)
+
+
+def count_parameters(selection: Selection) -> dict[str, int]:
+    """Return how many parameters one rank of each LoRA module of the candidates takes."""
+    adapter, lora = selection.run.adapter, selection.run.lora_modules
+    names = selection.stack.list_modules(selection.candidates)
+    pairs = {name: get_linears(lora[name], adapter) for name in names}
+    return {name: down.in_features + up.out_features for name, (down, up) in pairs.items()}
+
+
+def find_unit_scores(selection: Selection, choice: Choice) -> dict[str, float]:
+    """Return the scores of the units that are kept, by their name."""
+    kept = set(choice.modules)
+    scores: dict[str, float] = {}
+    for unit in selection.units:
+        if kept.issuperset(unit.modules):
+            score = choice.module_scores[unit.modules[0]] if choice.module_scores else choice.scores[unit.layer]
+            assert score is not None, "what is kept is scored"
+            scores[unit.name] = score
+    return scores
+
+
+def find_budget(asked: float | str, lora: int) -> int:
+    """Return the budget in parameters, rounded down.
+
+    Args:
+        asked: the setting: ``parameters``, a multiple of them, or a number of parameters.
+        lora: the parameters that LoRA with ``lora_r`` has in all candidates.
+    """
+    if asked == BUDGET:
+        return lora
+    assert not isinstance(asked, str), "settings are validated"
+    return int(asked * lora + 1e-9) if asked <= HIGHEST_FACTOR else int(asked)
+
+
+def spend_by_gain(
+    gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, least: int, most: int
+) -> dict[str, int]:
+    """Return the ranks that gain most: components are taken in the order of gain per parameter until one is too dear.
+
+    A component that gains nothing is never taken, so the budget may be left over. What a larger budget buys holds what
+    a smaller one buys.
+
+    Args:
+        gains: of the 1st, 2nd, … rank of each unit. One that is higher than the one before it counts as that, because
+            it cannot be had without it.
+        costs: of one rank of each unit.
+        budget: in parameters.
+        least: the rank that every unit gets first.
+        most: the highest rank.
+
+    Raises:
+        LayerselError: if the budget does not pay for ``least``.
+    """
+    check_floor(costs, budget, least)
+    offers = []
+    for unit, values in gains.items():
+        for index, gain in enumerate(itertools.accumulate(values[:most], min)):
+            if index >= least and gain > 0:
+                offers.append((-gain / costs[unit], index, unit))
+    ranks = dict.fromkeys(gains, least)
+    left = budget - least * sum(costs.values())
+    for _, _, unit in sorted(offers):
+        left -= costs[unit]
+        if left < 0:
+            break
+        ranks[unit] += 1
+    return ranks
+
+
+def share_by_score(
+    scores: Mapping[str, float], costs: Mapping[str, int], budget: int, least: int, most: int
+) -> dict[str, int]:
+    """Return ranks in proportion to scores, between ``least`` and ``most``, as far as the budget goes.
+
+    Whole ranks by largest remainder: each unit gets its share rounded down, and what is left goes to the largest
+    fractions that it pays for. Scores below zero count as zero.
+
+    Raises:
+        LayerselError: if the budget does not pay for ``least``, or no score is above zero.
+    """
+    check_floor(costs, budget, least)
+    largest = max(scores.values())
+    if largest <= 0:
+        raise LayerselError(
+            "layersel.selection.rank: 'score' needs scores above zero, and there are none. Use `rank: match`."
+        )
+    shares_of_largest = {unit: score / largest for unit, score in scores.items()}
+    positive = {unit: share if share > NEGLIGIBLE else 0.0 for unit, share in shares_of_largest.items()}
+
+    def share(factor: float) -> dict[str, float]:
+        return {unit: min(max(factor * score, least), most) for unit, score in positive.items()}
+
+    def spend(shares: Mapping[str, float]) -> float:
+        return sum(shares[unit] * costs[unit] for unit in shares)
+
+    low, high = 0.0, most / min(score for score in positive.values() if score > 0)
+    if spend(share(high)) > budget:
+        for _ in range(200):  # until the two are next to each other
+            middle = (low + high) / 2
+            low, high = (middle, high) if spend(share(middle)) <= budget else (low, middle)
+        high = low
+    shares = share(high)
+    ranks = {unit: int(value + 1e-9) for unit, value in shares.items()}
+    left = budget - sum(ranks[unit] * costs[unit] for unit in ranks)
+    for unit in sorted(shares, key=lambda unit: (ranks[unit] - shares[unit], unit)):
+        if shares[unit] - ranks[unit] > 1e-9 and costs[unit] <= left:
+            ranks[unit] += 1
+            left -= costs[unit]
+    return ranks
+
+
+def match_budget(costs: Mapping[str, int], budget: int, most: int) -> dict[str, int]:
+    """Return one rank for all units, the highest that the budget pays for; the first units get one more of the rest.
+
+    Raises:
+        LayerselError: if it pays for less than rank 1.
+    """
+    check_floor(costs, budget, 1)
+    rank = min(budget // sum(costs.values()), most)
+    ranks = dict.fromkeys(costs, rank)
+    left = budget - rank * sum(costs.values())
+    for unit, cost in costs.items():
+        left -= cost
+        if left < 0 or rank == most:
+            break
+        ranks[unit] += 1
+    return ranks
+
+
+def check_floor(costs: Mapping[str, int], budget: int, least: int) -> None:
+    """Raise LayerselError unless the budget pays for rank ``least`` in every unit."""
+    needed = least * sum(costs.values())
+    if budget < max(needed, min(costs.values())):
+        raise LayerselError(
+            f"layersel.selection.budget: {budget:,} parameters do not pay for rank {max(least, 1)} in "
+            f"{'all units' if least else 'a single one'}, which takes {max(needed, min(costs.values())):,}. Raise "
+            "budget, or keep fewer units with a smaller `ratio`."
+        )

@@ -1,0 +1,254 @@
+"""Held-out loss against trainable parameters: LoRA in all layers beside the ways to choose layers and ranks.
+
+    python benchmarks/quality.py train BASE TRAIN.jsonl TEST.jsonl runs.csv --ranks 1 2 4 8 --seeds 0 1 2
+    python benchmarks/quality.py report runs.csv
+
+Rows of the data have a ``question`` and an ``answer``; the loss is that of the answers' tokens. Every arm has as many
+trainable parameters as LoRA of the rank in all layers, or fewer. An arm's learning rate is the one of ``--rates`` with
+the lowest mean loss on validation rows, which are neither trained nor tested on. A run appends a line to the CSV file
+and is left out where its line is there already, so that a benchmark that was stopped goes on.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, logging
+
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.prepare import prepare_trainer
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SAMPLES = 128
+HALF = {"ratio": 0.5, "rank": "match"}
+SCORED = {"rank": "score", "num_samples": SAMPLES}
+# The layersel block of every arm; EVA is PEFT's own way to give rank by the data, and has none.
+ARMS: dict[str, dict[str, Any] | None] = {
+    "lora": {"selection": {"method": "first", "ratio": 1.0}},
+    "gradient": {"selection": {"method": "gradient", **SCORED}},
+    "gradient group": {"selection": {"method": "gradient", "granularity": "group", **SCORED}},
+    "gradient layer": {"selection": {"method": "gradient", "granularity": "layer", **SCORED}},
+    "fisher": {"selection": {"method": "fisher", "granularity": "module", **SCORED}},
+    "cka": {"selection": {"method": "cka", "num_samples": SAMPLES, **HALF}},
+    "random": {"selection": {"method": "random", **HALF}},
+    "last": {"selection": {"method": "last", **HALF}},
+    "l1ra": {"l1ra": {"budget": "parameters"}},
+    "gradient l1ra": {"selection": {"method": "gradient", **SCORED}, "l1ra": {"budget": "parameters"}},
+    "eva": None,
+}
+COLUMNS = (
+    *("arm", "rank", "seed", "rate", "steps", "validation", "test", "parameters"),
+    *("seconds_choosing", "seconds_training", "chosen"),
+)
+IGNORED = -100
+
+
+def read_rows(path: Path, tokenizer: Any, longest: int) -> list[dict[str, list[int]]]:
+    """Return the rows of a file of questions and answers as tokens, of which the answers are labels."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        question = tokenizer(f"Question: {row['question']}\nAnswer:", add_special_tokens=False)["input_ids"]
+        answer = tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids = (question + answer)[:longest]
+        labels = ([IGNORED] * len(question) + answer)[:longest]
+        if len(question) < longest:
+            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return rows
+
+
+def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Return rows as a batch, filled up on the right."""
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    return {key: pad_sequence([torch.tensor(row[key]) for row in batch], True, value) for key, value in fill.items()}
+
+
+@torch.no_grad()
+def measure_loss(model: PeftModel, rows: list[dict[str, list[int]]], batch_size: int) -> float:
+    """Return the mean loss of the answers' tokens."""
+    model.eval()
+    total, count = 0.0, 0
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size])
+        answers = int(batch["labels"][:, 1:].ne(IGNORED).sum())
+        total += model(**batch).loss.item() * answers
+        count += answers
+    return total / count
+
+
+def make_model(arguments: argparse.Namespace, arm: str, rank: int, rows: list[dict[str, list[int]]]) -> PeftModel:
+    """Return the base under LoRA."""
+    base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": LORA_TARGETS}
+    if arm != "eva":
+        return get_peft_model(base, LoraConfig(**settings, task_type="CAUSAL_LM"))
+    config = LoraConfig(**settings, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0), task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    batches = [collate(rows[start : start + 4]) for start in range(0, SAMPLES, 4)]
+    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    return model
+
+
+def run_arm(
+    arguments: argparse.Namespace, arm: str, rank: int, seed: int, rate: float, data: dict[str, list]
+) -> dict[str, Any]:
+    """Train one arm, and return its line of the CSV file."""
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    model = make_model(arguments, arm, rank, data["train"])
+    with tempfile.TemporaryDirectory() as folder:
+        values = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=arguments.batch_size,
+            max_steps=arguments.steps,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, arguments.steps // 20),
+            weight_decay=0.0,
+            seed=seed,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, values, train_dataset=Dataset.from_list(data["train"]), data_collator=collate)
+        block, chosen = ARMS[arm], ""
+        if block is not None:
+            plan = prepare_trainer(trainer, LayerselBlock.model_validate(block))
+            chosen = json.dumps(plan.ranks or plan.selected) if plan else ""
+        if "l1ra" in (block or {}):  # its modules have room that is not in use
+            shapes = [p.shape for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
+            parameters = sum(rows * columns for rows, columns in shapes) * rank // model.peft_config["default"].r
+        else:
+            parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        ready = time.perf_counter()
+        trainer.train()
+        ended = time.perf_counter()
+    return {
+        "arm": arm,
+        "rank": rank,
+        "seed": seed,
+        "rate": rate,
+        "steps": arguments.steps,
+        "validation": round(measure_loss(model, data["validation"], 16), 5),
+        "test": round(measure_loss(model, data["test"], 16), 5),
+        "parameters": parameters,
+        "seconds_choosing": round(ready - started, 1),
+        "seconds_training": round(ended - ready, 1),
+        "chosen": chosen,
+    }
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of the CSV file, or none where there is no such file."""
+    if not path.exists():
+        return []
+    kinds = {"rank": int, "seed": int, "rate": float, "validation": float, "test": float, "parameters": int}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: kinds.get(key, str)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Run what is asked for and not there yet."""
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    rows = read_rows(arguments.train, tokenizer, arguments.longest)
+    data = {
+        "validation": rows[: arguments.held_out],
+        "train": rows[arguments.held_out : arguments.held_out + arguments.train_rows],
+        "test": read_rows(arguments.test, tokenizer, arguments.longest)[: arguments.held_out],
+    }
+    wanted = itertools.product(arguments.seeds, arguments.ranks, arguments.rates, arguments.arms)
+    for seed, rank, rate, arm in wanted:
+        keys = {"arm": arm, "rank": rank, "seed": seed, "rate": rate}
+        if any(keys.items() <= run.items() for run in read_runs(arguments.output)):
+            continue
+        line = run_arm(arguments, arm, rank, seed, rate, data)
+        new = not arguments.output.exists()
+        with arguments.output.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(line)
+        print({key: line[key] for key in COLUMNS[:-1]}, flush=True)
+
+
+def choose_rates(runs: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
+    """Return the learning rate of each arm and rank that has the lowest mean validation loss."""
+    losses: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        losses[run["arm"], run["rank"]][run["rate"]].append(run["validation"])
+    return {key: min(rates, key=lambda rate: statistics.mean(rates[rate])) for key, rates in losses.items()}
+
+
+def describe_difference(differences: list[float]) -> str:
+    """Return the mean of paired differences and its 95 % interval by Student's t."""
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.4f}"
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{mean:+.4f} ± {student.ppf(0.975, len(differences) - 1) * error:.4f}"
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print each arm's mean test loss, and its paired difference to LoRA in all layers."""
+    runs = [run for path in arguments.runs for run in read_runs(path)]
+    rates = choose_rates(runs)
+    losses: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        if rates[run["arm"], run["rank"]] == run["rate"]:
+            losses[run["arm"], run["rank"]][run["seed"]] = run["test"]
+    table = Table("rank", "arm", "rate", "seeds", "test loss", "less LoRA's")
+    for (arm, rank), by_seed in sorted(
+        losses.items(), key=lambda item: (item[0][1], statistics.mean(item[1].values()))
+    ):
+        plain = losses.get(("lora", rank), {})
+        pairs = [loss - plain[seed] for seed, loss in by_seed.items() if seed in plain]
+        difference = describe_difference(pairs) if pairs and arm != "lora" else ""
+        mean = f"{statistics.mean(by_seed.values()):.4f}"
+        table.add_row(str(rank), arm, f"{rates[arm, rank]:g}", str(len(by_seed)), mean, difference)
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    training = commands.add_parser("train", help="run what is not in the CSV file yet")
+    training.set_defaults(function=train)
+    for name in ("base", "train", "test", "output"):
+        training.add_argument(name, type=Path)
+    training.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    training.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    training.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    training.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3])
+    training.add_argument("--steps", type=int, default=120)
+    training.add_argument("--batch-size", type=int, default=8)
+    training.add_argument("--longest", type=int, default=512, help="tokens of a row, which is cut there")
+    training.add_argument("--train-rows", type=int, default=2000)
+    training.add_argument("--held-out", type=int, default=200, help="rows to validate and to test on, each")
+    reporting = commands.add_parser("report", help="print the table")
+    reporting.set_defaults(function=report)
+    reporting.add_argument("runs", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    arguments.function(arguments)
+
+
+if __name__ == "__main__":
+    main()
