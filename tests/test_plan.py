@@ -125,5 +125,46 @@ def test_a_checkpoint_must_hold_the_plans_modules(tmp_path, unselected):
                 check_checkpoint(plan, tmp_path)
 
 
+def test_a_checkpoint_must_hold_the_plans_ranks(tmp_path):
+    plan = make_plan(ranks={"model.layers.0.self_attn.q_proj": 3})
+    for rank in (3, 2):
+        names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "AB"]
+        save_file({name: torch.zeros(rank, rank) for name in names}, tmp_path / "adapter_model.safetensors")
+        if rank == 3:
+            check_checkpoint(plan, tmp_path)
+        else:
+            with pytest.raises(LayerselError, match=r"has rank 2 in model.layers.0.* the plan beside it gives it 3"):
+                check_checkpoint(plan, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fault"),
+    [
+        ({"model.layers.1.self_attn.q_proj": 2}, "does not give just the modules that it keeps a rank"),
+        ({"model.layers.0.self_attn.q_proj": 0}, "gives a module that it keeps no rank"),
+    ],
+)
+def test_ranks_that_contradict_the_plan_are_found(tmp_path, ranks, fault):
+    write_plan(make_plan(ranks=ranks), tmp_path / "plan.json")
+    with pytest.raises(LayerselError, match=fault):
+        read_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("search", [None, {"steps": 9, "granularity": "module"}])
+def test_a_plan_of_schema_1_is_still_read(tmp_path, search):
+    content = json.loads(make_plan().model_dump_json())
+    for key in ("granularity", "ranks", "budget"):
+        del content[key]
+    for key in ("granularity", "rank", "budget", "min_rank", "max_rank"):
+        del content["settings"][key]
+    content |= {"schema_version": 1, "settings": {**content["settings"], "flexora": search}}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    plan = read_plan(tmp_path / "plan.json")
+    granularity = "layer" if search is None else "module"
+    assert (plan.schema_version, plan.granularity, plan.ranks) == (2, granularity, {})
+    assert plan.settings["granularity"] == granularity and plan.settings["rank"] == "same"
+    assert plan.settings["flexora"] == (search and {"steps": 9})
+
+
 def test_a_plan_for_this_model_is_accepted():
     check_model(make_plan(), "model.layers", 3, {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there")

@@ -91,6 +91,18 @@ def test_rank_goes_to_the_damaged_layers(base, text, seed, tmp_path):
         assert compare_mean_ranks(history[step], draw_damaged(seed)) >= 1.3
 
 
+def test_one_pass_of_gradients_gives_rank_to_the_damaged_layers(base, text, tmp_path):
+    ratios = []
+    for seed in range(5):
+        settings = LayerselBlock(selection=SelectionArgs(method="gradient"))
+        _, plan = prepare(base, text, seed, tmp_path / str(seed), settings)
+        ranks = dict.fromkeys(plan.module_scores, 0) | plan.ranks
+        ratios.append(compare_mean_ranks(ranks, draw_damaged(seed)))
+    # Seen: 1.2 where the last two layers are damaged, 1.8 to 2.5 on the other four seeds. Layer 0, which all others
+    # build on, has much of the gradient in any case.
+    assert min(ratios) >= 1.1 and sorted(ratios)[1] >= 1.5, ratios
+
+
 def search_for_damage(base, text, seed: int, folder, hypergradient: str, steps: int):
     """Search for half of the layers in as many steps as the run has; return the trainer, and the plan."""
     search = {"steps": steps, "val_samples": 60, "hypergradient": hypergradient}

@@ -73,6 +73,12 @@ REFUSALS = {
     "an optimizer without moments": (L1RA, {"optimizer": "adafactor"}, {}, change_argument("optim", "adafactor")),
     "a highest rank below the first": ({"l1ra": {"max_rank": 3}}, {}, {}, leave),
     "a lowest rank above the first": ({"l1ra": {"min_rank": 5}}, {}, {}, leave),
+    "PiSSA with ranks by score": (
+        {"selection": {"method": "gradient"}},
+        {"peft_init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa"},
+        leave,
+    ),
     "no eval set": (
         {"selection": {"method": "flexora", "flexora": {"steps": 4, "val_source": "eval"}}},
         {},

@@ -16,6 +16,7 @@ from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.plan import plan_path, read_plan, write_plan
 from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.randomness import draw_row
 from axolotl_layersel.selection.args import SelectionArgs
 from axolotl_layersel.selection.choosing import choose_highest, count_kept
 from axolotl_layersel.selection.methods import METHODS
@@ -362,3 +363,58 @@ def test_rank_moves_outside_of_the_layers_too_where_lora_is_kept_there(tmp_path,
     ranks = RankHistory.read(tmp_path).ranks[10]
     assert ("lm_head" in ranks) == (towers != "remove")
     assert len(ranks) == (6 if towers is None else 2) + (towers != "remove")
+
+
+RANKED = {
+    "gradient": {"method": "gradient"},
+    "gradient, by group": {"method": "gradient", "granularity": "group", "min_rank": 1},
+    "gradient, by layer, half of the budget": {"method": "gradient", "granularity": "layer", "budget": 0.5},
+    "gradient, half of the modules": {"method": "gradient", "ratio": 0.5},
+    "fisher, by module": {"method": "fisher", "granularity": "module", "rank": "score", "max_rank": 9},
+    "cka, by score": {"method": "cka", "rank": "score"},
+    "cka, matched": {"method": "cka", "rank": "match"},
+    "random groups, matched": {"method": "random", "granularity": "group", "rank": "match"},
+    "last, matched": {"method": "last", "rank": "match", "budget": 2500},
+}
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("kind", RANKED)
+def test_ranks_spend_the_budget_and_stock_peft_computes_with_them(tmp_path, kind):
+    settings = RANKED[kind]
+    trainer, plan = select(tmp_path, rows=make_rows(64), **settings)
+    lora = find_lora_modules(trainer.model.get_base_model())
+    assert {name: module.r["default"] for name, module in lora.items()} == plan.ranks
+    assert {module.scaling["default"] for module in lora.values()} == {2.0}
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    assert trained == plan.budget.spent <= plan.budget.allowed
+    assert max(plan.ranks.values()) <= settings.get("max_rank", 16)
+    if settings.get("rank") == "match":
+        assert max(plan.ranks.values()) - min(plan.ranks.values()) <= 1
+        assert plan.budget.allowed - plan.budget.spent < 3 * 96
+    trainer.train()
+    trainer.save_adapter(tmp_path / "adapter")
+    ids = torch.arange(20)[None]
+    expected = trainer.model.eval()(input_ids=ids).logits
+    stock = PeftModel.from_pretrained(make_small_llama(), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(stock(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
+    assert float((expected - make_small_llama().eval()(input_ids=ids).logits).abs().max()) > 1e-3
+
+
+def test_a_module_begins_as_it_would_with_that_rank_from_the_start(tmp_path):
+    trainer, plan = select(tmp_path, method="gradient")
+    for name, module in find_lora_modules(trainer.model.get_base_model()).items():
+        down = module.lora_A["default"].weight
+        expected = [draw_row(down[i], True, 3, name, i, plan.ranks[name]) for i in range(plan.ranks[name])]
+        torch.testing.assert_close(down, torch.stack(expected), atol=0, rtol=0)
+        assert not module.lora_B["default"].weight.any()
+
+
+def test_a_budget_that_buys_nothing_is_refused(tmp_path):
+    with pytest.raises(LayerselError, match="budget: 65 parameters do not pay for rank 1 in all units"):
+        select(tmp_path, method="cka", rank="match", budget=65)
+
+
+def test_a_trained_adapter_keeps_its_ranks(tmp_path):
+    with pytest.raises(LayerselError, match="rank: 'score' gives modules new ranks, and lora_model_dir continues"):
+        select(tmp_path, method="gradient", unselected="freeze", continues_adapter=True)

@@ -7,6 +7,7 @@ B would have if the rows of A were Ωᵀ (randomized range finder, Halko et al. 
 """
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -90,6 +91,28 @@ def find_gains(halves: torch.Tensor) -> torch.Tensor:
     return torch.cummin(gains, dim=0).values
 
 
+def any_routed(modules: list[LoraLayer], call: Callable[[], object]) -> bool:
+    """Return whether a module, such as an expert, is given tokens in an order that no longer says whose they are.
+
+    ``call``: runs the model on two rows of ``PROBED_TOKENS`` tokens or fewer, which are as long as each other.
+    """
+    given: list[torch.Size] = []
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            handle = module.get_base_layer().register_forward_pre_hook(lambda _, args: given.append(args[0].shape))
+            hooks.enter_context(passes.handle_removed(handle))
+        call()
+    tokens = max((shape[1] for shape in given if len(shape) > 2), default=0)
+    return len(given) < len(modules) or any(len(shape) == 2 and shape[0] != 2 * tokens for shape in given)
+
+
+def split_rows(values: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
+    """Return what a module was given, or its gradient, as (rows, tokens, width): some models put all rows into one."""
+    if values.dim() > 2:
+        return values
+    return values.view(rows, tokens if rows > 1 else -1, values.shape[-1])
+
+
 def measure_sketches(
     selection: Selection, samples: list[Sample], modules: list[str], width: int
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
@@ -107,6 +130,7 @@ def measure_sketches(
     check_labels(samples, kind, selection.method.name)
     sketches: dict[str, torch.Tensor] = {}
     drawn: dict[int, torch.Tensor] = {}
+    tokens = 0  # of each row of a batch
     sums = torch.zeros(0)
     halves: list[torch.Tensor] = []  # of a batch: which of its rows are in each half
 
@@ -125,10 +149,10 @@ def measure_sketches(
             given = args[0].detach()
 
             def add(gradient: torch.Tensor) -> None:
+                gradient = split_rows(gradient, len(sums), tokens)
                 sketch = drawn[given.shape[-1]].to(gradient.device, gradient.dtype)
-                projected = given.to(gradient.dtype) @ sketch
-                rows = gradient.flatten(1) if gradient.dim() > 2 else gradient
-                sums[:, place] = rows.float().sum(dim=1).to(sums.device)
+                projected = split_rows(given, len(sums), tokens).to(gradient.dtype) @ sketch
+                sums[:, place] += gradient.flatten(1).float().sum(dim=1).to(sums.device)
                 for half, chosen in zip(sketches[name], halves):
                     left, right = gradient[chosen].flatten(0, -2), projected[chosen].flatten(0, -2)
                     half += (left.T @ right).to(half.device)
@@ -141,8 +165,9 @@ def measure_sketches(
         return passes.call(run, passes.make_inputs(run, batch), logits_to_keep=0).logits
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
-        nonlocal sums
+        nonlocal sums, tokens
         batch = [samples[i] for i in indices]
+        tokens = max(len(sample.input_ids) for sample in batch)
         sums = torch.zeros(len(batch), len(modules), dtype=torch.float64)
         halves[:] = [
             torch.tensor([row for row, i in enumerate(indices) if i in share and i % 2 == parity], dtype=torch.int64)
@@ -165,13 +190,16 @@ def measure_sketches(
     share = passes.find_share(run, len(samples))
     keeps_activations = not run.trainer.args.gradient_checkpointing
     with passes.scoring(selection, keeps_activations), contextlib.ExitStack() as hooks:
-        at_a_time = None
-        if kind != ROW and run.engine.has_weights():
+        at_a_time, size = None, passes.count_fitting(run, samples)
+        if run.engine.has_weights():
             short = cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
-            at_a_time = count_tokens_at_a_time(base, lambda: compute_logits([short])[0])
+            if kind != ROW:
+                at_a_time = count_tokens_at_a_time(base, lambda: compute_logits([short])[0])
+            if any_routed([lora[name] for name in modules], lambda: compute_logits([short, short])):
+                size = 1
         for place, name in enumerate(modules):
             hooks.enter_context(passes.handle_removed(watch(place, name, lora[name])))
-        measured = passes.over_samples(run, samples, measure, passes.count_fitting(run, samples))
+        measured = passes.over_samples(run, samples, measure, size)
     if run.engine.list_ranks_with_weights() != [0]:
         for sketch in sketches.values():
             collectives.add_up(sketch)

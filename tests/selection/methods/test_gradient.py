@@ -62,6 +62,40 @@ def test_neither_micro_batches_nor_checkpointing_change_a_sketch(tmp_path, size,
         torch.testing.assert_close(halves, expected[name], atol=1e-5, rtol=1e-4)
 
 
+def flatten_tokens(model) -> None:
+    """Let every MLP put the tokens of all rows into one row, as OPT's does."""
+    for layer in model.model.layers:
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda x, forward=forward: forward(x.flatten(0, 1)).view(x.shape)
+
+
+def route_tokens(model) -> None:
+    """Let every MLP see some tokens only, whichever row they are in, as an expert does."""
+    for layer in model.model.layers:
+        forward = layer.mlp.forward
+
+        def route(x: torch.Tensor, forward=forward) -> torch.Tensor:
+            flat, output = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+            chosen = flat[:, 0] > 0
+            output[chosen] = forward(flat[chosen])
+            return output.view(x.shape)
+
+        layer.mlp.forward = route
+
+
+@pytest.mark.parametrize("change", [flatten_tokens, route_tokens])
+def test_tokens_that_are_no_longer_in_rows_are_told_apart(tmp_path, change):
+    found = []
+    for size in (1, 5):
+        model = make_lora(make_small_llama())
+        change(model.get_base_model())
+        trainer = make_trainer(model, tmp_path, per_device_train_batch_size=size)
+        found.append(measure(trainer, read_samples(trainer.train_dataset, 11, seed=5), 12))
+    for name, halves in found[0].items():
+        assert not torch.equal(halves[0], halves[1])
+        torch.testing.assert_close(halves, found[1][name], atol=1e-5, rtol=1e-4)
+
+
 # Seen over 20 seeds: 0.35, 0.13 and 0.06 at most. A narrow sketch mixes the tail into the first singular values.
 @pytest.mark.parametrize(("width", "error"), [(16, 0.45), (40, 0.2), (104, 0.1)])
 def test_the_first_singular_values_of_a_sketch_are_near_those_of_the_matrix(width, error):
