@@ -102,9 +102,11 @@ class ProbeCallback(TrainerCallback):
         tokenizer = self.trainer.processing_class
         write = tokenizer.save_pretrained
 
-        def save_pretrained(*args, **kwargs):
-            (self.folder / f"tokenizer_written_by_{collectives.get_rank()}").touch()
-            return write(*args, **kwargs)
+        def save_pretrained(folder, *args, **kwargs):
+            # Axolotl itself writes it to the run's folder, before training and on all ranks.
+            if Path(folder).name.startswith("checkpoint-"):
+                (self.folder / f"tokenizer_written_by_{collectives.get_rank()}").touch()
+            return write(folder, *args, **kwargs)
 
         tokenizer.save_pretrained = save_pretrained
 
