@@ -121,8 +121,11 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
 
 
 @torch.no_grad()
-def initialize_module(model: PeftModel, name: str, module: LoraLayer, seed: int) -> None:
-    """Draw the initial weights of one LoRA module, whose initialisation is in ``SEEDED``, see ``initialize_lora``."""
+def initialize_module(model: PeftModel, name: str, module: LoraLayer, seed: int, rank: int | None = None) -> None:
+    """Draw the initial weights of one LoRA module, whose initialisation is in ``SEEDED``, see ``initialize_lora``.
+
+    ``rank``: by which their size is chosen; default: the module's.
+    """
     adapter, method = get_adapter_name(model), get_initialisation(get_config(model))
     if method == "orthogonal":
         down, up = (linear.weight for linear in get_linears(module, adapter))
@@ -131,7 +134,7 @@ def initialize_module(model: PeftModel, name: str, module: LoraLayer, seed: int)
             weight.copy_(value)
     elif adapter in module.lora_A:
         weight = module.lora_A[adapter].get_parameter("weight")
-        rows = [draw_row(weight[i], method, seed, name, i, module.r[adapter]) for i in range(weight.shape[0])]
+        rows = [draw_row(weight[i], method, seed, name, i, rank or module.r[adapter]) for i in range(weight.shape[0])]
         weight.copy_(torch.stack(rows))
         nn.init.zeros_(module.lora_B[adapter].get_parameter("weight"))
     elif adapter in module.lora_embedding_A:

@@ -301,6 +301,8 @@ def check_model(
     if plan.towers == "keep":
         known |= set(plan.modules_outside)
         present |= set(outside)
+    if plan.granularity != "layer" and not plan.module_scores:
+        known |= present  # chosen without a score, of which the plan lists those that are kept alone
     missing, extra = sorted(known - present), sorted(present - known)
     if missing:
         refuse(f"the model has no LoRA on {missing[0]} ({len(missing)} such modules)")

@@ -31,13 +31,10 @@ def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: boo
     for name, rank in ranks.items():
         module = modules[name]
         down, up = get_linears(module, adapter)
+        if continues_adapter:
+            check_trained_rank(name, module.r[adapter], rank)
         if run.engine.find_shape(down.weight)[0] == rank:
             continue
-        if continues_adapter:
-            raise LayerselError(
-                f"lora_model_dir: the adapter has rank {module.r[adapter]} in {name}, and the plan gives it {rank}. "
-                "Set `layersel.selection.rank: same`, or start without lora_model_dir."
-            )
         scaling = module.scaling[adapter]
         resize_linear(down, 0, rank)
         resize_linear(up, 1, rank)
@@ -45,6 +42,15 @@ def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: boo
         module.lora_alpha[adapter] = scaling * rank
         adapters.initialize_module(run.model, name, module, seed)
     run.model.peft_config[adapter] = describe_ranks(run.config, modules, adapter)
+
+
+def check_trained_rank(name: str, trained: int, planned: int) -> None:
+    """Raise LayerselError where a module of an adapter that is continued has another rank than the plan gives it."""
+    if trained != planned:
+        raise LayerselError(
+            f"lora_model_dir: the adapter has rank {trained} in {name}, and the plan gives it {planned}. Give the plan "
+            "of that adapter, or start without lora_model_dir."
+        )
 
 
 def resize_linear(linear: nn.Linear, dim: int, rank: int) -> None:

@@ -15,7 +15,7 @@ from axolotl_layersel.l1ra.args import L1RAArgs, check_bounds, check_optimizer
 from axolotl_layersel.l1ra.schedule import check_run_length
 from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config, get_linears
 from axolotl_layersel.layouts import Factors, find_used, write_pattern
-from axolotl_layersel.resizing import resize_linear
+from axolotl_layersel.resizing import check_trained_rank, resize_linear
 from axolotl_layersel.run import Run
 from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps
 
@@ -120,12 +120,18 @@ def grow_linear(linear: nn.Linear, dim: int, used: list[int], rank: int, factor:
 
 
 @torch.no_grad()
-def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int) -> None:
+def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int, continues_adapter: bool) -> None:
     """Let grown modules begin with ``ranks``, with new weights drawn from ``seed``.
 
+    ``continues_adapter``: the weights are a trained adapter's, which must have these ranks, and stay.
+
     Raises:
-        LayerselError: if there is no room for them.
+        LayerselError: if there is no room for them, or a trained adapter has others.
     """
+    if continues_adapter:
+        for name, rank in ranks.items():
+            check_trained_rank(name, len(capacity.slots[name]), rank)
+        return
     highest = max(ranks, key=lambda name: ranks[name])
     if ranks[highest] > capacity.max_rank:
         raise LayerselError(
@@ -134,7 +140,7 @@ def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int) -
         )
     modules = run.lora_modules
     for name, rank in ranks.items():
-        adapters.initialize_module(run.model, name, modules[name], seed)
+        adapters.initialize_module(run.model, name, modules[name], seed, capacity.lora_r)
         down, _ = get_linears(modules[name], run.adapter)
         down.weight[rank:] = 0
         capacity.slots[name] = list(range(rank))

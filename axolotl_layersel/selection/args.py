@@ -76,7 +76,9 @@ class SelectionArgs(Block):
         "many parameters.",
     )
     min_rank: int | None = Field(
-        default=None, description="With `rank: score`: the rank of what is kept at least. Default 0: none, so left out."
+        default=None,
+        description="With `rank: score`: the rank of what is kept at least. Default 0: what would gain nothing "
+        "by rank is left out.",
     )
     max_rank: int | None = Field(
         default=None,

@@ -57,7 +57,18 @@ class Selection:
             LayerselError: on every rank, if a layer named in the settings cannot be chosen.
         """
         candidates = decide_on_rank_zero(lambda: find_candidates(settings, stack))
-        return cls(run, stack, settings, candidates, lora_r or run.config.r, room)
+        selection = cls(run, stack, settings, candidates, lora_r or run.config.r, room)
+        if settings.rank != "same" and room is not None and selection.highest_rank > room:
+            raise LayerselError(
+                f"layersel.selection.max_rank: {settings.max_rank} is more than the {room} that layersel.l1ra has room "
+                "for. Lower it, or raise layersel.l1ra.max_rank."
+            )
+        if (settings.min_rank or 0) > selection.highest_rank:
+            raise LayerselError(
+                f"layersel.selection.min_rank: {settings.min_rank} is more than the highest rank, "
+                f"{selection.highest_rank}. Lower it, or set max_rank."
+            )
+        return selection
 
     @property
     def method(self) -> Method:

@@ -108,7 +108,7 @@ def over_samples(
     return collectives.gather_on_rank_zero(measured, ranks)
 
 
-def count_fitting(run: Run, samples: list[Sample]) -> int:
+def count_fitting(run: Run, samples: list[Sample], with_graph: bool = False) -> int:
     """Return how many samples fit a forward pass of the size that training takes; a packed row holds several.
 
     Where every pass brings the whole model to the device again, more samples share one: without a graph they
@@ -119,7 +119,7 @@ def count_fitting(run: Run, samples: list[Sample]) -> int:
     rows = arguments.per_device_train_batch_size
     if getattr(arguments, "sample_packing", False):
         rows *= max(1, arguments.max_seq_length // longest)
-    if run.engine.is_streamed:
+    if run.engine.is_streamed and not with_graph:
         rows = max(rows, STREAMED_TOKENS // longest)
     return rows
 

@@ -40,6 +40,12 @@ def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int]
         ranks = spend_by_gain({unit.name: choice.gains[unit.name] for unit in units}, costs, budget, least, most)
     else:
         ranks = share_by_score(find_unit_scores(selection, choice), costs, budget, least, most)
+    promising = any(any(gains) for gains in choice.gains.values()) or not choice.gains
+    if not any(ranks.values()) and promising:
+        raise LayerselError(
+            f"layersel.selection.budget: {budget:,} parameters do not pay for rank 1 in the {settings.granularity} "
+            "with the most to gain. Raise budget."
+        )
     if not any(ranks.values()):
         raise LayerselError(
             f"layersel.selection.method: {settings.method} finds no gain that is more than noise in any of the "

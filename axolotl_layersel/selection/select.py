@@ -329,6 +329,8 @@ def apply_plan(run: Run, stack: LayerStack, plan: Plan) -> None:
 
 def apply_ranks(run: Run, plan: Plan, capacity: Capacity | None, continues_adapter: bool) -> None:
     """Give the modules that ``plan`` keeps their ranks."""
+    if not continues_adapter:
+        check_redrawn(run.config.init_lora_weights, str(plan.settings["rank"]))
     modules = run.lora_modules
     adapters.check_linear(run, {name: modules[name] for name in plan.ranks}, "layersel.selection.rank")
     trainers.check_no_optimizer(run.trainer)
@@ -336,7 +338,7 @@ def apply_ranks(run: Run, plan: Plan, capacity: Capacity | None, continues_adapt
     if capacity is None:
         set_ranks(run, plan.ranks, seed, continues_adapter)
     else:
-        start_from(run, capacity, plan.ranks, seed)
+        start_from(run, capacity, plan.ranks, seed, continues_adapter)
 
 
 def report_parameters(run: Run, plan: Plan) -> None:

@@ -418,3 +418,55 @@ def test_a_budget_that_buys_nothing_is_refused(tmp_path):
 def test_a_trained_adapter_keeps_its_ranks(tmp_path):
     with pytest.raises(LayerselError, match="rank: 'score' gives modules new ranks, and lora_model_dir continues"):
         select(tmp_path, method="gradient", unselected="freeze", continues_adapter=True)
+
+
+@pytest.mark.parametrize("granularity", ["group", "module"])
+def test_a_choice_without_scores_can_be_used_again(tmp_path, granularity):
+    _, plan = select(tmp_path, method="random", granularity=granularity, rank="match")
+    _, again = select(tmp_path, method="random", plan=str(plan_path(tmp_path)))
+    assert (again.modules, again.ranks) == (plan.modules, plan.ranks)
+
+
+def give_plan(folder, model, continues_adapter: bool = False, **blocks):
+    """Prepare a trainer of ``model`` with the plan in ``folder``."""
+    selection = SelectionArgs(method="gradient", plan=str(plan_path(folder)))
+    trainer = make_trainer(model, folder)
+    block = LayerselBlock(selection=selection, **blocks)
+    return trainer, prepare_trainer(trainer, block, continues_adapter=continues_adapter)
+
+
+@pytest.mark.parametrize("blocks", [{}, {"l1ra": {"max_rank": 16}}])
+def test_a_plan_with_other_ranks_does_not_touch_a_trained_adapter(tmp_path, blocks):
+    select(tmp_path, method="gradient")
+    model = make_lora(make_small_llama())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    with pytest.raises(LayerselError, match=r"lora_model_dir: the adapter has rank 4 in .*, and the plan gives it"):
+        give_plan(tmp_path, model, continues_adapter=True, **blocks)
+
+
+def test_a_plan_with_ranks_refuses_what_cannot_be_drawn_again(tmp_path):
+    select(tmp_path, method="gradient")
+    with pytest.raises(LayerselError, match=r"'orthogonal' does not go with layersel.selection.rank: score"):
+        give_plan(tmp_path, make_lora(make_small_llama(), init_lora_weights="orthogonal"))
+
+
+def test_a_module_that_l1ra_grew_begins_with_rows_of_the_usual_size(tmp_path):
+    select(tmp_path, method="gradient")
+    model = make_lora(make_small_llama(), init_lora_weights="gaussian")
+    trainer, plan = give_plan(tmp_path, model, l1ra={"max_rank": 16})
+    for name, rank in plan.ranks.items():
+        down = trainer.model.get_base_model().get_submodule(name).lora_A["default"].weight
+        torch.testing.assert_close(down[0], draw_row(down[0], "gaussian", 3, name, 0, 4), atol=0, rtol=0)
+        assert not down[rank:].any()
+
+
+def test_a_budget_below_the_best_offer_is_named(tmp_path):
+    with pytest.raises(LayerselError, match="budget: 65 parameters do not pay for rank 1"):
+        select(tmp_path, method="gradient", budget=65, granularity="layer")
+
+
+def test_a_floor_above_the_highest_rank_is_refused(tmp_path):
+    with pytest.raises(LayerselError, match="min_rank: 20 is more than the highest rank, 16"):
+        select(tmp_path, method="gradient", min_rank=20)

@@ -106,7 +106,7 @@ METHODS = {
         ),
         Method(
             "gradient",
-            "What the first rank of LoRA there can be expected to gain: the singular values of the loss's gradient by "
+            "What LoRA with `lora_r` there can be expected to gain: the singular values of the loss's gradient by "
             "the frozen weights, as far as they are the same in two halves of the rows. They also say how much rank "
             "pays where, see [below](#rank-where-it-pays). A forward and a backward pass per row.",
             "gradient",

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from axolotl_layersel.engines import collectives
+from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.randomness import make_row_generator
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.calibration import Sample, cut_sample
@@ -45,6 +46,12 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
     measured, sketches = measure_sketches(selection, samples, modules, width)
 
     def score_units(measured: torch.Tensor) -> Scores:
+        for name, sketch in sketches.items():
+            if not sketch.isfinite().all():
+                raise LayerselError(
+                    f"layersel.selection.method: the gradient of {name} is too large for its precision. Use bf16, or "
+                    "another method."
+                )
         gains = {name: find_gains(sketch) for name, sketch in sketches.items()}
         units = {unit.name: add_up([gains[name] for name in unit.modules]) for unit in selection.units}
         scores = {name: float(values[: selection.lora_r].sum()) for name, values in units.items()}
@@ -190,7 +197,7 @@ def measure_sketches(
     share = passes.find_share(run, len(samples))
     keeps_activations = not run.trainer.args.gradient_checkpointing
     with passes.scoring(selection, keeps_activations), contextlib.ExitStack() as hooks:
-        at_a_time, size = None, passes.count_fitting(run, samples)
+        at_a_time, size = None, passes.count_fitting(run, samples, with_graph=True)
         if run.engine.has_weights():
             short = cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
             if kind != ROW:
@@ -199,8 +206,11 @@ def measure_sketches(
                 size = 1
         for place, name in enumerate(modules):
             hooks.enter_context(passes.handle_removed(watch(place, name, lora[name])))
+        # Rank 0 has weights on every engine. All make as many passes, whatever they have seen of the model.
+        size = collectives.decide_on_rank_zero(lambda: size)
         measured = passes.over_samples(run, samples, measure, size)
     if run.engine.list_ranks_with_weights() != [0]:
         for sketch in sketches.values():
             collectives.add_up(sketch)
-    return measured, {name: sketch.cpu() for name, sketch in sketches.items()}
+    # Rank 0 alone looks at them: copies on every process would fill a node's memory.
+    return measured, {name: sketch.cpu() for name, sketch in sketches.items() if collectives.get_rank() == 0}
