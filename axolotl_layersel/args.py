@@ -38,11 +38,6 @@ class LayerselBlock(Block):
                 "layersel: the block is empty, so it would do nothing. Add `selection`, `l1ra` (`l1ra: {}` "
                 "for its defaults), or both."
             )
-        if self.selection and self.l1ra and self.l1ra.max_rank and (self.selection.max_rank or 0) > self.l1ra.max_rank:
-            raise ValueError(
-                f"layersel.selection.max_rank: {self.selection.max_rank} is more than layersel.l1ra.max_rank: "
-                f"{self.l1ra.max_rank}, for which the modules have room. Lower the one, or raise the other."
-            )
         return self
 
 
@@ -75,6 +70,10 @@ class LayerselArgs(BaseModel):
             l1ra.check_file(data, block.l1ra)
         if block.selection:
             selection.check_file(data, block.selection)
+        if block.selection and block.l1ra:
+            lora_r = as_whole(data.get("lora_r"))
+            assert lora_r is not None, "l1ra has checked it"
+            selection.check_room(block.selection.max_rank, l1ra.find_max_rank(block.l1ra, lora_r))
         return data
 
 

@@ -77,6 +77,12 @@ def get_linears(module: LoraLayer, adapter: str) -> tuple[nn.Linear, nn.Linear]:
     return down, up
 
 
+def count_component_parameters(module: LoraLayer, adapter: str) -> int:
+    """Return how many parameters one rank of a LoRA module that is linear takes."""
+    down, up = get_linears(module, adapter)
+    return down.in_features + up.out_features
+
+
 def find_layer_stack(model: PeftModel) -> LayerStack:
     """Return the language model's layers that carry LoRA; a vision or audio tower is never taken for them.
 

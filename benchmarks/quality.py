@@ -51,10 +51,8 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "gradient l1ra": {"selection": {"method": "gradient", **SCORED}, "l1ra": {"budget": "parameters"}},
     "eva": None,
 }
-COLUMNS = (
-    *("arm", "rank", "seed", "rate", "steps", "validation", "test", "parameters"),
-    *("seconds_choosing", "seconds_training", "chosen"),
-)
+FIGURES = ["validation", "test", "parameters", "seconds_choosing", "seconds_training"]
+COLUMNS = ["arm", "rank", "seed", "rate", "steps", *FIGURES, "chosen"]
 IGNORED = -100
 
 

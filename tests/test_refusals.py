@@ -79,6 +79,12 @@ REFUSALS = {
         {"init_lora_weights": "pissa"},
         leave,
     ),
+    "more rank than l1ra has room for": (
+        {"selection": {"method": "gradient", "max_rank": 9}, "l1ra": {}},
+        {},
+        {},
+        leave,
+    ),
     "no eval set": (
         {"selection": {"method": "flexora", "flexora": {"steps": 4, "val_source": "eval"}}},
         {},

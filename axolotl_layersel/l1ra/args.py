@@ -141,6 +141,11 @@ def check_ranks(data: Mapping[str, Any], settings: L1RAArgs) -> None:
     check_bounds(settings, rank)
 
 
+def find_max_rank(settings: L1RAArgs, lora_r: int) -> int:
+    """Return the highest rank that a module can reach."""
+    return settings.max_rank or 2 * lora_r
+
+
 def check_bounds(settings: L1RAArgs, lora_r: int) -> None:
     """Raise LayerselError unless ``lora_r`` lies between the lowest and the highest rank that a module can have."""
     if settings.max_rank is not None and settings.max_rank < lora_r:

@@ -1,21 +1,19 @@
 """Static shapes, dynamic ranks: modules built at the highest rank they may reach, before any engine exists."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from torch import nn
 
 from axolotl_layersel import adapters
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs, check_bounds, check_optimizer
+from axolotl_layersel.l1ra.args import L1RAArgs, check_bounds, check_optimizer, find_max_rank
 from axolotl_layersel.l1ra.schedule import check_run_length
 from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config, get_linears
-from axolotl_layersel.layouts import Factors, find_used, write_pattern
-from axolotl_layersel.resizing import check_trained_rank, resize_linear
+from axolotl_layersel.layouts import Factors, find_used
+from axolotl_layersel.resizing import check_trained_rank, describe_ranks, resize_linear
 from axolotl_layersel.run import Run
 from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps
 
@@ -61,7 +59,7 @@ def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float |
     adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
     lora_r = lora_r or run.config.r
     check_trainer(run, settings, lora_r)
-    max_rank = settings.max_rank or 2 * lora_r
+    max_rank = find_max_rank(settings, lora_r)
     return Capacity(lora_r, max_rank, grow_modules(run.model, max_rank, scaling))
 
 
@@ -106,7 +104,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
         module.scaling[adapter] /= rescale
         module.r[adapter] = max_rank
         module.lora_alpha[adapter] = module.scaling[adapter] * max_rank
-    model.peft_config[adapter] = describe_capacity(get_config(model), modules, adapter, max_rank)
+    model.peft_config[adapter] = describe_ranks(get_config(model), modules, adapter)
     return {name: list(range(len(used))) for name, used in components.items()}
 
 
@@ -144,16 +142,3 @@ def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int, c
         down, _ = get_linears(modules[name], run.adapter)
         down.weight[rank:] = 0
         capacity.slots[name] = list(range(rank))
-
-
-def describe_capacity(config: LoraConfig, modules: dict[str, LoraLayer], adapter: str, max_rank: int) -> LoraConfig:
-    """Return a configuration that describes the grown modules, so that they can be saved as they are."""
-    config = copy.copy(config)
-    alphas = {name: module.lora_alpha[adapter] for name, module in modules.items()}
-    config.r = max_rank
-    config.lora_alpha = next(iter(alphas.values()))
-    config.use_rslora = False
-    config.rank_pattern = {}
-    same = len(set(alphas.values())) == 1
-    config.alpha_pattern = {} if same else write_pattern(alphas)
-    return config

@@ -28,7 +28,7 @@ from axolotl_layersel.l1ra.schedule import (
     resolve_lambda,
 )
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, State, read_state, state_path, write_state
-from axolotl_layersel.layers import get_linears
+from axolotl_layersel.layers import count_component_parameters, get_linears
 from axolotl_layersel.randomness import draw_row
 from axolotl_layersel.run import Run
 
@@ -63,7 +63,7 @@ class RankRedistribution:
         }
         self.linears = {name: get_linears(module, run.adapter) for name, module in self.modules.items()}
         self.parameters_per_component = {
-            name: down.in_features + up.out_features for name, (down, up) in self.linears.items()
+            name: count_component_parameters(module, run.adapter) for name, module in self.modules.items()
         }
         self.gates = Gates({name: [down] for name, (down, _) in self.linears.items()}, self.max_rank, run.device)
         self.active = torch.zeros_like(self.gates.values, dtype=torch.bool)

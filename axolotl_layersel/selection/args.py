@@ -341,10 +341,8 @@ def list_methods_for(unit: str) -> str:
 def check_file(data: Mapping[str, Any], settings: SelectionArgs) -> None:
     """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.selection``."""
     check_layers_to_transform(data, settings)
-    check_rank_pattern(data, settings)
     check_initialisation(data)
-    if settings.plan is None:
-        check_new_ranks(data, settings)
+    check_new_ranks(data, settings)
     check_dataset(data, settings)
     if settings.method == "flexora" and settings.plan is None:
         flexora.check_file(data, (settings.flexora or FlexoraArgs()).resolve())
@@ -375,18 +373,24 @@ def check_new_ranks(data: Mapping[str, Any], selection: SelectionArgs) -> None:
     rank, shards = selection.resolve(run_seed=0).rank, find_shards(data)
     if rank == "same":
         return
+    if data.get("lora_rank_pattern"):
+        raise LayerselError(
+            f"lora_rank_pattern: {data['lora_rank_pattern']!r} contradicts layersel.selection.rank: {rank}, by which "
+            "the plugin decides the ranks. Remove lora_rank_pattern, or set `rank: same`."
+        )
+    if selection.plan is not None:
+        return
     check_redrawn(data.get("peft_init_lora_weights"), rank)
     if selection.method == "flexora" and shards:
         raise LayerselError(describe_sharded_ranks(rank, shards))
 
 
-def check_rank_pattern(data: Mapping[str, Any], selection: SelectionArgs) -> None:
-    """Raise LayerselError where the file gives modules ranks that the selection would give them too."""
-    rank = selection.resolve(run_seed=0).rank
-    if data.get("lora_rank_pattern") and rank != "same":
+def check_room(max_rank: int | None, room: int) -> None:
+    """Raise LayerselError where a selection may give more rank than ``layersel.l1ra`` has ``room`` for."""
+    if (max_rank or 0) > room:
         raise LayerselError(
-            f"lora_rank_pattern: {data['lora_rank_pattern']!r} contradicts layersel.selection.rank: {rank}, by which "
-            "the plugin decides the ranks. Remove lora_rank_pattern, or set `rank: same`."
+            f"layersel.selection.max_rank: {max_rank} is more than the {room} that layersel.l1ra has room for. Lower "
+            "it, or raise layersel.l1ra.max_rank."
         )
 
 

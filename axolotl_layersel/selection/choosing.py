@@ -15,7 +15,7 @@ from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection
+from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, check_room
 from axolotl_layersel.selection.calibration import Sample, fingerprint, read_samples
 from axolotl_layersel.selection.methods import Method, get_method
 from axolotl_layersel.selection.methods.flexora.records import GateHistory
@@ -58,11 +58,8 @@ class Selection:
         """
         candidates = decide_on_rank_zero(lambda: find_candidates(settings, stack))
         selection = cls(run, stack, settings, candidates, lora_r or run.config.r, room)
-        if settings.rank != "same" and room is not None and selection.highest_rank > room:
-            raise LayerselError(
-                f"layersel.selection.max_rank: {settings.max_rank} is more than the {room} that layersel.l1ra has room "
-                "for. Lower it, or raise layersel.l1ra.max_rank."
-            )
+        if room is not None:
+            check_room(settings.max_rank, room)
         if (settings.min_rank or 0) > selection.highest_rank:
             raise LayerselError(
                 f"layersel.selection.min_rank: {settings.min_rank} is more than the highest rank, "

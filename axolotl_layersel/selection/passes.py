@@ -211,6 +211,8 @@ def scoring(selection: Selection, keeps_activations: bool = False) -> Iterator[N
         for layer in stack.layers:
             recomputes = selection.method.needs_backward and not keeps_activations
             state.enter_context(run_layer_alone(run, layer, recomputes))
+            if keeps_activations:
+                state.enter_context(handle_removed(layer.register_forward_pre_hook(begin_graph, with_kwargs=True)))
         state.enter_context(precision(run.trainer))
         state.enter_context(torch.no_grad())
         yield
@@ -238,8 +240,7 @@ def begin_graph(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None]:
     """Let ``layer`` have its weights whole only while it runs; with ``backward``, run again for its gradient."""
     if not backward and not run.engine.is_streamed:
-        with handle_removed(layer.register_forward_pre_hook(begin_graph, with_kwargs=True)):
-            yield
+        yield
         return
     original, own = layer.forward, layer.__dict__.get("forward")
 

@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import get_linears
+from axolotl_layersel.layers import count_component_parameters
 from axolotl_layersel.plan import Budget
 from axolotl_layersel.selection.args import BUDGET, HIGHEST_FACTOR
 from axolotl_layersel.selection.choosing import Choice, Selection
+from axolotl_layersel.units import Unit
 
 # A score of so small a share of the largest one counts as zero: it could not get any rank.
 NEGLIGIBLE = 1e-9
@@ -27,8 +28,11 @@ def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int]
         return {}, None
     kept = set(choice.modules)
     units = [unit for unit in selection.units if kept.issuperset(unit.modules)]
-    parameters = count_parameters(selection)
-    prices = {unit.name: sum(parameters[name] for name in unit.modules) for unit in selection.units}
+    lora_modules, adapter = selection.run.lora_modules, selection.run.adapter
+    prices = {
+        unit.name: sum(count_component_parameters(lora_modules[name], adapter) for name in unit.modules)
+        for unit in selection.units
+    }
     assert settings.budget is not None, "settings as they take effect have one"
     lora = selection.lora_r * sum(prices.values())
     budget = find_budget(settings.budget, lora)
@@ -39,42 +43,28 @@ def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int]
     elif choice.gains:
         ranks = spend_by_gain({unit.name: choice.gains[unit.name] for unit in units}, costs, budget, least, most)
     else:
-        ranks = share_by_score(find_unit_scores(selection, choice), costs, budget, least, most)
-    promising = any(any(gains) for gains in choice.gains.values()) or not choice.gains
-    if not any(ranks.values()) and promising:
+        ranks = share_by_score({unit.name: get_score(choice, unit) for unit in units}, costs, budget, least, most)
+    if not any(ranks.values()):
+        if choice.gains and not any(map(any, choice.gains.values())):
+            raise LayerselError(
+                f"layersel.selection.method: {settings.method} finds no gain that is more than noise in any of the "
+                f"{len(units)} {settings.granularity}s, so no rank can be given by it. Use more `num_samples`, or "
+                "`min_rank: 1`."
+            )
         raise LayerselError(
             f"layersel.selection.budget: {budget:,} parameters do not pay for rank 1 in the {settings.granularity} "
             "with the most to gain. Raise budget."
-        )
-    if not any(ranks.values()):
-        raise LayerselError(
-            f"layersel.selection.method: {settings.method} finds no gain that is more than noise in any of the "
-            f"{len(units)} {settings.granularity}s, so no rank can be given by it. Use more `num_samples`, or "
-            "`min_rank: 1`."
         )
     spent = sum(rank * costs[unit] for unit, rank in ranks.items())
     by_module = {name: ranks[unit.name] for unit in units for name in unit.modules if ranks[unit.name]}
     return by_module, Budget(lora=lora, allowed=budget, spent=spent)
 
 
-def count_parameters(selection: Selection) -> dict[str, int]:
-    """Return how many parameters one rank of each LoRA module of the candidates takes."""
-    adapter, lora = selection.run.adapter, selection.run.lora_modules
-    names = selection.stack.list_modules(selection.candidates)
-    pairs = {name: get_linears(lora[name], adapter) for name in names}
-    return {name: down.in_features + up.out_features for name, (down, up) in pairs.items()}
-
-
-def find_unit_scores(selection: Selection, choice: Choice) -> dict[str, float]:
-    """Return the scores of the units that are kept, by their name."""
-    kept = set(choice.modules)
-    scores: dict[str, float] = {}
-    for unit in selection.units:
-        if kept.issuperset(unit.modules):
-            score = choice.module_scores[unit.modules[0]] if choice.module_scores else choice.scores[unit.layer]
-            assert score is not None, "what is kept is scored"
-            scores[unit.name] = score
-    return scores
+def get_score(choice: Choice, unit: Unit) -> float:
+    """Return the score of a unit that is kept."""
+    score = choice.module_scores[unit.modules[0]] if choice.module_scores else choice.scores[unit.layer]
+    assert score is not None, "what is kept is scored"
+    return score
 
 
 def find_budget(asked: float | str, lora: int) -> int:

@@ -1,14 +1,11 @@
 """Fisher: a layer whose weights the log-likelihood depends on is important."""
 
-import contextlib
-
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
 
-from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.calibration import Sample, cut_sample
+from axolotl_layersel.selection.backward import prepare_backward, watching_gradients
+from axolotl_layersel.selection.calibration import Sample
 from axolotl_layersel.selection.choosing import (
     Choice,
     Scores,
@@ -17,11 +14,6 @@ from axolotl_layersel.selection.choosing import (
     conclude,
     find_highest_by_layer,
 )
-from axolotl_layersel.selection.likelihood import count_tokens_at_a_time, differentiate
-from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
-
-# Tokens of the forward pass that shows how a model's head works.
-PROBED_TOKENS = 16
 
 
 def choose(selection: Selection) -> Choice:
@@ -96,63 +88,20 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample], modul
         LayerselError: if the rows have no labels of the kind that the model's logits answer.
     """
     run = selection.run
-    kind = find_kind(run.model)
-    check_labels(samples, kind, selection.method.name)
-    base, lora = run.base, run.lora_modules
-    squares = torch.zeros(len(modules), dtype=torch.float64)
+    lora, squares = run.lora_modules, torch.zeros(len(modules), dtype=torch.float64)
 
-    def watch(place: int, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
-        def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            if not output.requires_grad:
-                return
-            given = args[0].detach()
-
-            def add(gradient: torch.Tensor) -> None:
-                norm = ghost_norm(given.flatten(0, -2), gradient.flatten(0, -2))
-                squares[place] += norm.to(squares.device)
-
-            output.register_hook(add)
-
-        return module.get_base_layer().register_forward_hook(hook)
-
-    def compute_logits(sample: Sample) -> torch.Tensor:
-        return passes.call(run, passes.make_inputs(run, [sample]), logits_to_keep=0).logits[0]
+    def add(place: int, given: torch.Tensor, gradient: torch.Tensor) -> None:
+        squares[place] += ghost_norm(given.flatten(0, -2), gradient.flatten(0, -2)).to(squares.device)
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
-        (sample,) = (samples[i] for i in indices)
         squares.zero_()
-        targets = align(torch.tensor(sample.labels), kind)
-        if bool((targets != IGNORED_LABEL).any()) or run.engine.runs_in_lockstep:
-            with torch.enable_grad():
-                if kind == ROW:
-                    logits = compute_logits(sample)
-                    row_log_likelihood(logits, targets.to(logits.device), base.config.problem_type).backward()
-                else:
-                    differentiate(base, lambda: compute_logits(sample)[None], targets[None], at_a_time)
+        backward([samples[i] for i in indices])
         return [squares.clone()]
 
-    with passes.scoring(selection), contextlib.ExitStack() as hooks:
-        for place, name in enumerate(modules):
-            hooks.enter_context(passes.handle_removed(watch(place, lora[name])))
-        at_a_time = None
-        if kind != ROW and run.engine.has_weights():
-            short = cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
-            at_a_time = count_tokens_at_a_time(base, lambda: compute_logits(short))
-        return passes.over_samples(run, samples, measure, 1)
-
-
-def check_labels(samples: list[Sample], kind: str, method: str) -> None:
-    """Raise LayerselError unless all samples have labels that logits of this ``kind`` answer, for ``method``."""
-    for sample in samples:
-        labels = sample.labels
-        if kind == ROW and isinstance(labels, int | float):
-            continue
-        if isinstance(labels, list) and (kind == ROW or len(labels) == len(sample.input_ids)):
-            continue
-        what = "a label of each row" if kind == ROW else "labels of tokens"
-        raise LayerselError(
-            f"layersel.selection.method: {method} needs {what}, training row {sample.row} has none. Use cka."
-        )
+    with passes.scoring(selection):
+        backward = prepare_backward(selection, samples)
+        with watching_gradients([lora[name] for name in modules], add):
+            return passes.over_samples(run, samples, measure, 1)
 
 
 def count_weights(module: LoraLayer) -> int:

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
 
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.randomness import make_row_generator
 from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.calibration import Sample, cut_sample
+from axolotl_layersel.selection.backward import compute_logits, cut_probe, prepare_backward, watching_gradients
+from axolotl_layersel.selection.calibration import Sample
 from axolotl_layersel.selection.choosing import (
     Choice,
     Scores,
@@ -26,9 +26,6 @@ from axolotl_layersel.selection.choosing import (
     conclude,
     find_highest_by_layer,
 )
-from axolotl_layersel.selection.likelihood import count_tokens_at_a_time, differentiate
-from axolotl_layersel.selection.methods.fisher import PROBED_TOKENS, check_labels
-from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
 
 # Columns of a sketch beyond the ranks that are asked about: the last singular values of a sketch are too small.
 OVERSAMPLING = 8
@@ -101,7 +98,7 @@ def find_gains(halves: torch.Tensor) -> torch.Tensor:
 def any_routed(modules: list[LoraLayer], call: Callable[[], object]) -> bool:
     """Return whether a module, such as an expert, is given tokens in an order that no longer says whose they are.
 
-    ``call``: runs the model on two rows of ``PROBED_TOKENS`` tokens or fewer, which are as long as each other.
+    ``call``: runs the model on two rows that are as long as each other.
     """
     given: list[torch.Size] = []
     with contextlib.ExitStack() as hooks:
@@ -132,44 +129,29 @@ def measure_sketches(
     Raises:
         LayerselError: if the rows have no labels of the kind that the model's logits answer.
     """
-    run, lora, base = selection.run, selection.run.lora_modules, selection.run.base
-    kind = find_kind(run.model)
-    check_labels(samples, kind, selection.method.name)
-    sketches: dict[str, torch.Tensor] = {}
+    run, lora = selection.run, selection.run.lora_modules
+    watched = [lora[name] for name in modules]
+    sketches: list[torch.Tensor] = []
     drawn: dict[int, torch.Tensor] = {}
     tokens = 0  # of each row of a batch
     sums = torch.zeros(0)
     halves: list[torch.Tensor] = []  # of a batch: which of its rows are in each half
 
-    for name in modules:
-        inputs, outputs = lora[name].in_features, lora[name].out_features
+    for module in watched:
+        inputs, outputs = module.in_features, module.out_features
         assert inputs is not None and outputs is not None, "PEFT has made A and B by them"
         columns = min(width, inputs)
         if inputs not in drawn:
             drawn[inputs] = draw_sketch(inputs, columns, selection.settings.seed).to(run.device)
-        sketches[name] = torch.zeros(2, outputs, columns, device=run.device)
+        sketches.append(torch.zeros(2, outputs, columns, device=run.device))
 
-    def watch(place: int, name: str, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
-        def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            if not output.requires_grad:
-                return
-            given = args[0].detach()
-
-            def add(gradient: torch.Tensor) -> None:
-                gradient = split_rows(gradient, len(sums), tokens)
-                sketch = drawn[given.shape[-1]].to(gradient.device, gradient.dtype)
-                projected = split_rows(given, len(sums), tokens).to(gradient.dtype) @ sketch
-                sums[:, place] += gradient.flatten(1).float().sum(dim=1).to(sums.device)
-                for half, chosen in zip(sketches[name], halves):
-                    left, right = gradient[chosen].flatten(0, -2), projected[chosen].flatten(0, -2)
-                    half += (left.T @ right).to(half.device)
-
-            output.register_hook(add)
-
-        return module.get_base_layer().register_forward_hook(hook)
-
-    def compute_logits(batch: list[Sample]) -> torch.Tensor:
-        return passes.call(run, passes.make_inputs(run, batch), logits_to_keep=0).logits
+    def add(place: int, given: torch.Tensor, gradient: torch.Tensor) -> None:
+        given, gradient = (split_rows(values, len(sums), tokens) for values in (given, gradient))
+        projected = given.to(gradient.dtype) @ drawn[given.shape[-1]].to(gradient.device, gradient.dtype)
+        sums[:, place] += gradient.flatten(1).float().sum(dim=1).to(sums.device)
+        for half, chosen in zip(sketches[place], halves):
+            left, right = gradient[chosen].flatten(0, -2), projected[chosen].flatten(0, -2)
+            half += (left.T @ right).to(half.device)
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
         nonlocal sums, tokens
@@ -180,37 +162,22 @@ def measure_sketches(
             torch.tensor([row for row, i in enumerate(indices) if i in share and i % 2 == parity], dtype=torch.int64)
             for parity in (0, 1)
         ]
-        with torch.enable_grad():
-            if kind == ROW:
-                logits = compute_logits(batch)
-                labels = [align(torch.tensor(sample.labels), kind).to(logits.device) for sample in batch]
-                kinds = base.config.problem_type
-                likelihoods = [row_log_likelihood(row, label, kinds) for row, label in zip(logits, labels)]
-                torch.stack(likelihoods).sum().backward()
-            else:
-                targets = nn.utils.rnn.pad_sequence(
-                    [align(torch.tensor(sample.labels), kind) for sample in batch], True, IGNORED_LABEL
-                )
-                differentiate(base, lambda: compute_logits(batch), targets, at_a_time)
+        backward(batch)
         return [row.clone() for row in sums]
 
     share = passes.find_share(run, len(samples))
-    keeps_activations = not run.trainer.args.gradient_checkpointing
-    with passes.scoring(selection, keeps_activations), contextlib.ExitStack() as hooks:
-        at_a_time, size = None, passes.count_fitting(run, samples, with_graph=True)
-        if run.engine.has_weights():
-            short = cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
-            if kind != ROW:
-                at_a_time = count_tokens_at_a_time(base, lambda: compute_logits([short])[0])
-            if any_routed([lora[name] for name in modules], lambda: compute_logits([short, short])):
-                size = 1
-        for place, name in enumerate(modules):
-            hooks.enter_context(passes.handle_removed(watch(place, name, lora[name])))
+    with passes.scoring(selection, keeps_activations=not run.trainer.args.gradient_checkpointing):
+        backward = prepare_backward(selection, samples)
+        size = passes.count_fitting(run, samples, with_graph=True)
+        if run.engine.has_weights() and any_routed(watched, lambda: compute_logits(run, [cut_probe(samples)] * 2)):
+            size = 1
         # Rank 0 has weights on every engine. All make as many passes, whatever they have seen of the model.
         size = collectives.decide_on_rank_zero(lambda: size)
-        measured = passes.over_samples(run, samples, measure, size)
+        with watching_gradients(watched, add):
+            measured = passes.over_samples(run, samples, measure, size)
     if run.engine.list_ranks_with_weights() != [0]:
-        for sketch in sketches.values():
+        for sketch in sketches:
             collectives.add_up(sketch)
     # Rank 0 alone looks at them: copies on every process would fill a node's memory.
-    return measured, {name: sketch.cpu() for name, sketch in sketches.items() if collectives.get_rank() == 0}
+    kept = {name: sketch.cpu() for name, sketch in zip(modules, sketches) if collectives.get_rank() == 0}
+    return measured, kept

@@ -1,0 +1,98 @@
+"""Backward passes of the rows' log-likelihood, and the gradients that arrive at the weights under LoRA on the way."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection import passes
+from axolotl_layersel.selection.calibration import Sample, cut_sample
+from axolotl_layersel.selection.choosing import Selection
+from axolotl_layersel.selection.likelihood import count_tokens_at_a_time, differentiate
+from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
+
+# Tokens of a forward pass that shows how a model works.
+PROBED_TOKENS = 16
+# What a module was given, and the gradient by what it returned, both in its own shape, (..., width).
+Look = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+@contextlib.contextmanager
+def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[None]:
+    """Call ``look(place, given, gradient)`` in every backward pass through the base layer of each of ``modules``."""
+
+    def watch(place: int, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
+        def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            if output.requires_grad:
+                given = args[0].detach()
+                output.register_hook(lambda gradient: look(place, given, gradient))
+
+        return module.get_base_layer().register_forward_hook(hook)
+
+    with contextlib.ExitStack() as hooks:
+        for place, module in enumerate(modules):
+            hooks.enter_context(passes.handle_removed(watch(place, module)))
+        yield
+
+
+def compute_logits(run: Run, batch: list[Sample]) -> torch.Tensor:
+    """Return the logits of ``batch``: (rows, tokens, vocabulary), or (rows, outputs)."""
+    return passes.call(run, passes.make_inputs(run, batch), logits_to_keep=0).logits
+
+
+def cut_probe(samples: list[Sample]) -> Sample:
+    """Return the beginning of the longest sample, on which a model is tried out."""
+    return cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
+
+
+def prepare_backward(selection: Selection, samples: list[Sample]) -> Callable[[list[Sample]], None]:
+    """Return what sends the gradient of a batch's summed log-likelihood through the model, see ``likelihood``.
+
+    Call it, and what it returns, within ``passes.scoring``. ``samples``: those that batches are made of.
+
+    Raises:
+        LayerselError: if the rows have no labels of the kind that the model's logits answer.
+    """
+    run = selection.run
+    kind, at_a_time = find_kind(run.model), None
+    check_labels(samples, kind, selection.method.name)
+    if kind != ROW and run.engine.has_weights():
+        probe = [cut_probe(samples)]
+        at_a_time = count_tokens_at_a_time(run.base, lambda: compute_logits(run, probe)[0])
+
+    def backward_rows(batch: list[Sample]) -> None:
+        logits, problem_type = compute_logits(run, batch), run.base.config.problem_type
+        labels = [align(torch.tensor(sample.labels), kind).to(logits.device) for sample in batch]
+        pairs = zip(logits, labels)
+        torch.stack([row_log_likelihood(row, label, problem_type) for row, label in pairs]).sum().backward()
+
+    def backward_tokens(batch: list[Sample]) -> None:
+        targets = [align(torch.tensor(sample.labels), kind) for sample in batch]
+        padded = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED_LABEL)
+        # Where a pass communicates, ranks make it together.
+        if bool((padded != IGNORED_LABEL).any()) or run.engine.runs_in_lockstep:
+            differentiate(run.base, lambda: compute_logits(run, batch), padded, at_a_time)
+
+    def backward(batch: list[Sample]) -> None:
+        with torch.enable_grad():
+            (backward_rows if kind == ROW else backward_tokens)(batch)
+
+    return backward
+
+
+def check_labels(samples: list[Sample], kind: str, method: str) -> None:
+    """Raise LayerselError unless all samples have labels that logits of this ``kind`` answer, for ``method``."""
+    for sample in samples:
+        labels = sample.labels
+        if kind == ROW and isinstance(labels, int | float):
+            continue
+        if isinstance(labels, list) and (kind == ROW or len(labels) == len(sample.input_ids)):
+            continue
+        what = "a label of each row" if kind == ROW else "labels of tokens"
+        raise LayerselError(
+            f"layersel.selection.method: {method} needs {what}, training row {sample.row} has none. Use cka."
+        )
