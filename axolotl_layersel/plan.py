@@ -80,8 +80,9 @@ class Plan(BaseModel):
     budget: Budget | None = Field(default=None, description="where ranks were given by one")
     settings: dict[str, Any] = Field(description="the selection block that produced this plan")
     seed: int
-    module_scores: dict[str, float] = Field(
-        default_factory=dict, description="importance of the unit of every LoRA module, where those are not layers"
+    module_scores: dict[str, float | None] = Field(
+        default_factory=dict,
+        description="importance of the unit of every LoRA module, null where it has none, where units are not layers",
     )
     stability: Stability | None = Field(default=None, description="with `axolotl-layersel plan --repeat`")
     calibration_rows: list[int] = Field(

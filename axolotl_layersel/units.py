@@ -23,11 +23,13 @@ class Unit:
         name: no other unit's.
         layer: the layer that they are in.
         modules: their names in the base model.
+        parts: the direct parts of the layer that its branch consists of, of a unit that is one.
     """
 
     name: str
     layer: int
     modules: list[str]
+    parts: tuple[str, ...] = ()
 
 
 def find_layers(stack: LayerStack, layer: int) -> list[Unit]:
@@ -50,7 +52,7 @@ def find_groups(stack: LayerStack, layer: int) -> list[Unit]:
         carrying = [part for part, names in inside.items() if names]
         if carrying:
             modules = [name for part in carrying for name in inside[part]]
-            units.append(Unit(f"{prefix}{carrying[0]}", layer, modules))
+            units.append(Unit(f"{prefix}{carrying[0]}", layer, modules, tuple(parts)))
     return units
 
 
@@ -62,23 +64,32 @@ def find_modules(stack: LayerStack, layer: int) -> list[Unit]:
 def split_branches(layer: nn.Module) -> list[list[str]]:
     """Return the parts of a layer, by name and in their order, in groups that belong to one branch.
 
-    A part ends a branch where its last linear module gives back the width that the branch's first one was given. The
-    attention and the MLP of most models are parts of their own. In BERT and OPT, for two, the MLP is made of two parts:
-    the first one widens, and the second one gives the width back.
+    A branch is complete where a width that one of its linear modules takes is returned by another, or by the same one.
+    Modules are listed as they are defined, not as they run, so the order of the two says nothing. The attention and the
+    MLP of most models are parts of their own. In BERT and OPT, for two, the MLP is made of two parts: the first one
+    widens, and the second one gives the width back. A part of several modules none of which is linear, such as routed
+    experts, is a branch too; a norm is a single module.
     """
     branches: list[list[str]] = []
-    given: int | None = None
+    given: set[int] = set()
+    returned: set[int] = set()
     for name, part in layer.named_children():
         widths = list_widths(part)
-        if not widths:
+        if not can_be_branch(part):
             continue
-        if given is None:
+        if not given:
             branches.append([])
-            given = widths[0][0]
         branches[-1].append(name)
-        if widths[-1][1] == given:
-            given = None
+        given |= {inputs for inputs, _ in widths}
+        returned |= {outputs for _, outputs in widths}
+        if given & returned or not given:
+            given, returned = set(), set()
     return branches
+
+
+def can_be_branch(part: nn.Module) -> bool:
+    """Return whether a part of a layer computes more than a norm, an activation or a dropout does."""
+    return bool(list_widths(part)) or next(part.children(), None) is not None
 
 
 def list_widths(part: nn.Module) -> list[tuple[int, int]]:

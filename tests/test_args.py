@@ -35,7 +35,7 @@ def check(search: dict | None = None, **values) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "flexora", "keep": "positive", "ratio": 0.5}, "keep: positive and ratio: 0.5 both say how many"),
+        ({"method": "flexora", "keep": "positive", "ratio": 0.5}, "keep: positive and ratio: 0.5 both say how much"),
         ({"method": "cka", "keep": "positive"}, "selection.keep: positive has no effect with method cka"),
         ({"method": "cka", "flexora": {"steps": 3}}, "selection.flexora: the block has no effect with method cka"),
         ({"method": "flexora", "num_samples": 9}, "selection.num_samples: 9 has no effect with method flexora"),
@@ -64,12 +64,18 @@ def check(search: dict | None = None, **values) -> None:
         ({"method": "flexora", "keep": "negative"}, "selection.keep: 'negative' is not known"),
         (
             {"method": "flexora", "num_layers": 2, "granularity": "module"},
-            "num_layers: 2 counts layers, but granularity: module chooses modules",
+            "num_layers: 2 counts layers, but granularity: module chooses modules. Use `num_units`",
         ),
         ({"method": "flexora", "granularity": "modul"}, "granularity: 'modul' is not known: did you mean"),
         (
             {"method": "cka", "granularity": "module"},
-            "granularity: 'module' is not for method cka, which chooses among layers. Use fisher, gradient, flexora",
+            "granularity: 'module' is not for method cka, which chooses among layers or groups. Use fisher, gradient, ",
+        ),
+        ({"method": "fisher", "num_units": 2}, "num_units: 2 is for granularity group and module"),
+        ({"method": "cosine", "granularity": "group", "num_units": 0}, "num_units: 0 keeps no unit"),
+        (
+            {"method": "cosine", "granularity": "group", "num_units": 2, "ratio": 0.5},
+            "ratio: 0.5 and num_units: 2 both say how much is kept",
         ),
         ({"method": "random", "rank": "score"}, "rank: 'score' needs scores, and method random gives none"),
         ({"method": "cka", "rank": "most"}, "rank: 'most' is not known"),

@@ -36,7 +36,7 @@ BEFORE_THE_MODEL = {
     "ratio above one": (selection(ratio=1.5), "layersel.selection.ratio: 1.5 is outside (0, 1]"),
     "two sizes": (
         selection(ratio=0.5, num_layers=3),
-        "layersel.selection: ratio: 0.5 and num_layers: 3 both say how many layers are kept. Keep one of them.",
+        "layersel.selection: ratio: 0.5 and num_layers: 3 both say how much is kept. Keep one of them.",
     ),
     "no layer": (selection(num_layers=0), "layersel.selection.num_layers: 0 keeps no layer"),
     "explicit without layers": (selection(method="explicit"), "layersel.selection.layers is missing"),

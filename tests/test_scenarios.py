@@ -79,6 +79,15 @@ def test_every_score_is_the_same_on_one_process_and_on_sharded_weights(make_plan
     assert len(set(scores(alone))) == 8
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-full", "fsdp2-sharded"])
+def test_branches_score_the_same_on_one_process_and_on_sharded_weights(make_plan, engine):
+    alone = make_plan(**selection("cka", granularity="group"))
+    together = make_plan(engine, **selection("cka", granularity="group"))
+    assert together["module_scores"] == pytest.approx(alone["module_scores"], rel=1e-5)
+    assert together["modules"] == alone["modules"]
+    assert len(set(alone["module_scores"].values())) == 16
+
+
 def test_qlora_with_packing_accumulation_and_a_regex_trains_and_loads(train, base_model, tmp_path):
     run = train(
         **PACKED_QLORA,

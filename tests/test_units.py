@@ -10,18 +10,25 @@ from axolotl_layersel.units import UNITS, find_units
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_opt():
+def make_opt(**settings):
     from transformers import OPTConfig, OPTForCausalLM
 
     size = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
-    return OPTForCausalLM(OPTConfig(vocab_size=97, num_hidden_layers=3, **size))
+    return OPTForCausalLM(OPTConfig(vocab_size=97, num_hidden_layers=3, **size, **settings))
 
 
-def make_gpt_neox():
+def make_gpt_neox(**settings):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
-    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=97, **size))
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=97, **size, **settings))
+
+
+def make_phi3():
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    return Phi3ForCausalLM(Phi3Config(vocab_size=97, pad_token_id=0, **size))
 
 
 BRANCHES = {
@@ -41,6 +48,11 @@ BRANCHES = {
     ),
     "opt": (make_opt, ["q_proj", "out_proj", "fc1", "fc2"], {"self_attn": 2, "fc1": 2}),
     "mixtral": (make_mixtral, ["q_proj", "o_proj"], {"self_attn": 2}),
+    "phi-3, whose last module runs first": (
+        make_phi3,
+        ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+        {"self_attn": 2, "mlp": 2},
+    ),
 }
 
 

@@ -58,6 +58,9 @@ class SelectionArgs(Block):
         "unless `num_layers` or `layers` is given; with flexora see `keep`.",
     )
     num_layers: int | None = Field(default=None, description="Number of layers kept, instead of `ratio`.")
+    num_units: int | None = Field(
+        default=None, description="With `granularity: group` or `module`: number of them kept, instead of `ratio`."
+    )
     layers: list[int] | None = Field(default=None, description="With `method: explicit`: the layers kept, from 0.")
     granularity: str | None = Field(
         default=None,
@@ -173,11 +176,12 @@ class SelectionArgs(Block):
             raise ValueError(f"{cls.path}.ratio: {value} is outside (0, 1]. Set the share to keep, such as 0.5.")
         return value
 
-    @field_validator("num_layers")
+    @field_validator("num_layers", "num_units")
     @classmethod
-    def check_num_layers(cls, value: int | None) -> int | None:
+    def check_number(cls, value: int | None, info: Any) -> int | None:
         if value is not None and value < 1:
-            raise ValueError(f"{cls.path}.num_layers: {value} keeps no layer. Set 1 or more.")
+            what = {"num_layers": "layer", "num_units": "unit"}[info.field_name]
+            raise ValueError(f"{cls.path}.{info.field_name}: {value} keeps no {what}. Set 1 or more.")
         return value
 
     @field_validator("seed")
@@ -223,10 +227,12 @@ class SelectionArgs(Block):
                 f"{self.path}.num_samples: {self.num_samples} is too few to compare rows by {self.method}. "
                 f"Set {method.fewest_samples} or more."
             )
-        given = [key for key in ("keep", "ratio", "num_layers", "layers") if getattr(self, key) is not None]
+        given = [
+            key for key in ("keep", "ratio", "num_layers", "num_units", "layers") if getattr(self, key) is not None
+        ]
         if len(given) > 1:
             shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
-            raise ValueError(f"{self.path}: {shown} both say how many layers are kept. Keep one of them.")
+            raise ValueError(f"{self.path}: {shown} both say how much is kept. Keep one of them.")
         if self.flexora is not None and self.flexora.gate_lr == 0 and self.ratio != 1:
             raise ValueError(
                 f"{FlexoraArgs.path}.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by. Set it "
@@ -259,7 +265,12 @@ class SelectionArgs(Block):
         if granularity != "layer" and self.num_layers is not None:
             raise ValueError(
                 f"{self.path}.num_layers: {self.num_layers} counts layers, but granularity: {granularity} chooses "
-                f"{granularity}s. Use `ratio`, the share of them, or `granularity: layer`."
+                f"{granularity}s. Use `num_units`, or `granularity: layer`."
+            )
+        if granularity == "layer" and self.num_units is not None:
+            raise ValueError(
+                f"{self.path}.num_units: {self.num_units} is for granularity group and module; layers are counted by "
+                "`num_layers`."
             )
 
     def check_ranks(self, method: Method) -> None:
@@ -282,7 +293,7 @@ class SelectionArgs(Block):
         """Return the settings as they take effect; ``run_seed``: the seed where the block gives none."""
         method = get_method(self.method)
         ratio, keep, rank = self.ratio, self.keep, self.rank or method.rank
-        if ratio is None and keep is None and self.num_layers is None and self.layers is None:
+        if not any((ratio, keep, self.num_layers, self.num_units, self.layers)):
             if rank == "score":
                 ratio = 1.0  # the scores themselves say what gets no rank
             elif "keep" in method.keys:
@@ -293,6 +304,7 @@ class SelectionArgs(Block):
             method=self.method,
             ratio=ratio,
             num_layers=self.num_layers,
+            num_units=self.num_units,
             layers=None if self.layers is None else sorted(self.layers),
             granularity=self.granularity or method.units[0],
             rank=rank,
@@ -317,6 +329,7 @@ class ResolvedSelection:
     method: str
     ratio: float | None
     num_layers: int | None
+    num_units: int | None
     layers: list[int] | None
     granularity: str
     rank: str

@@ -113,7 +113,7 @@ class Choice:
     modules: list[str]
     scores: list[float | None]
     unscored: dict[int, str] = field(default_factory=dict)
-    module_scores: dict[str, float] = field(default_factory=dict)
+    module_scores: dict[str, float | None] = field(default_factory=dict)
     gains: dict[str, list[float]] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
@@ -129,14 +129,14 @@ class Scores:
         values: importance of every layer, None where it has none.
         unscored: why a layer has no score, by layer.
         left_out: rows of the samples that could not be compared with the others.
-        units: importance of every unit by its name, where they are others than layers.
+        units: importance of every unit by its name, None where it has none, where they are others than layers.
         gains: what the 1st, 2nd, … rank of every unit would gain, by its name, where the method knows.
     """
 
     values: list[float | None]
     unscored: dict[int, str] = field(default_factory=dict)
     left_out: list[int] = field(default_factory=list)
-    units: dict[str, float] = field(default_factory=dict)
+    units: Mapping[str, float | None] = field(default_factory=dict)
     gains: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -174,17 +174,18 @@ def choose_units(selection: Selection, scores: Scores, keep: int) -> list[Unit]:
     """
     units, method, candidates = selection.units, selection.method, selection.candidates
     if scores.units:
-        values: list[float | None] = [scores.units[unit.name] for unit in units]
-        return [units[i] for i in choose_highest(values, {}, list(range(len(units))), keep, method)]
+        values, what = [scores.units[unit.name] for unit in units], selection.settings.granularity
+        return [units[i] for i in choose_highest(values, scores.unscored, list(range(len(units))), keep, method, what)]
     layers = set(choose_highest(scores.values, scores.unscored, candidates, keep, method))
     return [unit for unit in units if unit.layer in layers]
 
 
-def find_highest_by_layer(selection: Selection, scores: Mapping[str, float]) -> list[float | None]:
+def find_highest_by_layer(selection: Selection, scores: Mapping[str, float | None]) -> list[float | None]:
     """Return the highest score of each layer's units, None where it has none."""
     highest: list[float | None] = [None] * len(selection.stack.layers)
     for layer in selection.candidates:
-        highest[layer] = max(scores[unit.name] for unit in selection.units if unit.layer == layer)
+        found = [scores[unit.name] for unit in selection.units if unit.layer == layer]
+        highest[layer] = max((score for score in found if score is not None), default=None)
     return highest
 
 
@@ -217,46 +218,59 @@ def count_kept(settings: ResolvedSelection, candidates: int, what: str = "layers
     Raises:
         LayerselError: if that is none, or more than there are.
     """
-    if settings.num_layers is not None:
-        if settings.num_layers > candidates:
+    key, number = ("num_layers", settings.num_layers) if what == "layers" else ("num_units", settings.num_units)
+    if number is not None:
+        if number > candidates:
             raise LayerselError(
-                f"layersel.selection.num_layers: {settings.num_layers} is more than the {candidates} layers that can "
-                f"be chosen. Set it to at most {candidates}."
+                f"layersel.selection.{key}: {number} is more than the {candidates} {what} that can be chosen. Set it "
+                f"to at most {candidates}."
             )
-        return settings.num_layers
+        return number
     ratio = settings.ratio
     assert ratio is not None, "settings as they take effect say how much is kept"
     keep = math.floor(ratio * candidates + 1e-9)
     if keep == 0:
-        way_out = ", or `num_layers: 1`" if what == "layers" else ""
         raise LayerselError(
             f"layersel.selection.ratio: {ratio} of {candidates} {what} keeps none. Set at least "
-            f"{1 / candidates:.3f}{way_out}."
+            f"{1 / candidates:.3f}, or `{key}: 1`."
         )
     return keep
 
 
 def choose_highest(
-    scores: list[float | None], unscored: dict[int, str], candidates: list[int], keep: int, method: Method
+    scores: list[float | None],
+    unscored: dict[int, str],
+    candidates: list[int],
+    keep: int,
+    method: Method,
+    what: str = "layer",
 ) -> list[int]:
-    """Return the ``keep`` candidates of the highest scores, ascending; ties go to the lower layer.
+    """Return the ``keep`` candidates of the highest scores, ascending; ties go to the lower one.
+
+    Args:
+        scores: of every unit, None where it has none.
+        unscored: why one has none, by its layer.
+        candidates: positions in ``scores`` that may be chosen.
+        keep: how many are.
+        method: that made the scores.
+        what: the kind of unit, for messages.
 
     Raises:
         LayerselError: if too few are scored, or all scores are equal.
     """
-    scored = {layer: score for layer in candidates if (score := scores[layer]) is not None}
+    scored = {place: score for place in candidates if (score := scores[place]) is not None}
     if len(scored) < keep:
         reasons = "; ".join(f"layer {layer}: {reason}" for layer, reason in sorted(unscored.items()))
         raise LayerselError(
-            f"layersel.selection.method: {method.name} could score only {len(scored)} of {len(candidates)} layers, "
+            f"layersel.selection.method: {method.name} could score only {len(scored)} of {len(candidates)} {what}s, "
             f"{keep} are to be kept ({reasons}). {method.way_out}"
         )
     if keep < len(scored) and len(set(scored.values())) == 1:
         raise LayerselError(
-            f"layersel.selection.method: {method.name} gives every layer the score {next(iter(scored.values()))}, so "
+            f"layersel.selection.method: {method.name} gives every {what} the score {next(iter(scored.values()))}, so "
             f"there is nothing to choose by. Use other data, {method.more_evidence}, or another method."
         )
-    return sorted(sorted(scored, key=lambda layer: (-scored[layer], layer))[:keep])
+    return sorted(sorted(scored, key=lambda place: (-scored[place], place))[:keep])
 
 
 def find_mean_overlap(choices: list[Collection]) -> float:

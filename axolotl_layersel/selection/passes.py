@@ -21,8 +21,9 @@ from axolotl_layersel.interrupt import stop_if_signalled
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.randomness import keep_random_state
 from axolotl_layersel.run import Run
+from axolotl_layersel.selection.branches import watch_branches
 from axolotl_layersel.selection.calibration import Sample, collate
-from axolotl_layersel.selection.choosing import Scores, Selection, conclude
+from axolotl_layersel.selection.choosing import Scores, Selection, conclude, find_highest_by_layer
 
 # Tokens of a forward pass that gathers or copies each layer's weights: at 70B the activations of one layer
 # take some 5 GB, and the copy is hidden behind enough work.
@@ -33,40 +34,42 @@ Comparison = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def score_by_tokens(selection: Selection, samples: list[Sample], compare: Comparison) -> Scores:
-    """Return each layer's mean of ``compare`` over all tokens of all samples; every rank must call this."""
+    """Return the mean of ``compare`` over all tokens of all samples, for each layer and for each unit.
+
+    Every rank must call this.
+    """
     sums = measure_token_sums(selection, samples, compare)
     tokens = torch.tensor([len(sample.input_ids) for sample in samples])
-    return conclude(sums, name_places(selection), samples, lambda sums: Scores(list(average_over_tokens(sums, tokens))))
+
+    def score(sums: torch.Tensor) -> Scores:
+        return arrange_scores(selection, list(average_over_tokens(sums, tokens)))
+
+    return conclude(sums, name_places(selection), samples, score)
 
 
 def average_over_tokens(sums: torch.Tensor, tokens: torch.Tensor) -> list[float]:
-    """Return each layer's mean over all tokens of all samples.
+    """Return each place's mean over all tokens of all samples.
 
     Args:
-        sums: (samples, layers), over each sample's tokens.
+        sums: (samples, places), over each sample's tokens.
         tokens: (samples,), how many tokens each sample has.
     """
     return (sums.sum(dim=0) / tokens.sum()).tolist()
 
 
 def measure_token_sums(selection: Selection, samples: list[Sample], compare: Comparison) -> torch.Tensor | None:
-    """Return the sum of ``compare`` over each sample's tokens: (samples, layers), float64."""
-    run, stack = selection.run, selection.stack
+    """Return the sum of ``compare`` over each sample's tokens: (samples, places), float64."""
+    run, places = selection.run, len(name_places(selection))
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
         inputs = make_inputs(run, [samples[i] for i in indices])
-        given: dict[int, torch.Tensor] = {}
-        sums = torch.zeros(len(indices), len(stack.layers), dtype=torch.float64)
+        sums = torch.zeros(len(indices), places, dtype=torch.float64)
 
-        def before(layer: int, args: tuple, kwargs: dict) -> None:
-            given[layer] = get_hidden(args, kwargs)
+        def record(place: int, before: torch.Tensor, after: torch.Tensor) -> None:
+            mask = inputs["attention_mask"].to(before.device)
+            sums[:, place] = compare(before, after.to(before.device), mask).cpu()
 
-        def after(layer: int, output: object) -> None:
-            hidden = given.pop(layer)
-            mask = inputs["attention_mask"].to(hidden.device)
-            sums[:, layer] = compare(hidden, get_output(output).to(hidden.device), mask).cpu()
-
-        with hook_layers(stack, before, after):
+        with watch_places(selection, record):
             call(run, inputs)
         return [row.clone() for row in sums]
 
@@ -75,8 +78,48 @@ def measure_token_sums(selection: Selection, samples: list[Sample], compare: Com
 
 
 def name_places(selection: Selection) -> list[str]:
-    """Return what the layers are called in messages."""
-    return [f"layer {layer}" for layer in range(len(selection.stack.layers))]
+    """Return what is measured, as messages call it: every layer, or every unit where units are others."""
+    if selection.settings.granularity == "layer":
+        return [f"layer {layer}" for layer in range(len(selection.stack.layers))]
+    return [unit.name for unit in selection.units]
+
+
+def arrange_scores(selection: Selection, values: list[float | None], unscored: dict[int, str] | None = None) -> Scores:
+    """Return the scores of every place as those of layers, or of units where they are others.
+
+    ``unscored``: why a place has none, by place.
+    """
+    reasons = unscored or {}
+    if selection.settings.granularity == "layer":
+        return Scores(values, reasons)
+    units = {unit.name: value for unit, value in zip(selection.units, values)}
+    by_layer = {selection.units[place].layer: f"{selection.units[place].name}: {why}" for place, why in reasons.items()}
+    return Scores(find_highest_by_layer(selection, units), by_layer, units=units)
+
+
+@contextlib.contextmanager
+def watch_places(selection: Selection, record: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Call ``record(place, before, after)`` with the hidden states around every place of ``name_places``.
+
+    They are (samples, tokens, width), and the last ones lie before any final norm.
+    """
+    stack, given = selection.stack, dict[int, torch.Tensor]()
+
+    def before(layer: int, args: tuple, kwargs: dict) -> None:
+        given[layer] = get_hidden(args, kwargs)
+
+    with contextlib.ExitStack() as watching:
+        if selection.settings.granularity == "layer":
+            watching.enter_context(
+                hook_layers(stack, before, lambda layer, output: record(layer, given.pop(layer), get_output(output)))
+            )
+        else:
+            places: dict[int, dict[tuple[str, ...], int]] = {}
+            for place, unit in enumerate(selection.units):
+                places.setdefault(unit.layer, {})[unit.parts] = place
+            for layer, by_parts in places.items():
+                watching.enter_context(watch_branches(stack.layers[layer], by_parts, record))
+        yield
 
 
 def find_share(run: Run, samples: int) -> range:

@@ -29,7 +29,7 @@ def make_table(plan: Plan, bar: str) -> Table:
         table.add_column("rank", justify="right", overflow="fold")
     highest = max((choice.score for choice in plan.layers if choice.score is not None), default=0.0)
     for choice in plan.layers:
-        score = "-" if choice.score is None else f"{choice.score:.4g}"
+        score = format_score(choice.score, 4)
         share = 0.0 if choice.score is None or highest <= 0 else max(choice.score, 0.0) / highest
         drawn = bar * round(share * BAR_WIDTH)
         style = "bold" if choice.selected else "dim"
@@ -39,6 +39,11 @@ def make_table(plan: Plan, bar: str) -> Table:
             cells.append("-".join(map(str, sorted({min(inside), max(inside)}))) if inside else "")
         table.add_row(*cells, style=style)
     return table
+
+
+def format_score(score: float | None, digits: int) -> str:
+    """Return a score as it is printed, a dash where there is none."""
+    return "-" if score is None else f"{score:.{digits}g}"
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -93,7 +98,10 @@ def make_module_table(plan: Plan) -> Table:
     marks = {name: str(plan.ranks.get(name, "*")) for name in plan.modules}
     width = max(map(len, marks.values()))
     for layer, row in layers.items():
-        cells = {kind: f"{plan.module_scores[name]:.3g} {marks.get(name, ''):>{width}}" for kind, name in row.items()}
+        cells = {
+            kind: f"{format_score(plan.module_scores[name], 3)} {marks.get(name, ''):>{width}}"
+            for kind, name in row.items()
+        }
         table.add_row(cell(layer), *(cells.get(kind, "") for kind in kinds))
     return table
 

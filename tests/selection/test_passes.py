@@ -68,7 +68,7 @@ def test_padded_and_unpadded_batches_give_the_same_scores(model, tmp_path):
         trainer = make_trainer(model, tmp_path, per_device_train_batch_size=size)
         samples = read(trainer)
         states = cka.measure_token_states(make_selection(trainer), *place_token(samples, "auto"))
-        scores.append(cka.score_layers(states)[0])
+        scores.append(cka.score_pairs(states, [(i, i + 1) for i in range(6)])[0])
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 

@@ -139,6 +139,11 @@ def test_a_token_that_nearly_all_rows_share_is_warned_of(tmp_path, caplog, token
         ({"candidates": [0, 17]}, r"candidates: \[17\] are out of range"),
         ({"num_samples": 128}, r"num_samples: 128 is more than the 24 rows"),
         ({"num_layers": 7}, r"num_layers: 7 is more than the 6 layers"),
+        ({"num_units": 13, "granularity": "group"}, r"num_units: 13 is more than the 12 groups"),
+        (
+            {"token": "last", "num_units": 12, "granularity": "group"},
+            r"could score only 11 of 12 groups.*layer 0: model.layers.0.self_attn: its input is the same",
+        ),
         ({"ratio": 0.1}, r"ratio: 0.1 of 6 layers keeps none.*at least 0.167"),
         ({"token": "last", "num_layers": 6}, r"could score only 5 of 6 layers.*layer 0: its input is the same"),
     ],

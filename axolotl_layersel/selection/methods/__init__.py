@@ -78,6 +78,7 @@ METHODS = {
             "1, in a new order. (1 minus the linear CKA of its input and output.) One forward pass per row.",
             "cka",
             keys=("num_samples", "seed", "token"),
+            units=("layer", "group"),
             fewest_samples=3,  # the CKA of two rows is always 1
             way_out="Use `token: auto` or `mean`, or keep fewer layers.",
         ),
@@ -86,12 +87,14 @@ METHODS = {
             "How far the layer turns the hidden state of a token, averaged over all tokens: 0, not at all; 1, "
             "to a right angle. One forward pass per row.",
             "cosine",
+            units=("layer", "group"),
         ),
         Method(
             "relative",
             "How much the layer adds to the hidden state of a token, for its size, averaged over all tokens: 0, "
             "nothing; 1, as much as there was. One forward pass per row.",
             "relative",
+            units=("layer", "group"),
         ),
         Method(
             "fisher",

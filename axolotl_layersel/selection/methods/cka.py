@@ -1,5 +1,7 @@
 """CKA: a layer that changes its input's geometry much is important (Layer-wise LoRA, arXiv 2602.05988)."""
 
+import contextlib
+import dataclasses
 import logging
 
 import torch
@@ -23,7 +25,10 @@ def choose(selection: Selection) -> Choice:
 
 
 def score(selection: Selection, samples: list[Sample]) -> Scores:
-    """Return 1 − CKA of each layer's input and output at one token of each sample; every rank must call this."""
+    """Return 1 − CKA of each layer's or branch's input and output at one token of each sample.
+
+    Every rank must call this.
+    """
     token = selection.settings.token
     assert token is not None, "CKA has a token"
     compared, positions = place_token(samples, token)
@@ -32,8 +37,15 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
     if collectives.get_rank() == 0:
         report_token(compared, positions, left_out, token)
     states = measure_token_states(selection, compared, positions)
-    places = ["the embeddings", *passes.name_places(selection)]
-    return conclude(states, places, compared, lambda states: Scores(*score_layers(states), left_out))
+    places = range(len(passes.name_places(selection)))
+    layers = selection.settings.granularity == "layer"
+    pairs = [(place, place + 1) if layers else (2 * place, 2 * place + 1) for place in places]
+
+    def score_states(states: torch.Tensor) -> Scores:
+        found = passes.arrange_scores(selection, *score_pairs(states, pairs))
+        return dataclasses.replace(found, left_out=left_out)
+
+    return conclude(states, name_states(selection), compared, score_states)
 
 
 def centre(representations: torch.Tensor) -> torch.Tensor:
@@ -71,64 +83,91 @@ def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
-def score_layers(states: torch.Tensor) -> tuple[list[float | None], dict[int, str]]:
-    """Return the importance 1 − CKA(R_{i−1}, R_i) of each layer, and why a layer has none.
+def score_pairs(states: torch.Tensor, pairs: list[tuple[int, int]]) -> tuple[list[float | None], dict[int, str]]:
+    """Return the importance 1 − CKA(before, after) of each pair of representations, and why a pair has none.
 
     Args:
-        states: (samples, layers + 1, width): the embeddings and each layer's output, the last after the final
-            norm, as Hugging Face's ``hidden_states``.
+        states: (samples, representations, width).
+        pairs: which representations lie before and after each layer or branch.
     """
     scores: list[float | None] = []
     reasons: dict[int, str] = {}
     constant = [is_constant(states[:, i]) for i in range(states.shape[1])]
-    for layer in range(states.shape[1] - 1):
-        if constant[layer] or constant[layer + 1]:
-            where = "input" if constant[layer] else "output"
-            reasons[layer] = f"its {where} is the same for all samples at the token chosen"
+    for place, (before, after) in enumerate(pairs):
+        if constant[before] or constant[after]:
+            where = "input" if constant[before] else "output"
+            reasons[place] = f"its {where} is the same for all samples at the token chosen"
             scores.append(None)
         else:
-            scores.append(1 - linear_cka(states[:, layer], states[:, layer + 1]))
+            scores.append(1 - linear_cka(states[:, before], states[:, after]))
     return scores, reasons
 
 
 def measure_token_states(
     selection: Selection, samples: list[Sample], positions: list[int] | None
 ) -> torch.Tensor | None:
-    """Return the hidden states of one token of each sample: (samples, layers + 1, width), fp32 on the CPU.
+    """Return the hidden states of one token of each sample, fp32 on the CPU.
 
-    They are those of Hugging Face's ``hidden_states``: the embeddings, then each layer's output, the last
-    after the final norm. ``positions`` is None for the mean over a sample's tokens. Only the rows asked for
-    are kept of each layer's output.
+    Of layers they are those of Hugging Face's ``hidden_states``, (samples, layers + 1, width): the embeddings, then
+    each layer's output, the last after the final norm. Of branches they are those before and after each of them,
+    (samples, 2 × branches, width), the last before the final norm. ``positions`` is None for the mean over a sample's
+    tokens. Only the rows asked for are kept of each layer's output.
     """
     run, stack = selection.run, selection.stack
-    rows: list[torch.Tensor] = []
+    layers = selection.settings.granularity == "layer"
+    expected = len(name_states(selection))
+    rows: list[tuple[int, torch.Tensor]] = []
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
         inputs = passes.make_inputs(run, [samples[i] for i in indices])
         rows.clear()
 
-        def keep(hidden: torch.Tensor) -> None:
+        def keep(place: int, hidden: torch.Tensor) -> None:
             if positions is None:
                 mask = inputs["attention_mask"].to(hidden.device)[..., None]
                 kept = (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)
             else:
                 kept = hidden[torch.arange(len(indices)), [positions[i] for i in indices]]
-            rows.append(kept.float().cpu())
+            rows.append((place, kept.float().cpu()))
 
-        with passes.hook_layers(stack, lambda layer, args, kwargs: keep(passes.get_hidden(args, kwargs)), None):
-            handle = stack.owner.register_forward_hook(lambda module, args, output: keep(passes.get_output(output)))
-            with passes.handle_removed(handle):
-                passes.call(run, inputs)
-        if len(rows) != len(stack.layers) + 1:
+        def record(place: int, before: torch.Tensor, after: torch.Tensor) -> None:
+            keep(2 * place, before)
+            keep(2 * place + 1, after)
+
+        with contextlib.ExitStack() as watching:
+            if layers:
+                watching.enter_context(
+                    passes.hook_layers(stack, lambda layer, *given: keep(layer, passes.get_hidden(*given)), None)
+                )
+                watching.enter_context(
+                    passes.handle_removed(
+                        stack.owner.register_forward_hook(
+                            lambda module, args, output: keep(len(stack.layers), passes.get_output(output))
+                        )
+                    )
+                )
+            else:
+                watching.enter_context(passes.watch_places(selection, record))
+            passes.call(run, inputs)
+        rows.sort(key=lambda row: row[0])
+        if [place for place, _ in rows] != list(range(expected)):
             raise LayerselError(
-                f"layersel.selection.method: {type(stack.owner).__name__} ran {len(rows) - 1} of its "
-                f"{len(stack.layers)} layers in one forward pass; models that skip layers are not supported."
+                f"layersel.selection.method: {type(stack.owner).__name__} does not run each of its "
+                f"{len(stack.layers)} layers once in a forward pass; such models are not supported."
             )
         # Rows of their own: a view is sent to rank 0 with the storage of the whole batch.
-        return [state.clone() for state in torch.stack(rows, dim=1)]
+        return [state.clone() for state in torch.stack([kept for _, kept in rows], dim=1)]
 
     with passes.scoring(selection):
         return passes.over_samples(run, samples, measure, passes.count_fitting(run, samples))
+
+
+def name_states(selection: Selection) -> list[str]:
+    """Return what ``measure_token_states`` measures, as messages call it."""
+    places = passes.name_places(selection)
+    if selection.settings.granularity == "layer":
+        return ["the embeddings", *places]
+    return [f"{side} {place}" for place in places for side in ("the input of", "the output of")]
 
 
 def report_token(samples: list[Sample], positions: list[int] | None, left_out: list[int], token: str) -> None:

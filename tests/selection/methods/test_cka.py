@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axolotl_layersel.selection.methods.cka import is_constant, linear_cka, score_layers
+from axolotl_layersel.selection.methods.cka import is_constant, linear_cka, score_pairs
 
 
 def reference_cka(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -56,7 +56,7 @@ def test_equal_rows_are_constant_however_they_are_rounded():
 def test_a_layer_is_as_important_as_it_changes_its_input():
     first = draw(20, 30, 0)
     states = torch.stack([first, first + 0.01 * draw(20, 30, 1), draw(20, 30, 2)], dim=1)
-    scores, reasons = score_layers(states)
+    scores, reasons = score_pairs(states, [(0, 1), (1, 2)])
     assert reasons == {}
     assert scores[0] == pytest.approx(1 - reference_cka(states[:, 0], states[:, 1]), abs=1e-6)
     assert scores[1] == pytest.approx(1 - reference_cka(states[:, 1], states[:, 2]), abs=1e-6)
@@ -65,7 +65,7 @@ def test_a_layer_is_as_important_as_it_changes_its_input():
 
 def test_a_layer_that_sees_one_token_only_has_no_score():
     same = torch.randn(1, 30).repeat(20, 1)
-    scores, reasons = score_layers(torch.stack([same, draw(20, 30, 1), draw(20, 30, 2)], dim=1))
+    scores, reasons = score_pairs(torch.stack([same, draw(20, 30, 1), draw(20, 30, 2)], dim=1), [(0, 1), (1, 2)])
     assert scores[0] is None
     assert scores[1] is not None
     assert "input is the same for all samples" in reasons[0]

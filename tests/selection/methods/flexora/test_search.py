@@ -321,7 +321,7 @@ def test_a_method_that_draws_nothing_cannot_be_repeated(tmp_path):
         (
             {},
             {"ratio": 0.01, "granularity": "module"},
-            r"ratio: 0.01 of 18 modules keeps none. Set at least 0.056\.",
+            r"ratio: 0.01 of 18 modules keeps none. Set at least 0.056, or `num_units: 1`\.",
         ),
         ({"learning_rate": 0.0}, {}, "no gradient reached the gate of 0, 1, 2, 3, 4, 5: the LoRA there did not train"),
     ],
