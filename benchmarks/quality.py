@@ -47,8 +47,9 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "cka": {"selection": {"method": "cka", "num_samples": SAMPLES, **HALF}},
     "random": {"selection": {"method": "random", **HALF}},
     "last": {"selection": {"method": "last", **HALF}},
-    "l1ra": {"l1ra": {"budget": "parameters"}},
-    "gradient l1ra": {"selection": {"method": "gradient", **SCORED}, "l1ra": {"budget": "parameters"}},
+    "l1ra": {"l1ra": {}},
+    "pressure": {"l1ra": {"rule": "pressure"}},
+    "gradient l1ra": {"selection": {"method": "gradient", **SCORED}, "l1ra": {}},
     "eva": None,
 }
 FIGURES = ["validation", "test", "parameters", "seconds_choosing", "seconds_training"]

@@ -147,6 +147,11 @@ def l1ra(**values) -> dict:
     return {"layersel": {"l1ra": values}}
 
 
+def pressure(**values) -> dict:
+    """Return a ``layersel`` block that redistributes rank by the paper's rule, with the sum of ranks as the budget."""
+    return l1ra(**{"rule": "pressure", "budget": "rank", **values})
+
+
 def preferences(folder: Path, rl: str = "dpo") -> dict:
     """Write 24 pairs of answers to ``folder``, and return the YAML keys of preference training on them.
 

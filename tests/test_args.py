@@ -116,7 +116,7 @@ def test_ranks_of_another_type_or_size_are_refused(settings, message):
 
 
 def test_numbers_may_be_text_since_yaml_reads_some_so():
-    settings = L1RAArgs(max_rank="16", update_ratio="1e-1", l1_lambda="1e-3")
+    settings = L1RAArgs(rule="pressure", max_rank="16", update_ratio="1e-1", l1_lambda="1e-3")
     assert (settings.max_rank, settings.update_ratio, settings.l1_lambda) == (16, 0.1, 0.001)
 
 

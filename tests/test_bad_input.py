@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
-from conftest import l1ra, selection
+from conftest import l1ra, pressure, selection
 from safetensors.torch import load_file, save_file
 from test_plan import make_plan
 
@@ -119,12 +119,29 @@ BEFORE_THE_MODEL = {
     "l1ra: negative lambda": (l1ra(l1_lambda=-0.1), "layersel.l1ra.l1_lambda: -0.1 is not `auto` or a number from 0"),
     "l1ra: misspelt lambda": (l1ra(l1_lambda="atuo"), "layersel.l1ra.l1_lambda: 'atuo' is not `auto` or a number"),
     "l1ra: negative learning rate": (l1ra(gate_lr=-0.1), "layersel.l1ra.gate_lr: -0.1 is not a learning rate"),
-    "l1ra: auto without a learning rate": (l1ra(gate_lr=0), "layersel.l1ra.gate_lr: 0 holds the gates where they are"),
+    "l1ra: auto without a learning rate": (
+        pressure(gate_lr=0),
+        "layersel.l1ra.gate_lr: 0 holds the gates where they are",
+    ),
     "l1ra: pressure without a learning rate": (
-        l1ra(gate_lr=0, l1_lambda=0.5),
+        pressure(gate_lr=0, l1_lambda=0.5),
         "layersel.l1ra.gate_lr: 0 holds the gates where they are, whatever l1_lambda: 0.5 is",
     ),
     "l1ra: no threshold": (l1ra(prune_threshold=0), "layersel.l1ra.prune_threshold: 0.0 is outside (0, 1)"),
+    "l1ra: another rule's key": (l1ra(l1_lambda=0.5), "layersel.l1ra.l1_lambda: 0.5 has no effect with rule: saliency"),
+    "l1ra: share of no rank": (l1ra(move_ratio=0), "layersel.l1ra.move_ratio: 0.0 is outside (0, 1]"),
+    "l1ra: moves by pressure": (
+        pressure(move_ratio=0.1),
+        "layersel.l1ra.move_ratio: 0.1 has no effect with rule: pressu",
+    ),
+    "l1ra: ends before it begins": (
+        l1ra(warmup_ratio=0.6),
+        "layersel.l1ra.last_update: 0.5 comes before the first update, after warmup_ratio: 0.6",
+    ),
+    "l1ra: unknown rule": (
+        l1ra(rule="presure"),
+        "layersel.l1ra.rule: 'presure' is not known: did you mean 'pressure'?",
+    ),
     "l1ra: floor as text": (l1ra(min_rank="5"), "layersel.l1ra.min_rank: 5 is more than lora_r: 4"),
     "l1ra: blank": (
         {"layersel": {**selection()["layersel"], "l1ra": None}},
@@ -194,7 +211,7 @@ AFTER_THE_MODEL = {
     ),
     "l1ra: a run too short": (
         l1ra(update_ratio=0.4),
-        "layersel.l1ra.update_ratio: 0.4 (warmup_ratio: 0.0) leaves 1 rank updates in a run of 6 optimizer steps",
+        "layersel.l1ra.update_ratio: 0.4 (warmup_ratio: 0.0, last_update: 0.5) leaves 1 rank updates",
     ),
     "l1ra: embeddings": (
         {**l1ra(), "lora_target_modules": ["q_proj", "embed_tokens"]},

@@ -16,7 +16,10 @@ from axolotl_layersel.selection.args import SelectionArgs
 
 pytestmark = pytest.mark.trains
 
-BLOCK = LayerselBlock(selection=SelectionArgs(method="first", num_layers=3), l1ra=L1RAArgs(update_ratio=0.2))
+BLOCK = LayerselBlock(
+    selection=SelectionArgs(method="first", num_layers=3),
+    l1ra=L1RAArgs(rule="pressure", budget="rank", update_ratio=0.2),
+)
 READ = [
     "trainer_state.json",
     "optimizer.pt",

@@ -92,8 +92,9 @@ def test_axolotl_accepts_an_example(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_misspelt_key_is_refused(path):
     content = read(path)
-    content["layersel"]["selection"]["num_sampels"] = 8
-    with pytest.raises(ValidationError, match=r"layersel\.selection\.num_sampels.*did you mean 'num_samples'\?"):
+    block, key = ("selection", "candidates") if "selection" in content["layersel"] else ("l1ra", "update_ratio")
+    content["layersel"][block][f"{key[:-2]}{key[-1]}{key[-2]}"] = 0.5
+    with pytest.raises(ValidationError, match=rf"layersel\.{block}\.{key[:-2]}.*did you mean '{key}'\?"):
         validate(content, PROCESSES.get(path.stem, 1))
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import PACKED_QLORA, deepspeed_config, l1ra, preferences, selection
+from conftest import PACKED_QLORA, deepspeed_config, preferences, pressure, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
@@ -39,7 +39,7 @@ def test_a_search_that_is_killed_leaves_no_plan_and_the_run_starts_it_again(trai
 
 @pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2-sharded"])
 def test_a_search_and_moving_rank_go_together(train, engine, base_model, tmp_path):
-    block = {"layersel": {**search()["layersel"], **l1ra(update_ratio=0.2)["layersel"]}}
+    block = {"layersel": {**search()["layersel"], **pressure(update_ratio=0.2)["layersel"]}}
     run = train(engine, **block, max_steps=10, num_epochs=2, save_steps=10)
     assert run.engine["engine"] == engine.split("-")[0]
     ranks = run.ranks()

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.trains
 
 SELECTION = {"method": "explicit", "layers": [0, 2], "unselected": "remove"}
 BLOCKS = {
-    "ranks": {"selection": SELECTION, "l1ra": {"update_ratio": 0.2, "l1_lambda": 0.9}},
+    "ranks": {"selection": SELECTION, "l1ra": {"rule": "pressure", "update_ratio": 0.2, "l1_lambda": 0.9}},
     "layers": {"selection": SELECTION},
 }
 JUNK = [None, True, -1, 0, 7, 1e30, 0.5, "", "x", "\x1b[31m", "\ud800", [], [1], {}, {"a": 1}, 10**400]

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import ACCUMULATED, ENGINES, Run, RunsByEngine, l1ra
+from conftest import ACCUMULATED, ENGINES, Run, RunsByEngine, l1ra, pressure
 from safetensors.torch import load_file
 from test_runs import KILLED, TERMINATED, difference, load_with_stock_peft
 
 # Updates after steps 2, 4, 6 and 8. The best checkpoint is the first one, see test_runs.
 SETTINGS = {
-    **l1ra(update_ratio=0.2),
+    **pressure(update_ratio=0.2),
     "max_steps": 10,
     "num_epochs": 2,
     "eval_steps": 2,
@@ -112,7 +112,7 @@ def test_the_next_forward_computes_with_the_rows_that_an_update_wrote(whole_runs
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_with_gates_held_at_one_the_losses_are_those_of_plain_lora(train, plain_runs, engine):
-    held = train(engine, **ACCUMULATED, **l1ra(gate_lr=0.0, l1_lambda=0, update_ratio=0.25))
+    held = train(engine, **ACCUMULATED, **pressure(gate_lr=0.0, l1_lambda=0, update_ratio=0.25))
     plain = plain_runs[engine]
     assert held.losses() == pytest.approx(plain.losses(), abs=1e-6)
     assert len(set(plain.losses())) == 6
@@ -222,3 +222,43 @@ def test_every_adapter_holds_the_ranks_in_use_alone(whole_runs, engine):
         for name, value in run.adapter(place).items():
             module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
             assert value.shape[0 if "lora_A" in name else 1] == ranks[module]
+
+
+# By the default rule; a run of ten steps takes more of it. Updates after steps 2, 4, 6 and 8.
+BY_SALIENCY = {**SETTINGS, **l1ra(update_ratio=0.2, last_update=0.8, move_ratio=0.2)}
+
+
+@pytest.fixture(scope="module")
+def saliency_runs(train) -> dict[str, Run]:
+    return RunsByEngine(lambda engine: train(engine, **BY_SALIENCY))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rank_moves_by_saliency_as_on_one_process_and_no_gate_leaves_one(saliency_runs, engine):
+    alone, run = saliency_runs["single"], saliency_runs[engine]
+    assert run.engine["engine"] == engine.split("-")[0]
+    history = run.ranks()
+    assert history == alone.ranks()
+    assert list(history) == [0, *UPDATES, 10]
+    assert len({tuple(ranks.values()) for ranks in history.values()}) > 2, "ranks moved more than once"
+    assert history[10] == history[2], "the best checkpoint is the first one"
+    assert run.losses() == pytest.approx(alone.losses(), abs=2e-5)
+    state = read_state(run, "checkpoint-10")
+    costs = {
+        name: sum(state[f"adapter/base_model.model.{name}.lora_{side}.weight"].numel() for side in "AB") // 8
+        for name in history[0]
+    }
+    begun = sum(history[0][name] * cost for name, cost in costs.items())
+    assert all(sum(ranks[name] * costs[name] for name in costs) <= begun for ranks in history.values())
+    assert torch.equal(state["gates/values"], state["gates/active"])
+
+
+@pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2-sharded"])
+def test_a_killed_run_moves_rank_by_saliency_as_if_it_had_not_been_killed(train, saliency_runs, engine):
+    killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **BY_SALIENCY)
+    resumed = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **BY_SALIENCY)
+    whole = saliency_runs[engine]
+    assert resumed.ranks() == whole.ranks()
+    tolerance = 0 if engine == "single" else 1e-6
+    assert difference(read_state(whole, "checkpoint-10"), read_state(resumed, "checkpoint-10")) <= tolerance
+    assert difference(whole.adapter(), resumed.adapter()) <= tolerance

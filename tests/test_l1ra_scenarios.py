@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, deepspeed_config, l1ra, selection
+from conftest import ENVIRONMENT, ROOT, deepspeed_config, pressure, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import INTERRUPTED, KILLED, difference, load_with_stock_peft
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
 
-SETTINGS = {**l1ra(update_ratio=0.2), "max_steps": 10, "save_steps": 2, "save_total_limit": 10}
+SETTINGS = {**pressure(update_ratio=0.2), "max_steps": 10, "save_steps": 2, "save_total_limit": 10}
 SCALINGS = {False: 8 / 4, True: 8 / 4**0.5}
 
 
@@ -103,7 +103,7 @@ def test_a_redistributed_adapter_is_continued_with_its_ranks_scaling_and_room(tr
 
 
 def test_selection_and_redistribution_go_together(train, base_model, tmp_path):
-    blocks = {"layersel": {**selection("last", num_layers=3)["layersel"], **l1ra(update_ratio=0.2)["layersel"]}}
+    blocks = {"layersel": {**selection("last", num_layers=3)["layersel"], **pressure(update_ratio=0.2)["layersel"]}}
     settings = {**SETTINGS, **blocks}
     killed = train("zero3", expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **settings)
     run = train("zero3", output=killed.folder, auto_resume_from_checkpoints=True, **settings)
@@ -233,7 +233,7 @@ def test_early_stopping_counts_what_came_before_a_resume_and_ends_with_the_best_
 
 
 def test_a_budget_of_parameters_is_never_exceeded(train):
-    run = train(**{**SETTINGS, **l1ra(update_ratio=0.2, budget="parameters", max_rank=16)})
+    run = train(**{**SETTINGS, **pressure(update_ratio=0.2, budget="parameters", max_rank=16)})
     widths = {"q_proj": 64 + 64, "v_proj": 64 + 32, "down_proj": 160 + 64}
     used = {
         step: sum(rank * widths[module.rpartition(".")[2]] for module, rank in ranks.items())
@@ -244,14 +244,14 @@ def test_a_budget_of_parameters_is_never_exceeded(train):
 
 
 def test_without_reassigning_the_adapter_shrinks(train):
-    run = train(**{**SETTINGS, **l1ra(update_ratio=0.2, reassign=False)})
+    run = train(**{**SETTINGS, **pressure(update_ratio=0.2, reassign=False)})
     totals = [sum(ranks.values()) for ranks in run.ranks().values()]
     assert totals == sorted(totals, reverse=True) and totals[-1] < totals[0]
 
 
 def test_qlora_with_packing_and_accumulation_moves_rank(train):
     settings = {
-        **l1ra(update_ratio=0.25),
+        **pressure(update_ratio=0.25),
         "adapter": "qlora",
         "load_in_4bit": True,
         "sample_packing": True,
@@ -321,7 +321,7 @@ def test_a_gate_that_is_no_number_stops_the_run_at_that_step_and_names_its_modul
 def test_a_checkpoint_resumes_only_with_the_settings_and_the_block_that_made_it(train, runs):
     checkpoint = str(runs[False].folder / "checkpoint-4")
     resumed = {"output": runs[False].folder, "resume_from_checkpoint": checkpoint, "expect": 1}
-    run = train(**resumed, **{**SETTINGS, **l1ra(update_ratio=0.25)})
+    run = train(**resumed, **{**SETTINGS, **pressure(update_ratio=0.25)})
     assert "layersel.l1ra.update_ratio: 0.25 contradicts the checkpoint" in run.log
     assert "Loading weights" not in run.log
     run = train(**resumed, **{**SETTINGS, **selection("last")})

@@ -25,7 +25,7 @@ from axolotl_layersel.run import Run
 from axolotl_layersel.selection.args import SelectionArgs
 from axolotl_layersel.writer import AdapterWriter
 
-MOVING = LayerselBlock(l1ra=L1RAArgs(update_ratio=0.2))
+MOVING = LayerselBlock(l1ra=L1RAArgs(update_ratio=0.2, last_update=1.0))
 CHOSEN = LayerselBlock(selection=SelectionArgs(method="explicit", layers=[1, 4]))
 BLOCKS = {"l1ra": MOVING, "selection": CHOSEN}
 

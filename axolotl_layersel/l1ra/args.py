@@ -16,6 +16,18 @@ DEFAULT_GATE_LR = 0.02
 # In a shorter run gates of that learning rate could not get from 1 to 0 and back: with `l1_lambda: auto` the pressure
 # would exceed what any gradient can move a gate by, η a step, and all of them would end at 0.
 SHORT_RUN = 200
+# The rules, and the defaults of those keys that not all rules have, or not with the same default.
+RULES: dict[str, dict[str, Any]] = {
+    "saliency": {"last_update": 0.5, "move_ratio": 0.1},
+    "pressure": {
+        "last_update": 1.0,
+        "l1_lambda": "auto",
+        "gate_lr": None,
+        "prune_threshold": 1e-10,
+        "reassign": True,
+        "exclude_pruned": True,
+    },
+}
 # Optimizers whose moments are whole numbers of one tensor per weight; 8-bit ones share a scale between rows.
 ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
@@ -25,41 +37,65 @@ class L1RAArgs(Block):
 
     path: ClassVar[str] = "layersel.l1ra"
 
+    rule: str = Field(
+        default="saliency",
+        description="`saliency`: components that the loss would miss least give their rank to modules in which all "
+        "are worth more; `pressure`: the L1RA paper's rule, by which a pressure shrinks gates until some are 0.",
+    )
     max_rank: int | None = Field(
         default=None, description="The highest rank that a module can reach. Default: 2 × lora_r."
     )
     min_rank: int = Field(default=1, description="The rank that pruning leaves every module.")
     budget: str = Field(
-        default="rank",
-        description="`rank`: the sum of all ranks stays; `parameters`: the trainable parameters never grow.",
+        default="parameters",
+        description="`parameters`: the trainable parameters never grow; `rank`: the sum of all ranks stays.",
     )
-    l1_lambda: float | str = Field(
-        default="auto",
-        description="λ, the pressure on the gates: `auto`, with which the pressure alone would take a gate to zero in "
-        "a third of the run, or a number.",
+    move_ratio: float | None = Field(
+        default=None,
+        description="With `rule: saliency`: share of the rank in use that an update moves at most. Default 0.1.",
+    )
+    l1_lambda: float | str | None = Field(
+        default=None,
+        description="With `rule: pressure`: λ, the pressure on the gates: `auto` (default), with which the pressure "
+        "alone would take a gate to zero in a third of the run, or a number.",
     )
     gate_lr: float | None = Field(
         default=None,
-        description=f"Learning rate of the gates, constant. Default {DEFAULT_GATE_LR}, and more in runs of fewer than "
-        f"{SHORT_RUN} optimizer steps: {DEFAULT_GATE_LR} × {SHORT_RUN} / steps.",
+        description=f"With `rule: pressure`: learning rate of the gates, constant. Default {DEFAULT_GATE_LR}, and more "
+        f"in runs of fewer than {SHORT_RUN} optimizer steps: {DEFAULT_GATE_LR} × {SHORT_RUN} / steps.",
     )
     update_ratio: float = Field(default=0.1, description="Share of the optimizer steps between two updates of rank.")
     warmup_ratio: float = Field(default=0.0, description="Share of the optimizer steps before the first update.")
-    prune_threshold: float = Field(default=1e-10, description="An update prunes components with a gate below this.")
-    reassign: bool = Field(default=True, description="false: pruned rank is not placed again, the adapter shrinks.")
-    exclude_pruned: bool = Field(
-        default=True, description="A module that lost rank in an update gains none in the same update."
+    last_update: float | None = Field(
+        default=None,
+        description="Share of the optimizer steps after which rank stays where it is. Default 0.5 with "
+        "`rule: saliency`, 1 with `rule: pressure`.",
+    )
+    prune_threshold: float | None = Field(
+        default=None,
+        description="With `rule: pressure`: an update prunes components with a gate below this. Default 1e-10.",
+    )
+    reassign: bool | None = Field(
+        default=None,
+        description="With `rule: pressure`: `true` (default), or false: pruned rank is not placed again, the adapter "
+        "shrinks.",
+    )
+    exclude_pruned: bool | None = Field(
+        default=None,
+        description="With `rule: pressure`: `true` (default), or false: a module that lost rank in an update may gain "
+        "some in the same update.",
     )
 
-    @field_validator("budget", mode="before")
+    @field_validator("budget", "rule", mode="before")
     @classmethod
-    def check_budget(cls, value: Any) -> Any:
-        return check_known(f"{cls.path}.budget", value, tuple(BUDGETS))
+    def check_choice(cls, value: Any, info: Any) -> Any:
+        choices = {"budget": tuple(BUDGETS), "rule": tuple(RULES)}
+        return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
 
     @field_validator("l1_lambda", mode="before")
     @classmethod
     def check_lambda(cls, value: Any) -> Any:
-        if value == "auto":
+        if value in ("auto", None):
             return value
         number = as_number(value)
         if number is None or number < 0:
@@ -85,11 +121,11 @@ class L1RAArgs(Block):
             raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.02.")
         return value
 
-    @field_validator("update_ratio")
+    @field_validator("update_ratio", "move_ratio", "last_update")
     @classmethod
-    def check_update_ratio(cls, value: float) -> float:
-        if not 0 < value <= 1:
-            raise ValueError(f"{cls.path}.update_ratio: {value} is outside (0, 1]. Set a share such as 0.1.")
+    def check_share(cls, value: float | None, info: Any) -> float | None:
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{cls.path}.{info.field_name}: {value} is outside (0, 1]. Set a share such as 0.1.")
         return value
 
     @field_validator("warmup_ratio")
@@ -101,8 +137,8 @@ class L1RAArgs(Block):
 
     @field_validator("prune_threshold")
     @classmethod
-    def check_prune_threshold(cls, value: float) -> float:
-        if not 0 < value < 1:
+    def check_prune_threshold(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
             raise ValueError(
                 f"{cls.path}.prune_threshold: {value} is outside (0, 1): gates lie from 0 to 1, and only one below the "
                 "threshold is pruned. Leave the key out."
@@ -110,15 +146,38 @@ class L1RAArgs(Block):
         return value
 
     @model_validator(mode="after")
+    def check_keys_of_rule(self) -> "L1RAArgs":
+        for rule, keys in RULES.items():
+            for key in sorted(keys.keys() - RULES[self.rule].keys()):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{self.path}.{key}: {getattr(self, key)} has no effect with rule: {self.rule}. Remove the "
+                        f"key, or set `rule: {rule}`."
+                    )
+        return self
+
+    @model_validator(mode="after")
     def check_ranks_and_gates(self) -> "L1RAArgs":
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}.")
-        if self.gate_lr == 0 and self.l1_lambda != 0:
+        last = self.get("last_update")
+        if last <= self.warmup_ratio:
             raise ValueError(
-                f"{self.path}.gate_lr: 0 holds the gates where they are, whatever l1_lambda: {self.l1_lambda} is. Set "
+                f"{self.path}.last_update: {last} comes before the first update, after warmup_ratio: "
+                f"{self.warmup_ratio}. Raise it."
+            )
+        if self.gate_lr == 0 and self.get("l1_lambda") != 0:
+            raise ValueError(
+                f"{self.path}.gate_lr: 0 holds the gates where they are, whatever l1_lambda: "
+                f"{self.get('l1_lambda')} is. Set "
                 "a gate_lr above 0; or, to train plain LoRA on purpose, `l1_lambda: 0` too."
             )
         return self
+
+    def get(self, key: str) -> Any:
+        """Return the value of ``key`` as it takes effect, None where it has none."""
+        value = getattr(self, key)
+        return RULES[self.rule].get(key) if value is None else value
 
 
 def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:

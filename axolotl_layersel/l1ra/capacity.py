@@ -26,7 +26,7 @@ def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> None:
     check_no_optimizer(run.trainer)
     run.engine.check_optimizer()
     steps = count_optimizer_steps(run.trainer)
-    check_run_length(steps, settings.update_ratio, settings.warmup_ratio)
+    check_run_length(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
 
 
 @dataclass(frozen=True)

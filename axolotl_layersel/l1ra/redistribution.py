@@ -15,18 +15,13 @@ from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.base import Edit
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
-from axolotl_layersel.l1ra.adame import step_gates
-from axolotl_layersel.l1ra.allocation import BUDGETS, ModuleState, Moves, allocate, prune
+from axolotl_layersel.l1ra.allocation import BUDGETS, ModuleState, Moves
 from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.capacity import Capacity
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.report import print_ranks
-from axolotl_layersel.l1ra.schedule import (
-    AUTO_LAMBDA,
-    find_update_steps,
-    resolve_gate_lr,
-    resolve_lambda,
-)
+from axolotl_layersel.l1ra.rules import RULES, Rule
+from axolotl_layersel.l1ra.schedule import find_interval, find_update_steps
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, State, read_state, state_path, write_state
 from axolotl_layersel.layers import count_component_parameters, get_linears
 from axolotl_layersel.randomness import draw_row
@@ -50,6 +45,7 @@ class RankRedistribution:
         active: which components take part, (components of all modules,), bool.
         pool: what of the budget waits to be placed.
         history: ranks by step.
+        interval: optimizer steps from one update to the next.
     """
 
     def __init__(self, run: Run, settings: L1RAArgs, capacity: Capacity) -> None:
@@ -76,7 +72,8 @@ class RankRedistribution:
         self.pool = 0
         self.history = RankHistory({0: self.ranks()})
         self.update_steps: set[int] = set()
-        self.gate_lr = self.l1_lambda = 0.0
+        self.interval = 1
+        self.rule: Rule | None = None
         self.expect_gradients: set[str] = set()
         self.gates.attach()
 
@@ -88,8 +85,7 @@ class RankRedistribution:
 
     def describe_modules(self) -> dict[str, ModuleState]:
         """Return what the allocation needs to know."""
-        values, active = self.gates.values.tolist(), self.active.tolist()
-        costs = BUDGETS[self.settings.budget](self.parameters_per_component)
+        values, active, costs = self.gates.values.tolist(), self.active.tolist(), self.list_costs()
         return {
             name: ModuleState(
                 gates={i - part.start: values[i] for i in range(part.start, part.stop) if active[i]},
@@ -98,6 +94,10 @@ class RankRedistribution:
             )
             for name, part in self.gates.parts.items()
         }
+
+    def list_costs(self) -> dict[str, int]:
+        """Return what one component of each module takes of the budget."""
+        return BUDGETS[self.settings.budget](self.parameters_per_component)
 
     def count_parameters(self) -> tuple[int, int]:
         """Return the trainable LoRA parameters in use, and those that the modules have room for."""
@@ -109,31 +109,24 @@ class RankRedistribution:
     def start(self, steps: int) -> None:
         """Settle when rank moves in a run of ``steps`` optimizer steps, and say so."""
         settings = self.settings
-        self.update_steps = set(find_update_steps(steps, settings.update_ratio, settings.warmup_ratio))
-        self.gate_lr = resolve_gate_lr(settings.gate_lr, steps)
-        self.l1_lambda = resolve_lambda(settings.l1_lambda, self.gate_lr, steps)
+        schedule = (settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
+        self.update_steps = set(find_update_steps(steps, *schedule))
+        self.interval = find_interval(steps, settings.update_ratio)
+        self.rule = RULES[settings.rule](settings, steps)
         if collectives.get_rank() == 0:
             self.announce(steps)
             self.history.write(self.run.output_dir)
 
     def announce(self, steps: int) -> None:
         """Log what the run will do; Axolotl's own count of trainable parameters includes the room for rank."""
-        if self.l1_lambda >= 1:
-            LOG.warning(
-                "layersel: l1_lambda %.4g takes more from a gate at each step than any gradient can add to it: all "
-                "gates will end at 0. Set l1_lambda below 1, or with `auto` a gate_lr of %.2g or more.",
-                self.l1_lambda,
-                AUTO_LAMBDA / steps,
-            )
+        assert self.rule is not None, "the run has started"
         in_use, capacity = self.count_parameters()
         LOG.info(
-            "layersel: l1ra moves rank among %d modules after %d of %d steps, gate_lr %.4g, l1_lambda %.4g%s",
+            "layersel: l1ra moves rank among %d modules after %d of %d steps, %s",
             len(self.modules),
             len(self.update_steps),
             steps,
-            self.gate_lr,
-            self.l1_lambda,
-            " (auto)" if self.settings.l1_lambda == "auto" else "",
+            self.rule.describe(),
         )
         LOG.info(
             "layersel: %s trainable LoRA parameters in use; %s counts the room for rank %d in every module",
@@ -148,17 +141,9 @@ class RankRedistribution:
         Raises:
             LayerselError: if a gate is no longer a number, or the ranks do not agree on the moves.
         """
+        assert self.rule is not None, "the run has started"
         self.gates.average_gradient()
-        step_gates(
-            self.gates.values,
-            self.gates.gradient,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.steps,
-            self.active,
-            self.gate_lr,
-            self.l1_lambda,
-        )
+        self.rule.step(self)
         self.gates.clear_gradient()
         self.check_finite(step)
         if step in self.update_steps:
@@ -179,15 +164,8 @@ class RankRedistribution:
         """Move rank after optimizer step ``step``."""
         self.settle(step)
         self.check_gradients(step)
-        settings = self.settings
-        moves = allocate(
-            self.describe_modules(),
-            self.pool,
-            settings.prune_threshold,
-            settings.min_rank,
-            settings.reassign,
-            settings.exclude_pruned,
-        )
+        assert self.rule is not None, "the run has started"
+        moves = self.rule.decide(self, step)
         self.apply(moves, step)
         ranks = self.history.ranks[step] = self.ranks()
         numbers = describe_update(
@@ -207,7 +185,7 @@ class RankRedistribution:
         Something computes its LoRA past the module then, so that its gates mean nothing. As long as B is zero, so
         is every gradient: it is late only from one update at which B was not zero to the next.
         """
-        if self.gate_lr == 0:
+        if self.settings.gate_lr == 0:
             return
         without = [name for name, part in self.gates.parts.items() if not self.exp_avg_sq[part].any()]
         late = [name for name in without if name in self.expect_gradients]
@@ -312,10 +290,8 @@ class RankRedistribution:
         """Prune a last time, and leave plain LoRA modules that compute the same; every rank must call this."""
         self.settle(step)
         closed = [name for name, part in self.gates.parts.items() if not self.gates.values[part].any()]
-        settings = self.settings
-        pruned = prune(self.describe_modules(), settings.prune_threshold, settings.min_rank)
-        # Rank that is freed now is not placed again, because no step is left to train it.
-        self.apply(Moves(pruned, {}, self.pool), step, training=False)
+        assert self.rule is not None, "the run has started"
+        self.apply(self.rule.decide_last(self), step, training=False)
         self.history.ranks[step] = self.ranks()
         for name, part in self.gates.parts.items():
             self.run.engine.edit_parameter(self.linears[name][1].weight, multiply(self.gates.values[part].clone()))

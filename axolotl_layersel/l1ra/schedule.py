@@ -9,25 +9,33 @@ from axolotl_layersel.l1ra.args import DEFAULT_GATE_LR, SHORT_RUN
 AUTO_LAMBDA = 3.0
 
 
-def find_update_steps(steps: int, update_ratio: float, warmup_ratio: float) -> list[int]:
+def find_interval(steps: int, update_ratio: float) -> int:
+    """Return ⌈``update_ratio`` × ``steps``⌉, the optimizer steps from one update to the next.
+
+    As fractions: 0.1 × 30 is a little over 3.
+    """
+    return max(math.ceil(Fraction(str(update_ratio)) * steps), 1)
+
+
+def find_update_steps(steps: int, update_ratio: float, warmup_ratio: float, last_update: float = 1.0) -> list[int]:
     """Return the optimizer steps after which rank moves, ascending.
 
-    Every ⌈``update_ratio`` × ``steps``⌉ steps; none before ``warmup_ratio`` of the run, and not in the last
-    interval, so that whatever is added has an interval to train. As fractions: 0.1 × 30 is a little over 3.
+    Every ``find_interval`` steps; none before ``warmup_ratio`` of the run, none after ``last_update`` of it, and not in
+    the last interval, so that whatever is added has an interval to train.
     """
-    interval = max(math.ceil(Fraction(str(update_ratio)) * steps), 1)
-    warmup = Fraction(str(warmup_ratio)) * steps
-    return [step for step in range(interval, steps - interval + 1, interval) if step >= warmup]
+    interval = find_interval(steps, update_ratio)
+    warmup, end = Fraction(str(warmup_ratio)) * steps, Fraction(str(last_update)) * steps
+    return [step for step in range(interval, steps - interval + 1, interval) if warmup <= step <= end]
 
 
-def check_run_length(steps: int, update_ratio: float, warmup_ratio: float) -> None:
+def check_run_length(steps: int, update_ratio: float, warmup_ratio: float, last_update: float = 1.0) -> None:
     """Raise LayerselError unless a run of ``steps`` optimizer steps has two updates."""
-    updates = find_update_steps(steps, update_ratio, warmup_ratio)
+    updates = find_update_steps(steps, update_ratio, warmup_ratio, last_update)
     if len(updates) < 2:
         raise LayerselError(
-            f"layersel.l1ra.update_ratio: {update_ratio} (warmup_ratio: {warmup_ratio}) leaves {len(updates)} rank "
-            f"updates in a run of {steps} optimizer steps; it takes two or more for rank to move. Train longer, or "
-            "lower update_ratio or warmup_ratio."
+            f"layersel.l1ra.update_ratio: {update_ratio} (warmup_ratio: {warmup_ratio}, last_update: {last_update}) "
+            f"leaves {len(updates)} rank updates in a run of {steps} optimizer steps; it takes two or more for rank to "
+            "move. Train longer, lower update_ratio or warmup_ratio, or raise last_update."
         )
 
 

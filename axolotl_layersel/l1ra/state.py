@@ -165,6 +165,7 @@ def find_rank_fault(
         return f"leaves {low} fewer than min_rank: {settings.min_rank} components"
     cost = BUDGETS[settings.budget](costs)
     before, now = (sum(count * cost[name] for name, count in counts.items()) for counts in (start, ranks))
-    if (settings.reassign and now + pool != before) or (not settings.reassign and (pool or now > before)):
+    reassigns = settings.get("reassign") is not False
+    if (reassigns and now + pool != before) or (not reassigns and (pool or now > before)):
         return f"began with a budget of {before}, but {now} are in use and {pool} wait in the state beside it"
     return None

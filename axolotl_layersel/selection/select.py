@@ -90,7 +90,7 @@ def select_layers(
     if reused is None:
         # This comes before anything is scored or searched, so that what the run will not have takes no part in it.
         resolved = settings.resolve(trainer.args.seed)
-        check_ranks(run, resolved, continues_adapter)
+        check_ranks(run, stack, resolved, continues_adapter)
         remove_towers(run, stack, resolved.towers)
         selection = Selection.of(
             run, stack, resolved, capacity.lora_r if capacity else None, capacity.max_rank if capacity else None
@@ -169,8 +169,13 @@ def check_continuing(settings: SelectionArgs) -> None:
         )
 
 
-def check_ranks(run: Run, settings: ResolvedSelection, continues_adapter: bool) -> None:
-    """Raise LayerselError where modules cannot be given other ranks than ``lora_r``."""
+def check_ranks(run: Run, stack: LayerStack, settings: ResolvedSelection, continues_adapter: bool) -> None:
+    """Raise LayerselError where modules cannot be given other ranks than ``lora_r``, or not be seen by a sketch."""
+    modules = run.lora_modules
+    if settings.rank != "same" or settings.method == "gradient":
+        inside = {name: modules[name] for name in stack.list_modules(stack.lora_modules)}
+        key = "method: gradient" if settings.method == "gradient" else f"rank: {settings.rank}"
+        adapters.check_linear(run, inside, f"layersel.selection.{key}")
     if settings.rank == "same":
         return
     if continues_adapter:

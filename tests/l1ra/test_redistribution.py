@@ -10,13 +10,16 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.selection.args import SelectionArgs
 
 NAMED = ("model.layers.0.self_attn.q_proj", 4)
 
 
 def prepare(folder, settings: dict | None = None, model=None, resume_from: str | None = None, **arguments):
     trainer = make_trainer(model or make_lora(make_small_llama()), folder, **{"max_steps": 12, **arguments})
-    block = LayerselBlock(l1ra=L1RAArgs(**(settings or {"update_ratio": 0.2})))
+    block = LayerselBlock(
+        l1ra=L1RAArgs(**{"rule": "pressure", "budget": "rank", **(settings or {"update_ratio": 0.2})})
+    )
     prepare_trainer(trainer, block, resume_from)
     ranks = next(c.ranks for c in trainer.callback_handler.callbacks if isinstance(c, RankCallback))
     return trainer, ranks
@@ -32,7 +35,20 @@ def test_preparing_and_training_leave_the_users_random_stream_to_the_user(tmp_pa
         return torch.get_rng_state()
 
     plain = train(None)
-    assert torch.equal(train(LayerselBlock(l1ra=L1RAArgs(update_ratio=0.2))), plain)
+    assert torch.equal(train(LayerselBlock(l1ra=L1RAArgs(rule="pressure", budget="rank", update_ratio=0.2))), plain)
+
+
+@pytest.mark.trains
+def test_by_saliency_a_run_in_which_nothing_may_move_is_plain_lora(tmp_path):
+    losses = []
+    everything = LayerselBlock(selection=SelectionArgs(method="first", ratio=1.0))
+    for block in (everything, LayerselBlock(l1ra=L1RAArgs(min_rank=4))):  # with which no module has rank to give
+        trainer = make_trainer(make_lora(make_small_llama()), tmp_path, max_steps=12, logging_steps=1)
+        prepare_trainer(trainer, block)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len(set(losses[0])) == 12
 
 
 def test_added_components_start_from_the_seed_the_module_and_the_step(tmp_path):

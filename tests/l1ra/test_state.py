@@ -19,7 +19,7 @@ from axolotl_layersel.tensors import load_tensors, save_tensors
 
 pytestmark = pytest.mark.trains
 
-SETTINGS = L1RAArgs(update_ratio=0.2, l1_lambda=0.9)
+SETTINGS = L1RAArgs(rule="pressure", budget="rank", update_ratio=0.2, l1_lambda=0.9)
 Tensors = dict[str, torch.Tensor]
 
 

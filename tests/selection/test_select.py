@@ -475,3 +475,12 @@ def test_a_budget_below_the_best_offer_is_named(tmp_path):
 def test_a_floor_above_the_highest_rank_is_refused(tmp_path):
     with pytest.raises(LayerselError, match="min_rank: 20 is more than the highest rank, 16"):
         select(tmp_path, method="gradient", min_rank=20)
+
+
+@pytest.mark.parametrize("rank", ["same", "score"])
+def test_lora_on_a_convolution_is_refused_where_rank_is_given_by_gradients(tmp_path, rank):
+    base = make_small_llama()
+    base.model.layers[2].mlp.mixer = torch.nn.Conv1d(32, 32, 3)
+    settings = LayerselBlock(selection=SelectionArgs(method="gradient", num_samples=8, rank=rank))
+    with pytest.raises(LayerselError, match=r"model.layers.2.mlp.mixer is a Conv1d, whose LoRA layersel.selection"):
+        prepare_trainer(make_trainer(make_lora(base, ["q_proj", "mixer"]), tmp_path), settings)

@@ -1,0 +1,114 @@
+"""By what rank moves: the table of rules, each with what it does at a step, at an update and at the end."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from axolotl_layersel.l1ra import saliency
+from axolotl_layersel.l1ra.adame import step_gates
+from axolotl_layersel.l1ra.allocation import Moves, allocate, prune
+from axolotl_layersel.l1ra.args import L1RAArgs
+from axolotl_layersel.l1ra.saliency import ModuleWorth
+from axolotl_layersel.l1ra.schedule import AUTO_LAMBDA, resolve_gate_lr, resolve_lambda
+
+if TYPE_CHECKING:
+    from axolotl_layersel.l1ra.redistribution import RankRedistribution
+
+LOG = logging.getLogger("axolotl.layersel")
+
+
+class Rule(Protocol):
+    """How gates step and what they lead to, in a run of a known number of optimizer steps."""
+
+    def step(self, ranks: RankRedistribution) -> None:
+        """Take the averaged gradient of the gates into account, after each optimizer step."""
+
+    def decide(self, ranks: RankRedistribution, step: int) -> Moves:
+        """Return the moves of the update after optimizer step ``step``."""
+
+    def decide_last(self, ranks: RankRedistribution) -> Moves:
+        """Return what is taken out after the last step."""
+
+    def describe(self) -> str:
+        """Return its settings, for the log."""
+
+
+class Saliency:
+    """Gates stay at 1; components that the loss would miss least give their rank away."""
+
+    def __init__(self, settings: L1RAArgs, steps: int) -> None:
+        self.settings = settings
+
+    def step(self, ranks: RankRedistribution) -> None:
+        saliency.observe_gradient(ranks.gates.gradient, ranks.exp_avg_sq, ranks.steps, ranks.active)
+
+    def decide(self, ranks: RankRedistribution, step: int) -> Moves:
+        # What was there from the first step on has had all the time that there was.
+        grown = min(saliency.GRACE * ranks.interval, step)
+        worth, costs = saliency.find_saliency(ranks.exp_avg_sq, ranks.steps).tolist(), ranks.list_costs()
+        active, counts = ranks.active.tolist(), ranks.steps.tolist()
+        modules = {}
+        for name, part in ranks.gates.parts.items():
+            used = [i for i in range(part.start, part.stop) if active[i]]
+            old = {i - part.start: worth[i] / costs[name] for i in used if counts[i] >= grown}
+            young = frozenset(i - part.start for i in used if counts[i] < grown)
+            modules[name] = ModuleWorth(old, young, costs[name], ranks.max_rank)
+        return saliency.move_rank(modules, ranks.pool, self.settings.get("move_ratio"), self.settings.min_rank)
+
+    def decide_last(self, ranks: RankRedistribution) -> Moves:
+        return Moves({}, {}, ranks.pool)
+
+    def describe(self) -> str:
+        return f"by saliency, at most {self.settings.get('move_ratio'):.3g} of it at a time"
+
+
+class Pressure:
+    """A steady pressure pushes gates down, and those that come to 0 give their rank away (L1RA, arXiv 2509.04884)."""
+
+    def __init__(self, settings: L1RAArgs, steps: int) -> None:
+        self.settings = settings
+        self.gate_lr = resolve_gate_lr(settings.gate_lr, steps)
+        self.l1_lambda = resolve_lambda(settings.get("l1_lambda"), self.gate_lr, steps)
+        if self.l1_lambda >= 1:
+            LOG.warning(
+                "layersel: l1_lambda %.4g takes more from a gate at each step than any gradient can add to it: all "
+                "gates will end at 0. Set l1_lambda below 1, or with `auto` a gate_lr of %.2g or more.",
+                self.l1_lambda,
+                AUTO_LAMBDA / steps,
+            )
+
+    def step(self, ranks: RankRedistribution) -> None:
+        step_gates(
+            ranks.gates.values,
+            ranks.gates.gradient,
+            ranks.exp_avg,
+            ranks.exp_avg_sq,
+            ranks.steps,
+            ranks.active,
+            self.gate_lr,
+            self.l1_lambda,
+        )
+
+    def decide(self, ranks: RankRedistribution, step: int) -> Moves:
+        settings = self.settings
+        return allocate(
+            ranks.describe_modules(),
+            ranks.pool,
+            settings.get("prune_threshold"),
+            settings.min_rank,
+            settings.get("reassign"),
+            settings.get("exclude_pruned"),
+        )
+
+    def decide_last(self, ranks: RankRedistribution) -> Moves:
+        # Rank that is freed now is not placed again, because no step is left to train it.
+        pruned = prune(ranks.describe_modules(), self.settings.get("prune_threshold"), self.settings.min_rank)
+        return Moves(pruned, {}, ranks.pool)
+
+    def describe(self) -> str:
+        auto = " (auto)" if self.settings.get("l1_lambda") == "auto" else ""
+        return f"gate_lr {self.gate_lr:.4g}, l1_lambda {self.l1_lambda:.4g}{auto}"
+
+
+RULES: dict[str, type[Saliency] | type[Pressure]] = {"saliency": Saliency, "pressure": Pressure}
