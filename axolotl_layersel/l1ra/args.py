@@ -17,7 +17,7 @@ DEFAULT_GATE_LR = 0.02
 # would exceed what any gradient can move a gate by, η a step, and all of them would end at 0.
 SHORT_RUN = 200
 # The rules, and the defaults of those keys that not all rules have, or not with the same default.
-RULES: dict[str, dict[str, Any]] = {
+RULE_DEFAULTS: dict[str, dict[str, Any]] = {
     "saliency": {"last_update": 0.5, "move_ratio": 0.1},
     "pressure": {
         "last_update": 1.0,
@@ -89,7 +89,7 @@ class L1RAArgs(Block):
     @field_validator("budget", "rule", mode="before")
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
-        choices = {"budget": tuple(BUDGETS), "rule": tuple(RULES)}
+        choices = {"budget": tuple(BUDGETS), "rule": tuple(RULE_DEFAULTS)}
         return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
 
     @field_validator("l1_lambda", mode="before")
@@ -147,8 +147,8 @@ class L1RAArgs(Block):
 
     @model_validator(mode="after")
     def check_keys_of_rule(self) -> "L1RAArgs":
-        for rule, keys in RULES.items():
-            for key in sorted(keys.keys() - RULES[self.rule].keys()):
+        for rule, keys in RULE_DEFAULTS.items():
+            for key in sorted(keys.keys() - RULE_DEFAULTS[self.rule].keys()):
                 if getattr(self, key) is not None:
                     raise ValueError(
                         f"{self.path}.{key}: {getattr(self, key)} has no effect with rule: {self.rule}. Remove the "
@@ -168,16 +168,15 @@ class L1RAArgs(Block):
             )
         if self.gate_lr == 0 and self.get("l1_lambda") != 0:
             raise ValueError(
-                f"{self.path}.gate_lr: 0 holds the gates where they are, whatever l1_lambda: "
-                f"{self.get('l1_lambda')} is. Set "
-                "a gate_lr above 0; or, to train plain LoRA on purpose, `l1_lambda: 0` too."
+                f"{self.path}.gate_lr: 0 holds the gates where they are, whatever l1_lambda: {self.get('l1_lambda')} "
+                "is. Set a gate_lr above 0; or, to train plain LoRA on purpose, `l1_lambda: 0` too."
             )
         return self
 
     def get(self, key: str) -> Any:
         """Return the value of ``key`` as it takes effect, None where it has none."""
         value = getattr(self, key)
-        return RULES[self.rule].get(key) if value is None else value
+        return RULE_DEFAULTS[self.rule].get(key) if value is None else value
 
 
 def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:

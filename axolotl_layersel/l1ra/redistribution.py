@@ -46,7 +46,10 @@ class RankRedistribution:
         pool: what of the budget waits to be placed.
         history: ranks by step.
         interval: optimizer steps from one update to the next.
+        rule: by what rank moves; there is none before ``start``.
     """
+
+    rule: Rule
 
     def __init__(self, run: Run, settings: L1RAArgs, capacity: Capacity) -> None:
         self.run = run
@@ -73,7 +76,6 @@ class RankRedistribution:
         self.history = RankHistory({0: self.ranks()})
         self.update_steps: set[int] = set()
         self.interval = 1
-        self.rule: Rule | None = None
         self.expect_gradients: set[str] = set()
         self.gates.attach()
 
@@ -119,7 +121,6 @@ class RankRedistribution:
 
     def announce(self, steps: int) -> None:
         """Log what the run will do; Axolotl's own count of trainable parameters includes the room for rank."""
-        assert self.rule is not None, "the run has started"
         in_use, capacity = self.count_parameters()
         LOG.info(
             "layersel: l1ra moves rank among %d modules after %d of %d steps, %s",
@@ -141,7 +142,6 @@ class RankRedistribution:
         Raises:
             LayerselError: if a gate is no longer a number, or the ranks do not agree on the moves.
         """
-        assert self.rule is not None, "the run has started"
         self.gates.average_gradient()
         self.rule.step(self)
         self.gates.clear_gradient()
@@ -164,7 +164,6 @@ class RankRedistribution:
         """Move rank after optimizer step ``step``."""
         self.settle(step)
         self.check_gradients(step)
-        assert self.rule is not None, "the run has started"
         moves = self.rule.decide(self, step)
         self.apply(moves, step)
         ranks = self.history.ranks[step] = self.ranks()
@@ -290,7 +289,6 @@ class RankRedistribution:
         """Prune a last time, and leave plain LoRA modules that compute the same; every rank must call this."""
         self.settle(step)
         closed = [name for name, part in self.gates.parts.items() if not self.gates.values[part].any()]
-        assert self.rule is not None, "the run has started"
         self.apply(self.rule.decide_last(self), step, training=False)
         self.history.ranks[step] = self.ranks()
         for name, part in self.gates.parts.items():

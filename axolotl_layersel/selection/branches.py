@@ -110,8 +110,8 @@ def find_states(
 
     def trace_back(state: torch.Tensor) -> torch.Tensor:
         makers = [call for call in calls if call.name not in carrying and is_same(call.returned, state)]
-        passed_on = makers and is_same(makers[0].given, makers[0].returned)  # an identity, which is no norm
-        if not makers or passed_on or (ends_in_norm and not is_same(makers[0].given, state)):
+        # What an identity returns, which stands for a norm in some layers, is what it was given.
+        if not makers or ends_in_norm or is_same(makers[0].given, state):
             return state
         return trace_back(makers[0].given)
 
