@@ -100,6 +100,7 @@ def test_a_branch_that_adds_nothing_leaves_the_state_as_it_was(family):
     states, around = record_states(model, stack, 1)
     before, after = states[silenced]
     if normed:
+        assert torch.allclose(before.std(dim=-1, correction=0), torch.ones(1), atol=1e-4), "the norm's, not the sum"
         before = torch.nn.functional.layer_norm(before, before.shape[-1:], eps=1e-5)
         assert (before - after).norm() < 2e-3 * after.norm()  # BERT's own epsilon is another
     else:
