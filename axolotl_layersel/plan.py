@@ -43,7 +43,7 @@ class Stability(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     selected: dict[int, list[int]] = Field(description="the layers chosen, by seed")
-    overlap: float = Field(description="mean Jaccard overlap of all pairs of the sets of modules chosen")
+    overlap: float = Field(description="mean Jaccard overlap of all pairs of choices of modules, weighted by rank")
 
 
 class Budget(BaseModel):
@@ -52,6 +52,8 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     lora: int = Field(description="of LoRA with lora_r in all candidates")
+    even: int = Field(default=0, description="of what is spent, that which no gain above noise asked for; all alike")
+    lora_r: int | None = Field(default=None, description="of the run that made the plan; null in older plans")
     allowed: int = Field(description="what the ranks could spend")
     spent: int = Field(description="what they take")
 
@@ -226,6 +228,16 @@ def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
                     f"layersel.selection.{name}: {value!r} contradicts the plan from {source}, which was made with "
                     f"{other!r}. Restore the value, or make a new plan."
                 )
+
+
+def check_lora_rank(plan: Plan, lora_r: int | None, source: str) -> None:
+    """Raise LayerselError where a plan that is reused has ranks that were given for another ``lora_r``."""
+    made_with = plan.budget.lora_r if plan.budget else None
+    if made_with is not None and lora_r is not None and made_with != lora_r:
+        raise LayerselError(
+            f"lora_r: {lora_r} is not the {made_with} for which the plan from {source} gave its modules their ranks: "
+            f"they would stay, and only their scaling would change. Set `lora_r: {made_with}`, or make a new plan."
+        )
 
 
 def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:

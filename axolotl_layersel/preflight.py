@@ -15,7 +15,7 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import check_output, read_json
 from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
 from axolotl_layersel.l1ra.records import ranks_path
-from axolotl_layersel.plan import plan_path
+from axolotl_layersel.plan import check_lora_rank, plan_path
 from axolotl_layersel.prepare import check_resumed
 from axolotl_layersel.selection.args import DEFAULT_UNSELECTED
 from axolotl_layersel.selection.methods.flexora.records import gates_path
@@ -59,6 +59,8 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
     if selection is None:
         return
     reused = decide_on_rank_zero(lambda: find_plan(selection, resume_from, cfg.base_model))
+    if reused:
+        check_lora_rank(reused[0], cfg.lora_r, reused[1])
     if cfg.lora_model_dir and reused is None:
         check_continuing(selection)
     if reused is None and decide_on_rank_zero(lambda: loads_encoder_decoder(cfg)):

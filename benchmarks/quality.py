@@ -3,10 +3,12 @@
     python benchmarks/quality.py train BASE TRAIN.jsonl TEST.jsonl runs.csv --ranks 1 2 4 8 --seeds 0 1 2
     python benchmarks/quality.py report runs.csv
 
-Rows of the data have a ``question`` and an ``answer``; the loss is that of the answers' tokens. Every arm has as many
-trainable parameters as LoRA of the rank in all layers, or fewer. An arm's learning rate is the one of ``--rates`` with
-the lowest mean loss on validation rows, which are neither trained nor tested on. A run appends a line to the CSV file
-and is left out where its line is there already, so that a benchmark that was stopped goes on.
+Rows of a JSONL file have a ``question`` and an ``answer``; the loss is that of the answers' tokens. A TSV file has the
+columns ``sentence`` and ``label``, which an encoder learns to tell. Every arm has as many trainable parameters as LoRA
+of the rank in all layers, or fewer. An arm's learning rate is the one of ``--rates`` with the lowest mean loss on
+validation rows, which are neither trained nor tested on. Seconds are those of the processor, so that other work on the
+machine does not count. A run appends a line to the CSV file and is left out where its line is there already, so that a
+benchmark that was stopped goes on.
 """
 
 import argparse
@@ -28,12 +30,20 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, logging
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    logging,
+)
 
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.prepare import prepare_trainer
 
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ENCODER_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 SAMPLES = 128
 HALF = {"ratio": 0.5, "rank": "match"}
 SCORED = {"rank": "score", "num_samples": SAMPLES}
@@ -46,59 +56,83 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "fisher": {"selection": {"method": "fisher", "granularity": "module", **SCORED}},
     "cka": {"selection": {"method": "cka", "num_samples": SAMPLES, **HALF}},
     "random": {"selection": {"method": "random", **HALF}},
+    "cka same rank": {"selection": {"method": "cka", "num_samples": SAMPLES, "ratio": 0.5}},
+    "random same rank": {"selection": {"method": "random", "ratio": 0.5}},
     "last": {"selection": {"method": "last", **HALF}},
     "l1ra": {"l1ra": {}},
     "pressure": {"l1ra": {"rule": "pressure"}},
     "gradient l1ra": {"selection": {"method": "gradient", **SCORED}, "l1ra": {}},
     "eva": None,
 }
-FIGURES = ["validation", "test", "parameters", "seconds_choosing", "seconds_training"]
+FIGURES = ["validation", "test", "accuracy", "parameters", "seconds_choosing", "seconds_training"]
 COLUMNS = ["arm", "rank", "seed", "rate", "steps", *FIGURES, "chosen"]
 IGNORED = -100
 
 
-def read_rows(path: Path, tokenizer: Any, longest: int) -> list[dict[str, list[int]]]:
-    """Return the rows of a file of questions and answers as tokens, of which the answers are labels."""
+def read_rows(path: Path, tokenizer: Any, longest: int) -> list[dict[str, Any]]:
+    """Return the rows of a file as tokens and labels: of questions and answers, or of sentences and their labels."""
+    if path.suffix == ".tsv":
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file, delimiter="\t"))
+        ids = tokenizer([line["sentence"] for line in lines], truncation=True, max_length=longest)["input_ids"]
+        return [make_row(tokens, int(line["label"])) for tokens, line in zip(ids, lines)]
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         question = tokenizer(f"Question: {row['question']}\nAnswer:", add_special_tokens=False)["input_ids"]
         answer = tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids = (question + answer)[:longest]
-        labels = ([IGNORED] * len(question) + answer)[:longest]
         if len(question) < longest:
-            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+            labels = [IGNORED] * len(question) + answer
+            rows.append(make_row((question + answer)[:longest], labels[:longest]))
     return rows
 
 
-def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+def make_row(ids: list[int], labels: int | list[int]) -> dict[str, Any]:
+    """Return a row of a dataset."""
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Return rows as a batch, filled up on the right."""
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-    return {key: pad_sequence([torch.tensor(row[key]) for row in batch], True, value) for key, value in fill.items()}
+    if isinstance(batch[0]["labels"], int):
+        fill = {"input_ids": 0, "attention_mask": 0}
+    else:
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    filled = {key: pad_sequence([torch.tensor(row[key]) for row in batch], True, value) for key, value in fill.items()}
+    return {"labels": torch.tensor([row["labels"] for row in batch])} | filled if len(fill) == 2 else filled
 
 
 @torch.no_grad()
-def measure_loss(model: PeftModel, rows: list[dict[str, list[int]]], batch_size: int) -> float:
-    """Return the mean loss of the answers' tokens."""
+def measure(model: PeftModel, rows: list[dict[str, Any]], batch_size: int) -> tuple[float, float]:
+    """Return the mean loss of the answers' tokens or of the sentences, and the share of them that is predicted."""
     model.eval()
-    total, count = 0.0, 0
+    loss, right, count = 0.0, 0, 0
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size])
-        answers = int(batch["labels"][:, 1:].ne(IGNORED).sum())
-        total += model(**batch).loss.item() * answers
-        count += answers
-    return total / count
+        output = model(**batch)
+        logits, labels = output.logits, batch["labels"]
+        if labels.dim() == 2:  # the token after each
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        counted = labels.ne(IGNORED)
+        loss += output.loss.item() * int(counted.sum())
+        right += int((logits.argmax(dim=-1) == labels)[counted].sum())
+        count += int(counted.sum())
+    return loss / count, right / count
 
 
-def make_model(arguments: argparse.Namespace, arm: str, rank: int, rows: list[dict[str, list[int]]]) -> PeftModel:
+def make_model(arguments: argparse.Namespace, arm: str, rank: int, rows: list[dict[str, Any]]) -> PeftModel:
     """Return the base under LoRA."""
-    base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": LORA_TARGETS}
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank}
+    if arguments.train.suffix == ".tsv":
+        base = AutoModelForSequenceClassification.from_pretrained(arguments.base, dtype=torch.float32, num_labels=2)
+        settings |= {"target_modules": ENCODER_TARGETS, "task_type": "SEQ_CLS"}
+    else:
+        base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
+        settings |= {"target_modules": DECODER_TARGETS, "task_type": "CAUSAL_LM"}
     if arm != "eva":
-        return get_peft_model(base, LoraConfig(**settings, task_type="CAUSAL_LM"))
-    config = LoraConfig(**settings, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0), task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
+        return get_peft_model(base, LoraConfig(**settings))
+    model = get_peft_model(base, LoraConfig(**settings, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)))
     batches = [collate(rows[start : start + 4]) for start in range(0, SAMPLES, 4)]
     initialize_lora_eva_weights(model, batches, show_progress_bar=False)
     return model
@@ -109,7 +143,7 @@ def run_arm(
 ) -> dict[str, Any]:
     """Train one arm, and return its line of the CSV file."""
     torch.manual_seed(seed)
-    started = time.perf_counter()
+    started = time.process_time()
     model = make_model(arguments, arm, rank, data["train"])
     with tempfile.TemporaryDirectory() as folder:
         values = TrainingArguments(
@@ -137,17 +171,19 @@ def run_arm(
             parameters = sum(rows * columns for rows, columns in shapes) * rank // model.peft_config["default"].r
         else:
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        ready = time.perf_counter()
+        ready = time.process_time()
         trainer.train()
-        ended = time.perf_counter()
+        ended = time.process_time()
+    loss, accuracy = measure(model, data["test"], 16)
     return {
         "arm": arm,
         "rank": rank,
         "seed": seed,
         "rate": rate,
         "steps": arguments.steps,
-        "validation": round(measure_loss(model, data["validation"], 16), 5),
-        "test": round(measure_loss(model, data["test"], 16), 5),
+        "validation": round(measure(model, data["validation"], 16)[0], 5),
+        "test": round(loss, 5),
+        "accuracy": round(accuracy, 5),
         "parameters": parameters,
         "seconds_choosing": round(ready - started, 1),
         "seconds_training": round(ended - ready, 1),
@@ -159,9 +195,9 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     """Return the lines of the CSV file, or none where there is no such file."""
     if not path.exists():
         return []
-    kinds = {"rank": int, "seed": int, "rate": float, "validation": float, "test": float, "parameters": int}
+    kinds = {"arm": str, "rank": int, "seed": int, "steps": int, "parameters": int, "chosen": str}
     with path.open(newline="", encoding="utf-8") as file:
-        return [{key: kinds.get(key, str)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -172,7 +208,7 @@ def train(arguments: argparse.Namespace) -> None:
     data = {
         "validation": rows[: arguments.held_out],
         "train": rows[arguments.held_out : arguments.held_out + arguments.train_rows],
-        "test": read_rows(arguments.test, tokenizer, arguments.longest)[: arguments.held_out],
+        "test": read_rows(arguments.test, tokenizer, arguments.longest)[: arguments.test_rows],
     }
     wanted = itertools.product(arguments.seeds, arguments.ranks, arguments.rates, arguments.arms)
     for seed, rank, rate, arm in wanted:
@@ -190,11 +226,18 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def choose_rates(runs: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """Return the learning rate of each arm and rank that has the lowest mean validation loss."""
-    losses: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Return the learning rate of each arm and rank that has the lowest mean validation loss, over the seeds that were
+    run with all of its rates.
+    """
+    losses: dict[tuple[str, int], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
-        losses[run["arm"], run["rank"]][run["rate"]].append(run["validation"])
-    return {key: min(rates, key=lambda rate: statistics.mean(rates[rate])) for key, rates in losses.items()}
+        losses[run["arm"], run["rank"]][run["rate"]][run["seed"]] = run["validation"]
+    chosen = {}
+    for key, rates in losses.items():
+        seeds = set.intersection(*(set(by_seed) for by_seed in rates.values()))
+        means = {rate: statistics.mean(by_seed[seed] for seed in seeds) for rate, by_seed in rates.items()}
+        chosen[key] = min(means, key=means.__getitem__)
+    return chosen
 
 
 def describe_difference(differences: list[float]) -> str:
@@ -207,23 +250,31 @@ def describe_difference(differences: list[float]) -> str:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Print each arm's mean test loss, and its paired difference to LoRA in all layers."""
+    """Print each arm's mean test loss and accuracy, and their paired differences to LoRA in all layers."""
     runs = [run for path in arguments.runs for run in read_runs(path)]
     rates = choose_rates(runs)
-    losses: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    arms: dict[tuple[str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
     for run in runs:
         if rates[run["arm"], run["rank"]] == run["rate"]:
-            losses[run["arm"], run["rank"]][run["seed"]] = run["test"]
-    table = Table("rank", "arm", "rate", "seeds", "test loss", "less LoRA's")
-    for (arm, rank), by_seed in sorted(
-        losses.items(), key=lambda item: (item[0][1], statistics.mean(item[1].values()))
-    ):
-        plain = losses.get(("lora", rank), {})
-        pairs = [loss - plain[seed] for seed, loss in by_seed.items() if seed in plain]
-        difference = describe_difference(pairs) if pairs and arm != "lora" else ""
-        mean = f"{statistics.mean(by_seed.values()):.4f}"
-        table.add_row(str(rank), arm, f"{rates[arm, rank]:g}", str(len(by_seed)), mean, difference)
-    Console().print(table)
+            arms[run["arm"], run["rank"]][run["seed"]] = run
+    wanted = ["test", "accuracy", "seconds_choosing", "seconds_training"]
+    figures = [name for name in wanted if all(name in run for run in runs)]
+    table = Table("rank", "arm", "rate", "seeds", *(title for name in figures for title in (name, "less LoRA's")))
+
+    def find_mean(by_seed: dict[int, dict[str, Any]], name: str) -> float:
+        return statistics.mean(run[name] for run in by_seed.values())
+
+    for (arm, rank), by_seed in sorted(arms.items(), key=lambda item: (item[0][1], find_mean(item[1], "test"))):
+        plain = arms.get(("lora", rank), {})
+        cells = []
+        for name in figures:
+            pairs = [run[name] - plain[seed][name] for seed, run in by_seed.items() if seed in plain]
+            cells += [
+                f"{find_mean(by_seed, name):.4f}",
+                describe_difference(pairs) if pairs and arm != "lora" else "",
+            ]
+        table.add_row(str(rank), arm, f"{rates[arm, rank]:g}", str(len(by_seed)), *cells)
+    Console(width=180).print(table)
 
 
 def main() -> None:
@@ -241,7 +292,8 @@ def main() -> None:
     training.add_argument("--batch-size", type=int, default=8)
     training.add_argument("--longest", type=int, default=512, help="tokens of a row, which is cut there")
     training.add_argument("--train-rows", type=int, default=2000)
-    training.add_argument("--held-out", type=int, default=200, help="rows to validate and to test on, each")
+    training.add_argument("--held-out", type=int, default=200, help="rows to validate on")
+    training.add_argument("--test-rows", type=int, default=200)
     reporting = commands.add_parser("report", help="print the table")
     reporting.set_defaults(function=report)
     reporting.add_argument("runs", type=Path, nargs="+")

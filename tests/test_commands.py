@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT
-from safetensors.torch import load_file
-from test_runs import load_with_stock_peft
+from test_runs import load_merged, load_with_stock_peft
 
 from axolotl_layersel import __version__
 from axolotl_layersel.lock import RunLock
@@ -169,14 +168,7 @@ def test_merge_lora_merges_the_selected_layers(trained, zygote, base_model, tmp_
     training = RunLock.take(output)  # a run that goes on is in the way of no command that does not train
     in_process(zygote, "axolotl.cli.merge_lora:do_cli", without_deepspeed(path))
     training.release()
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM; from safetensors.torch import save_file;"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval();"
-        "logits = model(torch.arange(40).reshape(2, 20) + 300).logits.detach().contiguous();"
-        "save_file({'logits': logits}, sys.argv[2])"
-    )
-    call(sys.executable, "-c", code, str(output / "merged"), str(tmp_path / "merged.safetensors"))
-    merged = load_file(tmp_path / "merged.safetensors")["logits"]
+    merged = load_merged(output, tmp_path)
     stock = load_with_stock_peft(base_model, [output], tmp_path)[str(output)]
     assert float((merged - stock).abs().max()) <= 1e-4, "merging adds B·A to the weight, which rounds once more"
 

@@ -1,15 +1,13 @@
 """What users combine with redistributing rank, in real runs of Axolotl."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, deepspeed_config, pressure, selection
+from conftest import deepspeed_config, pressure, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_runs import INTERRUPTED, KILLED, difference, load_with_stock_peft
+from test_runs import INTERRUPTED, KILLED, difference, load_merged, load_with_stock_peft
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
@@ -73,15 +71,7 @@ def test_axolotl_merges_the_result(runs, make_config, zygote, base_model, tmp_pa
     path, _, _ = make_config(output=run.folder, peft_use_rslora=True, **SETTINGS)
     codes = zygote.run("axolotl.cli.merge_lora:do_cli", {"config": str(path)}, 1, path.with_suffix(".log"), {})
     assert codes == [0], (path.parent / "config.log.0").read_text()[-3000:]
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM; from safetensors.torch import save_file;"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval();"
-        "logits = model(torch.arange(40).reshape(2, 20) + 300).logits.detach().contiguous();"
-        "save_file({'logits': logits}, sys.argv[2])"
-    )
-    command = [sys.executable, "-c", code, str(run.folder / "merged"), str(tmp_path / "merged.safetensors")]
-    subprocess.run(command, check=True, cwd=ROOT.parent, env=ENVIRONMENT | {"PYTHONPATH": ""})
-    merged = load_file(tmp_path / "merged.safetensors")["logits"]
+    merged = load_merged(run.folder, tmp_path)
     trained = load_file(run.folder / "logits.safetensors")["logits"]
     assert float((merged - trained).abs().max()) <= 1e-4, "merging adds B·A to the weight, which rounds once more"
 

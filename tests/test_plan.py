@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import (
+    Budget,
     LayerChoice,
     Plan,
     check_checkpoint,
+    check_lora_rank,
     check_model,
     check_settings,
     read_plan,
@@ -168,3 +170,11 @@ def test_a_plan_of_schema_1_is_still_read(tmp_path, search):
 
 def test_a_plan_for_this_model_is_accepted():
     check_model(make_plan(), "model.layers", 3, {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there")
+
+
+def test_a_plan_whose_ranks_were_given_for_another_lora_r_is_refused():
+    plan = make_plan(budget=Budget(lora=80, lora_r=8, allowed=80, spent=80))
+    check_lora_rank(plan, 8, "old/plan.json")
+    check_lora_rank(make_plan(), 16, "old/plan.json")
+    with pytest.raises(LayerselError, match=r"lora_r: 16 is not the 8 for which the plan from old/plan\.json gave"):
+        check_lora_rank(plan, 16, "old/plan.json")

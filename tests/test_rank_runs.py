@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import ENGINES, PACKED_QLORA, Run, RunsByEngine, l1ra, selection
-from test_runs import KILLED, difference, load_with_stock_peft
+from test_runs import KILLED, difference, load_merged, load_with_stock_peft
 
 SETTINGS = {**selection("gradient"), "max_steps": 4, "save_steps": 2}
 RESUMED = ["single", "ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
@@ -51,6 +51,18 @@ def test_stock_peft_computes_the_same_from_every_engines_adapter(whole_runs, bas
     first = logits[str(folders["single"])]
     for engine in ENGINES:
         assert float((logits[str(folders[engine])] - first).abs().max()) < 1e-2
+
+
+def test_axolotl_merges_an_adapter_whose_modules_have_other_ranks(
+    whole_runs, make_config, zygote, base_model, tmp_path
+):
+    run = whole_runs["single"]
+    path, _, _ = make_config(output=run.folder, **SETTINGS)
+    codes = zygote.run("axolotl.cli.merge_lora:do_cli", {"config": str(path)}, 1, path.with_suffix(".log"), {})
+    assert codes == [0], (path.parent / "config.log.0").read_text()[-3000:]
+    stock = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
+    merged = load_merged(run.folder, tmp_path)
+    assert float((merged - stock).abs().max()) <= 1e-4, "merging adds B·A to the weight, which rounds once more"
 
 
 @pytest.mark.parametrize("engine", RESUMED)

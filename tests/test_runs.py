@@ -97,6 +97,20 @@ def load_with_stock_peft(base_model: Path, folders: list[Path], tmp_path: Path) 
     return load_file(output)
 
 
+def load_merged(folder: Path, tmp_path: Path) -> torch.Tensor:
+    """Return the logits of a merged model, computed in a process that never imports this package."""
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; from safetensors.torch import save_file;"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval();"
+        "logits = model(torch.arange(40).reshape(2, 20) + 300).logits.detach().contiguous();"
+        "save_file({'logits': logits}, sys.argv[2])"
+    )
+    output = tmp_path / "merged.safetensors"
+    command = [sys.executable, "-c", code, str(folder / "merged"), str(output)]
+    subprocess.run(command, check=True, cwd=ROOT.parent, env=ENVIRONMENT | {"PYTHONPATH": ""})
+    return load_file(output)["logits"]
+
+
 def difference(first: dict, second: dict) -> float:
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import mean
@@ -273,10 +273,17 @@ def choose_highest(
     return sorted(sorted(scored, key=lambda place: (-scored[place], place))[:keep])
 
 
-def find_mean_overlap(choices: list[Collection]) -> float:
-    """Return the mean Jaccard overlap |A ∩ B| / |A ∪ B| of all pairs of ``choices``, none of them empty."""
-    sets = [set(choice) for choice in choices]
-    return mean(len(one & other) / len(one | other) for one, other in combinations(sets, 2))
+def find_mean_overlap(choices: list[Mapping[str, int]]) -> float:
+    """Return the mean overlap of all pairs of ``choices``, which are ranks by module, none of them empty.
+
+    That is the weighted Jaccard overlap Σ min(a, b) / Σ max(a, b): with equal ranks, |A ∩ B| / |A ∪ B| of the modules.
+    """
+
+    def find_overlap(one: Mapping[str, int], other: Mapping[str, int]) -> float:
+        pairs = [(one.get(name, 0), other.get(name, 0)) for name in {**one, **other}]
+        return sum(map(min, pairs)) / sum(map(max, pairs))
+
+    return mean(find_overlap(one, other) for one, other in combinations(choices, 2))
 
 
 def conclude(

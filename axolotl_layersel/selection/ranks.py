@@ -3,8 +3,10 @@
 A unit's cost is the number of parameters that one rank takes in all of its modules.
 """
 
+import heapq
 import itertools
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import count_component_parameters
@@ -13,8 +15,12 @@ from axolotl_layersel.selection.args import BUDGET, HIGHEST_FACTOR
 from axolotl_layersel.selection.choosing import Choice, Selection
 from axolotl_layersel.units import Unit
 
+LOG = logging.getLogger("axolotl.layersel")
 # A score of so small a share of the largest one counts as zero: it could not get any rank.
 NEGLIGIBLE = 1e-9
+NO_LIMIT = 2**63
+# Multiples of it modulo 1 are spread evenly, however many there are (Weyl's sequence).
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int], Budget | None]:
@@ -37,27 +43,34 @@ def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int]
     lora = selection.lora_r * sum(prices.values())
     budget = find_budget(settings.budget, lora)
     costs = {unit.name: prices[unit.name] for unit in units}
-    least = settings.min_rank or 0
+    least, even = settings.min_rank or 0, 0
     if settings.rank == "match":
         ranks = match_budget(costs, budget, most)
     elif choice.gains:
-        ranks = spend_by_gain({unit.name: choice.gains[unit.name] for unit in units}, costs, budget, least, most)
+        gains = {unit.name: choice.gains[unit.name] for unit in units}
+        ranks = spend_by_gain(gains, costs, budget, least, most)
+        if ranks == spend_by_gain(gains, costs, NO_LIMIT, least, most):  # all that gains more than noise is bought
+            by_gain, ranks = ranks, fill_evenly(ranks, costs, budget, most)
+            even = find_cost(ranks, costs) - find_cost(by_gain, costs)
     else:
         ranks = share_by_score({unit.name: get_score(choice, unit) for unit in units}, costs, budget, least, most)
+    if even > budget / 2:
+        LOG.warning(
+            "layersel: %d %% of the budget is given to all %ss alike, because method %s finds no gain there that is "
+            "more than noise. Use more `num_samples` to tell them apart.",
+            100 * even // budget,
+            settings.granularity,
+            settings.method,
+        )
     if not any(ranks.values()):
-        if choice.gains and not any(map(any, choice.gains.values())):
-            raise LayerselError(
-                f"layersel.selection.method: {settings.method} finds no gain that is more than noise in any of the "
-                f"{len(units)} {settings.granularity}s, so no rank can be given by it. Use more `num_samples`, or "
-                "`min_rank: 1`."
-            )
         raise LayerselError(
             f"layersel.selection.budget: {budget:,} parameters do not pay for rank 1 in the {settings.granularity} "
             "with the most to gain. Raise budget."
         )
-    spent = sum(rank * costs[unit] for unit, rank in ranks.items())
     by_module = {name: ranks[unit.name] for unit in units for name in unit.modules if ranks[unit.name]}
-    return by_module, Budget(lora=lora, allowed=budget, spent=spent)
+    return by_module, Budget(
+        lora=lora, lora_r=selection.lora_r, allowed=budget, spent=find_cost(ranks, costs), even=even
+    )
 
 
 def get_score(choice: Choice, unit: Unit) -> float:
@@ -85,8 +98,8 @@ def spend_by_gain(
 ) -> dict[str, int]:
     """Return the ranks that gain most: components are taken in the order of gain per parameter until one is too dear.
 
-    A component that gains nothing is never taken, so the budget may be left over. What a larger budget buys holds what
-    a smaller one buys.
+    A component that gains nothing is never taken, so the budget may be left over, see ``fill_evenly``. What a larger
+    budget buys holds what a smaller one buys.
 
     Args:
         gains: of the 1st, 2nd, … rank of each unit. One that is higher than the one before it counts as that, because
@@ -113,6 +126,34 @@ def spend_by_gain(
             break
         ranks[unit] += 1
     return ranks
+
+
+def fill_evenly(ranks: Mapping[str, int], costs: Mapping[str, int], budget: int, most: int) -> dict[str, int]:
+    """Return ``ranks`` with what is left of the budget: the lowest is raised again and again, until one is too dear.
+
+    Where no component gains more than noise, nothing is known of what the others gain, and all of them count alike.
+
+    Args:
+        ranks: of each unit.
+        costs: of one rank of each unit.
+        budget: in parameters.
+        most: the highest rank.
+    """
+    filled = dict(ranks)
+    left = budget - find_cost(ranks, costs)
+    lowest = [(filled[unit], place, unit) for place, unit in enumerate(spread_evenly(costs))]
+    heapq.heapify(lowest)
+    while lowest[0][0] < most and costs[lowest[0][2]] <= left:
+        rank, place, unit = lowest[0]
+        left -= costs[unit]
+        filled[unit] = rank + 1
+        heapq.heapreplace(lowest, (rank + 1, place, unit))
+    return filled
+
+
+def spread_evenly(units: Iterable[str]) -> list[str]:
+    """Return units in an order of which any beginning lies evenly among all of them, by their names."""
+    return [unit for _, unit in sorted((index * GOLDEN_RATIO % 1, unit) for index, unit in enumerate(sorted(units)))]
 
 
 def share_by_score(
@@ -149,7 +190,7 @@ def share_by_score(
         high = low
     shares = share(high)
     ranks = {unit: int(value + 1e-9) for unit, value in shares.items()}
-    left = budget - sum(ranks[unit] * costs[unit] for unit in ranks)
+    left = budget - find_cost(ranks, costs)
     for unit in sorted(shares, key=lambda unit: (ranks[unit] - shares[unit], unit)):
         if shares[unit] - ranks[unit] > 1e-9 and costs[unit] <= left:
             ranks[unit] += 1
@@ -158,7 +199,9 @@ def share_by_score(
 
 
 def match_budget(costs: Mapping[str, int], budget: int, most: int) -> dict[str, int]:
-    """Return one rank for all units, the highest that the budget pays for; the first units get one more of the rest.
+    """Return one rank for all units, the highest that the budget pays for; of the rest some units get one more.
+
+    These lie evenly among all units, so that what is left over favours no end of the model.
 
     Raises:
         LayerselError: if it pays for less than rank 1.
@@ -167,12 +210,17 @@ def match_budget(costs: Mapping[str, int], budget: int, most: int) -> dict[str, 
     rank = min(budget // sum(costs.values()), most)
     ranks = dict.fromkeys(costs, rank)
     left = budget - rank * sum(costs.values())
-    for unit, cost in costs.items():
-        left -= cost
+    for unit in spread_evenly(costs):
+        left -= costs[unit]
         if left < 0 or rank == most:
             break
         ranks[unit] += 1
     return ranks
+
+
+def find_cost(ranks: Mapping[str, int], costs: Mapping[str, int]) -> int:
+    """Return the parameters that ``ranks`` take."""
+    return sum(rank * costs[unit] for unit, rank in ranks.items())
 
 
 def check_floor(costs: Mapping[str, int], budget: int, least: int) -> None:

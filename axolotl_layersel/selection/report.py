@@ -71,6 +71,8 @@ def describe_budget(ranks: dict[str, int], budget: Budget) -> str:
     low, high = min(ranks.values()), max(ranks.values())
     span = f"rank {high}" if low == high else f"ranks from {low} to {high}"
     spent = f"{budget.spent:,} of {budget.allowed:,} parameters are spent"
+    if budget.even:
+        spent += f", {budget.even:,} of them evenly, where no gain is more than noise"
     return f"{span}; {spent}; LoRA in all candidates has {budget.lora:,}"
 
 

@@ -23,6 +23,7 @@ from axolotl_layersel.plan import (
     Stability,
     Tower,
     check_checkpoint,
+    check_lora_rank,
     check_model,
     check_settings,
     plan_path,
@@ -106,6 +107,7 @@ def select_layers(
         plan, source = reused
         outside = [name for names in stack.towers.values() for name in names]
         check_model(plan, stack.name, len(stack.layers), stack.lora_modules, outside, source)
+        check_lora_rank(plan, capacity.lora_r if capacity else run.config.r, source)
         if settings.plan_check != "ignore":
             check_base_model(plan, base_model, describe_shape(base.config), source)
         report_data(plan, trainer, source)
@@ -306,7 +308,7 @@ def measure_stability(selection: Selection, plan: Plan, repeat: int) -> Stabilit
         plans.append(make_plan(again)[0])
     return Stability(
         selected={each.seed: each.selected for each in plans},
-        overlap=find_mean_overlap([each.modules for each in plans]),
+        overlap=find_mean_overlap([each.ranks or dict.fromkeys(each.modules, 1) for each in plans]),
     )
 
 

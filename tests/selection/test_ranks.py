@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.selection.ranks import find_budget, match_budget, share_by_score, spend_by_gain
+from axolotl_layersel.selection.ranks import fill_evenly, find_budget, match_budget, share_by_score, spend_by_gain
 
 UNITS = st.integers(1, 8).flatmap(
     lambda count: st.tuples(
@@ -56,6 +56,32 @@ def test_no_exchange_of_one_component_for_another_gains_more(units, budget):
     taken = [gain for unit, values in gains.items() for gain in values[: ranks[unit]]]
     left = [gain for unit, values in gains.items() for gain in values[ranks[unit] :]]
     assert min(taken, default=10) >= max(left, default=0) or not taken
+
+
+@given(UNITS, st.integers(50, 3000), st.integers(0, 500), st.integers(1, 6), st.randoms())
+def test_what_no_gain_asks_for_is_filled_up_from_the_lowest_rank(units, budget, more, most, random):
+    costs = name(units[1])
+    by_gain = spend_by_gain(name(units[0]), costs, budget, 0, most)
+    ranks = fill_evenly(by_gain, costs, budget, most)
+    assert spent(ranks, costs) <= budget and max(ranks.values()) <= most
+    assert all(ranks[unit] >= rank for unit, rank in by_gain.items())
+    raised = [rank for unit, rank in ranks.items() if rank > by_gain[unit]]
+    assert max(raised, default=0) <= min(ranks.values()) + 1
+    lowest = [unit for unit in ranks if ranks[unit] == min(ranks.values())]
+    assert ranks[lowest[0]] == most or max(costs[unit] for unit in lowest) > budget - spent(ranks, costs)
+    order = list(costs)
+    random.shuffle(order)
+    assert (
+        fill_evenly({unit: by_gain[unit] for unit in order}, {unit: costs[unit] for unit in order}, budget, most)
+        == ranks
+    )
+    larger = fill_evenly(by_gain, costs, budget + more, most)
+    assert all(larger[unit] >= rank for unit, rank in ranks.items())
+
+
+def test_where_all_is_noise_ranks_are_those_of_lora():
+    costs = {"a": 10, "b": 30, "c": 20}
+    assert fill_evenly(dict.fromkeys(costs, 0), costs, 8 * 60, 64) == dict.fromkeys(costs, 8)
 
 
 def test_what_gains_nothing_gets_nothing_and_the_floor_comes_first():
@@ -107,6 +133,12 @@ def test_one_rank_for_all_fills_the_budget_up_to_less_than_one_component(values,
     ranks = match_budget(costs, budget, most)
     assert spent(ranks, costs) <= budget and max(ranks.values()) - min(ranks.values()) <= 1
     assert max(ranks.values()) == most or budget - spent(ranks, costs) < max(values)
+
+
+def test_what_is_left_of_a_budget_favours_no_end_of_the_model():
+    costs = dict.fromkeys([f"layer{i:02}" for i in range(32)], 10)
+    ranks = list(match_budget(costs, 320 + 8 * 10, 64).values())
+    assert [sum(ranks[start : start + 8]) for start in range(0, 32, 8)] == [10, 10, 10, 10]
 
 
 def test_a_budget_is_what_lora_has_a_multiple_or_a_number():
