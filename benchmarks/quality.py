@@ -1,14 +1,14 @@
 """Held-out loss against trainable parameters: LoRA in all layers beside the ways to choose layers and ranks.
 
     python benchmarks/quality.py train BASE TRAIN.jsonl TEST.jsonl runs.csv --ranks 1 2 4 8 --seeds 0 1 2
-    python benchmarks/quality.py report runs.csv
+    python benchmarks/quality.py report runs.csv --against lora --picture curves.svg
 
 Rows of a JSONL file have a ``question`` and an ``answer``; the loss is that of the answers' tokens. A TSV file has the
 columns ``sentence`` and ``label``, which an encoder learns to tell. Every arm has as many trainable parameters as LoRA
 of the rank in all layers, or fewer. An arm's learning rate is the one of ``--rates`` with the lowest mean loss on
-validation rows, which are neither trained nor tested on. Seconds are those of the processor, so that other work on the
-machine does not count. A run appends a line to the CSV file and is left out where its line is there already, so that a
-benchmark that was stopped goes on.
+validation rows, which are neither trained nor tested on. A GPU is used where there is one, in TF32. Seconds are those
+of the processor, so that other work on the machine does not count. A run appends a line to the CSV file and is left out
+where its line is there already, so that a benchmark that was stopped goes on.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from rich.console import Console
 from rich.table import Table
@@ -67,6 +69,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 FIGURES = ["validation", "test", "accuracy", "parameters", "seconds_choosing", "seconds_training"]
 COLUMNS = ["arm", "rank", "seed", "rate", "steps", *FIGURES, "chosen"]
 IGNORED = -100
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def read_rows(path: Path, tokenizer: Any, longest: int) -> list[dict[str, Any]]:
@@ -109,7 +112,7 @@ def measure(model: PeftModel, rows: list[dict[str, Any]], batch_size: int) -> tu
     loss, right, count = 0.0, 0, 0
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size])
+        batch = {key: value.to(model.device) for key, value in collate(rows[start : start + batch_size]).items()}
         output = model(**batch)
         logits, labels = output.logits, batch["labels"]
         if labels.dim() == 2:  # the token after each
@@ -130,10 +133,14 @@ def make_model(arguments: argparse.Namespace, arm: str, rank: int, rows: list[di
     else:
         base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
         settings |= {"target_modules": DECODER_TARGETS, "task_type": "CAUSAL_LM"}
+    base.to(DEVICE)
     if arm != "eva":
         return get_peft_model(base, LoraConfig(**settings))
     model = get_peft_model(base, LoraConfig(**settings, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)))
-    batches = [collate(rows[start : start + 4]) for start in range(0, SAMPLES, 4)]
+    batches = [
+        {key: value.to(DEVICE) for key, value in collate(rows[start : start + 4]).items()}
+        for start in range(0, SAMPLES, 4)
+    ]
     initialize_lora_eva_weights(model, batches, show_progress_bar=False)
     return model
 
@@ -155,7 +162,8 @@ def run_arm(
             warmup_steps=max(1, arguments.steps // 20),
             weight_decay=0.0,
             seed=seed,
-            use_cpu=True,
+            use_cpu=DEVICE == "cpu",
+            tf32=DEVICE == "cuda" or None,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
@@ -249,8 +257,13 @@ def describe_difference(differences: list[float]) -> str:
     return f"{mean:+.4f} ± {student.ppf(0.975, len(differences) - 1) * error:.4f}"
 
 
+def find_mean(by_seed: dict[int, dict[str, Any]], name: str) -> float:
+    """Return the mean of a figure over the runs of an arm."""
+    return statistics.mean(run[name] for run in by_seed.values())
+
+
 def report(arguments: argparse.Namespace) -> None:
-    """Print each arm's mean test loss and accuracy, and their paired differences to LoRA in all layers."""
+    """Print each arm's mean test loss and accuracy, and their paired differences to another arm's."""
     runs = [run for path in arguments.runs for run in read_runs(path)]
     rates = choose_rates(runs)
     arms: dict[tuple[str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
@@ -259,22 +272,39 @@ def report(arguments: argparse.Namespace) -> None:
             arms[run["arm"], run["rank"]][run["seed"]] = run
     wanted = ["test", "accuracy", "seconds_choosing", "seconds_training"]
     figures = [name for name in wanted if all(name in run for run in runs)]
-    table = Table("rank", "arm", "rate", "seeds", *(title for name in figures for title in (name, "less LoRA's")))
-
-    def find_mean(by_seed: dict[int, dict[str, Any]], name: str) -> float:
-        return statistics.mean(run[name] for run in by_seed.values())
-
+    less = f"less {arguments.against}'s"
+    table = Table("rank", "arm", "rate", "seeds", *(title for name in figures for title in (name, less)))
     for (arm, rank), by_seed in sorted(arms.items(), key=lambda item: (item[0][1], find_mean(item[1], "test"))):
-        plain = arms.get(("lora", rank), {})
+        others = arms.get((arguments.against, rank), {})
         cells = []
         for name in figures:
-            pairs = [run[name] - plain[seed][name] for seed, run in by_seed.items() if seed in plain]
+            pairs = [run[name] - others[seed][name] for seed, run in by_seed.items() if seed in others]
             cells += [
                 f"{find_mean(by_seed, name):.4f}",
-                describe_difference(pairs) if pairs and arm != "lora" else "",
+                describe_difference(pairs) if pairs and arm != arguments.against else "",
             ]
         table.add_row(str(rank), arm, f"{rates[arm, rank]:g}", str(len(by_seed)), *cells)
     Console(width=180).print(table)
+    if arguments.picture:
+        draw_curves(arms, arguments.picture)
+
+
+def draw_curves(arms: dict[tuple[str, int], dict[int, dict[str, Any]]], path: Path) -> None:
+    """Draw the mean test loss of the arms that have several ranks, by trainable parameters and by time."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_parameters, by_time = figure.subplots(1, 2, sharey=True)
+    for arm in dict.fromkeys(arm for arm, _ in arms):
+        points = [by_seed for (name, _), by_seed in sorted(arms.items(), key=lambda item: item[0][1]) if name == arm]
+        if len(points) > 1:
+            losses = [find_mean(by_seed, "test") for by_seed in points]
+            seconds = [find_mean(runs, "seconds_choosing") + find_mean(runs, "seconds_training") for runs in points]
+            by_parameters.plot([find_mean(runs, "parameters") for runs in points], losses, marker="o", label=arm)
+            by_time.plot(seconds, losses, marker="o", linestyle="none", label=arm)
+    by_parameters.set(xscale="log", xlabel="trainable parameters", ylabel="loss of held-out answers")
+    by_time.set(xlabel="processor seconds, choosing and training")
+    by_parameters.xaxis.set_minor_formatter(NullFormatter())
+    by_parameters.legend()
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -297,6 +327,8 @@ def main() -> None:
     reporting = commands.add_parser("report", help="print the table")
     reporting.set_defaults(function=report)
     reporting.add_argument("runs", type=Path, nargs="+")
+    reporting.add_argument("--against", choices=ARMS, default="lora", help="the arm that the others are compared with")
+    reporting.add_argument("--picture", type=Path, help="file to draw the curves into")
     arguments = parser.parse_args()
     arguments.function(arguments)
 
