@@ -72,7 +72,7 @@ def check_gated_file(data: Mapping[str, Any], setting: str) -> None:
 
 
 def switch_off_kernels(data: dict[str, Any]) -> None:
-    """Switch off the fused LoRA kernels that Axolotl would switch on by itself: they compute past gated modules.
+    """Switch off the fused LoRA kernels that Axolotl would switch on by itself, where they cannot be given gates.
 
     Args:
         data: the YAML file's content as the user wrote it, which is changed.

@@ -6,7 +6,6 @@ from axolotl.integrations.base import BasePlugin
 
 from axolotl_layersel.args import check_blank_blocks
 from axolotl_layersel.lock import RunLock
-from axolotl_layersel.plain_lora import switch_off_kernels
 
 
 class LayerSelectionPlugin(BasePlugin):
@@ -26,7 +25,11 @@ class LayerSelectionPlugin(BasePlugin):
         if isinstance(block, dict):
             check_blank_blocks(block)
             if block.get("l1ra") is not None:
-                switch_off_kernels(cfg)
+                from axolotl_layersel.kernels import give_gates_to_kernels
+                from axolotl_layersel.plain_lora import switch_off_kernels
+
+                if not give_gates_to_kernels():
+                    switch_off_kernels(cfg)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         if preprocess:
@@ -40,16 +43,14 @@ class LayerSelectionPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         from axolotl_layersel.engines.collectives import decide_on_rank_zero
-        from axolotl_layersel.kernels import without_fused_lora
+        from axolotl_layersel.kernels import while_choosing
         from axolotl_layersel.preflight import find_scaling, read_settings
         from axolotl_layersel.prepare import prepare_trainer
         from axolotl_layersel.saving import take_over_fsdp2_writer
-        from axolotl_layersel.trainers import unwrap_model
 
         settings = read_settings(cfg)
         decide_on_rank_zero(self.confirm_lock)
-        # Methods look into LoRA's modules; the run itself, and one that is given its plan, use the kernels.
-        with without_fused_lora(unwrap_model(trainer)):
+        with while_choosing(trainer, settings.selection):
             prepare_trainer(
                 trainer,
                 settings,

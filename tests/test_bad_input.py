@@ -171,10 +171,6 @@ BEFORE_THE_MODEL = {
     "l1ra: 8-bit optimizer": ({**l1ra(), "optimizer": "adamw_bnb_8bit"}, "Use `adamw_torch` or `adamw_torch_fused`."),
     "l1ra: paged optimizer": ({**l1ra(), "optimizer": "paged_adamw_32bit"}, "optimizer: 'paged_adamw_32bit' is not"),
     "l1ra: no Adam": ({**l1ra(), "optimizer": "lion_pytorch"}, "optimizer: 'lion_pytorch' is not supported"),
-    "l1ra: kernels": (
-        {**l1ra(), "lora_qkv_kernel": True},
-        "lora_qkv_kernel: True bypasses the modules that layersel.l1ra looks into. Remove lora_qkv_kernel",
-    ),
     "l1ra: context parallelism": ({**l1ra(), "context_parallel_size": 2}, "context_parallel_size: 2 splits layers"),
     "l1ra: no rank to start from": ({**l1ra(), "lora_r": None}, "lora_r: None is no rank that layersel.l1ra could"),
     "l1ra: checkpoint of another run": (

@@ -2,28 +2,59 @@
 
 import pytest
 import torch
+from axolotl.kernels import lora
 from axolotl.monkeypatch import lora_kernels
 from axolotl.utils.dict import DictDefault
-from conftest import make_lora, make_small_llama, selection
-from test_runs import difference
+from conftest import make_lora, make_small_llama, pressure, selection
+from test_runs import KILLED, difference
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from axolotl_layersel.kernels import is_fused, without_fused_lora
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.gates import Gates
+from axolotl_layersel.kernels import exchange, give_gates_to_kernels, is_fused, without_fused_lora
+from axolotl_layersel.plain_lora import LORA_KERNELS
+from axolotl_layersel.plugin import LayerSelectionPlugin
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 ON = {"lora_qkv_kernel": True, "lora_o_kernel": True}
+ALL_ON = {**ON, "lora_mlp_kernel": True}
+
+
+def compute_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def differentiate_swiglu(gradient, gate, up):
+    """As the kernel does: return what the forward pass returned, and the gradients by ``gate`` and ``up``."""
+    with torch.enable_grad():
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        hidden = compute_swiglu(gate, up)
+    return hidden.detach(), *torch.autograd.grad(hidden, (gate, up), gradient)
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """A model with the kernels for attention on, as Axolotl loads it."""
+def make_fused(monkeypatch):
+    """Makes a model with the kernels on, as Axolotl loads it."""
     forward = LlamaAttention.forward
     monkeypatch.setattr(lora_kernels, "get_attention_cls_from_config", lambda cfg: LlamaAttention)
+    # These two alone are written in Triton, which needs a GPU. What is around them runs here as it does there.
+    monkeypatch.setattr(lora, "swiglu_forward", compute_swiglu)
+    monkeypatch.setattr(lora, "swiglu_backward", differentiate_swiglu)
     lora_kernels.patch_self_attn_lora(DictDefault(ON))
-    model = make_lora(make_small_llama(layers=2), TARGETS, task_type="CAUSAL_LM")
-    yield lora_kernels.apply_lora_kernel_patches(model, DictDefault(ON))
+
+    def make(targets, kernels=ON, **settings):
+        model = make_lora(make_small_llama(layers=2), targets, task_type="CAUSAL_LM", **settings)
+        return lora_kernels.apply_lora_kernel_patches(model, DictDefault(kernels))
+
+    yield make
     LlamaAttention.forward = forward
     del LlamaAttention._original_forward
+
+
+@pytest.fixture
+def fused(make_fused):
+    return make_fused(TARGETS)
 
 
 def count_hook_calls(model) -> int:
@@ -54,6 +85,137 @@ def test_a_model_without_kernels_is_left_alone():
         assert [dict(vars(module)) for module in model.modules()] == attributes
 
 
+def attach_gates(model, components: int) -> Gates:
+    """Give every LoRA module a gate, none of which is 1, and matrices B that are not 0."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    downs = {name: module for name, module in model.named_modules() if name.endswith("lora_A.default")}
+    gates = Gates({name: [down] for name, down in downs.items()}, components, torch.device("cpu"))
+    gates.values.copy_(torch.rand(len(gates.values), generator=generator) + 0.25)
+    gates.attach()
+    return gates
+
+
+def differentiate(model, gates: Gates, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return the loss of a batch, and its gradients by all that is trained and by the gates."""
+    model.train()
+    model.zero_grad()
+    gates.clear_gradient()
+    ids = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(seed)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, "loss": loss.detach(), "gates": gates.gradient.clone()}
+
+
+def find_largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of all tensors, as a share of the largest number in those of its kind.
+
+    Gradients of queries and keys alone are differences of numbers a thousand times as large.
+    """
+    assert one.keys() == other.keys()
+    sizes: dict[str, float] = {}
+    for name, tensor in other.items():
+        kind = name.partition(".lora_")[2]
+        sizes[kind or name] = max(sizes.get(kind or name, 0.0), float(tensor.abs().max()))
+    return max(
+        float((tensor - other[name]).abs().max()) / sizes[name.partition(".lora_")[2] or name]
+        for name, tensor in one.items()
+    )
+
+
+@pytest.mark.parametrize("components", [4, 1], ids=["a gate for each component", "a gate for all"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"bias": "lora_only", "lora_bias": True}, {"r": 4, "target_modules": MLP}],
+    ids=["lora", "rslora", "bias", "mlp"],
+)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_kernels_compute_with_gates_as_the_modules_do(make_fused, components, settings, checkpointing):
+    assert give_gates_to_kernels()
+    targets = settings.get("target_modules", TARGETS + MLP)
+    model = make_fused(targets, ALL_ON, **{name: v for name, v in settings.items() if name != "target_modules"})
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    gates = attach_gates(model, components)
+    assert count_hook_calls(model) == 0, "every LoRA module is a kernel's"
+    found = differentiate(model, gates)
+    with without_fused_lora(model):
+        assert count_hook_calls(model) > 0
+        expected = differentiate(model, gates)
+    assert expected["gates"].abs().min() > 0
+    # Both compute in fp32, in another order.
+    assert find_largest_difference(found, expected) <= 1e-5
+
+
+def test_kernels_drop_out_with_gates_as_they_do_with_matrices_that_are_multiplied_by_them(make_fused):
+    """They cannot be compared with PEFT, which draws a mask for each module, and not one for each input."""
+    assert give_gates_to_kernels()
+    model = make_fused(TARGETS + MLP, ALL_ON, lora_dropout=0.3)
+    gates = attach_gates(model, 4)
+    found = differentiate(model, gates)
+    assert find_largest_difference(differentiate(model, gates, seed=5), found) > 1e-3, "dropout is on"
+    values = {name: gates.values[part].clone() for name, part in gates.parts.items()}
+    gates.detach()
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            named[f"{name}.weight"].mul_(value[:, None])
+    expected = differentiate(model, gates)
+    for name, value in values.items():
+        gradient = expected[f"{name}.weight"]
+        # Of the loss by A in diag(c)·A, and by c.
+        expected["gates"][gates.parts[name]] = (gradient * named[f"{name}.weight"]).sum(dim=1) / value
+        expected[f"{name}.weight"] = gradient * value[:, None]
+    # Both compute in fp32, in another order.
+    assert find_largest_difference(found, expected) <= 1e-5
+
+
+def test_a_gate_of_one_changes_no_bit_of_what_kernels_compute(make_fused):
+    assert give_gates_to_kernels()
+    model = make_fused(TARGETS + MLP, ALL_ON)
+    gates = attach_gates(model, 4)
+    gates.values.fill_(1)
+    found = differentiate(model, gates)
+    gates.detach()
+    assert torch.equal(found["loss"], differentiate(model, gates)["loss"])
+
+
+def test_kernels_without_lora_and_without_gates_compute_as_before(make_fused):
+    assert give_gates_to_kernels()
+    model = make_fused(TARGETS, ON)
+    gates = attach_gates(model, 4)
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad(), model.disable_adapter():
+        found = model(ids).logits
+        with without_fused_lora(model):
+            assert torch.equal(found, model(ids).logits)
+    gates.detach()
+    projection = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert lora.get_lora_parameters(projection)[3] is projection.lora_A["default"].weight
+
+
+def test_kernels_that_cannot_be_given_gates_are_off_with_l1ra(monkeypatch, caplog):
+    monkeypatch.delattr(lora, "get_lora_parameters")
+    caplog.set_level("INFO")
+    cfg = DictDefault({"layersel": {"l1ra": {}}})
+    LayerSelectionPlugin().register(cfg)
+    assert [cfg[key] for key in LORA_KERNELS] == [False] * 4
+    assert "cannot be given gates, for want of get_lora_parameters" in caplog.text
+    with pytest.raises(LayerselError, match=r"lora_o_kernel: True bypasses .* Remove lora_o_kernel, or that setting"):
+        LayerSelectionPlugin().register(DictDefault({"layersel": {"l1ra": {}}, "lora_o_kernel": True}))
+
+
+def test_kernels_that_read_other_matrices_are_not_computed_with():
+    matrices = tuple(torch.ones(2, 2) for _ in range(9))
+    with pytest.raises(RuntimeError, match="does not return the matrices of LoRA"):
+        exchange(matrices, torch.ones(2, 2), torch.zeros(2, 2))
+
+
 @pytest.mark.parametrize(
     ("engine", "block"),
     [
@@ -74,3 +236,43 @@ def test_a_run_that_chooses_trains_with_the_kernels_as_one_that_is_given_its_pla
     assert given.losses() == chosen.losses()
     assert difference(given.adapter(), chosen.adapter()) == 0
     assert all(choice["score"] for choice in chosen.plan["layers"])
+
+
+# Updates of rank after steps 2, 4, 6 and 8.
+MOVING = {
+    "lora_target_modules": TARGETS,
+    "max_steps": 10,
+    "num_epochs": 2,
+    "save_steps": 4,
+    **pressure(update_ratio=0.2),
+}
+
+
+@pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2-sharded"])
+def test_rank_moves_beside_kernels_as_without_them(train, engine):
+    run = train(engine, **ON, **MOVING)
+    assert run.engine["engine"] == engine.partition("-")[0]
+    assert run.engine["fused_modules"] == 8
+    plain = train(engine, **MOVING)
+    assert plain.engine["fused_modules"] == 0
+    assert run.ranks() == plain.ranks() and len({*map(str, run.ranks().values())}) > 1
+    # Both compute in fp32, in another order, and Adam divides small gradients by their own size.
+    assert difference(run.adapter(), plain.adapter()) < 1e-3
+
+
+def test_a_run_with_kernels_that_was_killed_ends_as_if_it_had_not_been(train):
+    whole = train("single", **ON, **MOVING)
+    killed = train("single", expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **ON, **MOVING)
+    resumed = train("single", output=killed.folder, auto_resume_from_checkpoints=True, **ON, **MOVING)
+    assert resumed.ranks() == whole.ranks()
+    assert difference(resumed.adapter(), whole.adapter()) == 0
+
+
+def test_a_search_finds_the_same_gates_with_kernels_as_without_them(train):
+    search = selection("flexora", ratio=0.5, flexora={"steps": 4, "val_samples": 12})
+    runs = [train("single", lora_target_modules=TARGETS, max_steps=2, **kernels, **search) for kernels in (ON, {})]
+    assert [run.engine["fused_modules"] for run in runs] == [8, 0]
+    scores = [[choice["score"] for choice in run.plan["layers"]] for run in runs]
+    assert len({*scores[0]}) == 8
+    # Adam's first steps are as large for a gradient of rounding as for any other, so gates may differ more than it.
+    assert max(abs(one - other) for one, other in zip(*scores)) < 1e-4
