@@ -1,0 +1,296 @@
+"""What runs on GPUs: correctness of gates in fused kernels and across ranks, step times and peak memory.
+
+Started by ``gpu.sh``, with a process on each GPU. The model has the shapes of Llama-3.2-1B, from a configuration. Each
+arm trains it for some steps through a plain Trainer, on NCCL where there are several processes: plain LoRA, stock PEFT
+in half of the layers, AdaLoRA, and the package, with Axolotl's fused LoRA kernels and without.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from axolotl.monkeypatch import lora_kernels
+from axolotl.utils.dict import DictDefault
+from measuring import LORA_TARGETS, MIB, PeakMemory, StepTimer, draw_rows
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.engines import collectives
+from axolotl_layersel.gates import Gates
+from axolotl_layersel.kernels import give_gates_to_kernels, while_choosing, without_fused_lora
+from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.prepare import prepare_trainer
+
+KERNELS = {"lora_qkv_kernel": True, "lora_o_kernel": True, "lora_mlp_kernel": True}
+WARMUP_STEPS = 3
+# fp32 in another order, without TF32.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        kernels: whether Axolotl's fused LoRA kernels compute.
+        highest: whether plain LoRA has the rank that l1ra has room for.
+        half: whether stock PEFT is given the upper half of the layers.
+        block: settings of the package.
+        optimizer: the Trainer's name of it.
+    """
+
+    kernels: bool = False
+    highest: bool = False
+    half: bool = False
+    adalora: bool = False
+    block: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw_torch_fused"
+
+
+HALF = {"selection": {"method": "last", "ratio": 0.5}}
+ARMS = {
+    "lora": Arm(),
+    "lora, kernels": Arm(kernels=True),
+    "lora at max_rank": Arm(highest=True),
+    "lora at max_rank, kernels": Arm(highest=True, kernels=True),
+    "l1ra": Arm(block={"l1ra": {}}),
+    "l1ra, kernels": Arm(block={"l1ra": {}}, kernels=True),
+    "l1ra by pressure, kernels": Arm(block={"l1ra": {"rule": "pressure"}}, kernels=True),
+    "adalora": Arm(adalora=True),
+    "half by stock peft": Arm(half=True),
+    "half by last": Arm(block=HALF),
+    "half by last, kernels": Arm(block=HALF, kernels=True),
+    "half by cka, kernels": Arm(block={"selection": {"method": "cka", "num_samples": 16, "ratio": 0.5}}, kernels=True),
+    "ranks by gradient, kernels": Arm(block={"selection": {"method": "gradient", "num_samples": 16}}, kernels=True),
+    "half by flexora": Arm(
+        block={"selection": {"method": "flexora", "ratio": 0.5, "flexora": {"steps": 6, "val_samples": 16}}},
+        kernels=True,
+    ),
+}
+
+
+def make_config(arguments: argparse.Namespace, layers: int | None = None) -> LlamaConfig:
+    """Return the configuration of Llama-3.2-1B, or of the size that is asked for."""
+    heads = max(1, arguments.hidden_size // 64)
+    return LlamaConfig(
+        hidden_size=arguments.hidden_size,
+        intermediate_size=4 * arguments.hidden_size,
+        num_hidden_layers=layers or arguments.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        vocab_size=arguments.vocabulary,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+
+
+def put_kernels_on(model: PeftModel, device: str) -> None:
+    """Put Axolotl's fused LoRA kernels on a model, as Axolotl does; the one of the MLP needs a GPU."""
+    wanted = {**KERNELS, "lora_mlp_kernel": device == "cuda"}
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        lora_kernels.patch_self_attn_lora(DictDefault({**wanted, "base_model": folder}))
+    lora_kernels.apply_lora_kernel_patches(model, DictDefault(wanted))
+
+
+def make_arm(arguments: argparse.Namespace, arm: Arm, folder: str) -> tuple[Trainer, StepTimer]:
+    """Return an arm that is ready to train."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    base = LlamaForCausalLM(make_config(arguments)).to(dtype)
+    rank = 2 * arguments.rank if arm.highest else arguments.rank
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": LORA_TARGETS}
+    if arm.adalora:
+        steps = {"tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": arguments.steps}
+        model = get_peft_model(base, AdaLoraConfig(init_r=2 * rank, target_r=rank, **steps, **settings))
+    else:
+        upper = list(range(arguments.layers // 2, arguments.layers)) if arm.half else None
+        settings |= {"layers_to_transform": upper, "layers_pattern": "layers" if upper else None}
+        model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, **settings))
+    model.enable_input_require_grads()
+    # A model that has had kernels keeps their attention class, which falls back to LoRA's modules without them.
+    lora_kernels.apply_lora_kernel_patches(model, DictDefault({}))
+    if arm.kernels:
+        put_kernels_on(model, arguments.device)
+    timer = StepTimer(arguments.device, None)
+    values = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=arguments.batch_size,
+        max_steps=arguments.steps,
+        learning_rate=1e-4,
+        optim=arm.optimizer,
+        bf16=arguments.device == "cuda",
+        use_cpu=arguments.device == "cpu",
+        seed=0,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        gradient_checkpointing=arguments.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if arguments.checkpointing else None,
+        ddp_find_unused_parameters=False,
+    )
+    rows = draw_rows(arguments, arguments.tokens, 64)
+    trainer = Trainer(model.to(arguments.device), values, train_dataset=rows)
+    if arm.adalora:
+        trainer.add_callback(Allocation())
+    return trainer, timer
+
+
+class Allocation(TrainerCallback):
+    """Lets AdaLoRA move rank when it is time."""
+
+    def on_optimizer_step(self, args, state, control, model, **kwargs) -> None:
+        getattr(model, "module", model).base_model.update_and_allocate(state.global_step + 1)
+
+
+def run_arm(arguments: argparse.Namespace, arm: Arm) -> dict[str, Any]:
+    """Train an arm, and return what it took and what came of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, timer = make_arm(arguments, arm, folder)
+        with PeakMemory(arguments.device) as choosing:
+            if arm.block:
+                block = LayerselBlock.model_validate(arm.block)
+                with while_choosing(trainer, block.selection):
+                    prepare_trainer(trainer, block)
+        trainer.add_callback(timer)
+        with PeakMemory(arguments.device) as training:
+            trainer.train()
+    callbacks = trainer.callback_handler.callbacks
+    mine = {name: p.detach().float().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    mine |= {name: n for c in callbacks if isinstance(c, RankCallback) for name, n in c.ranks.ranks().items()}
+    return {
+        "seconds": timer.seconds[WARMUP_STEPS:],
+        "choosing_peak_bytes": choosing.bytes,
+        "training_peak_bytes": training.bytes,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "ranks_agree": all(other == mine for other in collectives.gather_from_all(mine)),
+    }
+
+
+def check_kernels(arguments: argparse.Namespace, in_four_bits: bool) -> float:
+    """Return by how much gradients with gates in the kernels differ from those with gates on LoRA's modules.
+
+    In fp32, of a model of two layers, as a share of the largest gradient of their kind.
+    """
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(make_config(arguments, layers=2))
+    if in_four_bits:
+        with tempfile.TemporaryDirectory() as folder:
+            base.save_pretrained(folder)
+            quantisation = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32,
+            )  # fmt: skip
+            base = LlamaForCausalLM.from_pretrained(folder, quantization_config=quantisation, dtype=torch.float32)
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": LORA_TARGETS}
+    model = get_peft_model(base, LoraConfig(r=arguments.rank, lora_alpha=2 * arguments.rank, **settings))
+    model.to(arguments.device)
+    put_kernels_on(model, arguments.device)
+    assert give_gates_to_kernels(), "this Axolotl gives kernels no gates"
+    named = dict(model.named_parameters())
+    downs = {name: module for name, module in model.named_modules() if name.endswith("lora_A.default")}
+    gates = Gates({name: [down] for name, down in downs.items()}, arguments.rank, torch.device(arguments.device))
+    with torch.no_grad():
+        for name in named:
+            if "lora_B" in name:
+                named[name].normal_(std=0.1)
+        gates.values.uniform_(0.25, 1.25)
+    gates.attach()
+    ids = torch.randint(arguments.vocabulary, (2, 64), device=arguments.device)
+
+    def differentiate() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        gates.clear_gradient()
+        model(ids, labels=ids).loss.backward()
+        found = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+        return {name: gradient.clone() for name, gradient in found.items()} | {"gates": gates.gradient.clone()}
+
+    found = differentiate()
+    with without_fused_lora(model):
+        expected = differentiate()
+    sizes: dict[str, float] = {}
+    for name, gradient in expected.items():
+        kind = name.partition(".lora_")[2]
+        sizes[kind] = max(sizes.get(kind, 0.0), gradient.abs().max().item())
+    return max(
+        (found[name] - gradient).abs().max().item() / sizes[name.partition(".lora_")[2]]
+        for name, gradient in expected.items()
+    )
+
+
+def make_table(results: dict[str, dict[str, Any]]) -> Table:
+    """Return the medians of every arm, beside the first one's."""
+    table = Table("arm", "s a step", "of lora", "peak MiB", "of lora", "last loss", "ranks agree")
+    first = next(iter(results.values()))
+    for name, result in results.items():
+        seconds, peak = statistics.median(result["seconds"]), result["training_peak_bytes"]
+        table.add_row(
+            name,
+            f"{seconds:.4f}",
+            f"{seconds / statistics.median(first['seconds']):.3f}",
+            f"{peak / MIB:.0f}",
+            f"{peak / first['training_peak_bytes']:.3f}",
+            f"{result['losses'][-1]:.4f}",
+            "yes" if result["ranks_agree"] else "NO",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--hidden-size", type=int, default=2048, help="a multiple of 64")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=1024, help="of each row")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch on each process")
+    parser.add_argument("--steps", type=int, default=30, help=f"of each arm; the first {WARMUP_STEPS} are not timed")
+    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every single measurement there")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    if arguments.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    checks: dict[str, Callable[[], float]] = {"fp32 base": lambda: check_kernels(arguments, in_four_bits=False)}
+    if arguments.device == "cuda":  # where Axolotl's kernels read weights of 4 bits
+        checks["4-bit base"] = lambda: check_kernels(arguments, in_four_bits=True)
+    differences = {name: check() for name, check in checks.items()}
+    results = {}
+    for name in arguments.arms:
+        results[name] = run_arm(arguments, ARMS[name])
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+    if collectives.get_rank() == 0:
+        console = Console(width=120)
+        console.print(make_table(results))
+        for name, difference in differences.items():
+            word = "holds" if difference <= TOLERANCE else "FAILS"
+            console.print(f"gates in kernels, {name}: gradients differ by {difference:.1e} of the largest ({word})")
+        if arguments.json:
+            settings = {name: str(value) for name, value in vars(arguments).items()}
+            document = {"settings": settings, "kernel_differences": differences, "arms": results}
+            document["definitions"] = {name: asdict(ARMS[name]) for name in results}
+            arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    failed = [name for name, result in results.items() if not result["ranks_agree"]]
+    if failed or max(differences.values()) > TOLERANCE:
+        raise SystemExit(f"not correct: ranks differ in {failed}, kernels by {differences}")
+
+
+if __name__ == "__main__":
+    main()
