@@ -23,10 +23,12 @@ import signal
 import weakref
 from pathlib import Path
 
+import bitsandbytes
 import deepspeed
 import torch
 from axolotl.integrations.base import BasePlugin
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torchao.quantization import Float8Tensor
 from transformers import TrainerCallback
@@ -245,11 +247,37 @@ def find_ranks(trainer):
 
 
 def gather_moment(trainer, parameter, moment: str) -> torch.Tensor:
-    """Return one of Adam's moments of a parameter, whole, on every rank."""
-    if find_engine(trainer).name.startswith("zero"):
-        return deepspeed.utils.safe_get_full_optimizer_state(parameter, moment).clone()
-    value = trainer.optimizer.state[parameter][moment]
-    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    """Return the numbers of one of Adam's moments of a parameter, whole, on every rank."""
+    if not find_engine(trainer).name.startswith("zero"):
+        value = compute_moment(trainer.optimizer.state[parameter], moment)
+        return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    zero = trainer.model_wrapped.optimizer
+    whole = torch.zeros(find_engine(trainer).find_shape(parameter))
+    if hasattr(parameter, "ds_id"):
+        group, start, count = zero.grad_position[zero.get_param_id(parameter)]
+        part = compute_moment(zero.optimizer.state[zero.fp32_partitioned_groups_flat[group]], moment)
+        return zero._fp32_state_allgather(parameter, part.narrow(0, start, count)).clone()
+    mapping = parameter._hp_mapping
+    if mapping is not None:
+        held, place = mapping.hp_fragment_address, mapping.lp_fragment_address
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        part = compute_moment(zero.optimizer.state[flat], moment).narrow(0, held.start, held.numel)
+        whole.view(-1).narrow(0, place.start, place.numel).copy_(part)
+    torch.distributed.all_reduce(whole)
+    return whole
+
+
+def compute_moment(state: dict, moment: str) -> torch.Tensor:
+    """Return the numbers of a moment in an optimizer's state, as its own library reads them."""
+    number = {"exp_avg": "1", "exp_avg_sq": "2"}[moment]
+    if f"absmax{number}" in state:
+        codes, scales, numbers = (state[f"{name}{number}"] for name in ("state", "absmax", "qmap"))
+        return bitsandbytes.functional.dequantize_blockwise(codes, absmax=scales, code=numbers, blocksize=256)
+    value = state[f"state{number}"] if f"state{number}" in state else state[moment]
+    if not isinstance(value, DTensor):
+        return value.dequantize() if type(value).__name__.startswith("OptimState") else value
+    local = compute_moment({moment: value.to_local()}, moment)
+    return DTensor.from_local(local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride())
 
 
 def by_component(tensor: torch.Tensor, side: str) -> torch.Tensor:

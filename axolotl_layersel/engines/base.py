@@ -1,11 +1,8 @@
 """The operations of an engine, for those on which every rank holds all weights whole.
 
-Relied on beyond documented interfaces (``tests/engines/test_base.py`` fails when one of them changes):
-
-* torch 2.13.0: Adam's and AdamW's moments are ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``; DeepSpeed's Adam
-  has the first two.
-* transformers 5.16.1: the files that one process and DDP resume from are ``optimizer.pt``, ``scheduler.pt`` and the
-  random state of each rank.
+Relied on beyond documented interfaces (``tests/engines/test_base.py`` fails when one of them changes): in transformers
+5.16.1 the files that one process and DDP resume from are ``optimizer.pt``, ``scheduler.pt`` and the
+random state of each rank.
 """
 
 import contextlib
@@ -18,12 +15,11 @@ from torch import nn
 from transformers import Trainer
 
 from axolotl_layersel.engines.collectives import count_ranks, decide_on_rank_zero, get_rank
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.engines.moments import find_moments, release_pages, unwrap_optimizer
 
 # Changes a whole tensor in place: each element by its place and its own value alone, for others' are not known
 # everywhere, and the same way on every rank.
 Edit = Callable[[torch.Tensor], object]
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Engine:
@@ -113,6 +109,7 @@ class Engine:
         """Let go of an engine that has trained, so that another one can be built; every rank must call this."""
         for parameter in model.parameters():
             parameter.grad = None
+        release_pages(self.trainer.optimizer)
         self.trainer.accelerator.free_memory()
 
     # --- Weights of the live engine -----------------------------------------------------------------------------------
@@ -164,24 +161,34 @@ class Engine:
         self.edit_held(parameter, edit)
 
     @torch.no_grad()
-    def edit_moments(self, parameter: torch.Tensor, edit: Edit) -> None:
-        """Change both Adam moments of a parameter as ``edit_parameter`` does.
+    def zero_moments(self, parameter: torch.Tensor, components: torch.Tensor, dim: int) -> None:
+        """Let Adam's moments of some rows or columns of a parameter be zero, on every rank, as ``edit_parameter`` does.
+
+        Those of the others stay as they are bit for bit, and so do the scales of 8-bit ones.
+
+        Args:
+            parameter: a matrix.
+            components: which rows or columns, (count,), int64.
+            dim: 0 for rows, 1 for columns.
 
         Raises:
-            LayerselError: if the optimizer has none.
+            LayerselError: if the optimizer keeps moments in a way that is not known.
         """
-        optimizer: Any = self.trainer.optimizer
+        optimizer = unwrap_optimizer(self.trainer.optimizer)
         state = optimizer.state.get(parameter, {})
         if not state and any(optimizer.state.values()):
             return  # no gradient has reached it yet: its moments are zero
-        check_moments(state, type(getattr(optimizer, "optimizer", optimizer)).__name__)
-        for moment in MOMENTS:
-            if moment in state:
-                self.edit_held(state[moment], edit)
+        for moment in find_moments(state, type(optimizer).__name__):
+            self.edit_held(moment.whole, fill(components, dim, moment.zero), moment.values)
 
-    def edit_held(self, tensor: torch.Tensor, edit: Edit) -> None:
-        """Change the part of a tensor that this rank holds."""
-        edit(tensor.data)
+    def edit_held(self, tensor: torch.Tensor, edit: Edit, part: torch.Tensor | None = None) -> None:
+        """Change the part of a tensor that this rank holds: ``part`` where it is given, its own data by default."""
+        edit(tensor.data if part is None else part)
+
+
+def fill(components: torch.Tensor, dim: int, value: float) -> Edit:
+    """Return the edit that sets the rows (``dim`` 0) or columns (1) ``components`` to ``value``."""
+    return lambda tensor: tensor.index_fill_(dim, components.to(tensor.device), value)
 
 
 def name_random_state(rank: int, world: int) -> str:
@@ -208,13 +215,3 @@ def move_tensor(tensor: torch.Tensor, data: torch.Tensor) -> None:
     quant_state = getattr(tensor, "quant_state", None)
     if quant_state is not None:
         quant_state.to(data.device)
-
-
-def check_moments(state: dict, optimizer: str) -> None:
-    """Raise LayerselError unless ``state`` holds Adam's two moments as plain numbers."""
-    missing = [moment for moment in MOMENTS[:2] if not torch.is_tensor(state.get(moment))]
-    if missing or not all(state[moment].is_floating_point() for moment in MOMENTS[:2]):
-        raise LayerselError(
-            f"optimizer: {optimizer} keeps no {(missing or MOMENTS)[0]} that rank could move with. "
-            "Use `optimizer: adamw_torch` or `adamw_torch_fused`."
-        )

@@ -96,11 +96,11 @@ class ShardedEngine(Engine):
             raise LayerselError(f"fsdp_config: shards of {placements} are not supported. Shard the first dimension.")
         return parameter.to_local().detach().flatten(), offsets[0] * math.prod(shape[1:])
 
-    def edit_held(self, tensor: torch.Tensor, edit: Edit) -> None:
+    def edit_held(self, tensor: torch.Tensor, edit: Edit, part: torch.Tensor | None = None) -> None:
         if isinstance(tensor, DTensor):
-            edit_shards(tensor, edit)
+            edit_shards(tensor, tensor.to_local() if part is None else part, edit)
         else:
-            super().edit_held(tensor, edit)
+            super().edit_held(tensor, edit, part)
 
 
 def gather_shards(shards: DTensor) -> torch.Tensor:
@@ -110,9 +110,9 @@ def gather_shards(shards: DTensor) -> torch.Tensor:
     return DTensor.from_local(local, mesh, shards.placements, shape=shards.shape, stride=shards.stride()).full_tensor()
 
 
-def edit_shards(shards: DTensor, edit: Edit) -> None:
-    """Change this rank's part of a DTensor."""
-    mesh, local = shards.device_mesh, shards.to_local()
+def edit_shards(shards: DTensor, local: torch.Tensor, edit: Edit) -> None:
+    """Change ``local``, this rank's part of what is split as ``shards`` are."""
+    mesh = shards.device_mesh
     places = torch.arange(shards.numel(), device=mesh.device_type).view(shards.shape)
     # With no source rank, every rank cuts its part out of its own tensor.
     places = distribute_tensor(places, mesh, shards.placements, src_data_rank=None).to_local().to(local.device)

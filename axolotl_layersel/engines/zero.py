@@ -32,8 +32,9 @@ import torch.distributed
 from torch import nn
 from transformers import Trainer
 
-from axolotl_layersel.engines.base import MOMENTS, Edit, Engine, move, name_random_state
+from axolotl_layersel.engines.base import Edit, Engine, fill, move, name_random_state
 from axolotl_layersel.engines.collectives import get_rank
+from axolotl_layersel.engines.moments import NAMES, find_maps, find_moments, unwrap_optimizer
 from axolotl_layersel.errors import LayerselError
 
 
@@ -114,9 +115,23 @@ class ZeroEngine(DeepSpeedEngine):
         self.edit_state(parameter, edit, None)
 
     @torch.no_grad()
-    def edit_moments(self, parameter: torch.Tensor, edit: Edit) -> None:
-        for moment in MOMENTS[:2]:
-            self.edit_state(parameter, edit, moment)
+    def zero_moments(self, parameter: torch.Tensor, components: torch.Tensor, dim: int) -> None:
+        optimizer = unwrap_optimizer(self.trainer.optimizer)
+        held = self.read_state(parameter, optimizer)
+        if held is not None:
+            for moment in find_moments(held, type(optimizer).__name__):
+                self.edit_state(parameter, fill(components, dim, moment.zero), moment.name)
+
+    def read_state(self, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor] | None:
+        """Return this rank's part of what the optimizer keeps of a parameter, flat, or None where it has none.
+
+        Raises:
+            LayerselError: if DeepSpeed keeps no fp32 state of the parameter.
+        """
+        if not hasattr(parameter, "_hp_mapping"):
+            raise LayerselError(describe_missing_state())
+        mapping: Any = parameter._hp_mapping
+        return None if mapping is None else {**find_maps(optimizer.state), **mapping.optim_fragment}
 
     def edit_state(self, parameter: torch.Tensor, edit: Edit, moment: str | None) -> None:
         """Change this rank's part of the fp32 master of a parameter, or of one of its Adam moments.
@@ -215,12 +230,19 @@ class PartitionedEngine(ZeroEngine):
         # The last partition is padded.
         return (part[: max(0, parameter.ds_numel - offset)], offset) if 0 in ranks else None
 
-    def edit_held(self, tensor: Any, edit: Edit) -> None:
+    def edit_held(self, tensor: Any, edit: Edit, part: torch.Tensor | None = None) -> None:
         if hasattr(tensor, "ds_id"):
             edit_partition(tensor, tensor.ds_tensor, edit)
         # Small parameters stay whole between steps; the others have no data then.
         if tensor.numel():
             edit(tensor.data)
+
+    def read_state(self, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor] | None:
+        from deepspeed import utils
+
+        names = {name for state in optimizer.state.values() for name in state if name in NAMES}
+        parts = {name: utils.safe_get_local_optimizer_state(parameter, name) for name in names}
+        return {**find_maps(optimizer.state), **parts}
 
     def edit_state(self, parameter: torch.Tensor, edit: Edit, moment: str | None) -> None:
         from deepspeed import utils

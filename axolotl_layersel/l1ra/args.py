@@ -28,8 +28,26 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
         "exclude_pruned": True,
     },
 }
-# Optimizers whose moments are whole numbers of one tensor per weight; 8-bit ones share a scale between rows.
-ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+# Optimizers with Adam moments that can be cleared for some components alone, and the library that each one is of:
+# transformers 5.16.1 and axolotl 0.19.0 make them from these names.
+OPTIMIZERS = {
+    "adamw_torch": "PyTorch",
+    "adamw_torch_fused": "PyTorch",
+    "adamw_bnb_8bit": "bitsandbytes",
+    "adamw_8bit": "bitsandbytes",
+    "paged_adamw_8bit": "bitsandbytes",
+    "paged_adamw_32bit": "bitsandbytes",
+    "adamw_torch_8bit": "torchao",
+    "ao_adamw_fp8": "torchao",
+}
+# By what is in the name of another optimizer, the first that is: the supported one that takes as much memory.
+NEAREST = {
+    "ao_": "adamw_torch_8bit",
+    "torch_4bit": "adamw_torch_8bit",
+    "paged_": "paged_adamw_8bit",
+    "8bit": "adamw_bnb_8bit",
+    "": "adamw_torch",
+}
 
 
 class L1RAArgs(Block):
@@ -220,9 +238,17 @@ def check_bounds(settings: L1RAArgs, lora_r: int) -> None:
 
 def check_optimizer(name: str | None) -> None:
     """Raise LayerselError for an optimizer whose moments rank cannot move with; None is Axolotl's default."""
-    if name is not None and name not in ADAM_OPTIMIZERS:
-        raise LayerselError(
-            f"optimizer: {name!r} is not supported by layersel.l1ra, which clears the Adam moments of the components "
-            "that it moves: 8-bit and paged ones share them between components, others have none. "
-            f"Use {' or '.join(f'`{known}`' for known in ADAM_OPTIMIZERS)}."
-        )
+    if name is not None and name not in OPTIMIZERS:
+        raise refuse_optimizer(name)
+
+
+def refuse_optimizer(name: str) -> LayerselError:
+    """Return the error for an optimizer, by its name in the YAML file or its class, that keeps no moments known here.
+
+    It names the nearest one that works.
+    """
+    nearest = next(supported for mark, supported in NEAREST.items() if mark in name)
+    return LayerselError(
+        f"optimizer: {name!r} is not supported by layersel.l1ra, which clears the Adam moments of the components that "
+        f"it moves, and does not know where this one keeps them. Use `{nearest}`."
+    )

@@ -1,6 +1,7 @@
 """Static shapes, dynamic ranks: modules built at the highest rank they may reach, before any engine exists."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -8,8 +9,9 @@ from torch import nn
 
 from axolotl_layersel import adapters
 from axolotl_layersel.engines import collectives
+from axolotl_layersel.engines.moments import find_library
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs, check_bounds, check_optimizer, find_max_rank
+from axolotl_layersel.l1ra.args import L1RAArgs, check_bounds, check_optimizer, find_max_rank, refuse_optimizer
 from axolotl_layersel.l1ra.schedule import check_run_length
 from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config, get_linears
 from axolotl_layersel.layouts import Factors, find_used
@@ -21,12 +23,22 @@ from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps
 def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> None:
     """Raise LayerselError if rank cannot move in this run."""
     check_bounds(settings, lora_r)
-    optimizer = run.trainer.args.optim
-    check_optimizer(getattr(optimizer, "value", optimizer))
     check_no_optimizer(run.trainer)
+    chosen = run.trainer.optimizer_cls_and_kwargs
+    if chosen is None:
+        optimizer = run.trainer.args.optim
+        check_optimizer(getattr(optimizer, "value", optimizer))
+    else:
+        check_optimizer_class(chosen[0])
     run.engine.check_optimizer()
     steps = count_optimizer_steps(run.trainer)
     check_run_length(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
+
+
+def check_optimizer_class(optimizer: Any) -> None:
+    """Raise LayerselError for a class, or what makes an optimizer, that keeps its moments in a way not known."""
+    if not isinstance(optimizer, type) or find_library(optimizer) is None:
+        raise refuse_optimizer(getattr(optimizer, "__name__", repr(optimizer)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from axolotl_layersel import adapters, layouts
 from axolotl_layersel.engines import collectives
-from axolotl_layersel.engines.base import Edit
+from axolotl_layersel.engines.base import Edit, fill
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.l1ra.allocation import BUDGETS, ModuleState, Moves
@@ -219,10 +219,10 @@ class RankRedistribution:
             down, up = (linear.weight for linear in self.linears[name])
             rows = {slot: self.draw_row(name, slot, step) for slot in added}
             engine.edit_parameter(down, write_rows(changed, rows))
-            engine.edit_parameter(up, zero(changed, dim=1))
+            engine.edit_parameter(up, fill(changed, 1, 0))
             if training:
-                engine.edit_moments(down, zero(changed, dim=0))
-                engine.edit_moments(up, zero(changed, dim=1))
+                engine.zero_moments(down, changed, dim=0)
+                engine.zero_moments(up, changed, dim=1)
             emptied += (part.start + changed).tolist()
             filled += [part.start + slot for slot in added]
         self.set_components(emptied, 0, [self.gates.values, self.exp_avg, self.exp_avg_sq, self.steps, self.active])
@@ -397,11 +397,6 @@ def write_rows(changed: torch.Tensor, rows: dict[int, torch.Tensor]) -> Edit:
             tensor[slot] = row.to(tensor.device, tensor.dtype)
 
     return edit
-
-
-def zero(changed: torch.Tensor, dim: int) -> Edit:
-    """Return the edit that zeroes the rows (``dim`` 0) or columns (1) ``changed``."""
-    return lambda tensor: tensor.index_fill_(dim, changed.to(tensor.device), 0)
 
 
 def multiply(columns: torch.Tensor) -> Edit:
