@@ -20,7 +20,7 @@ import torch
 import transformers
 from axolotl.monkeypatch import lora_kernels
 from axolotl.utils.dict import DictDefault
-from measuring import LORA_TARGETS, MIB, PeakMemory, StepTimer, draw_rows
+from measuring import LORA_TARGETS, MIB, PeakMemory, StepTimer, draw_rows, run_quietly
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -28,9 +28,11 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trai
 
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.engines import collectives
+from axolotl_layersel.engines.moments import find_moments, unwrap_optimizer
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.kernels import give_gates_to_kernels, while_choosing, without_fused_lora
 from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.prepare import prepare_trainer
 
 KERNELS = {"lora_qkv_kernel": True, "lora_o_kernel": True, "lora_mlp_kernel": True}
@@ -68,6 +70,9 @@ ARMS = {
     "l1ra": Arm(block={"l1ra": {}}),
     "l1ra, kernels": Arm(block={"l1ra": {}}, kernels=True),
     "l1ra by pressure, kernels": Arm(block={"l1ra": {"rule": "pressure"}}, kernels=True),
+    "l1ra, kernels, adamw_bnb_8bit": Arm(block={"l1ra": {}}, kernels=True, optimizer="adamw_bnb_8bit"),
+    "l1ra, kernels, paged_adamw_8bit": Arm(block={"l1ra": {}}, kernels=True, optimizer="paged_adamw_8bit"),
+    "l1ra, kernels, paged_adamw_32bit": Arm(block={"l1ra": {}}, kernels=True, optimizer="paged_adamw_32bit"),
     "adalora": Arm(adalora=True),
     "half by stock peft": Arm(half=True),
     "half by last": Arm(block=HALF),
@@ -81,13 +86,13 @@ ARMS = {
 }
 
 
-def make_config(arguments: argparse.Namespace, layers: int | None = None) -> LlamaConfig:
+def make_config(arguments: argparse.Namespace) -> LlamaConfig:
     """Return the configuration of Llama-3.2-1B, or of the size that is asked for."""
     heads = max(1, arguments.hidden_size // 64)
     return LlamaConfig(
         hidden_size=arguments.hidden_size,
         intermediate_size=4 * arguments.hidden_size,
-        num_hidden_layers=layers or arguments.layers,
+        num_hidden_layers=arguments.layers,
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4),
         vocab_size=arguments.vocabulary,
@@ -105,11 +110,36 @@ def put_kernels_on(model: PeftModel, device: str) -> None:
     lora_kernels.apply_lora_kernel_patches(model, DictDefault(wanted))
 
 
+def watch_moments(ranks: RankRedistribution) -> list[int]:
+    """Return a list of how many numbers each update sets to zero, whose moments are compared before and after it.
+
+    Raises:
+        RuntimeError: while training, if what is set to zero is not zero, or another number changes by a bit.
+    """
+    engine, counts = ranks.run.engine, []
+    zero_moments = engine.zero_moments
+
+    def watched(parameter: torch.Tensor, components: torch.Tensor, dim: int) -> None:
+        state = unwrap_optimizer(ranks.run.trainer.optimizer).state.get(parameter, {})
+        moments = find_moments(state, "its optimizer") if state else []
+        before = [moment.values.clone() for moment in moments]
+        zero_moments(parameter, components, dim)
+        for moment, values in zip(moments, before):
+            expected = values.index_fill(dim, components.to(values.device), moment.zero)
+            if not torch.equal(moment.values, expected):
+                raise RuntimeError(f"{moment.name} is not what it was with zeros in {len(components)} components")
+            counts.append(int((expected != values).sum()))
+
+    engine.zero_moments = watched
+    return counts
+
+
 def make_arm(arguments: argparse.Namespace, arm: Arm, folder: str) -> tuple[Trainer, StepTimer]:
     """Return an arm that is ready to train."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-    base = LlamaForCausalLM(make_config(arguments)).to(dtype)
+    with torch.device(arguments.device):
+        base = LlamaForCausalLM(make_config(arguments)).to(dtype)
     rank = 2 * arguments.rank if arm.highest else arguments.rank
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": LORA_TARGETS}
     if arm.adalora:
@@ -165,16 +195,19 @@ def run_arm(arguments: argparse.Namespace, arm: Arm) -> dict[str, Any]:
                 block = LayerselBlock.model_validate(arm.block)
                 with while_choosing(trainer, block.selection):
                     prepare_trainer(trainer, block)
+        callbacks = trainer.callback_handler.callbacks
+        redistributions = [callback.ranks for callback in callbacks if isinstance(callback, RankCallback)]
+        zeroed = [watch_moments(ranks) for ranks in redistributions]
         trainer.add_callback(timer)
         with PeakMemory(arguments.device) as training:
             trainer.train()
-    callbacks = trainer.callback_handler.callbacks
     mine = {name: p.detach().float().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    mine |= {name: n for c in callbacks if isinstance(c, RankCallback) for name, n in c.ranks.ranks().items()}
+    mine |= {name: rank for ranks in redistributions for name, rank in ranks.ranks().items()}
     return {
         "seconds": timer.seconds[WARMUP_STEPS:],
         "choosing_peak_bytes": choosing.bytes,
         "training_peak_bytes": training.bytes,
+        "moments_set_to_zero": sum(map(sum, zeroed)),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "ranks_agree": all(other == mine for other in collectives.gather_from_all(mine)),
     }
@@ -186,7 +219,9 @@ def check_kernels(arguments: argparse.Namespace, in_four_bits: bool) -> float:
     In fp32, of a model of two layers, as a share of the largest gradient of their kind.
     """
     torch.manual_seed(0)
-    base = LlamaForCausalLM(make_config(arguments, layers=2))
+    config = make_config(arguments)
+    config.num_hidden_layers, config.vocab_size = 2, 256
+    base = LlamaForCausalLM(config)
     if in_four_bits:
         with tempfile.TemporaryDirectory() as folder:
             base.save_pretrained(folder)
@@ -209,7 +244,7 @@ def check_kernels(arguments: argparse.Namespace, in_four_bits: bool) -> float:
                 named[name].normal_(std=0.1)
         gates.values.uniform_(0.25, 1.25)
     gates.attach()
-    ids = torch.randint(arguments.vocabulary, (2, 64), device=arguments.device)
+    ids = torch.randint(256, (2, 64), device=arguments.device)
 
     def differentiate() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -233,7 +268,7 @@ def check_kernels(arguments: argparse.Namespace, in_four_bits: bool) -> float:
 
 def make_table(results: dict[str, dict[str, Any]]) -> Table:
     """Return the medians of every arm, beside the first one's."""
-    table = Table("arm", "s a step", "of lora", "peak MiB", "of lora", "last loss", "ranks agree")
+    table = Table("arm", "s a step", "of lora", "peak MiB", "of lora", "last loss", "moments set to 0", "ranks agree")
     first = next(iter(results.values()))
     for name, result in results.items():
         seconds, peak = statistics.median(result["seconds"]), result["training_peak_bytes"]
@@ -244,6 +279,7 @@ def make_table(results: dict[str, dict[str, Any]]) -> Table:
             f"{peak / MIB:.0f}",
             f"{peak / first['training_peak_bytes']:.3f}",
             f"{result['losses'][-1]:.4f}",
+            str(result["moments_set_to_zero"] or ""),
             "yes" if result["ranks_agree"] else "NO",
         )
     return table
@@ -273,7 +309,7 @@ def main() -> None:
     differences = {name: check() for name, check in checks.items()}
     results = {}
     for name in arguments.arms:
-        results[name] = run_arm(arguments, ARMS[name])
+        results[name] = run_quietly(run_arm, arguments, ARMS[name])
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
     if collectives.get_rank() == 0:

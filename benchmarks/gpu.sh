@@ -7,6 +7,6 @@
 # are those of gpu.py, which also runs on a CPU (--device cpu with a small size).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-processes=${PROCESSES:-$(python -c "import torch; print(max(1, torch.cuda.device_count()))")}
+processes=${PROCESSES:-$(python3 -c "import torch; print(max(1, torch.cuda.device_count()))")}
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python -m torch.distributed.run --standalone --nproc-per-node "$processes" "$here/gpu.py" "$@"
+exec python3 -m torch.distributed.run --standalone --nproc-per-node "$processes" "$here/gpu.py" "$@"
