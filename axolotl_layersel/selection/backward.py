@@ -7,6 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection import passes
@@ -47,6 +48,40 @@ def compute_logits(run: Run, batch: list[Sample]) -> torch.Tensor:
 def cut_probe(samples: list[Sample]) -> Sample:
     """Return the beginning of the longest sample, on which a model is tried out."""
     return cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
+
+
+def find_batch_size(run: Run, samples: list[Sample], modules: Sequence[LoraLayer]) -> int:
+    """Return how many samples share a backward pass: one where it could not be told what of a gradient is whose.
+
+    Call it within ``passes.scoring``; every rank must call this.
+    """
+    size = passes.count_fitting(run, samples, with_graph=True)
+    if run.engine.has_weights() and any_routed(modules, lambda: compute_logits(run, [cut_probe(samples)] * 2)):
+        size = 1
+    # Rank 0 has weights on every engine. All make as many passes, whatever they have seen of the model.
+    return collectives.decide_on_rank_zero(lambda: size)
+
+
+def any_routed(modules: Sequence[LoraLayer], call: Callable[[], object]) -> bool:
+    """Return whether a module, such as an expert, is given tokens in an order that no longer says whose they are.
+
+    ``call``: runs the model on two rows that are as long as each other.
+    """
+    given: list[torch.Size] = []
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            handle = module.get_base_layer().register_forward_pre_hook(lambda _, args: given.append(args[0].shape))
+            hooks.enter_context(passes.handle_removed(handle))
+        call()
+    tokens = max((shape[1] for shape in given if len(shape) > 2), default=0)
+    return len(given) < len(modules) or any(len(shape) == 2 and shape[0] != 2 * tokens for shape in given)
+
+
+def split_rows(values: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
+    """Return what a module was given, or its gradient, as (rows, tokens, width): some models put all rows into one."""
+    if values.dim() > 2:
+        return values
+    return values.view(rows, tokens if rows > 1 else -1, values.shape[-1])
 
 
 def prepare_backward(selection: Selection, samples: list[Sample]) -> Callable[[list[Sample]], None]:

@@ -28,6 +28,8 @@ from axolotl_layersel.selection.choosing import Scores, Selection, conclude, fin
 # Tokens of a forward pass that gathers or copies each layer's weights: at 70B the activations of one layer
 # take some 5 GB, and the copy is hidden behind enough work.
 STREAMED_TOKENS = 16384
+# Of a pass that is also made backward: at 70B the hidden states between the layers take as much.
+STREAMED_TOKENS_BACKWARD = 4096
 # What a layer does to its input, summed over each sample's tokens, (samples,): from the layer's inputs and outputs,
 # (samples, tokens, width), the latter before any final norm, and a mask, (samples, tokens), 1 at real tokens.
 Comparison = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -154,16 +156,16 @@ def over_samples(
 def count_fitting(run: Run, samples: list[Sample], with_graph: bool = False) -> int:
     """Return how many samples fit a forward pass of the size that training takes; a packed row holds several.
 
-    Where every pass brings the whole model to the device again, more samples share one: without a graph they
-    need the memory of one layer's activations.
+    Where every pass brings the whole model to the device again, more samples share one: they need the memory of one
+    layer's activations, and with a graph that of the hidden states between the layers.
     """
     longest = max(len(sample.input_ids) for sample in samples)
     arguments: Any = run.trainer.args
     rows = arguments.per_device_train_batch_size
     if getattr(arguments, "sample_packing", False):
         rows *= max(1, arguments.max_seq_length // longest)
-    if run.engine.is_streamed and not with_graph:
-        rows = max(rows, STREAMED_TOKENS // longest)
+    if run.engine.is_streamed:
+        rows = max(rows, (STREAMED_TOKENS_BACKWARD if with_graph else STREAMED_TOKENS) // longest)
     return rows
 
 

@@ -79,7 +79,7 @@ def tokens_at_a_time(tokens: int):
 def measure(model, folder, at_once: bool = False):
     rows = make_rows(8)
     rows[3] = {**rows[3], "labels": [-100] * len(rows[3]["labels"])}
-    trainer = make_trainer(model, folder, rows)
+    trainer = make_trainer(model, folder, rows, per_device_train_batch_size=1)
     samples = read_samples(trainer.train_dataset, 8, seed=5)
     selection = make_selection(trainer, "fisher")
     modules = selection.stack.list_modules(selection.stack.lora_modules)
@@ -132,8 +132,8 @@ def test_only_answered_tokens_reach_the_head_and_few_at_a_time(tmp_path):
         handle = head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
         measure(model, tmp_path)
         handle.remove()
-    probe, replayed, *rest = seen
-    assert (probe, replayed) == (16, 9)
+    probe, replayed, both_rows, *rest = seen
+    assert (probe, replayed, both_rows) == (16, 9, 16)
     assert max(rest) == 4
     answered = [len(row["labels"]) - 3 for i, row in enumerate(make_rows(8)) if i != 3]
     assert sum(rest) == sum(answered)

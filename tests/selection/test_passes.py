@@ -1,5 +1,6 @@
 """The measurements of a real model, against Hugging Face's own hidden states and autograd's gradients."""
 
+import dataclasses
 import random
 
 import numpy
@@ -8,11 +9,12 @@ import torch
 from conftest import make_lora, make_rows, make_selection, make_small_llama, make_trainer
 from labelled import TERMS, make_labelled, make_rows_of
 
+from axolotl_layersel.engines.fsdp2 import ShardedEngine
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_layer_stack, find_lora_modules
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.calibration import place_token, read_samples
+from axolotl_layersel.selection.calibration import Sample, place_token, read_samples
 from axolotl_layersel.selection.methods import cka, cosine, fisher
 
 
@@ -187,3 +189,11 @@ def test_a_packed_micro_batch_holds_as_many_samples_as_fit(model, tmp_path):
     trainer.args.sample_packing, trainer.args.max_seq_length = True, 100
     longest = max(len(sample.input_ids) for sample in samples)
     assert passes.count_fitting(Run.of(trainer), samples) == 2 * (100 // longest)
+
+
+def test_passes_that_stream_weights_take_as_many_tokens_as_hide_that(model, tmp_path):
+    trainer = make_trainer(model, tmp_path, per_device_train_batch_size=2)
+    run = dataclasses.replace(Run.of(trainer), engine=ShardedEngine(trainer, "fsdp2"))
+    samples = [Sample(row=0, input_ids=[3] * 512, labels=None)]
+    assert passes.count_fitting(run, samples) == 16384 // 512
+    assert passes.count_fitting(run, samples, with_graph=True) == 4096 // 512

@@ -4,7 +4,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.backward import prepare_backward, watching_gradients
+from axolotl_layersel.selection.backward import find_batch_size, prepare_backward, split_rows, watching_gradients
 from axolotl_layersel.selection.calibration import Sample
 from axolotl_layersel.selection.choosing import (
     Choice,
@@ -88,20 +88,29 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample], modul
         LayerselError: if the rows have no labels of the kind that the model's logits answer.
     """
     run = selection.run
-    lora, squares = run.lora_modules, torch.zeros(len(modules), dtype=torch.float64)
+    watched = [run.lora_modules[name] for name in modules]
+    squares = torch.zeros(0)
+    tokens = 0  # of each row of a batch
 
     def add(place: int, given: torch.Tensor, gradient: torch.Tensor) -> None:
-        squares[place] += ghost_norm(given.flatten(0, -2), gradient.flatten(0, -2)).to(squares.device)
+        given, gradient = (split_rows(values, len(squares), tokens) for values in (given, gradient))
+        # Rows are filled up with tokens of no gradient.
+        for row, (x, g) in enumerate(zip(given, gradient)):
+            squares[row, place] += ghost_norm(x.flatten(0, -2), g.flatten(0, -2)).to(squares.device)
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
-        squares.zero_()
-        backward([samples[i] for i in indices])
-        return [squares.clone()]
+        nonlocal squares, tokens
+        batch = [samples[i] for i in indices]
+        tokens = max(len(sample.input_ids) for sample in batch)
+        squares = torch.zeros(len(batch), len(modules), dtype=torch.float64)
+        backward(batch)
+        return [row.clone() for row in squares]
 
     with passes.scoring(selection):
         backward = prepare_backward(selection, samples)
-        with watching_gradients([lora[name] for name in modules], add):
-            return passes.over_samples(run, samples, measure, 1)
+        size = find_batch_size(run, samples, watched)
+        with watching_gradients(watched, add):
+            return passes.over_samples(run, samples, measure, size)
 
 
 def count_weights(module: LoraLayer) -> int:

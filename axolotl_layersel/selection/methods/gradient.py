@@ -6,17 +6,13 @@ never formed. It is seen through a random sketch, Y = G·Ω with Ω (inputs × w
 B would have if the rows of A were Ωᵀ (randomized range finder, Halko et al. 2011, arXiv 0909.4061, section 4.1).
 """
 
-import contextlib
-from collections.abc import Callable
-
 import torch
-from peft.tuners.lora import LoraLayer
 
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.randomness import make_row_generator
 from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.backward import compute_logits, cut_probe, prepare_backward, watching_gradients
+from axolotl_layersel.selection.backward import find_batch_size, prepare_backward, split_rows, watching_gradients
 from axolotl_layersel.selection.calibration import Sample
 from axolotl_layersel.selection.choosing import (
     Choice,
@@ -95,28 +91,6 @@ def find_gains(halves: torch.Tensor) -> torch.Tensor:
     return torch.cummin(gains, dim=0).values
 
 
-def any_routed(modules: list[LoraLayer], call: Callable[[], object]) -> bool:
-    """Return whether a module, such as an expert, is given tokens in an order that no longer says whose they are.
-
-    ``call``: runs the model on two rows that are as long as each other.
-    """
-    given: list[torch.Size] = []
-    with contextlib.ExitStack() as hooks:
-        for module in modules:
-            handle = module.get_base_layer().register_forward_pre_hook(lambda _, args: given.append(args[0].shape))
-            hooks.enter_context(passes.handle_removed(handle))
-        call()
-    tokens = max((shape[1] for shape in given if len(shape) > 2), default=0)
-    return len(given) < len(modules) or any(len(shape) == 2 and shape[0] != 2 * tokens for shape in given)
-
-
-def split_rows(values: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-    """Return what a module was given, or its gradient, as (rows, tokens, width): some models put all rows into one."""
-    if values.dim() > 2:
-        return values
-    return values.view(rows, tokens if rows > 1 else -1, values.shape[-1])
-
-
 def measure_sketches(
     selection: Selection, samples: list[Sample], modules: list[str], width: int
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
@@ -168,11 +142,7 @@ def measure_sketches(
     share = passes.find_share(run, len(samples))
     with passes.scoring(selection, keeps_activations=not run.trainer.args.gradient_checkpointing):
         backward = prepare_backward(selection, samples)
-        size = passes.count_fitting(run, samples, with_graph=True)
-        if run.engine.has_weights() and any_routed(watched, lambda: compute_logits(run, [cut_probe(samples)] * 2)):
-            size = 1
-        # Rank 0 has weights on every engine. All make as many passes, whatever they have seen of the model.
-        size = collectives.decide_on_rank_zero(lambda: size)
+        size = find_batch_size(run, samples, watched)
         with watching_gradients(watched, add):
             measured = passes.over_samples(run, samples, measure, size)
     if run.engine.list_ranks_with_weights() != [0]:

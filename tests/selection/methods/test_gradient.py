@@ -8,7 +8,7 @@ from labelled import TERMS, make_labelled, make_rows_of
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.selection.calibration import read_samples
-from axolotl_layersel.selection.methods import gradient
+from axolotl_layersel.selection.methods import fisher, gradient
 
 WHOLE = 48  # the widest input of the small models: a sketch of that width loses nothing
 
@@ -94,6 +94,22 @@ def test_tokens_that_are_no_longer_in_rows_are_told_apart(tmp_path, change):
     for name, halves in found[0].items():
         assert not torch.equal(halves[0], halves[1])
         torch.testing.assert_close(halves, found[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [lambda model: None, flatten_tokens, route_tokens])
+def test_squared_gradients_of_rows_are_the_same_whatever_they_share_a_pass_with(tmp_path, change):
+    found = []
+    for size in (1, 5):
+        model = make_lora(make_small_llama())
+        change(model.get_base_model())
+        trainer = make_trainer(model, tmp_path, per_device_train_batch_size=size)
+        selection = make_selection(trainer, "fisher")
+        modules = selection.stack.list_modules(selection.candidates)
+        samples = read_samples(trainer.train_dataset, 11, seed=5)
+        found.append(fisher.measure_squared_gradients(selection, samples, modules))
+    assert found[0].shape == (11, len(modules)) and len(found[0].sum(dim=1).unique()) == 11
+    # Numbers of fp32, added up in another order.
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=1e-4)
 
 
 # Seen over 20 seeds: 0.35, 0.13 and 0.06 at most. A narrow sketch mixes the tail into the first singular values.
