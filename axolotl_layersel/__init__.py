@@ -1,17 +1,50 @@
 """axolotl-layersel: decide which layers get a LoRA adapter, from the user's own data.
 
-Importing the package loads nothing heavy: ``LayerSelectionPlugin`` is looked up when Axolotl asks for it.
+``LayerSelectionPlugin`` is for Axolotl. ``prepare_trainer`` does the same for a plain ``transformers.Trainer``, as a
+``LayerselConfig`` says. Importing the package loads nothing heavy: each name is looked up when it is asked for.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from axolotl_layersel.args import LayerselBlock as LayerselConfig
+    from axolotl_layersel.errors import LayerselError
+    from axolotl_layersel.l1ra.args import L1RAArgs as L1RAConfig
+    from axolotl_layersel.plugin import LayerSelectionPlugin
+    from axolotl_layersel.prepare import prepare_trainer
+    from axolotl_layersel.selection.args import SelectionArgs as SelectionConfig
+    from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs as FlexoraConfig
 
 __version__ = "0.1.0"
-__all__ = ["LayerSelectionPlugin"]
+__all__ = [
+    "FlexoraConfig",
+    "L1RAConfig",
+    "LayerSelectionPlugin",
+    "LayerselConfig",
+    "LayerselError",
+    "SelectionConfig",
+    "prepare_trainer",
+]
+
+# Where each public name is, and what it is called there: the settings are those of the YAML file.
+SOURCES = {
+    "FlexoraConfig": ("selection.methods.flexora.args", "FlexoraArgs"),
+    "L1RAConfig": ("l1ra.args", "L1RAArgs"),
+    "LayerSelectionPlugin": ("plugin", "LayerSelectionPlugin"),
+    "LayerselConfig": ("args", "LayerselBlock"),
+    "LayerselError": ("errors", "LayerselError"),
+    "SelectionConfig": ("selection.args", "SelectionArgs"),
+    "prepare_trainer": ("prepare", "prepare_trainer"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LayerSelectionPlugin":
-        from axolotl_layersel.plugin import LayerSelectionPlugin
+    if name not in SOURCES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = SOURCES[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
 
-        return LayerSelectionPlugin
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -161,12 +161,16 @@ def make_plain(value: Any) -> Any:
 def find_versions() -> dict[str, str | None]:
     """Return the versions of Python and of the packages that a run depends on; None for one that is not there."""
     versions: dict[str, str | None] = {"version of Python": ".".join(platform.python_version_tuple()[:2])}
-    for name in PACKAGES:
-        try:
-            versions[f"version of {name}"] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[f"version of {name}"] = None
+    versions |= {f"version of {name}": find_version(name) for name in PACKAGES}
     return versions
+
+
+def find_version(package: str) -> str | None:
+    """Return the version of an installed package, None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def describe_rows(dataset: Any, seed: int) -> Any:

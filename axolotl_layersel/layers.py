@@ -90,11 +90,11 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
         LayerselError: if no stack, or more than one, could be meant.
     """
     base = get_base_model(model)
+    check_layers_apart(base)
     expected = list_layer_counts(base.config.get_text_config())
     lora_names = list(find_lora_modules(base))
     found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
-    # Of a multimodal model this is the language model alone, of a text model all of it or its body.
-    language_model = {id(module) for module in base.get_decoder().modules()}
+    language_model = {id(module) for module in find_language_model(base).modules()}
     carrying = {
         name: module
         for name, module in found.items()
@@ -123,6 +123,30 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
             towers.setdefault(find_tower(lora, name), []).append(lora)
     owner = base.get_submodule(name.rpartition(".")[0])
     return LayerStack(name=name, layers=carrying[name], owner=owner, lora_modules=modules, towers=towers)
+
+
+def check_layers_apart(base: PreTrainedModel) -> None:
+    """Raise LayerselError where layers share their weights, as in ALBERT."""
+    config = base.config.get_text_config()
+    groups, layers = getattr(config, "num_hidden_groups", None), config.num_hidden_layers
+    if groups is not None and groups < layers:
+        sets = "one set" if groups == 1 else f"{groups} sets"
+        raise LayerselError(
+            f"base_model: the {layers} layers of {type(base).__name__} share {sets} of weights, so LoRA there is in "
+            "all of them at once, and none of them can be chosen or left out. Use a model whose layers have weights of "
+            "their own, such as BERT, or `l1ra` without `selection`, which moves rank between the modules they share."
+        )
+
+
+def find_language_model(base: PreTrainedModel) -> nn.Module:
+    """Return the part of a model that reads tokens: of a multimodal one the language model alone.
+
+    Of a text model it is all of it or its body. Transformers 5.16.1 looks for it by names, ``decoder`` among them,
+    which is what ModernBERT calls the output layer of its masked language model.
+    """
+    found = base.get_decoder()
+    has_layers = any(isinstance(module, nn.ModuleList) for module in found.modules())
+    return found if has_layers else base.base_model
 
 
 def list_layer_counts(config: PreTrainedConfig) -> list[int]:

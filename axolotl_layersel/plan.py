@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
-from axolotl_layersel.selection.args import SelectionArgs, Towers, Unselected
+from axolotl_layersel.selection.args import SelectionArgs, Token, Towers, Unselected
 from axolotl_layersel.selection.methods import METHODS
 
 SCHEMA_VERSION: Final = 2
@@ -93,6 +93,9 @@ class Plan(BaseModel):
     )
     rows_left_out: list[int] = Field(
         default_factory=list, description="rows that were drawn too, but lack the ending that the others share"
+    )
+    token: Token | None = Field(
+        default=None, description="where rows were compared: what the setting `token` came to in this model"
     )
     dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens")
     base_model: str | None

@@ -38,26 +38,50 @@ def prepare_trainer(
     scaling: float | None = None,
     repeat: int = 1,
 ) -> Plan | None:
-    """Do what the ``layersel`` block asks for, and arrange for the run to keep to it.
+    """Make a trainer ready: choose the layers that keep LoRA, and let rank move while it trains.
 
-    Call it once, after the trainer was built and before it trains. ``trainer.save_adapter(folder)`` then saves as a
-    checkpoint does, on every engine; all ranks must call it.
+    For a plain ``transformers.Trainer``, or a class made of it. The Axolotl plugin calls this function too::
+
+        model = get_peft_model(base, LoraConfig(r=8, task_type="SEQ_CLS", target_modules=["query", "value"]))
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+        plan = prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="cka", ratio=0.5)))
+        trainer.train()
+        trainer.save_model()
+
+    Call it once, after the trainer was built and before it trains or makes its optimizer; where there are several
+    processes, on each of them. The model is scored as it is, and changed in place: unselected layers lose their
+    adapter, or keep it untrained. New LoRA weights are drawn again from ``trainer.args.seed``. ``modules_to_save``,
+    such as the classifier that PEFT adds for ``SEQ_CLS``, train and are saved as without this.
+
+    ``trainer.train()`` then trains, and Ctrl-C and SIGTERM end it as the README says. ``trainer.save_model``, the
+    model's ``save_pretrained`` and every checkpoint leave a plain PEFT adapter that has been read back and compared
+    with the model, with the plan beside it. ``trainer.save_adapter(folder)`` saves as a checkpoint does, on every
+    engine; all ranks must call it.
 
     Args:
-        trainer: a Trainer whose model is a PEFT model with one LoRA adapter.
-        settings: the block.
-        resume_from: the checkpoint that the run resumes from.
+        trainer: a Trainer whose model is a PEFT model with one LoRA adapter. Methods that score read its
+            ``train_dataset``, whose rows have ``input_ids`` and, as the Trainer drops what the model does not take,
+            ``attention_mask``, ``token_type_ids`` and labels.
+        settings: what the ``layersel`` block of a YAML file holds.
+        resume_from: the checkpoint that the run resumes from: its plan is used, and nothing is scored. Give
+            ``trainer.train(resume_from_checkpoint=…)`` the same.
         continues_adapter: the LoRA weights are a trained adapter's, and stay as they are.
         lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: with ``l1ra``, the scaling that all modules get; default: the adapter's.
         repeat: with ``selection``, choose with so many seeds, to say how far they agree; the first is the plan.
 
     Returns:
-        The plan, where layers are selected.
+        The plan, where layers are selected, else None. It is printed, and written to
+        ``<output_dir>/layersel/plan.json``.
 
     Raises:
-        LayerselError: on every rank, where something cannot be honoured.
+        LayerselError: on every rank, where something cannot be honoured; a ``ValueError`` of one sentence.
     """
+    if "save_adapter" in vars(trainer):
+        raise LayerselError(
+            "trainer: prepare_trainer was called for it before, and what it chose is in the model. Build the model and "
+            "the trainer anew to choose again."
+        )
     run = Run.of(trainer)
     check_trainers_alike(run, settings, resume_from, continues_adapter)
     collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from axolotl_layersel.layers import LayerStack, get_base_model
 from axolotl_layersel.trainers import remove_embedding_hooks
@@ -13,8 +14,8 @@ from axolotl_layersel.trainers import remove_embedding_hooks
 def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
     """Return the lowest layer below which no parameter trains; 0 where the backward pass cannot be cut.
 
-    Of what trains outside the layers only the output embeddings are known to come after them: trained input
-    embeddings or a trained vision tower need the gradient of the lowest layer's input.
+    Of what trains outside the layers only heads are known to come after them: trained input embeddings or a trained
+    vision tower need the gradient of the lowest layer's input.
     """
     base = get_base_model(model)
     lowest = next(
@@ -22,13 +23,24 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
         len(stack.layers),
     )
     inside = {id(parameter) for parameter in stack.layers.parameters()}
-    head = base.get_output_embeddings()
-    after = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    after = {id(parameter) for head in find_heads(base) for parameter in head.parameters()}
     after -= {id(parameter) for parameter in base.get_input_embeddings().parameters()}  # where the two are tied
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in inside and id(parameter) not in after:
             return 0
     return min(lowest, len(stack.layers) - 1)
+
+
+def find_heads(base: PreTrainedModel) -> list[nn.Module]:
+    """Return the parts of a model that run on what its body returns: output embeddings, or a classifier.
+
+    Of a model with other inputs than text, parts outside of the body may run before it.
+    """
+    output, body = base.get_output_embeddings(), base.base_model
+    heads = [] if output is None else [output]
+    if body is not base and base.config.get_text_config() is base.config:
+        heads += [part for part in base.children() if part is not body]
+    return heads
 
 
 class TruncatedBackward:

@@ -106,7 +106,10 @@ def make_trainer(model, folder: Path, rows: list[dict] | None = None, **argument
     def collate(batch: list[dict]) -> dict:
         fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
         columns = {name: [torch.tensor(row[name]) for row in batch] for name in fill}
-        return {name: pad_sequence(columns[name], True, value) for name, value in fill.items()}
+        return {
+            name: pad_sequence(columns[name], True, value) if columns[name][0].dim() else torch.stack(columns[name])
+            for name, value in fill.items()
+        }
 
     values = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "report_to": [], "seed": 3}
     arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, **{**values, **arguments})

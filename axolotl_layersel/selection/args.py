@@ -28,6 +28,8 @@ from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs, Search
 from axolotl_layersel.units import UNITS
 
 TOKENS = ("auto", "last", "mean", "cls")
+# What they come to in a model: `ending` is the last token before the ending that nearly all rows share.
+Token = Literal["cls", "mean", "last", "ending"]
 Unselected = Literal["remove", "freeze"]
 UNSELECTED = get_args(Unselected)
 DEFAULT_RATIO = 0.5
@@ -111,8 +113,9 @@ class SelectionArgs(Block):
     )
     token: str | None = Field(
         default=None,
-        description="cka: the token that stands for a row. `auto` (default): the last one before the ending that "
-        "nearly all rows share (others are left out); `last`, `mean` (of the row's tokens), `cls` (the first).",
+        description="cka: the token that stands for a row. `auto` (default): of an encoder the first, or the mean "
+        "where its pooling is one; else the last one before the ending that nearly all rows share (others are "
+        "left out); `last`, `mean` (of the row's tokens), `cls` (the first).",
     )
     seed: int | None = Field(
         default=None, description="Seed of the calibration sample, or of the search. Default: the run's seed."

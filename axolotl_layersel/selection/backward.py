@@ -18,26 +18,56 @@ from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_l
 
 # Tokens of a forward pass that shows how a model works.
 PROBED_TOKENS = 16
-# What a module was given, and the gradient by what it returned, both in its own shape, (..., width).
-Look = Callable[[int, torch.Tensor, torch.Tensor], None]
+# What a module was given in each of its calls, and the gradients by what it returned, each (..., width).
+Look = Callable[[int, list[torch.Tensor], list[torch.Tensor]], None]
 
 
 @contextlib.contextmanager
-def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[None]:
-    """Call ``look(place, given, gradient)`` in every backward pass through the base layer of each of ``modules``."""
+def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[Callable[[], None]]:
+    """Call ``look(place, given, gradients)`` in every backward pass through the base layer of each of ``modules``.
+
+    It is called when the gradients of all calls of the module have arrived, so that no more than what one layer
+    computes is held. Most modules are called once. DeBERTa also puts its relative positions through those of its
+    attention, which depend on nothing that requires a gradient: there their output is made to.
+
+    Yields:
+        What looks at modules of which one call had no gradient, as nothing was made of its output; call it after each
+        backward pass.
+    """
+    waiting = [0] * len(modules)
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in modules]
+
+    def finish(place: int) -> None:
+        calls, waiting[place], seen[place] = seen[place], 0, []
+        look(place, [given for given, _ in calls], [gradient for _, gradient in calls])
 
     def watch(place: int, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
-        def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            if output.requires_grad:
-                given = args[0].detach()
-                output.register_hook(lambda gradient: look(place, given, gradient))
+        def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            given, watched = args[0].detach(), output if output.requires_grad else output.detach().requires_grad_()
+            waiting[place] += 1
+
+            def receive(gradient: torch.Tensor) -> None:
+                seen[place].append((given, gradient.detach()))
+                if len(seen[place]) == waiting[place]:
+                    finish(place)
+
+            watched.register_hook(receive)
+            return watched
 
         return module.get_base_layer().register_forward_hook(hook)
+
+    def finish_others() -> None:
+        for place, calls in enumerate(seen):
+            if calls:
+                finish(place)
+            waiting[place] = 0
 
     with contextlib.ExitStack() as hooks:
         for place, module in enumerate(modules):
             hooks.enter_context(passes.handle_removed(watch(place, module)))
-        yield
+        yield finish_others
 
 
 def compute_logits(run: Run, batch: list[Sample]) -> torch.Tensor:
@@ -63,7 +93,10 @@ def find_batch_size(run: Run, samples: list[Sample], modules: Sequence[LoraLayer
 
 
 def any_routed(modules: Sequence[LoraLayer], call: Callable[[], object]) -> bool:
-    """Return whether a module, such as an expert, is given tokens in an order that no longer says whose they are.
+    """Return whether a module is given something else than the rows' tokens in their order.
+
+    Experts are given tokens in an order that no longer says whose they are, and DeBERTa's attention is given its
+    relative positions, which are all rows'.
 
     ``call``: runs the model on two rows that are as long as each other.
     """
@@ -74,7 +107,8 @@ def any_routed(modules: Sequence[LoraLayer], call: Callable[[], object]) -> bool
             hooks.enter_context(passes.handle_removed(handle))
         call()
     tokens = max((shape[1] for shape in given if len(shape) > 2), default=0)
-    return len(given) < len(modules) or any(len(shape) == 2 and shape[0] != 2 * tokens for shape in given)
+    others = any(shape[0] != (2 * tokens if len(shape) == 2 else 2) for shape in given)
+    return others or len(given) < len(modules)
 
 
 def split_rows(values: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:

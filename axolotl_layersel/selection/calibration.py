@@ -12,6 +12,7 @@ from datasets import IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.selection.args import Token
 from axolotl_layersel.targets import IGNORED_LABEL, get_labels
 
 
@@ -140,18 +141,19 @@ def find_ending(samples: list[Sample]) -> list[int]:
         alike = [ids for ids in longer if ids[-place] == token]
 
 
-def place_token(samples: list[Sample], token: str) -> tuple[list[Sample], list[int] | None]:
+def place_token(samples: list[Sample], token: Token) -> tuple[list[Sample], list[int] | None]:
     """Return the samples that can be compared at ``token``, and the position that stands for each of them.
 
-    Positions are None for the mean over all tokens. ``auto`` is the last position before the ending that nearly all
-    samples share: prepared rows end alike, and where all do, the embedding of that token says nothing. Samples without
-    that ending are left out: their last token is not one of the same kind.
+    ``token`` is one that ``pooling.find_token`` returns. Positions are None for the mean over all tokens. ``ending`` is
+    the last position before the ending that nearly all samples share: prepared rows end alike, and where all do, the
+    embedding of that token says nothing. Samples without that ending are left out: their last token is not one of the
+    same kind.
     """
     if token == "mean":
         return samples, None
     if token == "cls":
         return samples, [0] * len(samples)
-    ending = {"auto": lambda: find_ending(samples), "last": list}[token]()
+    ending = {"ending": lambda: find_ending(samples), "last": list}[token]()
     ended = [sample for sample in samples if sample.input_ids[len(sample.input_ids) - len(ending) :] == ending]
     kept = [sample for sample in ended if len(sample.input_ids) > len(ending)]
     return kept, [len(sample.input_ids) - len(ending) - 1 for sample in kept]

@@ -15,9 +15,10 @@ from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, check_room
+from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, Token, check_room
 from axolotl_layersel.selection.calibration import Sample, fingerprint, read_samples
-from axolotl_layersel.selection.methods import Method, get_method
+from axolotl_layersel.selection.labelling import label_samples
+from axolotl_layersel.selection.methods import LABELS, Method, get_method
 from axolotl_layersel.selection.methods.flexora.records import GateHistory
 from axolotl_layersel.units import Unit, find_units
 
@@ -106,6 +107,7 @@ class Choice:
         gains: what the 1st, 2nd, … rank of every unit that is kept would gain, where the method knows.
         rows: of the dataset, that were looked at, in the order drawn.
         left_out: rows that were drawn, but could not be compared with the others.
+        token: that stood for a row, where one did, see ``pooling.find_token``.
         fingerprint: of those rows.
         history: the course of the search, where there was one.
     """
@@ -117,6 +119,7 @@ class Choice:
     gains: dict[str, list[float]] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
+    token: Token | None = None
     fingerprint: str | None = None
     history: GateHistory | None = None
 
@@ -129,6 +132,7 @@ class Scores:
         values: importance of every layer, None where it has none.
         unscored: why a layer has no score, by layer.
         left_out: rows of the samples that could not be compared with the others.
+        token: that stood for a row, where one did, see ``pooling.find_token``.
         units: importance of every unit by its name, None where it has none, where they are others than layers.
         gains: what the 1st, 2nd, … rank of every unit would gain, by its name, where the method knows.
     """
@@ -136,6 +140,7 @@ class Scores:
     values: list[float | None]
     unscored: dict[int, str] = field(default_factory=dict)
     left_out: list[int] = field(default_factory=list)
+    token: Token | None = None
     units: Mapping[str, float | None] = field(default_factory=dict)
     gains: dict[str, list[float]] = field(default_factory=dict)
 
@@ -149,8 +154,10 @@ def choose_by_score(selection: Selection, score: Callable[[list[Sample]], Scores
     """
     settings, keep = selection.settings, selection.count_kept()
     assert settings.num_samples is not None, "methods that draw rows have a number of them"
-    samples = read_samples(selection.run.trainer.train_dataset, settings.num_samples, settings.seed)
-    scores = score(samples)
+    trainer = selection.run.trainer
+    samples = read_samples(trainer.train_dataset, settings.num_samples, settings.seed)
+    reads_labels = selection.method.reads == LABELS
+    scores = score(label_samples(samples, trainer.data_collator, settings.seed) if reads_labels else samples)
     kept = decide_on_rank_zero(lambda: choose_units(selection, scores, keep))
     left_out = set(scores.left_out)
     scored = [sample for sample in samples if sample.row not in left_out]
@@ -162,6 +169,7 @@ def choose_by_score(selection: Selection, score: Callable[[list[Sample]], Scores
         {unit.name: scores.gains[unit.name] for unit in kept if scores.gains},
         rows=[sample.row for sample in scored],
         left_out=scores.left_out,
+        token=scores.token,
         fingerprint=fingerprint(scored),
     )
 

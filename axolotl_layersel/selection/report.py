@@ -4,11 +4,19 @@ from rich.console import Console
 from rich.table import Table
 
 from axolotl_layersel.plan import Budget, Plan, Stability, Tower, find_layer
+from axolotl_layersel.selection.args import Token
 from axolotl_layersel.tables import arrange, cell
 from axolotl_layersel.terminal import clean, make_console, make_encodable
 
 BAR_WIDTH = 24
 FULL_BLOCK = "█"
+# What stands for a row, by the ``token`` of a plan.
+TOKENS: dict[Token, str] = {
+    "cls": "their first token",
+    "mean": "the mean of their tokens",
+    "last": "their last token",
+    "ending": "the last token before the ending that nearly all of them share",
+}
 # Two random halves of many layers overlap by a third. Below this, less than three in four of the layers that one of
 # two choices keeps are in both.
 LOW_OVERLAP = 0.6
@@ -54,6 +62,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.module_scores:
         count = f"{len(plan.modules)} of {len(plan.module_scores)} LoRA modules, in {count}"
     console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}")
+    if plan.token is not None:
+        console.print(f"layersel: rows were compared at {describe_token(plan.token)}", soft_wrap=True)
     bar = FULL_BLOCK if make_encodable(FULL_BLOCK, console.encoding) == FULL_BLOCK else "#"
     if plan.budget is not None:
         console.print(describe_budget(plan.ranks, plan.budget), soft_wrap=True)
@@ -64,6 +74,11 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         print_stability(plan.stability, console)
     for layer, reason in sorted(plan.unscored.items()):
         console.print(f"layer {layer} is not scored: {clean(reason)}")
+
+
+def describe_token(token: Token) -> str:
+    """Return in words at which token rows are compared."""
+    return TOKENS[token]
 
 
 def describe_budget(ranks: dict[str, int], budget: Budget) -> str:

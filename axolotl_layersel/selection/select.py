@@ -1,7 +1,6 @@
 """Layer selection: decide which layers keep their adapter, and apply it before the real engine is built."""
 
 import dataclasses
-import importlib.metadata
 import logging
 import math
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from transformers import Trainer
 
 from axolotl_layersel import adapters, trainers
+from axolotl_layersel.agreement import find_version
 from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER
@@ -276,12 +276,14 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
         seed=settings.seed,
         calibration_rows=choice.rows,
         rows_left_out=choice.left_out,
+        token=choice.token,
         dataset_fingerprint=choice.fingerprint,
         base_model=run.config.base_model_name_or_path,
         base_shape=describe_shape(run.base.config),
         versions={
-            name: importlib.metadata.version(name)
+            name: version
             for name in ("axolotl-layersel", "axolotl", "torch", "transformers", "peft")
+            if (version := find_version(name)) is not None  # a plain Trainer needs no Axolotl
         },
         engine=run.engine.name,
         processes=run.trainer.args.world_size,

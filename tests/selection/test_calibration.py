@@ -33,7 +33,7 @@ def test_too_few_rows_are_an_error_that_says_how_many_there_are():
 def test_auto_takes_the_last_token_before_the_ending_that_all_share():
     samples = make_samples([5, 6, 7, 1, 2], [5, 9, 1, 2], [8, 4, 4, 4, 3, 1, 2])
     assert find_ending(samples) == [1, 2]
-    assert place_token(samples, "auto") == (samples, [2, 1, 4])
+    assert place_token(samples, "ending") == (samples, [2, 1, 4])
     assert place_token(samples, "last") == (samples, [4, 3, 6])
     assert place_token(samples, "cls") == (samples, [0, 0, 0])
     assert place_token(samples, "mean") == (samples, None)
@@ -43,7 +43,7 @@ def test_auto_leaves_out_rows_that_were_cut_before_their_ending():
     whole = [[5, 10 + i, 30 + i, 1, 2] for i in range(18)]
     samples = make_samples(*whole[:7], [5, 10, 11, 12, 13], *whole[7:], [5, 10, 11, 12, 1])
     assert find_ending(samples) == [1, 2]
-    kept, positions = place_token(samples, "auto")
+    kept, positions = place_token(samples, "ending")
     assert [sample.row for sample in kept] == [i for i in range(20) if i not in (7, 19)]
     assert positions == [2] * 18
     assert place_token(samples, "last")[0] == samples
@@ -52,14 +52,14 @@ def test_auto_leaves_out_rows_that_were_cut_before_their_ending():
 def test_auto_takes_no_ending_that_more_than_a_tenth_of_the_rows_lack():
     samples = make_samples(*[[5, 10 + i, 1, 2] for i in range(17)], *[[5, 10 + i, 3, 4] for i in range(3)])
     assert find_ending(samples) == []
-    assert place_token(samples, "auto") == (samples, [3] * 20)
+    assert place_token(samples, "ending") == (samples, [3] * 20)
 
 
 def test_auto_leaves_out_a_row_that_is_all_ending():
     samples = make_samples([1, 2], *[[7 + i, 1, 2] for i in range(9)])
-    assert place_token(samples, "auto") == (samples[1:], [0] * 9)
+    assert place_token(samples, "ending") == (samples[1:], [0] * 9)
     equal = make_samples(*[[7, 8, 1]] * 4)
-    assert place_token(equal, "auto") == (equal, [0] * 4)
+    assert place_token(equal, "ending") == (equal, [0] * 4)
 
 
 def test_a_token_that_most_rows_share_is_counted():

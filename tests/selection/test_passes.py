@@ -51,7 +51,7 @@ def plain_hidden_states(model, samples) -> list[list[torch.Tensor]]:
         ]
 
 
-@pytest.mark.parametrize("token", ["auto", "last", "mean", "cls"])
+@pytest.mark.parametrize("token", ["ending", "last", "mean", "cls"])
 def test_token_states_are_hugging_faces_hidden_states(model, tmp_path, token):
     trainer = make_trainer(model, tmp_path)
     samples = read(trainer)
@@ -69,7 +69,7 @@ def test_padded_and_unpadded_batches_give_the_same_scores(model, tmp_path):
     for size in (1, 5):
         trainer = make_trainer(model, tmp_path, per_device_train_batch_size=size)
         samples = read(trainer)
-        states = cka.measure_token_states(make_selection(trainer), *place_token(samples, "auto"))
+        states = cka.measure_token_states(make_selection(trainer), *place_token(samples, "ending"))
         scores.append(cka.score_pairs(states, [(i, i + 1) for i in range(6)])[0])
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 

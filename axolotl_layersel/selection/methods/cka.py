@@ -9,8 +9,11 @@ import torch
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.selection import passes
+from axolotl_layersel.selection.args import Token
 from axolotl_layersel.selection.calibration import Sample, are_most, count_most_common, place_token
 from axolotl_layersel.selection.choosing import Choice, Scores, Selection, choose_by_score, conclude
+from axolotl_layersel.selection.pooling import find_token
+from axolotl_layersel.selection.report import describe_token
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -29,13 +32,14 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
 
     Every rank must call this.
     """
-    token = selection.settings.token
-    assert token is not None, "CKA has a token"
+    setting = selection.settings.token
+    assert setting is not None, "CKA has a token"
+    token = find_token(selection.run.base, setting)
     compared, positions = place_token(samples, token)
     rows = {sample.row for sample in compared}
     left_out = [sample.row for sample in samples if sample.row not in rows]
     if collectives.get_rank() == 0:
-        report_token(compared, positions, left_out, token)
+        report_token(compared, positions, left_out, setting, token)
     states = measure_token_states(selection, compared, positions)
     places = range(len(passes.name_places(selection)))
     layers = selection.settings.granularity == "layer"
@@ -43,7 +47,7 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
 
     def score_states(states: torch.Tensor) -> Scores:
         found = passes.arrange_scores(selection, *score_pairs(states, pairs))
-        return dataclasses.replace(found, left_out=left_out)
+        return dataclasses.replace(found, left_out=left_out, token=token)
 
     return conclude(states, name_states(selection), compared, score_states)
 
@@ -170,13 +174,24 @@ def name_states(selection: Selection) -> list[str]:
     return [f"{side} {place}" for place in places for side in ("the input of", "the output of")]
 
 
-def report_token(samples: list[Sample], positions: list[int] | None, left_out: list[int], token: str) -> None:
-    """Log which rows are not scored, and a warning where the token that stands for a row says little about it."""
+def report_token(
+    samples: list[Sample], positions: list[int] | None, left_out: list[int], setting: str, token: Token
+) -> None:
+    """Log which token stands for a row, which rows are not scored, and a warning where that token says little.
+
+    Args:
+        samples: those that are scored.
+        positions: of the token in each, None for the mean.
+        left_out: rows that are not.
+        setting: the value of ``token``.
+        token: what it comes to in this model.
+    """
+    LOG.info("layersel: token: %s: rows are compared at %s", setting, describe_token(token))
     if left_out:
         LOG.warning(
             "layersel: token: %s: %d of the %d rows drawn lack the ending that the others share, as rows do that are "
             "cut at sequence_len, and are not scored: %s",
-            token,
+            setting,
             len(left_out),
             len(samples) + len(left_out),
             ", ".join(map(str, left_out)),
@@ -186,8 +201,9 @@ def report_token(samples: list[Sample], positions: list[int] | None, left_out: l
         LOG.warning(
             "layersel: token: %s: %d of %d rows have the same token there, so its embedding says next to nothing about "
             "a row, and the score of layer 0 hangs on few rows or on none. %s",
-            token,
+            setting,
             alike,
             len(samples),
-            "Use `token: mean`." if token == "auto" else "Use `token: auto` or `mean`.",
+            # Of a first token `auto` may have made this choice too.
+            "Use `token: auto` or `mean`." if token == "last" else "Use `token: mean`.",
         )

@@ -92,11 +92,14 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample], modul
     squares = torch.zeros(0)
     tokens = 0  # of each row of a batch
 
-    def add(place: int, given: torch.Tensor, gradient: torch.Tensor) -> None:
-        given, gradient = (split_rows(values, len(squares), tokens) for values in (given, gradient))
-        # Rows are filled up with tokens of no gradient.
-        for row, (x, g) in enumerate(zip(given, gradient)):
-            squares[row, place] += ghost_norm(x.flatten(0, -2), g.flatten(0, -2)).to(squares.device)
+    def add(place: int, given: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        inputs, outputs = (
+            [split_rows(value, len(squares), tokens) for value in values] for values in (given, gradients)
+        )
+        # Rows are filled up with tokens of no gradient. The gradients of several calls add up before they are squared.
+        for row in range(len(squares)):
+            x, g = (torch.cat([value[row].flatten(0, -2) for value in values]) for values in (inputs, outputs))
+            squares[row, place] += ghost_norm(x, g).to(squares.device)
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
         nonlocal squares, tokens
@@ -104,12 +107,13 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample], modul
         tokens = max(len(sample.input_ids) for sample in batch)
         squares = torch.zeros(len(batch), len(modules), dtype=torch.float64)
         backward(batch)
+        finish()
         return [row.clone() for row in squares]
 
     with passes.scoring(selection):
         backward = prepare_backward(selection, samples)
         size = find_batch_size(run, samples, watched)
-        with watching_gradients(watched, add):
+        with watching_gradients(watched, add) as finish:
             return passes.over_samples(run, samples, measure, size)
 
 

@@ -119,7 +119,11 @@ def measure_sketches(
             drawn[inputs] = draw_sketch(inputs, columns, selection.settings.seed).to(run.device)
         sketches.append(torch.zeros(2, outputs, columns, device=run.device))
 
-    def add(place: int, given: torch.Tensor, gradient: torch.Tensor) -> None:
+    def add(place: int, inputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        for given, gradient in zip(inputs, gradients):
+            add_call(place, given, gradient)
+
+    def add_call(place: int, given: torch.Tensor, gradient: torch.Tensor) -> None:
         given, gradient = (split_rows(values, len(sums), tokens) for values in (given, gradient))
         projected = given.to(gradient.dtype) @ drawn[given.shape[-1]].to(gradient.device, gradient.dtype)
         sums[:, place] += gradient.flatten(1).float().sum(dim=1).to(sums.device)
@@ -137,13 +141,14 @@ def measure_sketches(
             for parity in (0, 1)
         ]
         backward(batch)
+        finish()
         return [row.clone() for row in sums]
 
     share = passes.find_share(run, len(samples))
     with passes.scoring(selection, keeps_activations=not run.trainer.args.gradient_checkpointing):
         backward = prepare_backward(selection, samples)
         size = find_batch_size(run, samples, watched)
-        with watching_gradients(watched, add):
+        with watching_gradients(watched, add) as finish:
             measured = passes.over_samples(run, samples, measure, size)
     if run.engine.list_ranks_with_weights() != [0]:
         for sketch in sketches:

@@ -1,0 +1,38 @@
+"""Which token of a row ``token: auto`` is: what a model of this kind makes of a row.
+
+Relied on in transformers 5.16.1: models that read a row in both directions are in the mapping of masked language
+models, by ``model_type``; ``is_decoder`` is true where one of them is built as a decoder instead. Their heads for whole
+rows look at the first token, but for ``classifier_pooling``, which is ``mean`` in some ModernBERT and ``late``, a mean
+of all tokens' logits, in EuroBERT. ``tests/test_encoders.py`` compares all that with the models themselves.
+"""
+
+from typing import cast
+
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from axolotl_layersel.selection.args import Token
+
+MEANS = ("mean", "late")
+
+
+def is_encoder(base: PreTrainedModel) -> bool:
+    """Return whether each token of a transformers model sees the whole row, so that the first one can stand for it."""
+    config = base.config
+    turned = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not turned
+
+
+def find_token(base: PreTrainedModel, token: str) -> Token:
+    """Return the token that stands for a row: ``cls``, ``mean``, ``last``, or ``ending`` for the last one before it.
+
+    Args:
+        base: a transformers model.
+        token: the setting. ``auto`` is an encoder's first token, or the mean where its own pooling is one, and in other
+            models the last token before the ending that nearly all rows share.
+    """
+    if token != "auto":
+        return cast(Token, token)
+    if not is_encoder(base):
+        return "ending"
+    return "mean" if getattr(base.config, "classifier_pooling", None) in MEANS else "cls"

@@ -1,0 +1,137 @@
+"""The public function on a plain Trainer: the README's example and the example script, and what importing loads."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, make_lora, make_small_llama, make_trainer
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertTokenizer
+
+import axolotl_layersel
+from axolotl_layersel import FlexoraConfig, L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
+from axolotl_layersel.agreement import find_version
+from axolotl_layersel.layers import find_lora_modules
+
+WORDS = ["a", "bad", "good", "film", "play", "story", "with", "fine", "actors"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A folder with a random BERT of 4 layers and its tokenizer, and files in the format of GLUE's SST-2."""
+    folder = tmp_path_factory.mktemp("glue")
+    model = folder / "google-bert" / "bert-base-uncased"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(model)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+    config = BertConfig(vocab_size=len(vocabulary), initializer_range=0.1, **size)
+    BertForSequenceClassification(config).save_pretrained(model)
+    rows = [(f"a {WORDS[1 + i % 2]} {WORDS[3 + i % 3]}{' with fine actors' * (i % 5 < 2)}", i % 2) for i in range(24)]
+    text = "sentence\tlabel\n" + "".join(f"{sentence}\t{label}\n" for sentence, label in rows)
+    (folder / "train.tsv").write_text(text)
+    (folder / "dev.tsv").write_text(text)
+    return folder
+
+
+def check_adapter(folder: Path, model: Path, chosen: int) -> None:
+    """Check that stock PEFT rebuilds the adapter, in ``chosen`` of the layers, and its classifier."""
+    plan = json.loads((folder / "layersel" / "plan.json").read_text())
+    selected = [choice["layer"] for choice in plan["layers"] if choice["selected"]]
+    assert len(selected) == chosen
+    base = AutoModelForSequenceClassification.from_pretrained(model)
+    new = base.classifier.weight.clone()
+    rebuilt = PeftModel.from_pretrained(base, folder)
+    layers = {int(name.split(".")[3]) for name in find_lora_modules(base) if ".layer." in name}
+    assert layers == set(selected)
+    assert not torch.equal(rebuilt.get_base_model().classifier.modules_to_save["default"].weight, new)
+
+
+@pytest.mark.trains
+def test_the_example_script_trains_on_files_of_glue(bert, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("bert_glue", ROOT / "example_configs" / "bert_glue.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    model = bert / "google-bert" / "bert-base-uncased"
+    files = ["--model", str(model), "--train", str(bert / "train.tsv"), "--dev", str(bert / "dev.tsv")]
+    short = ["--num-samples", "12", "--batch-size", "4", "--epochs", "12", "--learning-rate", "0.005"]
+    metrics = script.main([*files, *short, "--output", str(tmp_path)])
+    assert metrics["eval_accuracy"] == 1.0, "a word says the class of a row, and these rows were trained on"
+    assert "method cka keeps 2 of 4 layers" in capsys.readouterr().out
+    check_adapter(tmp_path, model, 2)
+
+
+@pytest.mark.launches
+def test_the_example_of_the_readme_runs_where_there_is_no_axolotl(bert, tmp_path):
+    section = (ROOT / "README.md").read_text().split("\n## Without Axolotl\n")[1].split("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    for name in ("google-bert", "train.tsv"):
+        (tmp_path / name).symlink_to(bert / name)
+    code = (
+        "import sys, time; sys.modules['axolotl'] = None; start = time.perf_counter(); import axolotl_layersel;"
+        "print('seconds', time.perf_counter() - start, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{example}"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "cache"), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (seconds, torch_too), *_ = re.findall(r"^seconds (\S+) (\S+)$", done.stdout, flags=re.MULTILINE)
+    assert float(seconds) < 1
+    assert torch_too == "False"
+    assert "method cka keeps 2 of 4 layers" in done.stdout
+    check_adapter(tmp_path / "out", tmp_path / "google-bert" / "bert-base-uncased", 2)
+
+
+def test_the_public_names_are_those_of_the_package():
+    assert sorted(axolotl_layersel.__all__) == axolotl_layersel.__all__ == sorted(axolotl_layersel.SOURCES)
+    for name in axolotl_layersel.__all__:
+        assert getattr(axolotl_layersel, name).__module__.startswith("axolotl_layersel.")
+        assert name in dir(axolotl_layersel)
+    with pytest.raises(AttributeError, match="has no attribute 'prepare'"):
+        _ = axolotl_layersel.__getattr__("prepare")
+
+
+def test_the_plugin_prepares_a_trainer_by_the_public_function():
+    from axolotl_layersel import prepare
+
+    assert prepare_trainer is prepare.prepare_trainer
+    assert "from axolotl_layersel.prepare import prepare_trainer" in (ROOT / "axolotl_layersel/plugin.py").read_text()
+
+
+def test_settings_are_given_in_parts_or_as_a_yaml_file_holds_them():
+    parts = LayerselConfig(
+        selection=SelectionConfig(method="flexora", flexora=FlexoraConfig(steps=5)), l1ra=L1RAConfig(max_rank=12)
+    )
+    block = {"selection": {"method": "flexora", "flexora": {"steps": 5}}, "l1ra": {"max_rank": 12}}
+    assert parts == LayerselConfig.model_validate(block)
+    with pytest.raises(ValueError, match=r"layersel\.selection\.methd is not a setting: did you mean 'method'\?"):
+        LayerselConfig.model_validate({"selection": {"methd": "cka"}})
+
+
+def test_a_trainer_is_prepared_once(tmp_path):
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path)
+    config = LayerselConfig(selection=SelectionConfig(method="last"))
+    prepare_trainer(trainer, config)
+    with pytest.raises(LayerselError, match="prepare_trainer was called for it before"):
+        prepare_trainer(trainer, config)
+
+
+def test_a_model_without_lora_is_refused(tmp_path):
+    trainer = make_trainer(make_small_llama(), tmp_path)
+    with pytest.raises(LayerselError, match="the trainer's model is a LlamaForCausalLM, not a PEFT model with LoRA"):
+        prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="last")))
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    assert find_version("axolotl-layersel-is-not-called-so") is None
+    assert find_version("torch") == torch.__version__
