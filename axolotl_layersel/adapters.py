@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
-from axolotl_layersel.engines import collectives
+from axolotl_layersel.engines import collectives, edits
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import refuse
 from axolotl_layersel.initialisation import RESTORED, SEEDED, changes_base, describe_rounding, normalise
@@ -202,7 +202,7 @@ def restore_base(run: Run, name: str, module: LoraLayer) -> None:
     down, up = (linear.weight.float() for linear in get_linears(module, run.adapter))
     product = module.scaling[run.adapter] * (up @ down)
     product = product.T if transposed else product
-    run.engine.edit_weight(weight, lambda whole: whole.add_(product.to(whole.device)))
+    run.engine.edit_weight(weight, edits.add(product))
 
 
 def name_exactly(config: LoraConfig, base: nn.Module) -> None:

@@ -6,7 +6,7 @@ random state of each rank.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,11 +15,8 @@ from torch import nn
 from transformers import Trainer
 
 from axolotl_layersel.engines.collectives import count_ranks, decide_on_rank_zero, get_rank
+from axolotl_layersel.engines.edits import Edit, fill
 from axolotl_layersel.engines.moments import find_moments, release_pages, unwrap_optimizer
-
-# Changes a whole tensor in place: each element by its place and its own value alone, for others' are not known
-# everywhere, and the same way on every rank.
-Edit = Callable[[torch.Tensor], object]
 
 
 class Engine:
@@ -183,12 +180,15 @@ class Engine:
 
     def edit_held(self, tensor: torch.Tensor, edit: Edit, part: torch.Tensor | None = None) -> None:
         """Change the part of a tensor that this rank holds: ``part`` where it is given, its own data by default."""
-        edit(tensor.data if part is None else part)
+        edit_data(tensor.data if part is None else part, 0, tensor.shape, edit)
 
 
-def fill(components: torch.Tensor, dim: int, value: float) -> Edit:
-    """Return the edit that sets the rows (``dim`` 0) or columns (1) ``components`` to ``value``."""
-    return lambda tensor: tensor.index_fill_(dim, components.to(tensor.device), value)
+def edit_data(held: torch.Tensor, start: int, shape: torch.Size, edit: Edit) -> None:
+    """Change ``held``, of any shape, the elements from ``start`` on of a flattened tensor of ``shape``."""
+    flat = held.contiguous().view(-1)
+    edit(flat, start, shape)
+    if flat.data_ptr() != held.data_ptr():
+        held.copy_(flat.view_as(held))
 
 
 def name_random_state(rank: int, world: int) -> str:

@@ -25,8 +25,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from axolotl_layersel.engines.base import Edit, Engine, name_random_state
+from axolotl_layersel.engines.base import Engine, edit_data, name_random_state
 from axolotl_layersel.engines.collectives import count_ranks
+from axolotl_layersel.engines.edits import Edit
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.trainers import get_model
 
@@ -91,14 +92,11 @@ class ShardedEngine(Engine):
         assert coordinate is not None, "every rank holds a part"
         if any(place and not placement.is_shard() for place, placement in zip(coordinate, placements)):
             return None
-        shape, offsets = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-        if tuple(shape[1:]) != tuple(parameter.shape[1:]):
-            raise LayerselError(f"fsdp_config: shards of {placements} are not supported. Shard the first dimension.")
-        return parameter.to_local().detach().flatten(), offsets[0] * math.prod(shape[1:])
+        return parameter.to_local().detach().flatten(), find_start(parameter)
 
     def edit_held(self, tensor: torch.Tensor, edit: Edit, part: torch.Tensor | None = None) -> None:
         if isinstance(tensor, DTensor):
-            edit_shards(tensor, tensor.to_local() if part is None else part, edit)
+            edit_data(tensor.to_local() if part is None else part, find_start(tensor), tensor.shape, edit)
         else:
             super().edit_held(tensor, edit, part)
 
@@ -110,13 +108,13 @@ def gather_shards(shards: DTensor) -> torch.Tensor:
     return DTensor.from_local(local, mesh, shards.placements, shape=shards.shape, stride=shards.stride()).full_tensor()
 
 
-def edit_shards(shards: DTensor, local: torch.Tensor, edit: Edit) -> None:
-    """Change ``local``, this rank's part of what is split as ``shards`` are."""
-    mesh = shards.device_mesh
-    places = torch.arange(shards.numel(), device=mesh.device_type).view(shards.shape)
-    # With no source rank, every rank cuts its part out of its own tensor.
-    places = distribute_tensor(places, mesh, shards.placements, src_data_rank=None).to_local().to(local.device)
-    whole = local.new_zeros(shards.shape)
-    whole.view(-1)[places] = local
-    edit(whole)
-    local.copy_(whole.view(-1)[places])
+def find_start(shards: DTensor) -> int:
+    """Return the place of the first element of this rank's part in the flattened whole.
+
+    Raises:
+        LayerselError: if other dimensions than the first are split.
+    """
+    shape, offsets = compute_local_shape_and_global_offset(shards.shape, shards.device_mesh, shards.placements)
+    if tuple(shape[1:]) != tuple(shards.shape[1:]):
+        raise LayerselError(f"fsdp_config: shards of {shards.placements} are not supported. Shard the first dimension.")
+    return offsets[0] * math.prod(shape[1:])

@@ -32,8 +32,9 @@ import torch.distributed
 from torch import nn
 from transformers import Trainer
 
-from axolotl_layersel.engines.base import Edit, Engine, fill, move, name_random_state
+from axolotl_layersel.engines.base import Engine, move, name_random_state
 from axolotl_layersel.engines.collectives import get_rank
+from axolotl_layersel.engines.edits import Edit, fill
 from axolotl_layersel.engines.moments import NAMES, find_maps, find_moments, unwrap_optimizer
 from axolotl_layersel.errors import LayerselError
 
@@ -143,7 +144,7 @@ class ZeroEngine(DeepSpeedEngine):
             raise LayerselError(describe_missing_state())
         mapping = parameter._hp_mapping  # None on ranks that hold no part of it
         if mapping is not None:
-            edit_slice(mapping.get_hp_fragment(moment), mapping.lp_fragment_address.start, parameter.shape, edit)
+            edit(mapping.get_hp_fragment(moment), mapping.lp_fragment_address.start, parameter.shape)
 
 
 class PartitionedEngine(ZeroEngine):
@@ -235,7 +236,7 @@ class PartitionedEngine(ZeroEngine):
             edit_partition(tensor, tensor.ds_tensor, edit)
         # Small parameters stay whole between steps; the others have no data then.
         if tensor.numel():
-            edit(tensor.data)
+            super().edit_held(tensor, edit, part)
 
     def read_state(self, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor] | None:
         from deepspeed import utils
@@ -266,14 +267,4 @@ def describe_missing_state() -> str:
 
 def edit_partition(parameter: Any, part: torch.Tensor, edit: Edit) -> None:
     """Change this rank's flat ``part`` of a tensor that has the shape of ``parameter`` and is split by ZeRO-3."""
-    start = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
-    edit_slice(part, start, parameter.ds_shape, edit)
-
-
-def edit_slice(part: torch.Tensor, start: int, shape: torch.Size, edit: Edit) -> None:
-    """Change ``part``, the elements from ``start`` on of a flattened tensor of ``shape``; past its end is padding."""
-    whole = part.new_zeros(shape)
-    held = whole.view(-1)[start : start + part.numel()]
-    held.copy_(part[: held.numel()])
-    edit(whole)
-    part[: held.numel()].copy_(held)
+    edit(part, part.numel() * torch.distributed.get_rank(parameter.ds_process_group), parameter.ds_shape)

@@ -11,8 +11,7 @@ import torch
 from peft import LoraConfig
 
 from axolotl_layersel import adapters, layouts
-from axolotl_layersel.engines import collectives
-from axolotl_layersel.engines.base import Edit, fill
+from axolotl_layersel.engines import collectives, edits
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.l1ra.allocation import BUDGETS, ModuleState, Moves
@@ -217,9 +216,9 @@ class RankRedistribution:
             if not len(changed):
                 continue
             down, up = (linear.weight for linear in self.linears[name])
-            rows = {slot: self.draw_row(name, slot, step) for slot in added}
-            engine.edit_parameter(down, write_rows(changed, rows))
-            engine.edit_parameter(up, fill(changed, 1, 0))
+            rows = {slot: self.draw_row(name, slot, step) if slot in added else 0.0 for slot in changed.tolist()}
+            engine.edit_parameter(down, edits.write_rows(rows))
+            engine.edit_parameter(up, edits.fill(changed, 1, 0))
             if training:
                 engine.zero_moments(down, changed, dim=0)
                 engine.zero_moments(up, changed, dim=1)
@@ -292,7 +291,9 @@ class RankRedistribution:
         self.apply(self.rule.decide_last(self), step, training=False)
         self.history.ranks[step] = self.ranks()
         for name, part in self.gates.parts.items():
-            self.run.engine.edit_parameter(self.linears[name][1].weight, multiply(self.gates.values[part].clone()))
+            self.run.engine.edit_parameter(
+                self.linears[name][1].weight, edits.multiply_columns(self.gates.values[part].clone())
+            )
         self.gates.values.copy_(self.active)
         self.gates.detach()
         if collectives.get_rank() == 0:
@@ -386,19 +387,3 @@ class RankRedistribution:
     def restore_weights(self, checkpoint: str | Path) -> None:
         """Write the LoRA weights of ``checkpoint`` into the model in training; every rank must call this."""
         adapters.restore_live_adapter(self.run, state_path(checkpoint), ADAPTER_PREFIX)
-
-
-def write_rows(changed: torch.Tensor, rows: dict[int, torch.Tensor]) -> Edit:
-    """Return the edit that zeroes the rows ``changed``, or writes those that ``rows`` has."""
-
-    def edit(tensor: torch.Tensor) -> None:
-        tensor[changed.to(tensor.device)] = 0
-        for slot, row in rows.items():
-            tensor[slot] = row.to(tensor.device, tensor.dtype)
-
-    return edit
-
-
-def multiply(columns: torch.Tensor) -> Edit:
-    """Return the edit that multiplies each column by its number."""
-    return lambda tensor: tensor.copy_(tensor * columns.to(tensor.device))

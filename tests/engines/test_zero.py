@@ -4,11 +4,9 @@ import inspect
 import types
 
 import pytest
-import torch
 from conftest import describe_engine
 
 from axolotl_layersel.engines import find_engine
-from axolotl_layersel.engines.zero import edit_slice
 from axolotl_layersel.errors import LayerselError
 
 
@@ -31,26 +29,6 @@ def test_each_rank_holds_its_part_of_what_deepspeed_splits_where_an_edit_looks_f
     source = inspect.getsource(partition_parameters)
     assert "start = partition_size * self.get_partition_rank()" in source
     assert "param.ds_tensor.copy_(src_tensor)" in source
-
-
-@pytest.mark.parametrize("size", [1, 4, 5])
-def test_a_tensor_is_changed_part_by_part_as_it_is_as_a_whole(size):
-    torch.manual_seed(0)
-    whole, factors = torch.randn(5, 3), torch.tensor([2.0, 0.5, -1.0])
-
-    def edit(tensor: torch.Tensor) -> None:
-        tensor[2] = torch.arange(3.0)
-        tensor.index_fill_(0, torch.tensor([4]), 0)
-        tensor.mul_(factors)
-
-    expected = whole.clone()
-    edit(expected)
-    length = -(-15 // size)
-    padded = torch.nn.functional.pad(whole.flatten(), (0, size * length - 15), value=7.0)
-    for rank in range(size):
-        edit_slice(padded[rank * length : (rank + 1) * length], rank * length, whole.shape, edit)
-    assert torch.equal(padded[:15].view(5, 3), expected)
-    assert (padded[15:] == 7).all()
 
 
 def test_what_holds_a_deepspeed_engine_that_was_destroyed_is_let_go_of():
