@@ -12,6 +12,7 @@ from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback, TidyCallback
 from axolotl_layersel.engines import collectives
+from axolotl_layersel.engines.refusals import moves_state
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.interrupt import outlive_signals
 from axolotl_layersel.l1ra.callback import RankCallback
@@ -86,6 +87,7 @@ def prepare_trainer(
     check_trainers_alike(run, settings, resume_from, continues_adapter)
     collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
     adapters.check_experts(run)
+    run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
     adapters.complete_config(run)
     adapters.keep_trained_alone(run.model)
     seeded = not continues_adapter and adapters.initialize_lora(run.model, trainer.args.seed)

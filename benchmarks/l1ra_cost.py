@@ -189,7 +189,9 @@ def make_arm(
     if arm == OURS:
         # Where gates are closed by hand, no others shall close.
         pressure = {"gate_lr": 1e-3, "l1_lambda": 0.0} if job.closed_share else {}
-        l1ra = L1RAArgs(rule="pressure", max_rank=job.max_rank, update_ratio=job.update_ratio, **pressure)
+        l1ra = L1RAArgs(
+            rule="pressure", budget="rank", max_rank=job.max_rank, update_ratio=job.update_ratio, **pressure
+        )
         prepare_trainer(trainer, LayerselBlock(l1ra=l1ra))
         (ranks,) = (one.ranks for one in trainer.callback_handler.callbacks if isinstance(one, RankCallback))
         watch_updates(ranks, rank_timer, job.closed_share)

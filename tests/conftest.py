@@ -204,13 +204,16 @@ def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
         path = folder / f"{engine}.json"
         path.write_text(json.dumps(deepspeed_config(int(engine[-1]))))
         return {"deepspeed": str(path)}, 2
-    kind = "SHARDED_STATE_DICT" if engine.endswith("sharded") else "FULL_STATE_DICT"
+    kind = "SHARDED_STATE_DICT" if "sharded" in engine else "FULL_STATE_DICT"
+    offloaded = engine.endswith("offloaded")
     config = {
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "cpu_ram_efficient_loading": engine.endswith("full"),
-        "offload_params": False,
+        "cpu_ram_efficient_loading": "full" in engine,
+        "offload_params": offloaded,
+        # Memory is pinned for an accelerator, and there is none.
+        **({"cpu_offload_pin_memory": False} if offloaded else {}),
         # False also leaves whole weights behind after an evaluation, in the way of whoever writes to shards.
-        "reshard_after_forward": engine.endswith("full"),
+        "reshard_after_forward": "full" in engine,
         "state_dict_type": kind,
         "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
     }

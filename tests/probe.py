@@ -28,6 +28,7 @@ import deepspeed
 import torch
 from axolotl.integrations.base import BasePlugin
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torchao.quantization import Float8Tensor
@@ -55,6 +56,12 @@ def count_optimized(trainer) -> int:
     return sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
 
 
+def is_offloaded(module) -> bool:
+    """Return whether FSDP2 keeps the shards of a module on the CPU, torch 2.13.0."""
+    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+    return group is not None and all(parameter.offload_to_cpu for parameter in group.fsdp_params)
+
+
 class ProbeCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
@@ -77,6 +84,7 @@ class ProbeCallback(TrainerCallback):
             save_file(weights, self.folder / f"weights_at_{state.global_step}.safetensors")
             record = json.loads((self.folder / "engine.json").read_text())
             record["optimized"] = count_optimized(self.trainer)
+            record["offloaded"] = any(map(is_offloaded, model.modules()))
             record["fused_modules"] = sum(any(map(is_fused, vars(module).values())) for module in model.modules())
             (self.folder / "engine.json").write_text(json.dumps(record))
 

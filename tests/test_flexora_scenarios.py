@@ -37,7 +37,7 @@ def test_a_search_that_is_killed_leaves_no_plan_and_the_run_starts_it_again(trai
     assert "nothing is scored" in resumed.log and resumed.selected == again.selected
 
 
-@pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2-sharded"])
+@pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2-sharded", "fsdp2-sharded-offloaded"])
 def test_a_search_and_moving_rank_go_together(train, engine, base_model, tmp_path):
     block = {"layersel": {**search()["layersel"], **pressure(update_ratio=0.2)["layersel"]}}
     run = train(engine, **block, max_steps=10, num_epochs=2, save_steps=10)

@@ -138,6 +138,16 @@ def test_optimizer_states_on_the_cpu_change_nothing(train, runs, tmp_path, stage
     assert json.loads((run.folder / "ranks.json").read_text())["survivors_changed_by"] == 0
 
 
+@pytest.mark.parametrize("engine", ["fsdp2-full-offloaded", "fsdp2-sharded-offloaded"])
+def test_shards_on_the_cpu_change_nothing(train, runs, engine):
+    killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **SETTINGS)
+    run = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **SETTINGS)
+    assert run.engine["engine"] == "fsdp2" and run.engine["offloaded"]
+    assert run.ranks() == runs[False].ranks()
+    assert difference(run.adapter("checkpoint-10"), runs[False].adapter("checkpoint-10")) <= 1e-3
+    assert json.loads((run.folder / "ranks.json").read_text())["survivors_changed_by"] == 0
+
+
 def test_small_parameters_that_zero3_keeps_whole_are_written_too(train, runs, tmp_path):
     config = deepspeed_config(3)
     # The default of 1e5 keeps most LoRA matrices of real models on every rank.

@@ -77,6 +77,9 @@ class Engine:
         """Give the engine's configuration back as it was; within the block its schedule follows the run's steps."""
         yield
 
+    def check_storage(self, writes: bool) -> None:
+        """Raise LayerselError where weights, or optimizer states that are written too, lie out of reach."""
+
     def check_optimizer(self) -> None:
         """Raise LayerselError where the engine's own settings choose an optimizer under which rank cannot move."""
 

@@ -36,15 +36,47 @@ def check_engine(data: Mapping[str, Any]) -> None:
                 "fsdp_config.activation_checkpointing: true would make the saved adapter unreadable for PEFT. "
                 "Set it to false and use `gradient_checkpointing: true`."
             )
+    check_disk(read_zero(data.get("deepspeed")), moves_state(as_mapping(data.get("layersel"))))
+
+
+def moves_state(block: Mapping[str, Any]) -> bool:
+    """Return whether a ``layersel`` block asks for what writes weights that are in training."""
+    return "l1ra" in block or as_mapping(block.get("selection")).get("method") == "flexora"
+
+
+def check_disk(zero: Mapping[str, Any], writes: bool) -> None:
+    """Raise LayerselError where DeepSpeed keeps on an NVMe disk what the plugin reads or writes.
+
+    Args:
+        zero: ``zero_optimization`` of its file.
+        writes: whether masters and moments are written too.
+    """
+    for key in ("offload_param", "offload_optimizer") if writes else ("offload_param",):
+        if as_mapping(zero.get(key)).get("device") == "nvme":
+            raise LayerselError(
+                f"deepspeed: its file's zero_optimization.{key}.device nvme keeps on disk what layersel reads and "
+                "writes in memory. Use `cpu` or `none`."
+            )
+
+
+def read_zero(deepspeed: Any) -> Mapping[str, Any]:
+    """Return ``zero_optimization`` of the ``deepspeed`` key, a file's path or its content.
+
+    It is empty where it is not to be seen: Axolotl itself says what is wrong with the file.
+    """
+    try:
+        content = deepspeed if isinstance(deepspeed, Mapping) else json.loads(Path(str(deepspeed)).read_text())
+        return as_mapping(content["zero_optimization"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def find_zero_stage(deepspeed: Any) -> int | None:
-    """Return the ZeRO stage of the ``deepspeed`` key, a file's path or its content; None where it is not to be seen."""
+    """Return the ZeRO stage of the ``deepspeed`` key, see ``read_zero``; None where it is not to be seen."""
     try:
-        content = deepspeed if isinstance(deepspeed, Mapping) else json.loads(Path(str(deepspeed)).read_text())
-        return int(content["zero_optimization"]["stage"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return None  # Axolotl itself says what is wrong with the file
+        return int(read_zero(deepspeed)["stage"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
 
 
 def find_shards(data: Mapping[str, Any]) -> str | None:

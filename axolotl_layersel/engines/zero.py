@@ -36,6 +36,7 @@ from axolotl_layersel.engines.base import Engine, move, name_random_state
 from axolotl_layersel.engines.collectives import get_rank
 from axolotl_layersel.engines.edits import Edit, fill
 from axolotl_layersel.engines.moments import NAMES, find_maps, find_moments, unwrap_optimizer
+from axolotl_layersel.engines.refusals import check_disk
 from axolotl_layersel.errors import LayerselError
 
 
@@ -68,6 +69,9 @@ class DeepSpeedEngine(Engine):
     def list_engine_files(rank: int) -> list[str]:
         """Return what of DeepSpeed's state a rank reads, as patterns in its folder."""
         return ["mp_rank_00_model_states.pt"]
+
+    def check_storage(self, writes: bool) -> None:
+        check_disk(self.config.get("zero_optimization") or {}, writes)
 
     @contextlib.contextmanager
     def keep_config(self) -> Iterator[None]:
@@ -178,15 +182,6 @@ class PartitionedEngine(ZeroEngine):
     def holds_whole(self, parameter: torch.Tensor) -> bool:
         return not hasattr(parameter, "ds_id")
 
-    def check_optimizer(self) -> None:
-        super().check_optimizer()
-        offload = self.config["zero_optimization"].get("offload_param") or {}
-        if offload.get("device") == "nvme":
-            raise LayerselError(
-                "deepspeed: its file's zero_optimization.offload_param.device nvme keeps weights on disk, where "
-                "layersel.l1ra does not write. Use `cpu` or `none`."
-            )
-
     def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
         # Rank 0 alone holds the copies.
         return self.gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
@@ -222,9 +217,6 @@ class PartitionedEngine(ZeroEngine):
     def find_shard(self, parameter: Any) -> tuple[torch.Tensor, int] | None:
         if not hasattr(parameter, "ds_id"):
             return super().find_shard(parameter)
-        if parameter.ds_tensor.status.name != "AVAILABLE":  # it lies on an NVMe disk
-            whole = self.gather_parameter(parameter)
-            return (whole.flatten(), 0) if get_rank() == 0 else None
         ranks = torch.distributed.get_process_group_ranks(parameter.ds_process_group)
         part = parameter.ds_tensor.detach().flatten()
         offset = ranks.index(get_rank()) * part.numel()

@@ -7,6 +7,7 @@ import pytest
 from conftest import describe_engine
 
 from axolotl_layersel.engines import find_engine
+from axolotl_layersel.engines.refusals import check_engine, moves_state
 from axolotl_layersel.errors import LayerselError
 
 
@@ -51,20 +52,37 @@ def test_a_second_engine_can_be_built_over_the_parameters_of_the_first():
     assert "engine.destroy()" in inspect.getsource(Accelerator.free_memory)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"optimizer": {"type": "Lamb"}}, "optimizer.type Lamb keeps no Adam moments"),
-        ({"offload_param": {"device": "nvme"}}, "offload_param.device nvme keeps weights on disk"),
-        ({"offload_param": {"device": "cpu"}, "optimizer": {"type": "AdamW"}}, None),
-    ],
-)
-def test_a_deepspeed_file_under_which_rank_cannot_move_is_refused(content, message):
-    zero = {"stage": 3, **{key: value for key, value in content.items() if key == "offload_param"}}
-    plugin = types.SimpleNamespace(zero_stage=3, deepspeed_config={**content, "zero_optimization": zero})
-    trainer = describe_engine("DEEPSPEED", {"deepspeed_plugin": plugin})
-    if message is None:
-        find_engine(trainer).check_optimizer()
-        return
-    with pytest.raises(LayerselError, match=message):
-        find_engine(trainer).check_optimizer()
+def describe_deepspeed(content: dict):
+    return find_engine(
+        describe_engine(
+            "DEEPSPEED", {"deepspeed_plugin": types.SimpleNamespace(zero_stage=3, deepspeed_config=content)}
+        )
+    )
+
+
+def test_a_deepspeed_file_with_an_optimizer_under_which_rank_cannot_move_is_refused():
+    describe_deepspeed({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}).check_optimizer()
+    with pytest.raises(LayerselError, match="Lamb keeps no Adam moments"):
+        describe_deepspeed({"optimizer": {"type": "Lamb"}}).check_optimizer()
+
+
+@pytest.mark.parametrize("key", ["offload_param", "offload_optimizer"])
+@pytest.mark.parametrize("device", ["cpu", "nvme"])
+def test_what_deepspeed_keeps_on_disk_is_refused_where_it_is_read_or_written(key, device):
+    content = {"zero_optimization": {"stage": 3, key: {"device": device}}}
+    blocks = {
+        "read": {"selection": {"method": "cka"}},
+        "searched": {"selection": {"method": "flexora"}},
+        "moved": {"l1ra": {}},
+    }
+    for kind, block in blocks.items():
+        refused = device == "nvme" and (kind != "read" or key == "offload_param")
+        for check in (
+            lambda block=block: describe_deepspeed(content).check_storage(moves_state(block)),
+            lambda block=block: check_engine({"deepspeed": content, "layersel": block}),
+        ):
+            if refused:
+                with pytest.raises(LayerselError, match=f"zero_optimization.{key}.device nvme keeps on disk"):
+                    check()
+            else:
+                check()
