@@ -47,8 +47,15 @@ def find_zero_stage(deepspeed: Any) -> int | None:
         return None  # Axolotl itself says what is wrong with the file
 
 
+def find_engine_name(data: Mapping[str, Any]) -> str | None:
+    """Return the name of the engine that a YAML file chooses, None for one process and DDP, or where it is not seen."""
+    stage = find_zero_stage(data.get("deepspeed"))
+    if stage is not None:
+        return f"zero{stage}"
+    return "fsdp2" if data.get("fsdp") or as_mapping(data.get("fsdp_config")) else None
+
+
 def find_shards(data: Mapping[str, Any]) -> str | None:
     """Return the name of the engine that a YAML file chooses, where that splits weights over the processes."""
-    if find_zero_stage(data.get("deepspeed")) == 3:
-        return "zero3"
-    return "fsdp2" if data.get("fsdp") or as_mapping(data.get("fsdp_config")) else None
+    name = find_engine_name(data)
+    return name if name in LABELS else None
