@@ -59,3 +59,10 @@ def find_shards(data: Mapping[str, Any]) -> str | None:
     """Return the name of the engine that a YAML file chooses, where that splits weights over the processes."""
     name = find_engine_name(data)
     return name if name in LABELS else None
+
+
+def writes_whole_state(data: Mapping[str, Any]) -> bool:
+    """Return whether a YAML file asks FSDP2 for FULL_STATE_DICT; Axolotl reads both names of the key."""
+    config = as_mapping(data.get("fsdp_config"))
+    kind = config.get("state_dict_type") or config.get("fsdp_state_dict_type")
+    return isinstance(kind, str) and kind.upper() == "FULL_STATE_DICT"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator, model_validator
 
 from axolotl_layersel.block import Block, as_number, as_whole, check_known, quote, read_choice
-from axolotl_layersel.engines.refusals import find_engine_name
+from axolotl_layersel.engines.refusals import find_engine_name, writes_whole_state
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.allocation import BUDGETS
 from axolotl_layersel.plain_lora import check_gated_file
@@ -230,7 +230,7 @@ def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:
     """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.l1ra``."""
     check_ranks(data, settings)
     check_gated_file(data, "layersel.l1ra")
-    check_optimizer(read_choice(data, "optimizer"), find_engine_name(data))
+    check_optimizer(read_choice(data, "optimizer"), find_engine_name(data), writes_whole_state(data))
 
 
 def check_ranks(data: Mapping[str, Any], settings: L1RAArgs) -> None:
@@ -265,25 +265,32 @@ def check_bounds(settings: L1RAArgs, lora_r: int) -> None:
         )
 
 
-def check_optimizer(name: Any, engine: str | None) -> None:
+def check_optimizer(name: Any, engine: str | None, whole_state: bool) -> None:
     """Raise LayerselError for an optimizer whose moments rank cannot move with.
 
     Args:
         name: the value of the key ``optimizer``; None is Axolotl's default.
         engine: its name, or None where nothing is split.
+        whole_state: whether FSDP2 writes FULL_STATE_DICT.
     """
     if name is None:
         return
     if not isinstance(name, str) or name not in OPTIMIZERS:
         raise refuse_optimizer(name, engine)
-    check_library(name, OPTIMIZERS[name], engine)
+    check_library(name, OPTIMIZERS[name], engine, whole_state)
 
 
-def check_library(name: str, library: str, engine: str | None) -> None:
-    """Raise LayerselError where the optimizer ``name``, of ``library``, does not work on an engine."""
+def check_library(name: str, library: str, engine: str | None, whole_state: bool) -> None:
+    """Raise LayerselError where the optimizer ``name``, of ``library``, does not work; see ``check_optimizer``."""
     conflict = CONFLICTS.get(library)
     if conflict is not None and engine in conflict.engines:
         raise LayerselError(f"optimizer: {name!r} does not go with {conflict.reason}. Use `{conflict.instead}`.")
+    # accelerate 1.13.0 writes torchao's moments as objects that it refuses to read, with plain LoRA too.
+    if library == "torchao" and whole_state:
+        raise LayerselError(
+            f"fsdp_config.state_dict_type: FULL_STATE_DICT with optimizer: {name!r} writes checkpoints that no run can "
+            "resume from. Use `SHARDED_STATE_DICT`."
+        )
 
 
 def refuse_optimizer(name: Any, engine: str | None) -> LayerselError:

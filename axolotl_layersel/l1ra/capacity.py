@@ -34,21 +34,21 @@ def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> None:
     chosen = run.trainer.optimizer_cls_and_kwargs
     if chosen is None:
         optimizer = run.trainer.args.optim
-        check_optimizer(getattr(optimizer, "value", optimizer), run.engine.name)
+        check_optimizer(getattr(optimizer, "value", optimizer), run.engine.name, run.engine.writes_whole_state())
     else:
-        check_optimizer_class(chosen[0], run.engine.name)
+        check_optimizer_class(chosen[0], run.engine.name, run.engine.writes_whole_state())
     run.engine.check_optimizer()
     steps = count_optimizer_steps(run.trainer)
     check_run_length(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
 
 
-def check_optimizer_class(optimizer: Any, engine: str) -> None:
-    """Raise LayerselError for a class, or what makes an optimizer, that rank cannot move with on an engine."""
+def check_optimizer_class(optimizer: Any, engine: str, whole_state: bool) -> None:
+    """Raise LayerselError for a class, or what makes an optimizer, that rank cannot move with; see check_optimizer."""
     name = getattr(optimizer, "__name__", repr(optimizer))
     library = find_library(optimizer) if isinstance(optimizer, type) else None
     if library is None:
         raise refuse_optimizer(name, engine)
-    check_library(name, library, engine)
+    check_library(name, library, engine, whole_state)
 
 
 @dataclass(frozen=True)
