@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from test_runs import KILLED, difference
 
 # With room for rank 64 the matrices have 2048 to 10240 elements, and from 4096 on moments are codes. Updates after
-# steps 2 and 4.
+# steps 2, 4 and 6.
 SETTINGS = {
-    **l1ra(update_ratio=0.34, last_update=0.8, move_ratio=0.2, max_rank=64),
+    **l1ra(update_ratio=0.25, last_update=0.8, move_ratio=0.2, max_rank=64),
+    "max_steps": 8,
     "lora_r": 32,
     "lora_alpha": 64,
 }
@@ -68,7 +69,7 @@ def test_rank_moves_and_the_moments_of_what_moves_alone_are_cleared(runs, optimi
     assert (record["optimizer"]["class"], record["optimizer"]["kind"]) == CLASSES[optimizer]
     assert bool(record["optimizer"]["coded"]) == (optimizer != "paged_adamw_32bit")
 
-    assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) == 3, "ranks moved twice"
+    assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) > 2, "ranks moved more than once"
     assert record["survivors_changed_by"] == 0
     moments = {name: rows for name, rows in load_file(run.folder / "rows.safetensors").items() if "exp_avg" in name}
     # Rows of A and columns of B, for each of two moments.
@@ -88,14 +89,14 @@ def test_it_trains_as_with_moments_of_32_bits(runs, optimizer, engine):
 @pytest.mark.parametrize(("optimizer", "engine"), RESUMED)
 def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(train, runs, optimizer, engine):
     settings = {**SETTINGS, "optimizer": optimizer}
-    killed = train(engine, expect=KILLED, env={**ENVIRONMENT, "LAYERSEL_TEST_SIGNAL": "KILL:3"}, **settings)
+    killed = train(engine, expect=KILLED, env={**ENVIRONMENT, "LAYERSEL_TEST_SIGNAL": "KILL:5"}, **settings)
     resumed = train(engine, output=killed.folder, env=ENVIRONMENT, auto_resume_from_checkpoints=True, **settings)
-    assert (resumed.folder / "weights_at_2.safetensors").exists(), "it did not resume at step 2"
+    assert (resumed.folder / "weights_at_4.safetensors").exists(), "it did not resume at step 4"
     whole = runs[optimizer, engine]
     tolerance = 0 if engine == "single" else 1e-6
     assert resumed.ranks() == whole.ranks()
     assert difference(whole.adapter(), resumed.adapter()) <= tolerance
-    states = [load_file(run.folder / "checkpoint-6" / "layersel" / "state.safetensors") for run in (whole, resumed)]
+    states = [load_file(run.folder / "checkpoint-8" / "layersel" / "state.safetensors") for run in (whole, resumed)]
     assert difference(*({name: value.float() for name, value in state.items()} for state in states)) <= tolerance
 
 
