@@ -34,6 +34,9 @@ when one of them changes):
   schedule.
 * transformers 5.16.1, ``Trainer._prepare_inputs``: puts a micro-batch on the device. axolotl 0.19.0,
   ``activation_offload_context``: where it exists, forward passes that train run inside.
+* transformers 5.16.1, ``PreTrainedModel.gradient_checkpointing_enable``: modules that checkpoint have
+  ``gradient_checkpointing`` and ``_gradient_checkpointing_func``, a partial call of ``checkpoint``, in whose place
+  axolotl 0.19.0 may put functions of its own.
 * axolotl 0.19.0, ``ModelLoader._load_adapters``: ``CONFIG_ONLY_TRAINERS`` make the adapter themselves.
 """
 
@@ -43,6 +46,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -152,6 +156,20 @@ def remove_embedding_hooks(model: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
                 del module._forward_hooks[key]
+
+
+def needs_differentiable_inputs(model: nn.Module) -> bool:
+    """Return whether something of ``model`` is checkpointed in a way by which gradients arise from its inputs alone.
+
+    PyTorch's own checkpointing without ``use_reentrant`` finds weights that train by itself.
+    """
+
+    def finds_weights(function: Any) -> bool:
+        original, options = getattr(function, "func", None), getattr(function, "keywords", {})
+        return original is torch.utils.checkpoint.checkpoint and options.get("use_reentrant") is False
+
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    return not all(finds_weights(getattr(module, "_gradient_checkpointing_func", None)) for module in modules)
 
 
 def save_checkpoint(trainer: Trainer) -> None:

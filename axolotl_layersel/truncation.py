@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl_layersel.layers import LayerStack, get_base_model
-from axolotl_layersel.trainers import remove_embedding_hooks
+from axolotl_layersel.trainers import needs_differentiable_inputs, remove_embedding_hooks
 
 
 def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
@@ -65,7 +65,8 @@ class TruncatedBackward:
         for layer in layers:
             if hasattr(layer, "gradient_checkpointing"):
                 layer.gradient_checkpointing = False
-        self.handle = self.stack.layers[self.lowest - 1].register_forward_hook(start_graph)
+        if needs_differentiable_inputs(self.model):
+            self.handle = self.stack.layers[self.lowest - 1].register_forward_hook(start_graph)
 
     def remove(self) -> None:
         """Take the cut away again."""
@@ -75,7 +76,7 @@ class TruncatedBackward:
 
 
 def start_graph(layer: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-    """Make a layer's output the leaf that gradients end in; reentrant checkpointing needs one above."""
+    """Make a layer's output the leaf that gradients end in, which reentrant checkpointing needs above."""
     hidden = output if isinstance(output, torch.Tensor) else output[0]
     if torch.is_grad_enabled() and hidden.is_leaf:
         hidden.requires_grad_(True)

@@ -37,6 +37,7 @@ from transformers import TrainerCallback
 from axolotl_layersel import adapters
 from axolotl_layersel.engines import collectives, find_engine, list_classes
 from axolotl_layersel.engines.base import Engine
+from axolotl_layersel.engines.moments import unwrap_optimizer
 from axolotl_layersel.kernels import is_fused
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.selection import passes
@@ -275,6 +276,18 @@ def gather_moment(trainer, parameter, moment: str) -> torch.Tensor:
     return whole
 
 
+def describe_optimizer(trainer) -> dict:
+    """Return the class of the optimizer that steps, bitsandbytes' kind, and how many weights' moments are codes."""
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    kind = f"bits {optimizer.args.optim_bits}{', paged' * optimizer.is_paged}" if hasattr(optimizer, "is_paged") else ""
+    coded = 0
+    for state in optimizer.state.values():
+        moment = state["state1"] if "state1" in state else state["exp_avg"]
+        moment = moment.to_local() if isinstance(moment, DTensor) else moment
+        coded += moment.dtype == torch.uint8 or hasattr(moment, "codes")
+    return {"class": f"{type(optimizer).__module__}.{type(optimizer).__name__}", "kind": kind, "coded": coded}
+
+
 def compute_moment(state: dict, moment: str) -> torch.Tensor:
     """Return the numbers of a moment in an optimizer's state, as its own library reads them."""
     number = {"exp_avg": "1", "exp_avg_sq": "2"}[moment]
@@ -387,6 +400,7 @@ class RankProbe(TrainerCallback):
         if args.process_index == 0:
             save_file(self.tensors, self.folder / "rows.safetensors")
             record = {"gates": self.gates, "survivors_changed_by": self.survivors, "collectives": self.collectives}
+            record["optimizer"] = describe_optimizer(self.trainer)
             (self.folder / "ranks.json").write_text(json.dumps(record))
 
 

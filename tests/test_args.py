@@ -14,7 +14,7 @@ from axolotl_layersel.args import LayerselArgs
 from axolotl_layersel.block import as_number, as_whole_list, quote
 from axolotl_layersel.engines.refusals import PARALLELISM
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs
+from axolotl_layersel.l1ra.args import OPTIMIZERS, L1RAArgs
 from axolotl_layersel.plan import LayerChoice, Plan, check_settings
 from axolotl_layersel.selection.args import SelectionArgs
 from axolotl_layersel.selection.methods import METHODS
@@ -277,6 +277,69 @@ def test_an_initialisation_that_layers_cannot_be_selected_under_is_refused(run, 
 def test_a_run_that_cannot_be_searched_is_refused(search, run, message):
     with pytest.raises(ValidationError, match=message):
         check(search, **run)
+
+
+ENGINE_KEYS = {
+    "single": {},
+    **{f"zero{stage}": {"deepspeed": {"zero_optimization": {"stage": stage}}} for stage in (1, 2, 3)},
+    "fsdp2": FSDP2,
+}
+SHARDED_BY_DEEPSPEED = ("zero1", "zero2", "zero3")
+# What an optimizer of l1ra's does not go with, and which one does there.
+EXCEPTIONS = {
+    "adamw_bnb_8bit": (("fsdp2",), "adamw_torch_8bit"),
+    "adamw_8bit": (("fsdp2",), "adamw_torch_8bit"),
+    "paged_adamw_8bit": (("fsdp2",), "adamw_torch_8bit"),
+    "paged_adamw_32bit": (("fsdp2",), "adamw_torch_8bit"),
+    "adamw_torch_8bit": (SHARDED_BY_DEEPSPEED, "adamw_bnb_8bit"),
+    "ao_adamw_fp8": (SHARDED_BY_DEEPSPEED, "adamw_bnb_8bit"),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINE_KEYS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_is_refused_on_the_engines_alone_that_it_does_not_work_on(optimizer, engine):
+    engines, instead = EXCEPTIONS.get(optimizer, ((), ""))
+    run = {**RUN, "layersel": {"l1ra": {}}, **ENGINE_KEYS[engine]}
+    messages = collect_errors({**run, "optimizer": optimizer})
+    assert len(messages) == (engine in engines)
+    for message in messages:
+        assert message.startswith(f"optimizer: '{optimizer}' does not go with ")
+        assert message.endswith(f"Use `{instead}`.")
+        assert collect_errors({**run, "optimizer": instead}) == []
+
+
+@pytest.mark.parametrize("key", ["state_dict_type", "fsdp_state_dict_type"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_torchaos_moments_are_not_to_be_written_whole_by_fsdp2(optimizer, key):
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        config = {**FSDP2, "fsdp_config": {key: kind}}
+        messages = collect_errors({**RUN, "layersel": {"l1ra": {}}, **config, "optimizer": optimizer})
+        messages = [message for message in messages if "does not go with FSDP2" not in message]
+        assert len(messages) == (kind == "FULL_STATE_DICT" and OPTIMIZERS[optimizer] == "torchao")
+        for message in messages:
+            assert message.startswith(f"fsdp_config.state_dict_type: FULL_STATE_DICT with optimizer: '{optimizer}'")
+            assert message.endswith("Use `SHARDED_STATE_DICT`.")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "instead"),
+    [
+        ("ao_adamw_4bit", ("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")),
+        ("adamw_torch_4bit", ("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")),
+        ("lion_8bit", ("adamw_bnb_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")),
+        ("paged_lion_8bit", ("paged_adamw_8bit", "paged_adamw_8bit", "adamw_torch_8bit")),
+        ("adafactor", ("adamw_torch", "adamw_torch", "adamw_torch")),
+        (["adamw_torch"], ("adamw_torch", "adamw_torch", "adamw_torch")),
+    ],
+)
+def test_an_optimizer_that_keeps_no_moments_known_here_is_refused_with_the_nearest_that_works(optimizer, instead):
+    for engine, nearest in zip(("single", "zero2", "fsdp2"), instead, strict=True):
+        run = {**RUN, "layersel": {"l1ra": {}}, **ENGINE_KEYS[engine]}
+        (message,) = collect_errors({**run, "optimizer": optimizer})
+        assert message.startswith(f"optimizer: {optimizer!r} is not supported by layersel.l1ra")
+        assert message.endswith(f"Use `{nearest}`.")
+        assert collect_errors({**run, "optimizer": nearest}) == []
 
 
 def test_a_deepspeed_file_is_read_for_its_stage(tmp_path):

@@ -168,8 +168,16 @@ BEFORE_THE_MODEL = {
     "l1ra: LoftQ": ({**l1ra(), "peft": {"loftq_config": {"loftq_bits": 4}}}, "peft.loftq_config: LoftQ changes the"),
     "l1ra: ReLoRA": ({**l1ra(), "relora": True, "jagged_restart_steps": 2}, "relora: True merges and restarts"),
     "l1ra: fp16": ({**l1ra(), "fp16": True}, "fp16: True scales the loss, and with it the gradients"),
-    "l1ra: 8-bit optimizer": ({**l1ra(), "optimizer": "adamw_bnb_8bit"}, "Use `adamw_torch` or `adamw_torch_fused`."),
-    "l1ra: paged optimizer": ({**l1ra(), "optimizer": "paged_adamw_32bit"}, "optimizer: 'paged_adamw_32bit' is not"),
+    "l1ra: 8-bit optimizer": (
+        {**l1ra(), "optimizer": "lion_8bit"},
+        "optimizer: 'lion_8bit' is not supported by layersel.l1ra, which clears the Adam moments of the components "
+        "that it moves, and does not know where this one keeps them. Use `adamw_bnb_8bit`.",
+    ),
+    "l1ra: paged optimizer": (
+        {**l1ra(), "optimizer": "paged_adamw_8bit", "fsdp_version": 2, "fsdp_config": {"offload_params": False}},
+        "optimizer: 'paged_adamw_8bit' does not go with FSDP2, on whose weights bitsandbytes cannot compute. "
+        "Use `adamw_torch_8bit`.",
+    ),
     "l1ra: no Adam": ({**l1ra(), "optimizer": "lion_pytorch"}, "optimizer: 'lion_pytorch' is not supported"),
     "l1ra: context parallelism": ({**l1ra(), "context_parallel_size": 2}, "context_parallel_size: 2 splits layers"),
     "l1ra: no rank to start from": ({**l1ra(), "lora_r": None}, "lora_r: None is no rank that layersel.l1ra could"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from axolotl_layersel.l1ra.args import OPTIMIZERS
 from axolotl_layersel.selection.methods import METHODS
 
 
@@ -27,3 +28,9 @@ def test_every_method_has_a_module_of_its_own_or_shares_it_with_its_like():
     for method in METHODS.values():
         assert callable(method.load())
         assert (Path(ROOT) / "axolotl_layersel/selection/methods" / f"{method.module.replace('.', '/')}.py").exists()
+
+
+def test_the_readme_says_of_every_optimizer_of_l1ra_where_it_works():
+    _, _, section = (ROOT / "README.md").read_text().partition("### Optimizers of `l1ra`")
+    table = section.partition("## ")[0]
+    assert all(f"`{name}`" in table for name in OPTIMIZERS)

@@ -83,6 +83,10 @@ class Engine:
     def check_optimizer(self) -> None:
         """Raise LayerselError where the engine's own settings choose an optimizer under which rank cannot move."""
 
+    def writes_whole_state(self) -> bool:
+        """Return whether checkpoints hold the optimizer's state gathered, where the engine splits it."""
+        return False
+
     def find_shape(self, parameter: torch.Tensor) -> torch.Size:
         """Return the shape of the whole of ``parameter``."""
         return parameter.shape

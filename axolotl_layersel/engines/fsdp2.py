@@ -56,6 +56,9 @@ class ShardedEngine(Engine):
         plugin = self.trainer.accelerator.state.fsdp_plugin
         return [0] if plugin.cpu_ram_efficient_loading else list(range(count_ranks()))
 
+    def writes_whole_state(self) -> bool:
+        return self.trainer.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
+
     def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
         # Rank 0 alone holds the copies.
         return self.gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})

@@ -79,8 +79,22 @@ def find_zero_stage(deepspeed: Any) -> int | None:
         return None
 
 
+def find_engine_name(data: Mapping[str, Any]) -> str | None:
+    """Return the name of the engine that a YAML file chooses, None for one process and DDP, or where it is not seen."""
+    stage = find_zero_stage(data.get("deepspeed"))
+    if stage is not None:
+        return f"zero{stage}"
+    return "fsdp2" if data.get("fsdp") or as_mapping(data.get("fsdp_config")) else None
+
+
 def find_shards(data: Mapping[str, Any]) -> str | None:
     """Return the name of the engine that a YAML file chooses, where that splits weights over the processes."""
-    if find_zero_stage(data.get("deepspeed")) == 3:
-        return "zero3"
-    return "fsdp2" if data.get("fsdp") or as_mapping(data.get("fsdp_config")) else None
+    name = find_engine_name(data)
+    return name if name in LABELS else None
+
+
+def writes_whole_state(data: Mapping[str, Any]) -> bool:
+    """Return whether a YAML file asks FSDP2 for FULL_STATE_DICT; Axolotl reads both names of the key."""
+    config = as_mapping(data.get("fsdp_config"))
+    kind = config.get("state_dict_type") or config.get("fsdp_state_dict_type")
+    return isinstance(kind, str) and kind.upper() == "FULL_STATE_DICT"

@@ -1,11 +1,13 @@
 """``layersel.l1ra``: its settings, and what in the rest of the YAML file contradicts them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from axolotl_layersel.block import Block, as_number, as_whole, check_known, quote, read_choice
+from axolotl_layersel.engines.refusals import find_engine_name, writes_whole_state
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.allocation import BUDGETS
 from axolotl_layersel.plain_lora import check_gated_file
@@ -47,6 +49,33 @@ NEAREST = {
     "paged_": "paged_adamw_8bit",
     "8bit": "adamw_bnb_8bit",
     "": "adamw_torch",
+}
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Engines on which a library's optimizers do not work.
+
+    Attributes:
+        engines: their names.
+        reason: what they are called, and why.
+        instead: the supported optimizer that takes as much memory there.
+    """
+
+    engines: tuple[str, ...]
+    reason: str
+    instead: str
+
+
+# By library. FSDP2: bitsandbytes 0.50.2 registers no way to compute on DTensors, and plain LoRA fails there too.
+# DeepSpeed: torchao 0.17.0's moments can be cut only between their blocks of 256, and DeepSpeed 0.18.9 cuts anywhere.
+CONFLICTS = {
+    "bitsandbytes": Conflict(("fsdp2",), "FSDP2, on whose weights bitsandbytes cannot compute", "adamw_torch_8bit"),
+    "torchao": Conflict(
+        ("zero1", "zero2", "zero3"),
+        "DeepSpeed, which cuts torchao's moments where they cannot be cut",
+        "adamw_bnb_8bit",
+    ),
 }
 
 
@@ -201,7 +230,7 @@ def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:
     """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.l1ra``."""
     check_ranks(data, settings)
     check_gated_file(data, "layersel.l1ra")
-    check_optimizer(read_choice(data, "optimizer"))
+    check_optimizer(read_choice(data, "optimizer"), find_engine_name(data), writes_whole_state(data))
 
 
 def check_ranks(data: Mapping[str, Any], settings: L1RAArgs) -> None:
@@ -236,19 +265,45 @@ def check_bounds(settings: L1RAArgs, lora_r: int) -> None:
         )
 
 
-def check_optimizer(name: str | None) -> None:
-    """Raise LayerselError for an optimizer whose moments rank cannot move with; None is Axolotl's default."""
-    if name is not None and name not in OPTIMIZERS:
-        raise refuse_optimizer(name)
+def check_optimizer(name: Any, engine: str | None, whole_state: bool) -> None:
+    """Raise LayerselError for an optimizer whose moments rank cannot move with.
+
+    Args:
+        name: the value of the key ``optimizer``; None is Axolotl's default.
+        engine: its name, or None where nothing is split.
+        whole_state: whether FSDP2 writes FULL_STATE_DICT.
+    """
+    if name is None:
+        return
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise refuse_optimizer(name, engine)
+    check_library(name, OPTIMIZERS[name], engine, whole_state)
 
 
-def refuse_optimizer(name: str) -> LayerselError:
+def check_library(name: str, library: str, engine: str | None, whole_state: bool) -> None:
+    """Raise LayerselError where the optimizer ``name``, of ``library``, does not work; see ``check_optimizer``."""
+    conflict = CONFLICTS.get(library)
+    if conflict is not None and engine in conflict.engines:
+        raise LayerselError(f"optimizer: {name!r} does not go with {conflict.reason}. Use `{conflict.instead}`.")
+    # accelerate 1.13.0 writes torchao's moments as objects that it refuses to read, with plain LoRA too.
+    if library == "torchao" and whole_state:
+        raise LayerselError(
+            f"fsdp_config.state_dict_type: FULL_STATE_DICT with optimizer: {name!r} writes checkpoints that no run can "
+            "resume from. Use `SHARDED_STATE_DICT`."
+        )
+
+
+def refuse_optimizer(name: Any, engine: str | None) -> LayerselError:
     """Return the error for an optimizer, by its name in the YAML file or its class, that keeps no moments known here.
 
-    It names the nearest one that works.
+    It names the nearest one that works on the engine.
     """
-    nearest = next(supported for mark, supported in NEAREST.items() if mark in name)
+    shown = quote(name)
+    nearest = next(supported for mark, supported in NEAREST.items() if mark in shown)
+    conflict = CONFLICTS.get(OPTIMIZERS[nearest])
+    if conflict is not None and engine in conflict.engines:
+        nearest = conflict.instead
     return LayerselError(
-        f"optimizer: {name!r} is not supported by layersel.l1ra, which clears the Adam moments of the components that "
+        f"optimizer: {shown} is not supported by layersel.l1ra, which clears the Adam moments of the components that "
         f"it moves, and does not know where this one keeps them. Use `{nearest}`."
     )

@@ -11,7 +11,14 @@ from axolotl_layersel import adapters
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.moments import find_library
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs, check_bounds, check_optimizer, find_max_rank, refuse_optimizer
+from axolotl_layersel.l1ra.args import (
+    L1RAArgs,
+    check_bounds,
+    check_library,
+    check_optimizer,
+    find_max_rank,
+    refuse_optimizer,
+)
 from axolotl_layersel.l1ra.schedule import check_run_length
 from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config, get_linears
 from axolotl_layersel.layouts import Factors, find_used
@@ -27,18 +34,21 @@ def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> None:
     chosen = run.trainer.optimizer_cls_and_kwargs
     if chosen is None:
         optimizer = run.trainer.args.optim
-        check_optimizer(getattr(optimizer, "value", optimizer))
+        check_optimizer(getattr(optimizer, "value", optimizer), run.engine.name, run.engine.writes_whole_state())
     else:
-        check_optimizer_class(chosen[0])
+        check_optimizer_class(chosen[0], run.engine.name, run.engine.writes_whole_state())
     run.engine.check_optimizer()
     steps = count_optimizer_steps(run.trainer)
     check_run_length(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
 
 
-def check_optimizer_class(optimizer: Any) -> None:
-    """Raise LayerselError for a class, or what makes an optimizer, that keeps its moments in a way not known."""
-    if not isinstance(optimizer, type) or find_library(optimizer) is None:
-        raise refuse_optimizer(getattr(optimizer, "__name__", repr(optimizer)))
+def check_optimizer_class(optimizer: Any, engine: str, whole_state: bool) -> None:
+    """Raise LayerselError for a class, or what makes an optimizer, that rank cannot move with; see check_optimizer."""
+    name = getattr(optimizer, "__name__", repr(optimizer))
+    library = find_library(optimizer) if isinstance(optimizer, type) else None
+    if library is None:
+        raise refuse_optimizer(name, engine)
+    check_library(name, library, engine, whole_state)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,11 @@ import ast
 import inspect
 import textwrap
 
+import pytest
+from conftest import describe_engine
+
+from axolotl_layersel.engines import find_engine
+
 
 def test_fsdp2s_full_state_dict_is_read_by_rank_zero_and_broadcast_upstream():
     """The restore of FSDP2 adapters works around this function; if it changed, look whether it is still needed."""
@@ -28,3 +33,20 @@ def test_parameters_of_a_sharded_model_are_known_by_the_address_of_their_shard()
     from accelerate import Accelerator
 
     assert "p._local_tensor.data_ptr() if isinstance(p, DTensor)" in inspect.getsource(Accelerator._prepare_fsdp2)
+
+
+def test_full_state_dicts_of_torchaos_moments_cannot_be_read():
+    """``l1ra`` refuses them; where all objects are read, look whether that is still needed."""
+    from accelerate.utils.fsdp_utils import load_fsdp_optimizer
+
+    assert "torch.load(input_optimizer_file, weights_only=True)" in inspect.getsource(load_fsdp_optimizer)
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("FULL_STATE_DICT", True), ("SHARDED_STATE_DICT", False), (None, False)])
+def test_the_engine_knows_whether_its_checkpoints_hold_the_optimizers_state_whole(monkeypatch, kind, whole):
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    monkeypatch.delenv("FSDP_STATE_DICT_TYPE", raising=False)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+    assert find_engine(describe_engine("FSDP", {"fsdp_plugin": plugin})).writes_whole_state() is whole
+    assert find_engine(describe_engine("NO", {})).writes_whole_state() is False

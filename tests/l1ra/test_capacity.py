@@ -1,14 +1,17 @@
+import functools
 import json
 
+import bitsandbytes
 import pytest
 import torch
 from conftest import make_lora, make_small_llama, make_trainer
 from peft import PeftModel
+from torchao.optim.adam import AdamWFp8
 from transformers import BertConfig, BertModel
 
 from axolotl_layersel import adapters, layouts
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.capacity import grow_modules
+from axolotl_layersel.l1ra.capacity import check_optimizer_class, grow_modules
 from axolotl_layersel.layers import find_lora_modules
 from axolotl_layersel.run import Run
 
@@ -85,3 +88,29 @@ def test_encoders_are_plain_enough(tmp_path):
     run = Run.of(make_trainer(model, tmp_path))
     adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
     assert len(grow_modules(model, 8)) == 4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "engine", "message"),
+    [
+        (torch.optim.AdamW, "zero3", None),
+        (bitsandbytes.optim.PagedAdamW8bit, "zero2", None),
+        (AdamWFp8, "fsdp2", None),
+        (AdamWFp8, "zero2", "optimizer: 'AdamWFp8' does not go with DeepSpeed, .* Use `adamw_bnb_8bit`"),
+        (bitsandbytes.optim.AdamW, "fsdp2", "optimizer: 'AdamW' does not go with FSDP2, .* Use `adamw_torch_8bit`"),
+        (torch.optim.SGD, "single", "optimizer: 'SGD' is not supported by layersel.l1ra.* Use `adamw_torch`"),
+        (functools.partial(torch.optim.AdamW), "single", "optimizer: .*partial.* is not supported by layersel.l1ra"),
+    ],
+)
+def test_the_class_of_an_optimizer_that_a_trainer_was_given_is_judged_as_its_name_is(optimizer, engine, message):
+    if message is None:
+        check_optimizer_class(optimizer, engine, whole_state=False)
+        return
+    with pytest.raises(LayerselError, match=message):
+        check_optimizer_class(optimizer, engine, whole_state=False)
+
+
+def test_torchaos_class_is_refused_where_fsdp2_would_write_its_moments_whole():
+    with pytest.raises(LayerselError, match="FULL_STATE_DICT with optimizer: 'AdamWFp8' writes checkpoints that no"):
+        check_optimizer_class(AdamWFp8, "fsdp2", whole_state=True)
+    check_optimizer_class(torch.optim.AdamW, "fsdp2", whole_state=True)
