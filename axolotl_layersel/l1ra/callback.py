@@ -26,7 +26,9 @@ class RankCallback(TrainerCallback):
         self.ranks.start(state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.ranks.step(state.global_step)
+        # Where the trainer itself waits for the device, and before a checkpoint is written.
+        look = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        self.ranks.step(state.global_step, look)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint:

@@ -135,8 +135,13 @@ class RankRedistribution:
             self.max_rank,
         )
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, look: bool) -> None:
         """Step the gates after optimizer step ``step``, and move rank if it is time; every rank must call this.
+
+        Args:
+            step: the optimizer step that has ended.
+            look: whether to look at the gates, for which the host waits for the device. What is no number stays none,
+                so nothing is missed where nobody looks.
 
         Raises:
             LayerselError: if a gate is no longer a number, or the ranks do not agree on the moves.
@@ -144,7 +149,8 @@ class RankRedistribution:
         self.gates.average_gradient()
         self.rule.step(self)
         self.gates.clear_gradient()
-        self.check_finite(step)
+        if look or step in self.update_steps:
+            self.check_finite(step)
         if step in self.update_steps:
             self.update(step)
 
