@@ -109,7 +109,7 @@ def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():
 )
 def test_a_plan_for_another_model_is_refused_with_the_difference(stack, layers, modules, difference):
     with pytest.raises(LayerselError, match=difference):
-        check_model(make_plan(), stack, layers, modules, [], "there")
+        check_model(make_plan(), stack, range(layers), modules, [], "there")
 
 
 @pytest.mark.parametrize("unselected", ["remove", "freeze"])
@@ -169,7 +169,7 @@ def test_a_plan_of_schema_1_is_still_read(tmp_path, search):
 
 
 def test_a_plan_for_this_model_is_accepted():
-    check_model(make_plan(), "model.layers", 3, {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there")
+    check_model(make_plan(), "model.layers", range(3), {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there")
 
 
 def test_a_plan_whose_ranks_were_given_for_another_lora_r_is_refused():
