@@ -63,10 +63,11 @@ class TruncatedBackward:
         if self.lowest == 0:
             return
         remove_embedding_hooks(self.model)
-        layers: list[Any] = list(self.stack.layers[: self.lowest])
-        for layer in layers:
-            if hasattr(layer, "gradient_checkpointing"):
-                layer.gradient_checkpointing = False
+        # Parts of a layer too: under checkpointing T5's attention to its encoder begins a graph of its own.
+        below: list[Any] = [module for layer in self.stack.layers[: self.lowest] for module in layer.modules()]
+        for module in below:
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
         self.handle = self.stack.layers[self.lowest - 1].register_forward_hook(start_graph)
 
     def remove(self) -> None:

@@ -169,7 +169,9 @@ def test_a_plan_of_schema_1_is_still_read(tmp_path, search):
 
 
 def test_a_plan_for_this_model_is_accepted():
-    check_model(make_plan(), "model.layers", range(3), {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there")
+    check_model(
+        make_plan(), "model.layers", range(3), {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there"
+    )
 
 
 def test_a_plan_whose_ranks_were_given_for_another_lora_r_is_refused():
