@@ -1,8 +1,8 @@
 """Which logit answers which label: three kinds of models, told apart by the loss that transformers gives them.
 
 Relied on in transformers 5.16.1: ``PreTrainedModel.loss_type`` names the loss by the model's class, such as
-``ForMaskedLM``, or is None where the class name says nothing (GPT2LMHeadModel, MarianMTModel); encoder-decoder models compare each
-logit with the label of its own position, whatever their loss is called.
+``ForMaskedLM``, or is None where the class name says nothing (GPT2LMHeadModel, MarianMTModel); encoder-decoder models
+compare each logit with the label of its own position, whatever their loss is called.
 """
 
 from collections.abc import Mapping

@@ -374,7 +374,7 @@ def make_classifier(kind: str):
 def test_a_classifier_of_rows_gives_its_decoder_the_row_itself(kind, method, tmp_path):
     rows = [{**row, "labels": number % 3} for number, row in enumerate(make_pairs())]
     model = make_lora(make_classifier(kind), ARCHITECTURES[kind[: -len("ForSequenceClassification")]][1])
-    trainer, plan = choose("", tmp_path, rows, model, method=method, num_samples=9, rank="same", ratio=0.5)
+    _, plan = choose("", tmp_path, rows, model, method=method, num_samples=9, rank="same", ratio=0.5)
     assert torch.tensor([choice.score for choice in plan.layers]).isfinite().all()
 
 
@@ -501,16 +501,14 @@ def train_one_step(name: str, folder, layers: list[str], checkpointing: str, tru
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("layers", CUTS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradients_are_those_of_the_whole_backward_pass_and_nothing_below_has_one(
-    name, layers, checkpointing, tmp_path
-):
+def test_gradients_are_those_of_the_whole_backward_pass_and_below_there_are_none(name, layers, checkpointing, tmp_path):
     cut, whole = (
         train_one_step(name, tmp_path / str(truncate), layers.split(), checkpointing, truncate)
         for truncate in (True, False)
     )
     assert cut.kept.keys() == whole.kept.keys() and cut.kept
-    for key, gradient in cut.kept.items():
-        assert torch.equal(gradient, whole.kept[key]), key
+    for key, value in cut.kept.items():
+        assert torch.equal(value, whole.kept[key]), key
     lowest = NAMES[name].index(CUTS[layers])
     again = 1 if checkpointing == "none" else 2
     assert whole.runs == [again] * 5
