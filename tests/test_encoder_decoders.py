@@ -1,7 +1,9 @@
 """Models with an encoder and a decoder: every method and l1ra, in both stacks, through the public function."""
 
+import functools
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import transformers
 from conftest import make_lora, make_small_llama, make_trainer
 from encoder_decoders import (
     ARCHITECTURES,
+    CHOICES,
     NAMES,
     PLACES,
     RELATED,
@@ -18,6 +21,7 @@ from encoder_decoders import (
 )
 from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
@@ -515,3 +519,47 @@ def test_gradients_are_those_of_the_whole_backward_pass_and_below_there_are_none
     assert cut.runs == [1] * lowest + [again] * (5 - lowest), "a layer below was computed again"
     assert cut.graphs == [False] * lowest + [True] * (5 - lowest)
     assert all(whole.graphs)
+
+
+# --- Engines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launch(zygote, tmp_path_factory):
+    """Return a function that lets an engine choose by every method and train, once, and returns the folder."""
+
+    @functools.cache
+    def run(name: str, engine: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{name}-{engine}")
+        make_encoder_decoder(name).save_pretrained(folder / "base")
+        arguments = {"name": name, "engine": engine, "base": str(folder / "base"), "folder": str(folder)}
+        world, log = 1 if engine == "single" else 2, folder / "log"
+        variables = {"ACCELERATE_USE_FSDP": "true"} if engine == "fsdp2" else {}
+        codes = zygote.run("encoder_decoders:be_a_rank", arguments, world, log, variables)
+        assert codes == [0] * world, Path(f"{log}.0").read_text()[-5000:]
+        assert json.loads((folder / "engine.json").read_text()) == {"engine": engine, "processes": world}
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "engine"), [("T5", "ddp"), ("T5", "zero3"), ("T5", "fsdp2"), ("Bart", "fsdp2")])
+def test_every_engine_chooses_and_trains_as_one_process_does(name, engine, launch):
+    alone, shared = launch(name, "single"), launch(name, engine)
+    for method in CHOICES:
+        one, other = (read_plan(plan_path(folder / method)) for folder in (alone, shared))
+        assert (one.engine, other.engine) == ("single", engine)
+        assert (other.selected, other.modules, other.ranks) == (one.selected, one.modules, one.ranks)
+        scores = [[choice.score for choice in plan.layers] for plan in (one, other)]
+        # Adam makes steps of LoRA of the size of its learning rate from gradients that are next to nothing, whose
+        # rounding depends on the rows that are summed together; a gate's step here is 0.01.
+        exactness = {"abs": 1e-3} if method == "flexora" else {"rel": 1e-4, "abs": 1e-6}
+        assert scores[1] == pytest.approx(scores[0], **exactness)
+        assert other.dataset_fingerprint == one.dataset_fingerprint and other.token == one.token
+    last = list(CHOICES)[-1]
+    one, other = (load_file(folder / last / "adapter_model.safetensors") for folder in (alone, shared))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
+    rebuilt = PeftModel.from_pretrained(make_encoder_decoder(name), shared / last)
+    assert any(value.any() for key, value in rebuilt.named_parameters() if "lora_B" in key)
