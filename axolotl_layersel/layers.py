@@ -193,8 +193,12 @@ def make_side(base: PreTrainedModel, name: str, path: str) -> Side:
 
 
 def find_lists(base: PreTrainedModel, part: nn.Module, outermost: bool = True) -> list[str]:
-    """Return where in a model there are as many modules as it may have layers, within one ``part`` of it."""
-    expected = list_layer_counts(base.config.get_text_config())
+    """Return where in a model there are as many modules as it may have layers, within one ``part`` of it.
+
+    The part may have a configuration of its own, as the sides of T5Gemma do.
+    """
+    configs = [base.config, getattr(part, "config", base.config)]
+    expected = [count for config in configs for count in list_layer_counts(config.get_text_config())]
     within = {id(module) for module in part.modules()}
     found = [
         name

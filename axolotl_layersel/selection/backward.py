@@ -112,10 +112,13 @@ def any_routed(modules: Sequence[LoraLayer], call: Callable[[], object]) -> bool
 
 
 def split_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return what a module was given, or its gradient, as (rows, tokens, width): some models put all rows into one."""
-    if values.dim() > 2:
-        return values
-    return values.view(rows, -1, values.shape[-1])
+    """Return what a module was given, or its gradient, as (rows, tokens, width): some models put all rows into one.
+
+    Of one row all dimensions but the last are tokens, in whatever order: Longformer's attention has rows second.
+    """
+    if rows == 1:
+        return values.flatten(0, -2)[None]
+    return values if values.dim() > 2 else values.view(rows, -1, values.shape[-1])
 
 
 def prepare_backward(selection: Selection, samples: list[Sample]) -> Callable[[list[Sample]], None]:

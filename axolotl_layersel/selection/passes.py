@@ -30,6 +30,8 @@ from axolotl_layersel.selection.choosing import Scores, Selection, conclude, fin
 STREAMED_TOKENS = 16384
 # Of a pass that is also made backward: at 70B the hidden states between the layers take as much.
 STREAMED_TOKENS_BACKWARD = 4096
+# What a layer is given to add its keys and values to, which it would do twice.
+CACHES = ("past_key_values", "past_key_value", "layer_past")
 # What a layer does to its input, summed over each sample's tokens, (samples,): from the layer's inputs and outputs,
 # (samples, tokens, width), the latter before any final norm, and a mask, (samples, tokens), 1 at real tokens.
 Comparison = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -70,7 +72,8 @@ def measure_token_sums(selection: Selection, samples: list[Sample], compare: Com
 
         def record(place: int, before: torch.Tensor, after: torch.Tensor) -> None:
             mask = get_mask(inputs, sides[place]).to(before.device)
-            sums[:, place] = compare(before, after.to(before.device), mask).cpu()
+            before, after = (cut_to(hidden, mask) for hidden in (before, after.to(before.device)))
+            sums[:, place] = compare(before, after, mask).cpu()
 
         with watch_places(selection, record):
             call(run, inputs)
@@ -195,6 +198,11 @@ def get_mask(inputs: dict[str, torch.Tensor], side: Side) -> torch.Tensor:
     """Return the mask of what one side of a model reads of a batch, (samples, tokens), 1 at real tokens."""
     own = inputs.get("decoder_attention_mask") if side.name == "decoder" else None
     return inputs["attention_mask"] if own is None else own
+
+
+def cut_to(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states of as many tokens as ``mask`` has: LED fills rows up to its window by itself."""
+    return hidden[:, : mask.shape[1]]
 
 
 def call(run: Run, inputs: dict[str, torch.Tensor], logits_to_keep: int = 1) -> Any:
@@ -324,8 +332,8 @@ def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None
         if not torch.is_grad_enabled():
             with ready():
                 return original(*args, **kwargs)
-        rest: list[object] = []
-        given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+        others: list[tuple] = []  # what the layer returns beside its hidden states, if that is anything
+        given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items(), *((key, None) for key in CACHES if key in kwargs)])
         # What a decoder reads of its encoder has a gradient too.
         differentiable = {
             key: value for key, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad
@@ -338,12 +346,12 @@ def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None
             named = {key: value for key, value in values.items() if isinstance(key, str)}
             output = original(*(values[place] for place in range(len(args))), **named)
             if isinstance(output, tuple):
-                rest[:] = output[1:]
+                others[:] = [output[1:]]
                 return output[0]
             return output
 
         output = RecomputedLayer.apply(compute, ready, *differentiable.values())
-        return (output, *rest) if rest else output
+        return (output, *others[0]) if others else output
 
     layer.forward = forward
     try:

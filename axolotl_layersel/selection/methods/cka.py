@@ -138,8 +138,9 @@ def measure_token_states(
         def keep(place: int, hidden: torch.Tensor, side: int) -> None:
             placed = positions[side]
             if placed is None:
-                mask = passes.get_mask(inputs, stack.sides[side]).to(hidden.device)[..., None]
-                kept = (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)
+                mask = passes.get_mask(inputs, stack.sides[side]).to(hidden.device)
+                summed = (passes.cut_to(hidden, mask).float() * mask[..., None]).sum(dim=1)
+                kept = summed / mask.sum(dim=1, keepdim=True)
             else:
                 kept = hidden[torch.arange(len(indices)), [placed[i] for i in indices]]
             rows.append((place, kept.float().cpu()))
