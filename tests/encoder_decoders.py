@@ -56,6 +56,50 @@ RELATED = {
 CLASSES = {"Marian": "MarianMTModel"}
 
 
+def make_t5gemma():
+    """Sides that have a configuration of their own."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    sides = {
+        side: {**size, **tokens, "head_dim": 8, "num_hidden_layers": layers}
+        for side, layers in (("encoder", 3), ("decoder", 2))
+    }
+    return transformers.T5GemmaForConditionalGeneration(transformers.T5GemmaConfig(**sides, **tokens))
+
+
+def make_two_berts():
+    """An encoder and a decoder that were models of their own."""
+    size = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    configs = [transformers.BertConfig(num_hidden_layers=n, initializer_range=0.1, **size) for n in (3, 2)]
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*configs)
+    config.decoder_start_token_id, config.pad_token_id = 2, 0
+    return transformers.EncoderDecoderModel(config)
+
+
+def make_led():
+    """An encoder that fills rows up to its window, and puts rows behind tokens."""
+    lengths = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
+    settings = {key: value for key, value in BART.items() if key != "max_position_embeddings"}
+    config = transformers.LEDConfig(vocab_size=97, attention_window=[4, 4], **lengths, **settings)
+    return transformers.LEDForConditionalGeneration(config)
+
+
+def make_switch():
+    """Routed experts on both sides, whose load is no part of the likelihood."""
+    sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "router_aux_loss_coef": 0.0}
+    config = transformers.SwitchTransformersConfig(vocab_size=97, num_experts=2, router_z_loss_coef=0.0, **sparse, **T5)
+    return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
+# Models of other make, with the modules that get LoRA.
+OTHERS = {
+    "T5Gemma": (make_t5gemma, ["q_proj", "v_proj"]),
+    "two Berts": (make_two_berts, ["query", "value"]),
+    "LED": (make_led, ["query", "q_proj"]),
+    "Switch": (make_switch, ["q", "v"]),
+}
+
+
 @functools.cache
 def make_base(name: str):
     settings, _ = {**ARCHITECTURES, **RELATED}[name]

@@ -1,5 +1,6 @@
 """Models with an encoder and a decoder: every method and l1ra, in both stacks, through the public function."""
 
+import copy
 import functools
 import itertools
 import json
@@ -11,13 +12,16 @@ import transformers
 from conftest import make_lora, make_small_llama, make_trainer
 from encoder_decoders import (
     ARCHITECTURES,
+    BART,
     CHOICES,
     NAMES,
+    OTHERS,
     PLACES,
     RELATED,
     make_encoder_decoder,
     make_lora_encoder_decoder,
     make_pairs,
+    make_tokenizer,
 )
 from peft import PeftModel
 from rich.console import Console
@@ -31,11 +35,12 @@ from axolotl_layersel.layers import find_layer_stack, find_lora_modules
 from axolotl_layersel.pictures import draw_gates
 from axolotl_layersel.plan import plan_path, read_plan
 from axolotl_layersel.run import Run
+from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.calibration import Sample, read_sample, read_samples
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.decoding import give_decoder_inputs
-from axolotl_layersel.selection.methods import METHODS, cka, fisher, gradient
+from axolotl_layersel.selection.methods import METHODS, cka, cosine, fisher, gradient
 from axolotl_layersel.selection.methods.flexora.records import GateHistory
 from axolotl_layersel.selection.report import print_plan
 
@@ -275,6 +280,37 @@ def test_scores_by_gradients_are_those_of_autograd(name, checkpointing, tmp_path
         assert scores[layer] == pytest.approx(float(mean), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_make_are_measured_as_they_compute(name, tmp_path):
+    make, targets = OTHERS[name]
+    torch.manual_seed(0)
+    rows, model = make_pairs(), make_lora(make(), targets)
+    run = Run.of(make_trainer(model, tmp_path, rows))
+    stack = find_layer_stack(run.model)
+    assert stack.names == NAMES["Bart" if name == "LED" else "T5"]
+    samples = give_decoder_inputs(read_samples(run.trainer.train_dataset, 5, seed=5, has_decoder=True), run.base)
+    modules = stack.list_modules(stack.lora_modules)
+
+    def select(method: str) -> Selection:
+        return Selection.of(run, stack, SelectionConfig(method=method, num_samples=5).resolve(0))
+
+    squares = fisher.measure_squared_gradients(select("fisher"), samples, modules)
+    turns = passes.measure_token_sums(select("cosine"), samples, cosine.sum_turns)
+    base = run.base.eval()
+    weights = [run.lora_modules[module].base_layer.weight.requires_grad_() for module in modules]
+    for i, sample in enumerate(samples):
+        row = {key: torch.tensor([value]) for key, value in rows[sample.row].items()}
+        output = base(**row, output_hidden_states=True)
+        found = torch.autograd.grad(output.loss * row["labels"].numel(), weights)
+        assert squares[i].tolist() == pytest.approx([value.square().sum().item() for value in found], rel=1e-3)
+        sides = (output.encoder_hidden_states, output.decoder_hidden_states)
+        for side, states in enumerate(sides):
+            for number, (before, after) in enumerate(itertools.pairwise(states[:-1])):  # the last may be after a norm
+                tokens = len(sample.list_tokens(stack.sides[side].name))
+                turn = 1 - torch.cosine_similarity(before[0, :tokens].double(), after[0, :tokens].double(), dim=-1)
+                assert float(turns[i, stack.side_of.index(side) + number]) == pytest.approx(float(turn.sum()), abs=1e-4)
+
+
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *RELATED])
 def test_every_method_without_training_chooses_in_both_sides(name, tmp_path):
     for method in CHEAP:
@@ -354,6 +390,19 @@ def test_tokens_of_the_decoder_that_are_not_trained_on_stay():
     row = give({"input_ids": [5, 6, 1], "labels": [-100, 8, -100, 1]}, "Bart")
     assert row.labels == [-100, 8, -100, 1]
     assert row.decoder_input_ids == [1, 0, 8, 0], "as BART shifts labels itself"
+
+
+def test_a_decoder_whose_shift_is_not_known_needs_its_inputs_among_the_columns(tmp_path):
+    torch.manual_seed(0)
+    base = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(vocab_size=97, **BART))
+    rows = make_pairs()
+    with pytest.raises(LayerselError, match="M2M100ForConditionalGeneration has no prepare_decoder_input_ids_from_lab"):
+        choose("", tmp_path, rows, make_lora(copy.deepcopy(base), ["q_proj"]), method="cosine", num_samples=9)
+    given = [{**row, "decoder_input_ids": [1, *row["labels"][:-1]]} for row in rows]
+    for method in ("cosine", "fisher"):
+        model = make_lora(copy.deepcopy(base), ["q_proj"])
+        _, plan = choose("", tmp_path, given, model, method=method, num_samples=9, num_layers=2)
+        assert torch.tensor([choice.score for choice in plan.layers]).isfinite().all()
 
 
 @pytest.mark.parametrize("labels", [None, [-100, -100], []])
@@ -563,3 +612,42 @@ def test_every_engine_chooses_and_trains_as_one_process_does(name, engine, launc
         torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
     rebuilt = PeftModel.from_pretrained(make_encoder_decoder(name), shared / last)
     assert any(value.any() for key, value in rebuilt.named_parameters() if "lora_B" in key)
+
+
+# --- Axolotl ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def t5_settings(tmp_path_factory) -> dict:
+    """What a YAML file says of a T5 and rows that are tokenised already."""
+    folder = tmp_path_factory.mktemp("axolotl")
+    make_encoder_decoder("T5").save_pretrained(folder / "t5")
+    make_tokenizer().save_pretrained(folder / "t5")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pairs(24)))
+    return {
+        "base_model": str(folder / "t5"),
+        "model_type": "T5ForConditionalGeneration",
+        "tokenizer_type": "PreTrainedTokenizerFast",
+        "datasets": [{"path": str(folder / "rows.jsonl"), "ds_type": "json", "type": None}],
+        "lora_target_modules": ["q", "v"],
+        "plugins": ["cpu_engines.CpuEnginesPlugin", "axolotl_layersel.LayerSelectionPlugin"],
+    }
+
+
+def test_axolotl_trains_on_rows_that_are_tokenised_already(train, t5_settings):
+    block = {"selection": {"method": "fisher", "num_samples": 9, "num_layers": 2}}
+    run = train(**t5_settings, layersel=block)
+    plan = read_plan(plan_path(run.folder))
+    assert [choice.layer for choice in plan.layers] == NAMES["T5"] and len(plan.selected) == 2
+    adapter = load_file(run.folder / "adapter_model.safetensors")
+    assert {find_layer(plan.stack, name.removeprefix("base_model.model.")) for name in adapter} == set(plan.selected)
+    assert "logits under it are the model's" in run.log
+
+
+def test_layers_by_number_are_refused_before_the_model_loads(train, t5_settings):
+    run = train(**t5_settings, layersel={"selection": {"method": "explicit", "layers": [0, 1]}}, expect=1)
+    message = (
+        f"LayerselError: layersel.selection.layers: [0, 1] is not how the layers of {t5_settings['base_model']} are"
+    )
+    assert message in run.log
+    assert "Loading weights" not in run.log

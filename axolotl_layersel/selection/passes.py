@@ -333,7 +333,9 @@ def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None
             with ready():
                 return original(*args, **kwargs)
         others: list[tuple] = []  # what the layer returns beside its hidden states, if that is anything
-        given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items(), *((key, None) for key in CACHES if key in kwargs)])
+        given: dict[int | str, Any] = dict(
+            [*enumerate(args), *kwargs.items(), *((key, None) for key in CACHES if key in kwargs)]
+        )
         # What a decoder reads of its encoder has a gradient too.
         differentiable = {
             key: value for key, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad
