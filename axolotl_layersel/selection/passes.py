@@ -333,9 +333,8 @@ def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None
             with ready():
                 return original(*args, **kwargs)
         others: list[tuple] = []  # what the layer returns beside its hidden states, if that is anything
-        given: dict[int | str, Any] = dict(
-            [*enumerate(args), *kwargs.items(), *((key, None) for key in CACHES if key in kwargs)]
-        )
+        named = {**kwargs, **{key: None for key in CACHES if key in kwargs}}
+        given: dict[int | str, Any] = dict([*enumerate(args), *named.items()])
         # What a decoder reads of its encoder has a gradient too.
         differentiable = {
             key: value for key, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad
@@ -345,8 +344,7 @@ def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None
 
         def compute(*tensors: torch.Tensor) -> torch.Tensor:
             values = {**given, **dict(zip(differentiable, tensors))}
-            named = {key: value for key, value in values.items() if isinstance(key, str)}
-            output = original(*(values[place] for place in range(len(args))), **named)
+            output = original(*(values[place] for place in range(len(args))), **{name: values[name] for name in named})
             if isinstance(output, tuple):
                 others[:] = [output[1:]]
                 return output[0]
