@@ -152,6 +152,27 @@ def test_a_plan_names_both_sides_in_the_file_and_in_the_report_and_is_read_again
     assert plan.unscored == {}
 
 
+def test_choices_with_several_seeds_are_compared_by_name(tmp_path, capsys):
+    trainer = make_trainer(make_lora_encoder_decoder("Bart"), tmp_path, make_pairs())
+    settings = SelectionConfig(method="relative", num_samples=5, num_layers=2)
+    plan = prepare_trainer(trainer, LayerselConfig(selection=settings), repeat=3)
+    assert list(plan.stability.selected) == [plan.seed, plan.seed + 1, plan.seed + 2]
+    assert plan.stability.selected[plan.seed] == plan.selected
+    assert read_plan(plan_path(tmp_path)) == plan
+    assert f"seed {plan.seed}: layers {', '.join(plan.selected)}" in capsys.readouterr().out
+
+
+def test_a_saved_plan_is_used_again(tmp_path):
+    _, plan = choose("T5", tmp_path, method="explicit", layers=["decoder.1", "encoder.0"])
+    trainer, again = choose(
+        "T5", tmp_path / "again", method="explicit", plan=str(plan_path(tmp_path)), layers=plan.selected
+    )
+    assert again == plan
+    assert set(find_lora_modules(Run.of(trainer).base)) == set(plan.modules)
+    with pytest.raises(LayerselError, match=r"the plan has a layer encoder\.2, which the model has not|layers are at"):
+        choose("Bart", tmp_path / "other", method="explicit", plan=str(plan_path(tmp_path)), layers=plan.selected)
+
+
 def test_a_layer_without_a_score_is_named_in_the_report(tmp_path):
     _, plan = choose("Bart", tmp_path, method="cka", num_samples=7, num_layers=2, token="cls")
     assert plan.unscored == {"decoder.0": "its input is the same for all samples at the token chosen"}
