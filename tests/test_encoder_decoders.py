@@ -582,8 +582,8 @@ def test_gradients_are_those_of_the_whole_backward_pass_and_below_there_are_none
     )
     assert cut.kept.keys() == whole.kept.keys() and cut.kept
     for key, value in cut.kept.items():
-        # Where T5 is checkpointed its last digits differ, by 3e-8 at most where gradients are up to 0.06: its attention to
-        # the encoder then has a bias that requires a gradient, which below the cut none does.
+        # Where T5 is checkpointed the last digits differ, by 3e-8 where gradients are up to 0.06: its attention to the
+        # encoder then has a bias that requires a gradient, which below the cut none does.
         checkpointed = name == "T5" and checkpointing != "none"
         exactness = {"atol": 2e-7 if checkpointed else 0, "rtol": 1e-6 if checkpointed else 0}
         torch.testing.assert_close(value, whole.kept[key], **exactness)
