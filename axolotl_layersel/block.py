@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from axolotl_layersel.errors import suggest
+from axolotl_layersel.layer_names import NAME, LayerName
 
 # Longer values are cut in messages.
 SHOWN = 120
@@ -46,7 +47,8 @@ class Block(BaseModel):
 
 
 def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
-    """Return the value of ``key`` as the type ``annotation``: int, float, bool, str, list[int], a block, or a union.
+    """Return the value of ``key`` as the type ``annotation``: int, float, bool, str, names of layers, a block, or a
+    union.
 
     Raises:
         ValueError: with the key, its value and what is expected, if it is something else.
@@ -68,8 +70,14 @@ def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
         result, expected = value if isinstance(value, bool) else None, "true or false"
     elif str in kinds:
         result, expected = value if isinstance(value, str) and value else None, "some text"
-    elif list[int] in kinds:
-        result, expected = as_whole_list(value), "a list of whole numbers, such as [0, 1, 5]"
+    elif list[LayerName] in kinds:
+        result, expected = (
+            as_layer_list(value),
+            (
+                "a list of whole numbers, such as [0, 1, 5], or for a model with an encoder and a decoder one such as "
+                "[encoder.3, decoder.0]"
+            ),
+        )
     else:
         return value  # a block, which checks itself
     if result is None:
@@ -110,6 +118,15 @@ def as_whole_list(value: Any) -> list[int] | None:
         return None
     numbers = [number for item in value if (number := as_whole(item)) is not None]
     return numbers if len(numbers) == len(value) else None
+
+
+def as_layer_list(value: Any) -> list[LayerName] | None:
+    """Return a list of names of layers; None for anything else."""
+    if not isinstance(value, list):
+        return None
+    named = [item if isinstance(item, str) and NAME.fullmatch(item) else as_whole(item) for item in value]
+    found = [name for name in named if name is not None]
+    return found if len(found) == len(value) else None
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
-"""Find the stack of layers of a model's language model, and the LoRA modules in it."""
+"""Find the layers of a model's language model, or of its encoder and its decoder, and the LoRA modules in them."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -10,26 +11,73 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layer_names import SIDES, LayerName, Place, name_layers
+
+
+@dataclass(frozen=True)
+class Side:
+    """Layers that run one after the other: all of a model, or those of its encoder or its decoder.
+
+    Attributes:
+        name: ``encoder`` or ``decoder``, or empty where a model has one list of layers alone.
+        path: where they are in the base model, such as ``model.layers``.
+        layers: the layers, lowest first.
+        owner: the module that runs them and ends in the final norm, if the model has one.
+    """
+
+    name: str
+    path: str
+    layers: nn.ModuleList
+    owner: nn.Module
 
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The layers of the language model.
+    """The layers that are chosen among, known by their position in the order that they run.
+
+    Those of an encoder come before those of the decoder, which reads what the last one of them returns.
 
     Attributes:
-        name: where they are in the base model, such as ``model.layers``.
-        layers: the layers, lowest first.
-        owner: the module that runs them and ends in the final norm, if the model has one.
-        lora_modules: names in the base model of the LoRA modules of each layer that carries any, by layer.
+        sides: one, or an encoder and a decoder.
+        lora_modules: names in the base model of the LoRA modules of each layer that carries any, by its position.
         towers: names of the LoRA modules outside of the layers, by the place that they are in, such as
-            ``model.vision_tower``, ``model.multi_modal_projector``, the other side's ``encoder``, or ``lm_head``.
+            ``model.vision_tower``, ``model.multi_modal_projector``, or ``lm_head``.
     """
 
-    name: str
-    layers: nn.ModuleList
-    owner: nn.Module
+    sides: list[Side]
     lora_modules: dict[int, list[str]]
     towers: dict[str, list[str]]
+
+    @functools.cached_property
+    def layers(self) -> list[nn.Module]:
+        """All layers."""
+        return [layer for side in self.sides for layer in side.layers]
+
+    @functools.cached_property
+    def side_of(self) -> list[int]:
+        """The place in ``sides`` of each layer's side."""
+        return [place for place, side in enumerate(self.sides) for _ in side.layers]
+
+    @functools.cached_property
+    def names(self) -> list[LayerName]:
+        """What the layers are called: by their number, or ``encoder.3`` and ``decoder.3`` where there are both."""
+        return name_layers({side.name: len(side.layers) for side in self.sides})
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """Where each layer is in the base model, such as ``model.layers.3``."""
+        return [f"{side.path}.{number}" for side in self.sides for number in range(len(side.layers))]
+
+    @property
+    def place(self) -> Place:
+        """Where the layers are in the base model, as a plan says it."""
+        paths = {side.name: side.path for side in self.sides}
+        return paths.get("", paths)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether there is a decoder beside an encoder, which reads tokens of its own."""
+        return len(self.sides) > 1
 
     def list_modules(self, layers: Iterable[int]) -> list[str]:
         """Return the names of the LoRA modules of ``layers``, in their order."""
@@ -84,45 +132,100 @@ def count_component_parameters(module: LoraLayer, adapter: str) -> int:
 
 
 def find_layer_stack(model: PeftModel) -> LayerStack:
-    """Return the language model's layers that carry LoRA; a vision or audio tower is never taken for them.
+    """Return the layers that LoRA is in: the language model's, or those of both an encoder and a decoder.
+
+    A vision or audio tower is never taken for them.
 
     Raises:
-        LayerselError: if no stack, or more than one, could be meant.
+        LayerselError: if none, or more than one list of layers, could be meant.
     """
     base = get_base_model(model)
     check_layers_apart(base)
-    expected = list_layer_counts(base.config.get_text_config())
     lora_names = list(find_lora_modules(base))
-    found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
-    language_model = {id(module) for module in find_language_model(base).modules()}
-    carrying = {
-        name: module
-        for name, module in found.items()
-        if len(module) in expected
-        and id(module) in language_model
-        and any(lora.startswith(f"{name}.") for lora in lora_names)
-    }
-    # A mixture of experts may have as many experts as layers: the outer list is the stack.
-    outermost = [name for name in carrying if not any(name.startswith(f"{other}.") for other in carrying)]
-    if len(outermost) != 1:
-        lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
-        problem = "more than one stack of layers carries LoRA" if outermost else "no stack of layers that carries LoRA"
-        counts = " or ".join(map(str, expected)) or "no number of"
-        raise LayerselError(
-            f"lora_target_modules: {problem} was found in {type(base).__name__}, whose configuration says {counts} "
-            f"layers (lists of modules in it: {lists}). Target linear modules inside the language model's layers, such "
-            "as q_proj and v_proj; other architectures are not supported."
-        )
-    name = outermost[0]
+    sides = find_both_sides(base) or [find_language_side(base, lora_names)]
     modules: dict[int, list[str]] = {}
     towers: dict[str, list[str]] = {}
+    bare = LayerStack(sides, {}, {})
     for lora in lora_names:
-        if lora.startswith(f"{name}."):
-            modules.setdefault(int(lora[len(name) + 1 :].split(".", 1)[0]), []).append(lora)
+        layer = next((i for i, path in enumerate(bare.paths) if lora.startswith(f"{path}.")), None)
+        if layer is None:
+            towers.setdefault(find_tower(lora, [side.path for side in sides]), []).append(lora)
         else:
-            towers.setdefault(find_tower(lora, name), []).append(lora)
-    owner = base.get_submodule(name.rpartition(".")[0])
-    return LayerStack(name=name, layers=carrying[name], owner=owner, lora_modules=modules, towers=towers)
+            modules.setdefault(layer, []).append(lora)
+    if not modules:
+        raise refuse(base, "no stack of layers that carries LoRA")
+    return LayerStack(sides, modules, towers)
+
+
+def find_both_sides(base: PreTrainedModel) -> list[Side]:
+    """Return the encoder's and the decoder's layers of a model that has both; nothing of another model."""
+    if not getattr(base.config, "is_encoder_decoder", False):
+        return []
+    found = [find_lists(base, part) for part in (base.get_encoder(), base.get_decoder())]
+    if [len(lists) for lists in found] != [1, 1] or found[0] == found[1]:
+        return []
+    return [make_side(base, name, path) for name, (path,) in zip(SIDES, found)]
+
+
+def find_language_side(base: PreTrainedModel, lora_names: list[str]) -> Side:
+    """Return the layers of the language model, some of which carry the LoRA modules ``lora_names``.
+
+    Raises:
+        LayerselError: if none, or more than one list of layers, could be meant.
+    """
+    carrying = [
+        path
+        for path in find_lists(base, find_language_model(base), outermost=False)
+        if any(lora.startswith(f"{path}.") for lora in lora_names)
+    ]
+    paths = keep_outermost(carrying)
+    if len(paths) != 1:
+        several = "more than one stack of layers carries LoRA"
+        raise refuse(base, several if paths else "no stack of layers that carries LoRA")
+    return make_side(base, "", paths[0])
+
+
+def make_side(base: PreTrainedModel, name: str, path: str) -> Side:
+    """Return the layers at ``path`` in a model as the side ``name``."""
+    layers = base.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList), "only such are looked for"
+    return Side(name, path, layers, base.get_submodule(path.rpartition(".")[0]))
+
+
+def find_lists(base: PreTrainedModel, part: nn.Module, outermost: bool = True) -> list[str]:
+    """Return where in a model there are as many modules as it may have layers, within one ``part`` of it.
+
+    The part may have a configuration of its own, as the sides of T5Gemma do.
+    """
+    configs = [base.config, getattr(part, "config", base.config)]
+    expected = [count for config in configs for count in list_layer_counts(config.get_text_config())]
+    within = {id(module) for module in part.modules()}
+    found = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) in expected and id(module) in within
+    ]
+    return keep_outermost(found) if outermost else found
+
+
+def keep_outermost(names: list[str]) -> list[str]:
+    """Return the names of modules that lie in none of the others.
+
+    A mixture of experts may have as many experts as layers, and a layer of T5 as many parts: the outer list is meant.
+    """
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def refuse(base: PreTrainedModel, problem: str) -> LayerselError:
+    """Return the error for a model whose layers cannot be told."""
+    found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
+    counts = " or ".join(map(str, list_layer_counts(base.config.get_text_config()))) or "no number of"
+    return LayerselError(
+        f"lora_target_modules: {problem} was found in {type(base).__name__}, whose configuration says {counts} "
+        f"layers (lists of modules in it: {lists}). Target linear modules inside the language model's layers, such "
+        "as q_proj and v_proj; other architectures are not supported."
+    )
 
 
 def check_layers_apart(base: PreTrainedModel) -> None:
@@ -158,8 +261,12 @@ def list_layer_counts(config: PreTrainedConfig) -> list[int]:
     return list(dict.fromkeys(getattr(config, name) for name in names if getattr(config, name, None)))
 
 
-def find_tower(module: str, stack: str) -> str:
-    """Return the outermost part of the model around ``module`` that does not hold the layers at ``stack`` too."""
-    parts, others = module.split("."), stack.split(".")
-    shared = next(i for i, part in enumerate(parts) if others[i : i + 1] != [part])
-    return ".".join(parts[: shared + 1])
+def find_tower(module: str, stacks: list[str]) -> str:
+    """Return the outermost part of the model around ``module`` that holds none of the layers at ``stacks``."""
+    parts = module.split(".")
+
+    def count_shared(stack: str) -> int:
+        others = stack.split(".")
+        return next(i for i, part in enumerate(parts) if others[i : i + 1] != [part])
+
+    return ".".join(parts[: max(map(count_shared, stacks)) + 1])

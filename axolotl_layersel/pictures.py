@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import write_atomically
+from axolotl_layersel.layer_names import is_layer_name
 from axolotl_layersel.selection.methods.flexora.records import GateHistory
 from axolotl_layersel.tables import arrange, find_places
 from axolotl_layersel.terminal import clean
@@ -60,7 +61,7 @@ def draw_gates(history: GateHistory, kept: Collection[str], path: Path) -> None:
     Raises:
         LayerselError: if matplotlib is not installed, or the picture cannot be written.
     """
-    by_module = any("." in name for name in history.names)
+    by_module = not all(map(is_layer_name, history.names))
     if by_module:
         figure = make_figure((15, max(9.0, 1.5 + ROW_HEIGHT * len(arrange(history.names)[0]))))
         axes = figure.subplot_mosaic([["gates", "grid"], ["losses", "grid"]], width_ratios=(5, 4))
@@ -87,7 +88,7 @@ def draw_gate_lines(axes: "Axes", history: GateHistory, kept: Collection[str]) -
         style: dict[str, Any] = {"color": colours.get(name, GREY), "linewidth": width if name in kept else 0.6}
         axes.plot(steps, [gates[index] for gates in history.gates], zorder=2 + (name in kept), **style)
     axes.axhline(0, color="black", linewidth=0.8, zorder=2)
-    modules = any("." in name for name in history.names)
+    modules = not all(map(is_layer_name, history.names))
     title = f"gates of {len(history.names)} {'modules' if modules else 'layers'}, in colour the {len(kept)} kept"
     if len(named) < len(history.names):
         title += (

@@ -1,28 +1,33 @@
 """The plan: which layers were chosen, why, and on what. Read, checked and written here."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
+from axolotl_layersel.layer_names import LayerName, Place, are_all, find_layer, split_place
 from axolotl_layersel.selection.args import SelectionArgs, Token, Towers, Unselected
 from axolotl_layersel.selection.methods import METHODS
 
 SCHEMA_VERSION: Final = 2
 FILE = "plan.json"
+# Keys of JSON are text: those that are numbers are the layers of a model with one list of them.
+Layer = Annotated[LayerName, Field(union_mode="left_to_right")]
 
 
 class LayerChoice(BaseModel):
-    """One layer of the stack. ``score`` is its importance (higher is kept), ``None`` where it has none."""
+    """One layer, by its number or as ``encoder.3``. ``score`` is its importance (higher is kept), ``None`` where it has
+    none.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    layer: int
+    layer: Layer
     score: float | None
     selected: bool
 
@@ -42,7 +47,7 @@ class Stability(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    selected: dict[int, list[int]] = Field(description="the layers chosen, by seed")
+    selected: dict[int, list[Layer]] = Field(description="the layers chosen, by seed")
     overlap: float = Field(description="mean Jaccard overlap of all pairs of choices of modules, weighted by rank")
 
 
@@ -72,8 +77,10 @@ class Plan(BaseModel):
         default_factory=list,
         description="LoRA modules outside of the layers, before any were removed, by place in the base model",
     )
-    unscored: dict[int, str] = Field(default_factory=dict, description="why a layer has no score, by layer")
-    stack: str = Field(description="where the layers are in the base model, such as model.layers")
+    unscored: dict[Layer, str] = Field(default_factory=dict, description="why a layer has no score, by layer")
+    stack: Place = Field(
+        description="where the layers are in the base model, such as model.layers; those of an encoder and of a decoder"
+    )
     modules: list[str] = Field(description="LoRA modules that are kept in the layers, by their name in the base model")
     granularity: str = Field(default="layer", description="what was chosen among: layer, group or module")
     ranks: dict[str, int] = Field(
@@ -94,8 +101,9 @@ class Plan(BaseModel):
     rows_left_out: list[int] = Field(
         default_factory=list, description="rows that were drawn too, but lack the ending that the others share"
     )
-    token: Token | None = Field(
-        default=None, description="where rows were compared: what the setting `token` came to in this model"
+    token: Token | dict[str, Token] | None = Field(
+        default=None,
+        description="where rows were compared: what the setting `token` came to in this model, or in each of its sides",
     )
     dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens")
     base_model: str | None
@@ -108,8 +116,8 @@ class Plan(BaseModel):
     seconds: float
 
     @property
-    def selected(self) -> list[int]:
-        """The selected layers, ascending."""
+    def selected(self) -> list[LayerName]:
+        """The selected layers, in the order that they run."""
         return [choice.layer for choice in self.layers if choice.selected]
 
     @property
@@ -164,11 +172,12 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
 
 def find_contradiction(plan: Plan) -> str | None:
     """Return in what parts of ``plan`` contradict each other, or None where they do not."""
-    if not plan.selected or [choice.layer for choice in plan.layers] != list(range(len(plan.layers))):
+    names = [choice.layer for choice in plan.layers]
+    if not plan.selected or not are_all(names, plan.stack):
         return "does not list every layer once, or selects none"
     if plan.method not in METHODS:
         return f"is made by a method that is not known, {plan.method!r}"
-    if not set(plan.unscored) <= set(range(len(plan.layers))):
+    if not set(plan.unscored) <= set(names):
         return "says why layers are not scored that it does not list"
     outside = [name for tower in plan.outside for name in tower.modules]
     lists: dict[str, list[Any]] = {
@@ -187,7 +196,7 @@ def find_contradiction(plan: Plan) -> str | None:
         return "lists a negative row in calibration_rows"
     layers = [find_layer(plan.stack, module) for module in plan.modules]
     if None in layers or set(layers) != set(plan.selected):
-        return f"does not keep modules of just the layers that it selects at {plan.stack!r}"
+        return f"does not keep modules of just the layers that it selects at {describe_place(plan.stack)}"
     if plan.module_scores and not set(plan.modules) <= set(plan.module_scores):
         return "keeps modules that module_scores does not list"
     if plan.ranks and plan.ranks.keys() != set(plan.modules):
@@ -197,11 +206,9 @@ def find_contradiction(plan: Plan) -> str | None:
     return None
 
 
-def find_layer(stack: str, module: str) -> int | None:
-    """Return the layer of the ``stack`` that a module is in, by its name, or None where it is in none."""
-    number, _, rest = module.removeprefix(f"{stack}.").partition(".")
-    inside = module.startswith(f"{stack}.") and number.isdecimal() and number.isascii() and rest
-    return int(number) if inside else None
+def describe_place(place: Place) -> str:
+    """Return where layers are, for messages."""
+    return " and ".join(map(repr, split_place(place).values()))
 
 
 def write_plan(plan: Plan, path: str | Path) -> None:
@@ -273,7 +280,7 @@ def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
     names = [name.removeprefix("base_model.model.") for name in tensors]
     present = {name.rpartition(".lora_")[0] for name in names if ".lora_" in name}
     said = {*plan.modules, *plan.modules_outside}
-    frozen = {name for name in present if plan.unselected == "freeze" and name.startswith(f"{plan.stack}.")}
+    frozen = {name for name in present if plan.unselected == "freeze" and find_layer(plan.stack, name) is not None}
     differing = said ^ (present - (frozen - said))
     if differing:
         raise LayerselError(
@@ -283,15 +290,20 @@ def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
 
 
 def check_model(
-    plan: Plan, stack: str, num_layers: int, modules: dict[int, list[str]], outside: Collection[str], source: str
+    plan: Plan,
+    stack: Place,
+    names: Sequence[LayerName],
+    modules: Mapping[LayerName, list[str]],
+    outside: Collection[str],
+    source: str,
 ) -> None:
     """Check that ``plan`` fits a model.
 
     Args:
         plan: from ``source``.
         stack: where the model's layers are.
-        num_layers: how many there are.
-        modules: the LoRA modules of each layer that carries any.
+        names: of its layers.
+        modules: the LoRA modules of each layer that carries any, by its name.
         outside: the LoRA modules outside of the layers.
         source: of the plan, for messages.
 
@@ -305,10 +317,14 @@ def check_model(
             "Make a new plan for this model, or restore the model and `lora_target_modules` it was made for."
         )
 
-    if len(plan.layers) != num_layers:
-        refuse(f"the plan has {len(plan.layers)} layers, the model {num_layers}")
+    planned = [choice.layer for choice in plan.layers]
+    if len(planned) != len(names):
+        refuse(f"the plan has {len(planned)} layers, the model {len(names)}")
     if plan.stack != stack:
-        refuse(f"the plan's layers are at {plan.stack!r}, the model's at {stack!r}")
+        refuse(f"the plan's layers are at {describe_place(plan.stack)}, the model's at {describe_place(stack)}")
+    if planned != list(names):
+        differing = next(name for name in planned if name not in names)
+        refuse(f"the plan has a layer {differing}, which the model has not")
     # Where modules were chosen one by one, the model must have all that could have been.
     known = set(plan.module_scores) or set(plan.modules)
     scored = [choice.layer for choice in plan.layers if choice.score is not None]

@@ -18,8 +18,9 @@ from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.plan import check_lora_rank, plan_path
 from axolotl_layersel.prepare import check_resumed
 from axolotl_layersel.selection.args import DEFAULT_UNSELECTED
+from axolotl_layersel.selection.choosing import check_naming
 from axolotl_layersel.selection.methods.flexora.records import gates_path
-from axolotl_layersel.selection.select import check_continuing, check_encoder_decoder, find_plan
+from axolotl_layersel.selection.select import check_continuing, find_plan
 from axolotl_layersel.trainers import CONFIG_ONLY_TRAINERS
 
 
@@ -63,8 +64,10 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
         check_lora_rank(reused[0], cfg.lora_r, reused[1])
     if cfg.lora_model_dir and reused is None:
         check_continuing(selection)
-    if reused is None and decide_on_rank_zero(lambda: loads_encoder_decoder(cfg)):
-        check_encoder_decoder(selection, cfg.base_model)
+    if reused is None and (selection.layers or selection.candidates):
+        has_decoder = decide_on_rank_zero(lambda: loads_encoder_decoder(cfg))
+        for key in ("layers", "candidates"):
+            check_naming(key, getattr(selection, key) or [], has_decoder, cfg.base_model)
     if (reused[0].unselected if reused else selection.unselected or DEFAULT_UNSELECTED) == "remove":
         check_base_weights(cfg)
 

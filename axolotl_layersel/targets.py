@@ -1,8 +1,8 @@
 """Which logit answers which label: three kinds of models, told apart by the loss that transformers gives them.
 
 Relied on in transformers 5.16.1: ``PreTrainedModel.loss_type`` names the loss by the model's class, such as
-``ForMaskedLM``, or is None where the class name says nothing (GPT2LMHeadModel); encoder-decoder models compare each
-logit with the label of its own position, whatever their loss is called.
+``ForMaskedLM``, or is None where the class name says nothing (GPT2LMHeadModel, MarianMTModel); encoder-decoder models
+compare each logit with the label of its own position, whatever their loss is called.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from axolotl_layersel.errors import LayerselError
@@ -49,6 +50,8 @@ def find_kind(model: nn.Module) -> str:
             kind = SAME_TOKEN
         elif not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
             kind = NEXT_TOKEN
+        elif not names.isdisjoint(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()):
+            kind = SAME_TOKEN
     if kind is None:
         raise LayerselError(
             f"base_model: {type(base).__name__} is not known to be a causal or masked language model, or one that "

@@ -12,7 +12,9 @@ from axolotl_layersel.trainers import needs_differentiable_inputs, remove_embedd
 
 
 def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
-    """Return the lowest layer below which no parameter trains; 0 where the backward pass cannot be cut.
+    """Return the position of the lowest layer below which no parameter trains; 0 where the pass cannot be cut.
+
+    All layers of an encoder count as below those of its decoder.
 
     Of what trains outside the layers only heads are known to come after them: trained input embeddings or a trained
     vision tower need the gradient of the lowest layer's input.
@@ -22,7 +24,7 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
         (i for i, layer in enumerate(stack.layers) if any(p.requires_grad for p in layer.parameters())),
         len(stack.layers),
     )
-    inside = {id(parameter) for parameter in stack.layers.parameters()}
+    inside = {id(parameter) for layer in stack.layers for parameter in layer.parameters()}
     after = {id(parameter) for head in find_heads(base) for parameter in head.parameters()}
     after -= {id(parameter) for parameter in base.get_input_embeddings().parameters()}  # where the two are tied
     for parameter in model.parameters():
@@ -47,7 +49,7 @@ class TruncatedBackward:
     """The backward pass of a model in training, cut below the lowest layer that trains.
 
     Gradients above are unchanged. It works without and with gradient checkpointing, reentrant or not: layers below keep
-    no graph, so nothing of them is computed again.
+    no graph, so nothing of them is computed again. Where the lowest one is a decoder's, the encoder has no graph.
     """
 
     def __init__(self, model: PeftModel, stack: LayerStack) -> None:
@@ -61,10 +63,11 @@ class TruncatedBackward:
         if self.lowest == 0:
             return
         remove_embedding_hooks(self.model)
-        layers: list[Any] = list(self.stack.layers[: self.lowest])
-        for layer in layers:
-            if hasattr(layer, "gradient_checkpointing"):
-                layer.gradient_checkpointing = False
+        # Parts of a layer too: under checkpointing T5's attention to its encoder begins a graph of its own.
+        below: list[Any] = [module for layer in self.stack.layers[: self.lowest] for module in layer.modules()]
+        for module in below:
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
         if needs_differentiable_inputs(self.model):
             self.handle = self.stack.layers[self.lowest - 1].register_forward_hook(start_graph)
 

@@ -21,9 +21,9 @@ class Unit:
 
     Attributes:
         name: no other unit's.
-        layer: the layer that they are in.
+        layer: the position of the layer that they are in, see ``layers.LayerStack``.
         modules: their names in the base model.
-        parts: the direct parts of the layer that its branch consists of, of a unit that is one.
+        parts: the parts of the layer, see ``list_parts``, that its branch consists of, of a unit that is one.
     """
 
     name: str
@@ -33,8 +33,8 @@ class Unit:
 
 
 def find_layers(stack: LayerStack, layer: int) -> list[Unit]:
-    """Return a layer as one unit, called by its number."""
-    return [Unit(str(layer), layer, stack.lora_modules[layer])]
+    """Return a layer as one unit, called by the layer's name."""
+    return [Unit(str(stack.names[layer]), layer, stack.lora_modules[layer])]
 
 
 def find_groups(stack: LayerStack, layer: int) -> list[Unit]:
@@ -42,7 +42,7 @@ def find_groups(stack: LayerStack, layer: int) -> list[Unit]:
 
     It is called by the first part of the layer in it that carries LoRA, such as ``model.layers.3.self_attn``.
     """
-    prefix = f"{stack.name}.{layer}."
+    prefix = f"{stack.paths[layer]}."
     units = []
     for parts in split_branches(stack.layers[layer]):
         inside = {
@@ -73,7 +73,7 @@ def split_branches(layer: nn.Module) -> list[list[str]]:
     branches: list[list[str]] = []
     given: set[int] = set()
     returned: set[int] = set()
-    for name, part in layer.named_children():
+    for name, part in list_parts(layer).items():
         widths = list_widths(part)
         if not can_be_branch(part):
             continue
@@ -85,6 +85,22 @@ def split_branches(layer: nn.Module) -> list[list[str]]:
         if given & returned or not given:
             given, returned = set(), set()
     return branches
+
+
+def list_parts(layer: nn.Module) -> dict[str, nn.Module]:
+    """Return the parts of a layer by name, in the order in which it defines them.
+
+    They are its direct parts, but for a layer that is a list of them and no more, as in T5.
+    """
+    parts = dict(layer.named_children())
+    if len(parts) == 1:
+        ((name, only),) = parts.items()
+        inner = dict(only.named_children())
+        if inner and list(inner) == [
+            str(number) for number in range(len(inner))
+        ]:  # a list, whose parts have numbers for names
+            return {f"{name}.{number}": part for number, part in inner.items()}
+    return parts
 
 
 def can_be_branch(part: nn.Module) -> bool:

@@ -232,7 +232,7 @@ def find_probe_tokens(run: Run) -> torch.Tensor | None:
     The beginning of the first row of data where it is there to be read, else the first tokens of the vocabulary.
     """
     config = getattr(run.base, "config", None)
-    if config is None or not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
+    if config is None or not hasattr(config, "get_text_config") or run.base.main_input_name != "input_ids":
         return None
     vocabulary = getattr(config, "vocab_size", None)
     # The text model of a multimodal one has a configuration of its own.
@@ -248,8 +248,9 @@ def find_probe_tokens(run: Run) -> torch.Tensor | None:
 @torch.no_grad()
 def compute_logits(model: PeftModel, tokens: torch.Tensor) -> torch.Tensor:
     """Return the model's output for ``tokens`` in fp32, without dropout; nothing of the model changes."""
+    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     with evaluating(model):
-        return model(input_ids=tokens)[0].float()
+        return model(input_ids=tokens, **({"decoder_input_ids": tokens} if has_decoder else {}))[0].float()
 
 
 @contextlib.contextmanager

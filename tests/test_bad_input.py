@@ -274,18 +274,6 @@ def test_a_damaged_plan_ends_before_the_model_loads(train, tmp_path, content, me
     assert MODEL_LOADS not in run.log
 
 
-def test_an_encoder_decoder_model_is_refused_before_it_loads(train, base_model, tmp_path):
-    from transformers import T5Config
-
-    for file in base_model.glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    T5Config(vocab_size=2048, d_model=32, num_layers=2, num_heads=4).save_pretrained(tmp_path)
-    model = {"base_model": str(tmp_path), "model_type": "T5ForConditionalGeneration"}
-    run = train(expect=1, tokenizer_type="PreTrainedTokenizerFast", lora_target_modules=["q", "v"], **model)
-    assert f"LayerselError: base_model: {tmp_path} is an encoder-decoder model, whose layers" in run.log
-    assert MODEL_LOADS not in run.log
-
-
 def test_a_plan_of_another_model_ends_before_the_model_loads(train, tmp_path):
     settings = asdict(SelectionArgs(method="cka", num_samples=15).resolve(run_seed=7))
     write_plan(make_plan(settings=settings, base_model="meta-llama/Llama-3.1-8B"), tmp_path / "plan.json")

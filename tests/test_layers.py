@@ -81,8 +81,8 @@ def test_the_stack_of_the_language_model_is_found(make, targets, name):
     base = make()
     model = make_lora(base, targets)
     stack = find_layer_stack(model)
-    assert stack.name == name
-    assert stack.layers is base.get_submodule(name)
+    assert stack.place == name
+    assert stack.layers == list(base.get_submodule(name))
     assert sorted(stack.lora_modules) == list(range(len(stack.layers)))
     assert all(module.startswith(f"{name}.{layer}.") for layer, (module,) in stack.lora_modules.items())
 
@@ -121,17 +121,20 @@ def test_lora_in_the_vision_tower_alone_is_not_taken_for_the_language_model():
             "model.language_model.layers",
             {"model.vision_tower": 4, "model.multi_modal_projector": 2},
         ),
-        (make_t5, ["q", "v"], "decoder.block", {"encoder": 8}),
-        (lambda: make_t5(2), ["q"], "decoder.block", {"encoder": 4}),
-        (make_bart, ["q_proj"], "model.decoder.layers", {"model.encoder": 4}),
-        (lambda: make_bart(3), ["q_proj"], "model.decoder.layers", {"model.encoder": 4}),
+        (make_t5, ["q", "v", "lm_head"], {"encoder": "encoder.block", "decoder": "decoder.block"}, {"lm_head": 1}),
+        (
+            make_bart,
+            ["q_proj", "shared"],
+            {"encoder": "model.encoder.layers", "decoder": "model.decoder.layers"},
+            {"model.shared": 1},
+        ),
         (lambda: make_bart_decoder(3), ["q_proj"], "model.decoder.layers", {}),
     ],
 )
 def test_lora_outside_of_the_layers_is_counted_by_place(make, targets, name, towers):
     model = make_lora(make(), targets)
     stack = find_layer_stack(model)
-    assert stack.name == name
+    assert stack.place == name
     assert {place: len(names) for place, names in stack.towers.items()} == towers
     outside = [module for names in stack.towers.values() for module in names]
     everything = set(find_lora_modules(model.get_base_model()))

@@ -109,7 +109,7 @@ def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():
 )
 def test_a_plan_for_another_model_is_refused_with_the_difference(stack, layers, modules, difference):
     with pytest.raises(LayerselError, match=difference):
-        check_model(make_plan(), stack, layers, modules, [], "there")
+        check_model(make_plan(), stack, range(layers), modules, [], "there")
 
 
 @pytest.mark.parametrize("unselected", ["remove", "freeze"])
@@ -168,8 +168,59 @@ def test_a_plan_of_schema_1_is_still_read(tmp_path, search):
     assert plan.settings["flexora"] == (search and {"steps": 9})
 
 
+def make_sided_plan(names: list[str], selected: str = "encoder.1", **values) -> Plan:
+    stack = {"encoder": "encoder.block", "decoder": "decoder.block"}
+    layers = [LayerChoice(layer=name, score=0.5, selected=name == selected) for name in names]
+    side, number = selected.split(".")
+    modules = [f"{stack[side]}.{number}.layer.0.SelfAttention.q"]
+    return make_plan().model_copy(update={"stack": stack, "layers": layers, "modules": modules, **values})
+
+
+SIDED = ["encoder.0", "encoder.1", "decoder.0"]
+
+
+def test_layers_of_two_sides_keep_their_names_in_the_file(tmp_path):
+    plan = make_sided_plan(SIDED, unscored={"decoder.0": "why"}, token={"encoder": "mean", "decoder": "ending"})
+    write_plan(plan, tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json") == plan
+    check_model(plan, plan.stack, SIDED, {"encoder.1": plan.modules}, [], "there")
+    with pytest.raises(LayerselError, match=r"has a layer encoder\.1, which the model has not"):
+        check_model(plan, plan.stack, ["encoder.0", "decoder.0", "decoder.1"], {}, [], "there")
+    with pytest.raises(
+        LayerselError, match=r"layers are at 'encoder\.block' and 'decoder\.block', the model's at 'model'"
+    ):
+        check_model(plan, "model", range(3), {}, [], "there")
+
+
+def test_layers_of_one_list_are_numbers_in_the_file_as_they_ever_were(tmp_path):
+    write_plan(make_plan(unscored={1: "why"}), tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["layers"][1] == {"layer": 1, "score": None, "selected": False}
+    assert (content["unscored"], content["stack"], content["token"]) == ({"1": "why"}, "model.layers", None)
+    assert read_plan(tmp_path / "plan.json").unscored == {1: "why"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["encoder.0", "encoder.1", "decoder.1"],
+        ["decoder.0", "encoder.0", "encoder.1"],
+        ["encoder.1", "decoder.0"],
+        ["encoder.0", "encoder.1", "vision.0"],
+        ["encoder.0", "encoder.1", 2],
+        ["encoder.0", "encoder.1", "encoder.x"],
+    ],
+)
+def test_names_that_are_not_those_of_all_layers_are_found(names, tmp_path):
+    write_plan(make_sided_plan(names), tmp_path / "plan.json")
+    with pytest.raises(LayerselError, match="does not list every layer once, or selects none"):
+        read_plan(tmp_path / "plan.json")
+
+
 def test_a_plan_for_this_model_is_accepted():
-    check_model(make_plan(), "model.layers", 3, {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there")
+    check_model(
+        make_plan(), "model.layers", range(3), {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there"
+    )
 
 
 def test_a_plan_whose_ranks_were_given_for_another_lora_r_is_refused():

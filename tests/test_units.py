@@ -61,7 +61,7 @@ def test_a_layer_is_split_where_its_width_comes_back(kind):
     make, targets, expected = BRANCHES[kind]
     stack = find_layer_stack(make_lora(make(), targets))
     units = find_units(stack, "group", [1])
-    prefix = f"{stack.name}.1."
+    prefix = f"{stack.paths[1]}."
     assert {unit.name.removeprefix(prefix): len(unit.modules) for unit in units} == expected
     assert all(unit.layer == 1 for unit in units)
 

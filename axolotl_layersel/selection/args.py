@@ -21,6 +21,7 @@ from axolotl_layersel.engines.refusals import LABELS as SHARDED
 from axolotl_layersel.engines.refusals import find_shards
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.initialisation import check_initialisation, check_redrawn
+from axolotl_layersel.layer_names import LayerName, format_names, sort_names, split_name
 from axolotl_layersel.plain_lora import GENERATING_TRAINERS
 from axolotl_layersel.selection.methods import LABELS, METHODS, Method, get_method, list_data_free
 from axolotl_layersel.selection.methods.flexora import args as flexora
@@ -63,7 +64,11 @@ class SelectionArgs(Block):
     num_units: int | None = Field(
         default=None, description="With `granularity: group` or `module`: number of them kept, instead of `ratio`."
     )
-    layers: list[int] | None = Field(default=None, description="With `method: explicit`: the layers kept, from 0.")
+    layers: list[LayerName] | None = Field(
+        default=None,
+        description="With `method: explicit`: the layers kept, from 0; of a model with an encoder and a decoder as "
+        "`encoder.0` and `decoder.0`.",
+    )
     granularity: str | None = Field(
         default=None,
         description="What is chosen among: `layer`, `group` (the attention or the MLP of a layer) or `module`. "
@@ -95,9 +100,10 @@ class SelectionArgs(Block):
         description="flexora: `positive` (default) keeps what has a gate above zero, instead of `ratio` or "
         "`num_layers`.",
     )
-    candidates: list[int] | None = Field(
+    candidates: list[LayerName] | None = Field(
         default=None,
-        description="Layers that may be chosen. Default: every layer of the language model that carries LoRA.",
+        description="Layers that may be chosen, named as in `layers`. Default: every layer that carries LoRA, of the "
+        "language model, or of both an encoder and a decoder.",
     )
     unselected: str | None = Field(
         default=None,
@@ -105,8 +111,8 @@ class SelectionArgs(Block):
     )
     towers: str | None = Field(
         default=None,
-        description="LoRA outside of the language model's layers, such as in a vision tower, a projector or an encoder "
-        "beside a decoder. `keep` (default): it stays and trains; `remove`: it gets no adapter.",
+        description="LoRA outside of the language model's layers, such as in a vision tower or a projector. "
+        "`keep` (default): it stays and trains; `remove`: it gets no adapter.",
     )
     num_samples: int | None = Field(
         default=None, description=f"Training rows that the scores are computed from. Default {DEFAULT_NUM_SAMPLES}."
@@ -115,7 +121,7 @@ class SelectionArgs(Block):
         default=None,
         description="cka: the token that stands for a row. `auto` (default): of an encoder the first, or the mean "
         "where its pooling is one; else the last one before the ending that nearly all rows share (others are "
-        "left out); `last`, `mean` (of the row's tokens), `cls` (the first).",
+        "left out); of an encoder beside a decoder the mean. `last`, `mean` (of the row's tokens), `cls` (the first).",
     )
     seed: int | None = Field(
         default=None, description="Seed of the calibration sample, or of the search. Default: the run's seed."
@@ -196,18 +202,24 @@ class SelectionArgs(Block):
 
     @field_validator("layers", "candidates")
     @classmethod
-    def check_layers(cls, value: list[int] | None, info: Any) -> list[int] | None:
+    def check_layers(cls, value: list[LayerName] | None, info: Any) -> list[LayerName] | None:
         if value is None:
             return None
         key = f"{cls.path}.{info.field_name}"
         if not value:
             raise ValueError(f"{key}: [] names no layer. List at least one, counted from 0.")
-        negative = [layer for layer in value if layer < 0]
+        numbers = [layer for layer in value if isinstance(layer, int)]
+        if numbers and len(numbers) < len(value):
+            raise ValueError(
+                f"{key}: {format_names(value)} names layers by their numbers, as in a model with one list of them, and "
+                "those of an encoder and a decoder. Write them all in one way."
+            )
+        negative = [layer for layer in numbers if layer < 0]
         if negative:
             raise ValueError(f"{key}: {negative} are negative. Layers are counted from 0, the lowest.")
-        repeated = sorted({layer for layer in value if value.count(layer) > 1})
+        repeated = sort_names({layer for layer in value if value.count(layer) > 1})
         if repeated:
-            raise ValueError(f"{key}: {repeated} are listed more than once. List each layer once.")
+            raise ValueError(f"{key}: {format_names(repeated)} are listed more than once. List each layer once.")
         return value
 
     @model_validator(mode="after")
@@ -244,10 +256,11 @@ class SelectionArgs(Block):
         self.check_units(method)
         self.check_ranks(method)
         if self.candidates is not None:
-            outside = sorted(set(self.layers or []) - set(self.candidates))
+            outside = sort_names(set(self.layers or []) - set(self.candidates))
             if outside:
                 raise ValueError(
-                    f"{self.path}.layers: {outside} are not among candidates: {self.candidates}. Add them there, or "
+                    f"{self.path}.layers: {format_names(outside)} are not among candidates: "
+                    f"{format_names(self.candidates)}. Add them there, or "
                     "remove candidates."
                 )
             if (self.num_layers or 0) > len(self.candidates):
@@ -308,14 +321,14 @@ class SelectionArgs(Block):
             ratio=ratio,
             num_layers=self.num_layers,
             num_units=self.num_units,
-            layers=None if self.layers is None else sorted(self.layers),
+            layers=None if self.layers is None else sort_names(self.layers),
             granularity=self.granularity or method.units[0],
             rank=rank,
             budget=None if rank == "same" else (BUDGET if self.budget is None else self.budget),
             min_rank=(self.min_rank or 0) if rank == "score" else None,
             max_rank=self.max_rank,
             keep=keep,
-            candidates=None if self.candidates is None else sorted(self.candidates),
+            candidates=None if self.candidates is None else sort_names(self.candidates),
             unselected=cast(Unselected, self.unselected or DEFAULT_UNSELECTED),
             towers=cast(Towers, self.towers or DEFAULT_TOWERS),
             num_samples=(self.num_samples or DEFAULT_NUM_SAMPLES) if "num_samples" in method.keys else None,
@@ -333,14 +346,14 @@ class ResolvedSelection:
     ratio: float | None
     num_layers: int | None
     num_units: int | None
-    layers: list[int] | None
+    layers: list[LayerName] | None
     granularity: str
     rank: str
     budget: float | str | None
     min_rank: int | None
     max_rank: int | None
     keep: str | None
-    candidates: list[int] | None
+    candidates: list[LayerName] | None
     unselected: Unselected
     towers: Towers
     num_samples: int | None
@@ -371,10 +384,11 @@ def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionArgs)
     if allowed is None:
         return
     for key in ("layers", "candidates"):
-        outside = sorted(set(getattr(selection, key) or []) - set(allowed))
+        outside = [name for name in sort_names(getattr(selection, key) or []) if split_name(name)[1] not in allowed]
         if outside:
             raise LayerselError(
-                f"peft_layers_to_transform: {allowed} contradicts layersel.selection.{key}: layers {outside} would "
+                f"peft_layers_to_transform: {allowed} contradicts layersel.selection.{key}: layers "
+                f"{format_names(outside)} would "
                 "carry no LoRA. Remove peft_layers_to_transform (the plugin decides the layers), or add them to it."
             )
     if (selection.num_layers or 0) > len(allowed):

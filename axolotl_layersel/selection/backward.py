@@ -77,7 +77,7 @@ def compute_logits(run: Run, batch: list[Sample]) -> torch.Tensor:
 
 def cut_probe(samples: list[Sample]) -> Sample:
     """Return the beginning of the longest sample, on which a model is tried out."""
-    return cut_sample(max(samples, key=lambda sample: len(sample.input_ids)), PROBED_TOKENS)
+    return cut_sample(max(samples, key=passes.count_tokens), PROBED_TOKENS)
 
 
 def find_batch_size(run: Run, samples: list[Sample], modules: Sequence[LoraLayer]) -> int:
@@ -111,11 +111,14 @@ def any_routed(modules: Sequence[LoraLayer], call: Callable[[], object]) -> bool
     return others or len(given) < len(modules)
 
 
-def split_rows(values: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-    """Return what a module was given, or its gradient, as (rows, tokens, width): some models put all rows into one."""
-    if values.dim() > 2:
-        return values
-    return values.view(rows, tokens if rows > 1 else -1, values.shape[-1])
+def split_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return what a module was given, or its gradient, as (rows, tokens, width): some models put all rows into one.
+
+    Of one row all dimensions but the last are tokens, in whatever order: Longformer's attention has rows second.
+    """
+    if rows == 1:
+        return values.flatten(0, -2)[None]
+    return values if values.dim() > 2 else values.view(rows, -1, values.shape[-1])
 
 
 def prepare_backward(selection: Selection, samples: list[Sample]) -> Callable[[list[Sample]], None]:
@@ -159,7 +162,7 @@ def check_labels(samples: list[Sample], kind: str, method: str) -> None:
         labels = sample.labels
         if kind == ROW and isinstance(labels, int | float):
             continue
-        if isinstance(labels, list) and (kind == ROW or len(labels) == len(sample.input_ids)):
+        if isinstance(labels, list) and (kind == ROW or len(labels) == len(sample.list_tokens("decoder"))):
             continue
         what = "a label of each row" if kind == ROW else "labels of tokens"
         raise LayerselError(

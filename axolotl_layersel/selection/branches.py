@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.units import can_be_branch, split_branches
+from axolotl_layersel.units import can_be_branch, list_parts, split_branches
 
 # By how much the parts of parallel branches may miss the layer's output, for its size: a sum rounded to bf16 twice.
 ROUNDING = 2e-2
@@ -66,7 +66,7 @@ def watch_branches(
 
     with contextlib.ExitStack() as hooks:
         handles = [layer.register_forward_pre_hook(begin, with_kwargs=True), layer.register_forward_hook(finish)]
-        for name, part in layer.named_children():
+        for name, part in list_parts(layer).items():
             handles.append(
                 part.register_forward_hook(
                     lambda module, args, kwargs, output, name=name: note(name, args, kwargs, output), with_kwargs=True
@@ -101,7 +101,7 @@ def find_states(
         LayerselError: if the states do not explain the layer's output.
     """
     calls, layer = recording.calls, recording.layer
-    carrying = {name for name, part in layer.named_children() if can_be_branch(part)}
+    carrying = {name for name, part in list_parts(layer).items() if can_be_branch(part)}
     if output is None or recording.given is None or not all({call.name for call in calls} & set(b) for b in branches):
         raise refuse(layer)
     if any(call.versions != (call.given._version, call.returned._version) for call in calls):

@@ -25,12 +25,23 @@ class Sample:
         input_ids: its tokens.
         labels: of its tokens, −100 where not trained on; or of the whole row; None where it has none.
         token_type_ids: of its tokens, where the data set has them.
+        decoder_input_ids: what the decoder beside an encoder is given, see ``decoding``; the labels are then those of
+            these tokens.
     """
 
     row: int
     input_ids: list[int]
     labels: Any = None
     token_type_ids: list[int] | None = None
+    decoder_input_ids: list[int] | None = None
+
+    def list_tokens(self, side: str = "") -> list[int]:
+        """Return the tokens that one side of the model reads, see ``layers.Side``, or the only one.
+
+        A decoder that is given none of its own reads the row's, as in BART's classifier.
+        """
+        own = self.decoder_input_ids if side == "decoder" else None
+        return self.input_ids if own is None else own
 
 
 def draw_rows(num_rows: int, num_samples: int, seed: int) -> list[int]:
@@ -47,14 +58,16 @@ def draw_rows(num_rows: int, num_samples: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(num_rows), num_samples)
 
 
-def read_samples(dataset: Any, num_samples: int, seed: int) -> list[Sample]:
+def read_samples(dataset: Any, num_samples: int, seed: int, has_decoder: bool = False) -> list[Sample]:
     """Return the calibration sample of a tokenised training set.
+
+    ``has_decoder``: the model has a decoder beside an encoder, whose tokens the labels are.
 
     Raises:
         LayerselError: if the set cannot be indexed, is too small, or its rows are not tokenised.
     """
     check_indexable(dataset, "datasets")
-    return [read_sample(dataset[row], row) for row in draw_rows(len(dataset), num_samples, seed)]
+    return [read_sample(dataset[row], row, has_decoder) for row in draw_rows(len(dataset), num_samples, seed)]
 
 
 def check_indexable(dataset: object, key: str) -> None:
@@ -71,8 +84,10 @@ def has_tokens(values: Mapping[str, Any]) -> bool:
     return bool({"input_ids", "chosen_input_ids", "chosen_ids", "completion_ids"} & values.keys())
 
 
-def read_sample(values: Mapping[str, Any], row: int) -> Sample:
+def read_sample(values: Mapping[str, Any], row: int, has_decoder: bool = False) -> Sample:
     """Return one row as a sample; a preference row stands for its prompt and chosen answer.
+
+    ``has_decoder``: see ``read_samples``.
 
     Raises:
         LayerselError: if the row has no tokens.
@@ -83,10 +98,15 @@ def read_sample(values: Mapping[str, Any], row: int) -> Sample:
             "one, are tokenised batch by batch). Use a method that needs no data: random, first, last, explicit."
         )
     columns = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
-    types = None
+    types = decoder_ids = None
     if "input_ids" in columns:
         ids, labels, types = columns["input_ids"], get_labels(columns), columns.get("token_type_ids")
-        ids, labels, types = drop_padding(columns.get("attention_mask"), ids, labels, types)
+        mask, given = columns.get("attention_mask"), columns.get("decoder_input_ids") if has_decoder else None
+        if has_decoder:
+            ids, types = drop_padding(mask, ids, types)
+            decoder_ids, labels = drop_padding(columns.get("decoder_attention_mask"), given, labels)
+        else:
+            ids, labels, types = drop_padding(mask, ids, labels, types)
     elif "chosen_input_ids" in columns:  # prompt and answer, of ORPO and SimPO
         ids, labels = columns["chosen_input_ids"], columns.get("chosen_labels")
     elif "prompt_ids" in columns:  # of DPO, and of KTO, whose answer may be a bad one
@@ -96,7 +116,7 @@ def read_sample(values: Mapping[str, Any], row: int) -> Sample:
         ids, labels = columns["chosen_ids"], None
     if len(ids) == 0:
         raise LayerselError(f"datasets: training row {row} has no tokens. Remove empty rows.")
-    return Sample(row=row, input_ids=list(ids), labels=labels, token_type_ids=types)
+    return Sample(row=row, input_ids=list(ids), labels=labels, token_type_ids=types, decoder_input_ids=decoder_ids)
 
 
 def drop_padding(mask: list[int] | None, *columns: Any) -> list[Any]:
@@ -124,13 +144,14 @@ def are_most(count: int, samples: int) -> bool:
     return 10 * count >= 9 * samples
 
 
-def find_ending(samples: list[Sample]) -> list[int]:
+def find_ending(samples: list[Sample], side: str = "") -> list[int]:
     """Return the longest run of tokens that nearly all samples end in, each after a token of its own.
 
-    Nearly all and not all, for a row that was cut at ``sequence_len`` lacks the ending of the others.
+    Nearly all and not all, for a row that was cut at ``sequence_len`` lacks the ending of the others. ``side``: whose
+    tokens, see ``Sample.list_tokens``.
     """
     ending: list[int] = []
-    alike = [sample.input_ids for sample in samples]
+    alike = [sample.list_tokens(side) for sample in samples]
     while True:
         place = len(ending) + 1
         longer = [ids for ids in alike if len(ids) > place]
@@ -141,39 +162,66 @@ def find_ending(samples: list[Sample]) -> list[int]:
         alike = [ids for ids in longer if ids[-place] == token]
 
 
-def place_token(samples: list[Sample], token: Token) -> tuple[list[Sample], list[int] | None]:
+def place_token(samples: list[Sample], token: Token, side: str = "") -> tuple[list[Sample], list[int] | None]:
     """Return the samples that can be compared at ``token``, and the position that stands for each of them.
 
     ``token`` is one that ``pooling.find_token`` returns. Positions are None for the mean over all tokens. ``ending`` is
     the last position before the ending that nearly all samples share: prepared rows end alike, and where all do, the
     embedding of that token says nothing. Samples without that ending are left out: their last token is not one of the
-    same kind.
+    same kind. ``side``: whose tokens, see ``Sample.list_tokens``.
     """
     if token == "mean":
         return samples, None
     if token == "cls":
         return samples, [0] * len(samples)
-    ending = {"ending": lambda: find_ending(samples), "last": list}[token]()
-    ended = [sample for sample in samples if sample.input_ids[len(sample.input_ids) - len(ending) :] == ending]
-    kept = [sample for sample in ended if len(sample.input_ids) > len(ending)]
-    return kept, [len(sample.input_ids) - len(ending) - 1 for sample in kept]
+    ending = {"ending": lambda: find_ending(samples, side), "last": list}[token]()
+    rows = [(sample, sample.list_tokens(side)) for sample in samples]
+    kept = [(sample, ids) for sample, ids in rows if len(ids) > len(ending) and ids[len(ids) - len(ending) :] == ending]
+    return [sample for sample, _ in kept], [len(ids) - len(ending) - 1 for _, ids in kept]
 
 
-def count_most_common(samples: list[Sample], positions: list[int]) -> int:
-    """Return how many samples have the same token at their position, of the token of which most do."""
-    return max(Counter(sample.input_ids[i] for sample, i in zip(samples, positions)).values())
+def place_tokens(samples: list[Sample], tokens: Mapping[str, Token]) -> tuple[list[Sample], list[list[int] | None]]:
+    """Return the samples that can be compared in each side of a model, and for each side what ``place_token`` returns.
+
+    ``tokens``: that stand for a row, by side.
+    """
+    placed = [place_token(samples, token, side) for side, token in tokens.items()]
+    rows = [{sample.row: i for i, sample in enumerate(kept)} for kept, _ in placed]
+    compared = [sample for sample in samples if all(sample.row in places for places in rows)]
+    return compared, [
+        positions and [positions[places[sample.row]] for sample in compared]
+        for places, (_, positions) in zip(rows, placed)
+    ]
+
+
+def count_most_common(samples: list[Sample], positions: list[int], side: str = "") -> int:
+    """Return how many samples have the same token at their position, of the token of which most do.
+
+    ``side``: whose tokens, see ``Sample.list_tokens``.
+    """
+    return max(Counter(sample.list_tokens(side)[i] for sample, i in zip(samples, positions)).values())
 
 
 def cut_sample(sample: Sample, tokens: int) -> Sample:
-    """Return the first ``tokens`` tokens of a sample, without labels."""
-    types = sample.token_type_ids and sample.token_type_ids[:tokens]
-    return Sample(sample.row, sample.input_ids[:tokens], token_type_ids=types)
+    """Return the first ``tokens`` tokens of a sample, without labels.
+
+    The last of them is the row's own last one, which some classifiers look for.
+    """
+
+    def cut(values: list[int] | None) -> list[int] | None:
+        return values if values is None or len(values) <= tokens else [*values[: tokens - 1], values[-1]]
+
+    ids = cut(sample.input_ids)
+    assert ids is not None, "a row has tokens"
+    return Sample(
+        sample.row, ids, token_type_ids=cut(sample.token_type_ids), decoder_input_ids=cut(sample.decoder_input_ids)
+    )
 
 
 def collate(samples: list[Sample], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Return ``input_ids`` and ``attention_mask`` of shape (samples, longest), int64, padded on the right.
 
-    ``token_type_ids`` too, where the samples have them.
+    ``token_type_ids`` too, where the samples have them, and ``decoder_input_ids`` and ``decoder_attention_mask``.
     """
 
     def pad(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -186,4 +234,8 @@ def collate(samples: list[Sample], pad_token_id: int, device: torch.device) -> d
     if any(sample.token_type_ids for sample in samples):
         types = [sample.token_type_ids or [0] * len(sample.input_ids) for sample in samples]
         batch["token_type_ids"] = pad(types, 0)
+    if any(sample.decoder_input_ids is not None for sample in samples):
+        rows = [sample.list_tokens("decoder") for sample in samples]
+        batch["decoder_input_ids"] = pad(rows, pad_token_id)
+        batch["decoder_attention_mask"] = pad([[1] * len(row) for row in rows], 0)
     return batch

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from axolotl_layersel.layer_names import split_name
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.run import Run
@@ -32,12 +33,13 @@ class LayerSelectionCallback(TrainerCallback):
 
 def describe_plan(plan: Plan) -> dict[str, float]:
     """Return the plan as numbers for the run's trackers, layers with leading zeros so that they sort."""
-    width = len(str(len(plan.layers) - 1))
+    width = len(str(max(split_name(choice.layer)[1] for choice in plan.layers)))
     numbers: dict[str, float] = {"layersel/selected_layers": len(plan.selected)}
     if plan.budget is not None:
         numbers["layersel/parameters"] = plan.budget.spent
     for choice in plan.layers:
-        name = f"{choice.layer:0{width}d}"
+        side, number = split_name(choice.layer)
+        name = f"{side}.{number:0{width}d}".removeprefix(".")
         numbers[f"layersel/selected/{name}"] = int(choice.selected)
         if choice.score is not None:
             numbers[f"layersel/score/{name}"] = choice.score

@@ -13,10 +13,12 @@ import torch
 
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layer_names import LayerName, format_names
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, Token, check_room
 from axolotl_layersel.selection.calibration import Sample, fingerprint, read_samples
+from axolotl_layersel.selection.decoding import give_decoder_inputs
 from axolotl_layersel.selection.labelling import label_samples
 from axolotl_layersel.selection.methods import LABELS, Method, get_method
 from axolotl_layersel.selection.methods.flexora.records import GateHistory
@@ -31,7 +33,7 @@ class Selection:
         run: whose layers are chosen; its trainer has not trained.
         stack: the layers of its model.
         settings: as they take effect.
-        candidates: the layers that may be chosen, ascending.
+        candidates: the positions of the layers that may be chosen, ascending.
         lora_r: the rank that LoRA has without a selection.
         room: the highest rank that the modules have been built for, None where they can be built anew.
     """
@@ -102,24 +104,24 @@ class Choice:
     Attributes:
         modules: names of the LoRA modules that are kept, lowest layer first.
         scores: importance of every layer, None where it has none.
-        unscored: why a layer has no score, by layer.
+        unscored: why a layer has no score, by its name.
         module_scores: importance of the unit of every LoRA module, where other units than layers were chosen.
         gains: what the 1st, 2nd, … rank of every unit that is kept would gain, where the method knows.
         rows: of the dataset, that were looked at, in the order drawn.
         left_out: rows that were drawn, but could not be compared with the others.
-        token: that stood for a row, where one did, see ``pooling.find_token``.
+        token: that stood for a row, where one did, see ``pooling.find_token``; by side where there are two.
         fingerprint: of those rows.
         history: the course of the search, where there was one.
     """
 
     modules: list[str]
     scores: list[float | None]
-    unscored: dict[int, str] = field(default_factory=dict)
+    unscored: dict[LayerName, str] = field(default_factory=dict)
     module_scores: dict[str, float | None] = field(default_factory=dict)
     gains: dict[str, list[float]] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
-    token: Token | None = None
+    token: Token | dict[str, Token] | None = None
     fingerprint: str | None = None
     history: GateHistory | None = None
 
@@ -130,17 +132,17 @@ class Scores:
 
     Attributes:
         values: importance of every layer, None where it has none.
-        unscored: why a layer has no score, by layer.
+        unscored: why a layer has no score, by its name.
         left_out: rows of the samples that could not be compared with the others.
-        token: that stood for a row, where one did, see ``pooling.find_token``.
+        token: that stood for a row, where one did, see ``pooling.find_token``; by side where there are two.
         units: importance of every unit by its name, None where it has none, where they are others than layers.
         gains: what the 1st, 2nd, … rank of every unit would gain, by its name, where the method knows.
     """
 
     values: list[float | None]
-    unscored: dict[int, str] = field(default_factory=dict)
+    unscored: dict[LayerName, str] = field(default_factory=dict)
     left_out: list[int] = field(default_factory=list)
-    token: Token | None = None
+    token: Token | dict[str, Token] | None = None
     units: Mapping[str, float | None] = field(default_factory=dict)
     gains: dict[str, list[float]] = field(default_factory=dict)
 
@@ -155,9 +157,13 @@ def choose_by_score(selection: Selection, score: Callable[[list[Sample]], Scores
     settings, keep = selection.settings, selection.count_kept()
     assert settings.num_samples is not None, "methods that draw rows have a number of them"
     trainer = selection.run.trainer
-    samples = read_samples(trainer.train_dataset, settings.num_samples, settings.seed)
-    reads_labels = selection.method.reads == LABELS
-    scores = score(label_samples(samples, trainer.data_collator, settings.seed) if reads_labels else samples)
+    has_decoder = selection.stack.has_decoder
+    samples = read_samples(trainer.train_dataset, settings.num_samples, settings.seed, has_decoder)
+    if selection.method.reads == LABELS or has_decoder:
+        samples = label_samples(samples, trainer.data_collator, settings.seed, has_decoder)
+    if has_decoder:
+        samples = give_decoder_inputs(samples, selection.run.base)
+    scores = score(samples)
     kept = decide_on_rank_zero(lambda: choose_units(selection, scores, keep))
     left_out = set(scores.left_out)
     scored = [sample for sample in samples if sample.row not in left_out]
@@ -198,26 +204,52 @@ def find_highest_by_layer(selection: Selection, scores: Mapping[str, float | Non
 
 
 def find_candidates(settings: ResolvedSelection, stack: LayerStack) -> list[int]:
-    """Return the layers that may be chosen, ascending.
+    """Return the positions of the layers that may be chosen, ascending.
 
     Raises:
         LayerselError: if a layer named in the settings does not exist or carries no LoRA.
     """
-    last = len(stack.layers) - 1
+    carrying = [stack.names[layer] for layer in sorted(stack.lora_modules)]
     for key in ("layers", "candidates"):
-        named = getattr(settings, key) or []
-        outside = [layer for layer in named if layer > last]
+        named: list[LayerName] = getattr(settings, key) or []
+        check_naming(key, named, stack.has_decoder, "this model")
+        outside = [name for name in named if name not in stack.names]
         if outside:
+            firsts = [stack.side_of.index(side) for side in range(len(stack.sides))]
+            lasts = [first + len(side.layers) - 1 for first, side in zip(firsts, stack.sides)]
+            known = " and ".join(f"{stack.names[first]} to {stack.names[last]}" for first, last in zip(firsts, lasts))
             raise LayerselError(
-                f"layersel.selection.{key}: {outside} are out of range: the model's layers are 0 to {last}."
+                f"layersel.selection.{key}: {format_names(outside)} are out of range: the model's layers are {known}."
             )
-        bare = [layer for layer in named if layer not in stack.lora_modules]
+        bare = [name for name in named if name not in carrying]
         if bare:
             raise LayerselError(
-                f"layersel.selection.{key}: layers {bare} carry no LoRA under these lora_target_modules. "
+                f"layersel.selection.{key}: layers {format_names(bare)} carry no LoRA under these lora_target_modules. "
                 "Remove them from the list, or target modules in them."
             )
-    return sorted(settings.candidates or stack.lora_modules)
+    return [stack.names.index(name) for name in settings.candidates or carrying]
+
+
+def check_naming(key: str, named: list[LayerName], has_decoder: bool, model: str) -> None:
+    """Raise LayerselError for layers that are named as in a model of another kind.
+
+    Args:
+        key: where they are named.
+        named: the layers, all in one way.
+        has_decoder: whether the model has an encoder and a decoder.
+        model: what it is called in the message.
+    """
+    if not named or isinstance(named[0], str) == has_decoder:
+        return
+    kind, way = (
+        ("has an encoder and a decoder", "such as [encoder.3, decoder.0]")
+        if has_decoder
+        else ("has one list of layers", "by their numbers, such as [0, 1, 5]")
+    )
+    raise LayerselError(
+        f"layersel.selection.{key}: {format_names(named)} is not how the layers of {model} are named, which {kind}. "
+        f"Name them {way}."
+    )
 
 
 def count_kept(settings: ResolvedSelection, candidates: int, what: str = "layers") -> int:
@@ -247,7 +279,7 @@ def count_kept(settings: ResolvedSelection, candidates: int, what: str = "layers
 
 def choose_highest(
     scores: list[float | None],
-    unscored: dict[int, str],
+    unscored: Mapping[LayerName, str],
     candidates: list[int],
     keep: int,
     method: Method,
@@ -257,7 +289,7 @@ def choose_highest(
 
     Args:
         scores: of every unit, None where it has none.
-        unscored: why one has none, by its layer.
+        unscored: why one has none, by the name of its layer.
         candidates: positions in ``scores`` that may be chosen.
         keep: how many are.
         method: that made the scores.
@@ -268,7 +300,7 @@ def choose_highest(
     """
     scored = {place: score for place in candidates if (score := scores[place]) is not None}
     if len(scored) < keep:
-        reasons = "; ".join(f"layer {layer}: {reason}" for layer, reason in sorted(unscored.items()))
+        reasons = "; ".join(f"layer {layer}: {reason}" for layer, reason in unscored.items())
         raise LayerselError(
             f"layersel.selection.method: {method.name} could score only {len(scored)} of {len(candidates)} {what}s, "
             f"{keep} are to be kept ({reasons}). {method.way_out}"

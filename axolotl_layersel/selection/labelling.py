@@ -14,11 +14,14 @@ from axolotl_layersel.randomness import keep_random_state
 from axolotl_layersel.selection.calibration import Sample, drop_padding
 
 
-def label_samples(samples: list[Sample], collate: Callable[[list[dict[str, Any]]], Any], seed: int) -> list[Sample]:
+def label_samples(
+    samples: list[Sample], collate: Callable[[list[dict[str, Any]]], Any], seed: int, has_decoder: bool = False
+) -> list[Sample]:
     """Return the samples with labels: those without any as the trainer's collator makes a batch of each of them.
 
     What is masked in a row is drawn from ``seed`` and the row alone. Neither the global random streams nor that of a
     collator with a seed of its own move. Samples that the collator gives no labels either are returned as they are.
+    ``has_decoder``: see ``calibration.read_samples``.
 
     Raises:
         LayerselError: if the collator cannot do without labels.
@@ -27,10 +30,15 @@ def label_samples(samples: list[Sample], collate: Callable[[list[dict[str, Any]]
     if isinstance(collate, DataCollatorForLanguageModeling):
         collate.seed = collate.generator = None
     with keep_random_state():
-        return [sample if sample.labels is not None else label_sample(sample, collate, seed) for sample in samples]
+        return [
+            sample if sample.labels is not None else label_sample(sample, collate, seed, has_decoder)
+            for sample in samples
+        ]
 
 
-def label_sample(sample: Sample, collate: Callable[[list[dict[str, Any]]], Any], seed: int) -> Sample:
+def label_sample(
+    sample: Sample, collate: Callable[[list[dict[str, Any]]], Any], seed: int, has_decoder: bool = False
+) -> Sample:
     """Return one sample as ``collate`` makes a batch of it, see ``label_samples``; this moves the random streams."""
     length = len(sample.input_ids)
     row: dict[str, Any] = {"input_ids": sample.input_ids, "attention_mask": [1] * length}
@@ -52,5 +60,8 @@ def label_sample(sample: Sample, collate: Callable[[list[dict[str, Any]]], Any],
     if labels is None:
         return sample
     mask = batch["attention_mask"][0].tolist() if "attention_mask" in batch else None
-    ids, labels = drop_padding(mask, ids, labels[0].tolist())
-    return Sample(sample.row, ids, labels, sample.token_type_ids)
+    labels = labels[0].tolist()
+    (ids,) = drop_padding(mask, ids)
+    if not has_decoder:
+        (labels,) = drop_padding(mask, labels)
+    return Sample(sample.row, ids, labels, sample.token_type_ids, sample.decoder_input_ids)

@@ -84,19 +84,23 @@ def count_tokens_at_a_time(base: nn.Module, call: Callable[[], torch.Tensor]) ->
         base: a transformers model.
         call: runs it on one short sample and returns the logits, (tokens, vocabulary).
     """
-    body, reason = getattr(base, "base_model", base), None
-    with replaying(body) as replay:
-        logits = call()
-        if body is base or replay.calls != 1 or replay.part is None:
-            reason = "it has no body that returns hidden states for a head to make logits of"
-        else:
-            replay.positions = torch.arange(len(logits), device=replay.hidden.device).flip(0)[: len(logits) // 2 + 1]
-            try:
-                again, expected = call(), logits[replay.positions.to(logits.device)]
-                if again.shape != expected.shape or (again - expected).norm() > ROUNDING * expected.norm():
-                    reason = "the logits of a token depend on the hidden states of others"
-            except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                reason = f"its head does not take the hidden states of some tokens alone ({error})"
+    body = getattr(base, "base_model", base)
+    reason = None if body is not base else "it has no body that is called for hidden states to make logits of"
+    if reason is None:
+        with replaying(body) as replay:
+            logits = call()
+            if replay.calls != 1 or replay.part is None:
+                reason = "it has no body that returns hidden states for a head to make logits of"
+            else:
+                replay.positions = torch.arange(len(logits), device=replay.hidden.device).flip(0)[
+                    : len(logits) // 2 + 1
+                ]
+                try:
+                    again, expected = call(), logits[replay.positions.to(logits.device)]
+                    if again.shape != expected.shape or (again - expected).norm() > ROUNDING * expected.norm():
+                        reason = "the logits of a token depend on the hidden states of others"
+                except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                    reason = f"its head does not take the hidden states of some tokens alone ({error})"
     if reason is None:
         return max(1, LOGITS_AT_A_TIME // logits.shape[-1])
     LOG.debug("layersel: %s computes the logits of all tokens at once: %s", type(base).__name__, reason)

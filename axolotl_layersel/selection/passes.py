@@ -18,7 +18,7 @@ from torch import nn
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.evaluation import evaluating, precision
 from axolotl_layersel.interrupt import stop_if_signalled
-from axolotl_layersel.layers import LayerStack
+from axolotl_layersel.layers import LayerStack, Side
 from axolotl_layersel.randomness import keep_random_state
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.branches import watch_branches
@@ -30,6 +30,8 @@ from axolotl_layersel.selection.choosing import Scores, Selection, conclude, fin
 STREAMED_TOKENS = 16384
 # Of a pass that is also made backward: at 70B the hidden states between the layers take as much.
 STREAMED_TOKENS_BACKWARD = 4096
+# What a layer is given to add its keys and values to, which it would do twice.
+CACHES = ("past_key_values", "past_key_value", "layer_past")
 # What a layer does to its input, summed over each sample's tokens, (samples,): from the layer's inputs and outputs,
 # (samples, tokens, width), the latter before any final norm, and a mask, (samples, tokens), 1 at real tokens.
 Comparison = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -41,7 +43,8 @@ def score_by_tokens(selection: Selection, samples: list[Sample], compare: Compar
     Every rank must call this.
     """
     sums = measure_token_sums(selection, samples, compare)
-    tokens = torch.tensor([len(sample.input_ids) for sample in samples])
+    sides = [side.name for side in list_sides(selection)]
+    tokens = torch.tensor([[len(sample.list_tokens(side)) for side in sides] for sample in samples])
 
     def score(sums: torch.Tensor) -> Scores:
         return arrange_scores(selection, list(average_over_tokens(sums, tokens)))
@@ -54,22 +57,23 @@ def average_over_tokens(sums: torch.Tensor, tokens: torch.Tensor) -> list[float]
 
     Args:
         sums: (samples, places), over each sample's tokens.
-        tokens: (samples,), how many tokens each sample has.
+        tokens: (samples,), or (samples, places) where these differ: how many tokens each sample has there.
     """
-    return (sums.sum(dim=0) / tokens.sum()).tolist()
+    return (sums.sum(dim=0) / tokens.sum(dim=0)).tolist()
 
 
 def measure_token_sums(selection: Selection, samples: list[Sample], compare: Comparison) -> torch.Tensor | None:
     """Return the sum of ``compare`` over each sample's tokens: (samples, places), float64."""
-    run, places = selection.run, len(name_places(selection))
+    run, sides = selection.run, list_sides(selection)
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
         inputs = make_inputs(run, [samples[i] for i in indices])
-        sums = torch.zeros(len(indices), places, dtype=torch.float64)
+        sums = torch.zeros(len(indices), len(sides), dtype=torch.float64)
 
         def record(place: int, before: torch.Tensor, after: torch.Tensor) -> None:
-            mask = inputs["attention_mask"].to(before.device)
-            sums[:, place] = compare(before, after.to(before.device), mask).cpu()
+            mask = get_mask(inputs, sides[place]).to(before.device)
+            before, after = (cut_to(hidden, mask) for hidden in (before, after.to(before.device)))
+            sums[:, place] = compare(before, after, mask).cpu()
 
         with watch_places(selection, record):
             call(run, inputs)
@@ -82,8 +86,16 @@ def measure_token_sums(selection: Selection, samples: list[Sample], compare: Com
 def name_places(selection: Selection) -> list[str]:
     """Return what is measured, as messages call it: every layer, or every unit where units are others."""
     if selection.settings.granularity == "layer":
-        return [f"layer {layer}" for layer in range(len(selection.stack.layers))]
+        return [f"layer {name}" for name in selection.stack.names]
     return [unit.name for unit in selection.units]
+
+
+def list_sides(selection: Selection) -> list[Side]:
+    """Return the side of the model that each place of ``name_places`` is in."""
+    stack = selection.stack
+    if selection.settings.granularity == "layer":
+        return [stack.sides[side] for side in stack.side_of]
+    return [stack.sides[stack.side_of[unit.layer]] for unit in selection.units]
 
 
 def arrange_scores(selection: Selection, values: list[float | None], unscored: dict[int, str] | None = None) -> Scores:
@@ -93,9 +105,10 @@ def arrange_scores(selection: Selection, values: list[float | None], unscored: d
     """
     reasons = unscored or {}
     if selection.settings.granularity == "layer":
-        return Scores(values, reasons)
+        return Scores(values, {selection.stack.names[place]: why for place, why in reasons.items()})
     units = {unit.name: value for unit, value in zip(selection.units, values)}
-    by_layer = {selection.units[place].layer: f"{selection.units[place].name}: {why}" for place, why in reasons.items()}
+    found = [(selection.units[place], why) for place, why in reasons.items()]
+    by_layer = {selection.stack.names[unit.layer]: f"{unit.name}: {why}" for unit, why in found}
     return Scores(find_highest_by_layer(selection, units), by_layer, units=units)
 
 
@@ -136,7 +149,7 @@ def over_samples(
     """Return ``measure`` of every sample, stacked in order, on rank 0; each rank measures its share in batches."""
     ranks, rank = run.engine.list_ranks_with_weights(), collectives.get_rank()
     share = find_share(run, len(samples))
-    mine = sorted(share, key=lambda i: len(samples[i].input_ids))
+    mine = sorted(share, key=lambda i: count_tokens(samples[i]))
     batches = [mine[start : start + size] for start in range(0, len(mine), size)]
     most = math.ceil(math.ceil(len(samples) / len(ranks)) / size)
     if run.engine.runs_in_lockstep:
@@ -159,7 +172,7 @@ def count_fitting(run: Run, samples: list[Sample], with_graph: bool = False) -> 
     Where every pass brings the whole model to the device again, more samples share one: they need the memory of one
     layer's activations, and with a graph that of the hidden states between the layers.
     """
-    longest = max(len(sample.input_ids) for sample in samples)
+    longest = max(map(count_tokens, samples))
     arguments: Any = run.trainer.args
     rows = arguments.per_device_train_batch_size
     if getattr(arguments, "sample_packing", False):
@@ -169,6 +182,11 @@ def count_fitting(run: Run, samples: list[Sample], with_graph: bool = False) -> 
     return rows
 
 
+def count_tokens(sample: Sample) -> int:
+    """Return how many tokens a sample has, those of a decoder of its own with the others."""
+    return len(sample.input_ids) + len(sample.decoder_input_ids or [])
+
+
 def make_inputs(run: Run, samples: list[Sample]) -> dict[str, torch.Tensor]:
     """Return samples as a batch on the trainer's device; any id fills rows up, for it is masked."""
     tokenizer = getattr(run.trainer.processing_class, "tokenizer", run.trainer.processing_class)
@@ -176,11 +194,23 @@ def make_inputs(run: Run, samples: list[Sample]) -> dict[str, torch.Tensor]:
     return collate(samples, 0 if pad_token_id is None else pad_token_id, run.device)
 
 
+def get_mask(inputs: dict[str, torch.Tensor], side: Side) -> torch.Tensor:
+    """Return the mask of what one side of a model reads of a batch, (samples, tokens), 1 at real tokens."""
+    own = inputs.get("decoder_attention_mask") if side.name == "decoder" else None
+    return inputs["attention_mask"] if own is None else own
+
+
+def cut_to(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states of as many tokens as ``mask`` has: LED fills rows up to its window by itself."""
+    return hidden[:, : mask.shape[1]]
+
+
 def call(run: Run, inputs: dict[str, torch.Tensor], logits_to_keep: int = 1) -> Any:
     """Run the model under the adapter, without a cache; logits of the last ``logits_to_keep`` tokens (0: all)."""
     base = run.base
     known = inspect.signature(base.forward).parameters
-    options = {"use_cache": False, "logits_to_keep": logits_to_keep, "token_type_ids": inputs.get("token_type_ids")}
+    optional = ("token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+    options = {"use_cache": False, "logits_to_keep": logits_to_keep, **{key: inputs.get(key) for key in optional}}
     return base(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -267,7 +297,7 @@ def tensors_outside(base: nn.Module, stack: LayerStack) -> list[torch.Tensor]:
     """Return the parameters and buffers that lie in no layer of the stack, each once."""
     found: dict[int, torch.Tensor] = {}
     for name, module in base.named_modules():
-        if not name.startswith(f"{stack.name}."):
+        if not any(f"{name}.".startswith(f"{side.path}.") for side in stack.sides):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 found[id(tensor)] = tensor
     return list(found.values())
@@ -302,21 +332,26 @@ def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None
         if not torch.is_grad_enabled():
             with ready():
                 return original(*args, **kwargs)
-        rest: list[object] = []
+        others: list[tuple] = []  # what the layer returns beside its hidden states, if that is anything
+        named = {**kwargs, **{key: None for key in CACHES if key in kwargs}}
+        given: dict[int | str, Any] = dict([*enumerate(args), *named.items()])
+        # What a decoder reads of its encoder has a gradient too.
+        differentiable = {
+            key: value for key, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad
+        }
+        if not get_hidden(args, kwargs).requires_grad:
+            differentiable[0 if args else "hidden_states"] = get_hidden(args, kwargs).detach().requires_grad_()
 
-        def compute(hidden: torch.Tensor) -> torch.Tensor:
-            positional, named = ((hidden, *args[1:]), {}) if args else ((), {"hidden_states": hidden})
-            output = original(*positional, **{**kwargs, **named})
+        def compute(*tensors: torch.Tensor) -> torch.Tensor:
+            values = {**given, **dict(zip(differentiable, tensors))}
+            output = original(*(values[place] for place in range(len(args))), **{name: values[name] for name in named})
             if isinstance(output, tuple):
-                rest[:] = output[1:]
+                others[:] = [output[1:]]
                 return output[0]
             return output
 
-        hidden = get_hidden(args, kwargs)
-        if not hidden.requires_grad:
-            hidden = hidden.detach().requires_grad_()
-        output = RecomputedLayer.apply(hidden, compute, ready)
-        return (output, *rest) if rest else output
+        output = RecomputedLayer.apply(compute, ready, *differentiable.values())
+        return (output, *others[0]) if others else output
 
     layer.forward = forward
     try:
@@ -331,16 +366,15 @@ class RecomputedLayer(torch.autograd.Function):
     """A layer that is run without a graph, and once more in the backward pass, with its weights whole both times."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, compute: Callable, ready: Callable) -> torch.Tensor:
+    def forward(ctx: Any, compute: Callable, ready: Callable, *tensors: torch.Tensor) -> torch.Tensor:
         ctx.compute, ctx.ready = compute, ready
-        ctx.save_for_backward(hidden)
+        ctx.save_for_backward(*tensors)
         with ready():
-            return compute(hidden)
+            return compute(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        (hidden,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         with torch.enable_grad(), ctx.ready():
-            hidden = hidden.detach().requires_grad_()
-            torch.autograd.backward(ctx.compute(hidden), gradient)
-        return hidden.grad, None, None
+            tensors = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            torch.autograd.backward(ctx.compute(*tensors), gradient)
+        return (None, None, *(tensor.grad for tensor in tensors))

@@ -23,16 +23,20 @@ def is_encoder(base: PreTrainedModel) -> bool:
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not turned
 
 
-def find_token(base: PreTrainedModel, token: str) -> Token:
+def find_token(base: PreTrainedModel, token: str, side: str = "") -> Token:
     """Return the token that stands for a row: ``cls``, ``mean``, ``last``, or ``ending`` for the last one before it.
 
     Args:
         base: a transformers model.
         token: the setting. ``auto`` is an encoder's first token, or the mean where its own pooling is one, and in other
-            models the last token before the ending that nearly all rows share.
+            models the last token before the ending that nearly all rows share. An encoder beside a decoder is not
+            trained to gather a row in any of its tokens, all of which the decoder reads: there it is the mean.
+        side: of the model that is meant, see ``layers.Side``.
     """
     if token != "auto":
         return cast(Token, token)
+    if side == "encoder":
+        return "mean"
     if not is_encoder(base):
         return "ending"
     return "mean" if getattr(base.config, "classifier_pooling", None) in MEANS else "cls"

@@ -3,7 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_layersel.plan import Budget, Plan, Stability, Tower, find_layer
+from axolotl_layersel.layer_names import find_layer
+from axolotl_layersel.plan import Budget, Plan, Stability, Tower
 from axolotl_layersel.selection.args import Token
 from axolotl_layersel.tables import arrange, cell
 from axolotl_layersel.terminal import clean, make_console, make_encodable
@@ -63,7 +64,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         count = f"{len(plan.modules)} of {len(plan.module_scores)} LoRA modules, in {count}"
     console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}")
     if plan.token is not None:
-        console.print(f"layersel: rows were compared at {describe_token(plan.token)}", soft_wrap=True)
+        console.print(f"layersel: rows were compared at {describe_tokens(plan.token)}", soft_wrap=True)
     bar = FULL_BLOCK if make_encodable(FULL_BLOCK, console.encoding) == FULL_BLOCK else "#"
     if plan.budget is not None:
         console.print(describe_budget(plan.ranks, plan.budget), soft_wrap=True)
@@ -72,13 +73,21 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(f"{clean(tower.place)}: {describe_tower(tower, plan.towers)}", soft_wrap=True)
     if plan.stability is not None:
         print_stability(plan.stability, console)
-    for layer, reason in sorted(plan.unscored.items()):
-        console.print(f"layer {layer} is not scored: {clean(reason)}")
+    for choice in plan.layers:
+        if choice.layer in plan.unscored:
+            console.print(f"layer {choice.layer} is not scored: {clean(plan.unscored[choice.layer])}")
 
 
 def describe_token(token: Token) -> str:
     """Return in words at which token rows are compared."""
     return TOKENS[token]
+
+
+def describe_tokens(token: Token | dict[str, Token]) -> str:
+    """Return the same of a plan, for an encoder and a decoder too."""
+    if isinstance(token, str):
+        return describe_token(token)
+    return "; ".join(f"{describe_token(each)} in the {clean(side)}" for side, each in token.items())
 
 
 def describe_budget(ranks: dict[str, int], budget: Budget) -> str:
@@ -114,12 +123,13 @@ def make_module_table(plan: Plan) -> Table:
         table.add_column(cell(heading), justify="right", overflow="fold")
     marks = {name: str(plan.ranks.get(name, "*")) for name in plan.modules}
     width = max(map(len, marks.values()))
-    for layer, row in layers.items():
+    for place, row in layers.items():
+        layer = find_layer(plan.stack, next(iter(row.values())))
         cells = {
             kind: f"{format_score(plan.module_scores[name], 3)} {marks.get(name, ''):>{width}}"
             for kind, name in row.items()
         }
-        table.add_row(cell(layer), *(cells.get(kind, "") for kind in kinds))
+        table.add_row(cell(place if layer is None else str(layer)), *(cells.get(kind, "") for kind in kinds))
     return table
 
 

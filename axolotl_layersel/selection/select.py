@@ -77,7 +77,7 @@ def select_layers(
     stack = find_layer_stack(run.model)
     base_model = run.config.base_model_name_or_path
     reused = decide_on_rank_zero(lambda: find_plan(settings, resume_from, base_model))
-    if reused is None and getattr(base.config, "is_encoder_decoder", False):
+    if reused is None and getattr(base.config, "is_encoder_decoder", False) and not stack.has_decoder:
         check_encoder_decoder(settings, type(base).__name__)
     if continues_adapter and reused is None:
         check_continuing(settings)
@@ -106,7 +106,8 @@ def select_layers(
     else:
         plan, source = reused
         outside = [name for names in stack.towers.values() for name in names]
-        check_model(plan, stack.name, len(stack.layers), stack.lora_modules, outside, source)
+        modules = {stack.names[layer]: names for layer, names in stack.lora_modules.items()}
+        check_model(plan, stack.place, stack.names, modules, outside, source)
         check_lora_rank(plan, capacity.lora_r if capacity else run.config.r, source)
         if settings.plan_check != "ignore":
             check_base_model(plan, base_model, describe_shape(base.config), source)
@@ -149,15 +150,15 @@ def carry_over(plan: Plan, source: Path, output: Path) -> None:
 
 
 def check_encoder_decoder(settings: SelectionArgs, name: str) -> None:
-    """Raise LayerselError for a method that runs rows through the layers as one sequence.
+    """Raise LayerselError for a method that runs rows through a model in which an encoder or a decoder is not found.
 
     ``name``: of the encoder-decoder model.
     """
     if get_method(settings.method).draws_rows:
         raise LayerselError(
-            f"base_model: {name} is an encoder-decoder model, whose layers layersel.selection.method: "
-            f"{settings.method} cannot score: no row runs through all of them. Use one of flexora, "
-            f"{list_data_free()}, which choose among the layers of the decoder."
+            f"base_model: {name} is of a family with an encoder and a decoder, and the layers of both were not found "
+            f"in it, so layersel.selection.method: {settings.method} does not know what each layer reads. Use one of "
+            f"flexora, {list_data_free()}."
         )
 
 
@@ -256,8 +257,8 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
     modules = [name for name in choice.modules if name in ranks] if ranks else choice.modules
     kept = set(modules)
     layers = [
-        LayerChoice(layer=layer, score=score, selected=not kept.isdisjoint(stack.lora_modules.get(layer, [])))
-        for layer, score in enumerate(choice.scores)
+        LayerChoice(layer=name, score=score, selected=not kept.isdisjoint(stack.lora_modules.get(layer, [])))
+        for layer, (name, score) in enumerate(zip(stack.names, choice.scores))
     ]
     plan = Plan(
         method=settings.method,
@@ -266,7 +267,7 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
         towers=settings.towers,
         outside=describe_towers(run, stack),
         unscored=choice.unscored,
-        stack=stack.name,
+        stack=stack.place,
         modules=modules,
         granularity=settings.granularity,
         ranks=ranks,

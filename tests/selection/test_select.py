@@ -233,13 +233,18 @@ def test_towers_can_be_left_without_an_adapter(tmp_path, capsys, unselected):
 
 
 @pytest.mark.parametrize("method", SCORING)
-@pytest.mark.parametrize("make", [make_t5, make_bart])
-def test_a_method_that_scores_refuses_an_encoder_decoder_model(tmp_path, make, method):
-    name = "T5ForConditionalGeneration" if make is make_t5 else "BartForConditionalGeneration"
-    message = rf"^base_model: {name} is an encoder-decoder model, whose layers .*method: {method} cannot score"
+def test_a_method_that_scores_refuses_a_model_of_which_one_side_is_not_found(tmp_path, method):
+    def make_pruned():
+        base = make_t5()
+        del base.encoder.block[3]  # and its configuration still says 4
+        return base
+
+    message = rf"^base_model: T5ForConditionalGeneration is of a family with an encoder.*method: {method} does not know"
     with pytest.raises(LayerselError, match=message):
-        select_with_towers(tmp_path, make=make, targets=r".*\.(q|v|q_proj|v_proj)", method=method, num_samples=12)
+        select_with_towers(tmp_path, make=make_pruned, targets=["q", "v"], method=method, num_samples=12)
     assert not plan_path(tmp_path).exists()
+    _, plan = select_with_towers(tmp_path, make=make_pruned, targets=["q", "v"], num_layers=1)
+    assert (plan.stack, plan.selected, plan.outside[0].place) == ("decoder.block", [3], "encoder")
 
 
 @pytest.mark.trains
@@ -253,8 +258,7 @@ def test_a_search_sees_the_loss_of_an_encoder_decoder_model(tmp_path):
     search = {"steps": 1, "val_samples": 8, "val_batches": 2}
     settings = SelectionArgs(method="flexora", ratio=0.5, unselected="freeze", flexora=search)
     plan = prepare_trainer(trainer, LayerselBlock(selection=settings), continues_adapter=True)
-    assert plan.outside[0].place == "encoder"
-    assert all(name.startswith("decoder.block.") for name in plan.modules)
+    assert plan.outside == [] and len(plan.selected) == 4
     logits, labels = [], []
     with torch.no_grad():
         for row in plan.calibration_rows:
@@ -266,18 +270,23 @@ def test_a_search_sees_the_loss_of_an_encoder_decoder_model(tmp_path):
 
 
 @pytest.mark.trains
+@pytest.mark.parametrize("unselected", ["remove", "freeze"])
 @pytest.mark.parametrize("make", [make_t5, make_bart])
-def test_an_encoder_beside_the_decoder_is_a_tower(tmp_path, make):
+def test_candidates_can_be_those_of_one_side_alone(tmp_path, make, unselected):
     targets = ["q", "v"] if make is make_t5 else ["q_proj", "v_proj"]
-    for towers, outside in (("keep", 8), ("remove", 0)):
-        trainer, plan = select_with_towers(tmp_path / towers, make=make, targets=targets, towers=towers, num_layers=1)
-        assert plan.selected == [3]
-        assert len(plan.modules) == 4, "attention to itself and to the encoder"
-        before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-        assert len(before) == 2 * (4 + outside)
-        trainer.train()
-        after = dict(trainer.model.named_parameters())
-        assert all(not torch.equal(value, after[name]) for name, value in before.items())
+    decoder = [f"decoder.{number}" for number in range(4)]
+    trainer, plan = select_with_towers(
+        tmp_path, make=make, targets=targets, num_layers=1, candidates=decoder, unselected=unselected
+    )
+    assert (plan.selected, plan.outside) == (["decoder.3"], [])
+    assert len(plan.modules) == 4, "attention to itself and to the encoder"
+    left = find_lora_modules(trainer.model.get_base_model())
+    assert len(left) == (4 if unselected == "remove" else 24)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(before) == 2 * 4
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(not torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_a_plan_without_towers_is_applied_again_and_on_resume(tmp_path):

@@ -8,9 +8,10 @@ import torch
 
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layer_names import name_layers
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.args import Token
-from axolotl_layersel.selection.calibration import Sample, are_most, count_most_common, place_token
+from axolotl_layersel.selection.calibration import Sample, are_most, count_most_common, place_tokens
 from axolotl_layersel.selection.choosing import Choice, Scores, Selection, choose_by_score, conclude
 from axolotl_layersel.selection.pooling import find_token
 from axolotl_layersel.selection.report import describe_token
@@ -32,22 +33,25 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
 
     Every rank must call this.
     """
-    setting = selection.settings.token
+    setting, sides = selection.settings.token, selection.stack.sides
     assert setting is not None, "CKA has a token"
-    token = find_token(selection.run.base, setting)
-    compared, positions = place_token(samples, token)
+    tokens = {side.name: find_token(selection.run.base, setting, side.name) for side in sides}
+    compared, positions = place_tokens(samples, tokens)
     rows = {sample.row for sample in compared}
     left_out = [sample.row for sample in samples if sample.row not in rows]
     if collectives.get_rank() == 0:
-        report_token(compared, positions, left_out, setting, token)
-    states = measure_token_states(selection, compared, positions)
+        for (side, token), placed in zip(tokens.items(), positions):
+            report_token(compared, placed, left_out, setting, token, side)
+    states = measure_token_states(selection, compared, *positions)
     places = range(len(passes.name_places(selection)))
-    layers = selection.settings.granularity == "layer"
-    pairs = [(place, place + 1) if layers else (2 * place, 2 * place + 1) for place in places]
+    if selection.settings.granularity == "layer":
+        pairs = [(place + side, place + side + 1) for place, side in zip(places, selection.stack.side_of)]
+    else:
+        pairs = [(2 * place, 2 * place + 1) for place in places]
 
     def score_states(states: torch.Tensor) -> Scores:
         found = passes.arrange_scores(selection, *score_pairs(states, pairs))
-        return dataclasses.replace(found, left_out=left_out, token=token)
+        return dataclasses.replace(found, left_out=left_out, token=tokens.get("", tokens))
 
     return conclude(states, name_states(selection), compared, score_states)
 
@@ -108,14 +112,19 @@ def score_pairs(states: torch.Tensor, pairs: list[tuple[int, int]]) -> tuple[lis
 
 
 def measure_token_states(
-    selection: Selection, samples: list[Sample], positions: list[int] | None
+    selection: Selection, samples: list[Sample], *positions: list[int] | None
 ) -> torch.Tensor | None:
     """Return the hidden states of one token of each sample, fp32 on the CPU.
 
     Of layers they are those of Hugging Face's ``hidden_states``, (samples, layers + 1, width): the embeddings, then
-    each layer's output, the last after the final norm. Of branches they are those before and after each of them,
-    (samples, 2 × branches, width), the last before the final norm. ``positions`` is None for the mean over a sample's
-    tokens. Only the rows asked for are kept of each layer's output.
+    each layer's output, the last after the final norm; of an encoder and then of its decoder, which has embeddings of
+    its own, (samples, layers + 2, width). Of branches they are those before and after each of them,
+    (samples, 2 × branches, width), the last before the final norm. Only the rows asked for are kept of each output.
+
+    Args:
+        selection: by this method.
+        samples: what is measured.
+        positions: of the token in each of them, for each side of the model; None for the mean over its tokens.
     """
     run, stack = selection.run, selection.stack
     layers = selection.settings.granularity == "layer"
@@ -126,37 +135,43 @@ def measure_token_states(
         inputs = passes.make_inputs(run, [samples[i] for i in indices])
         rows.clear()
 
-        def keep(place: int, hidden: torch.Tensor) -> None:
-            if positions is None:
-                mask = inputs["attention_mask"].to(hidden.device)[..., None]
-                kept = (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)
+        def keep(place: int, hidden: torch.Tensor, side: int) -> None:
+            placed = positions[side]
+            if placed is None:
+                mask = passes.get_mask(inputs, stack.sides[side]).to(hidden.device)
+                summed = (passes.cut_to(hidden, mask).float() * mask[..., None]).sum(dim=1)
+                kept = summed / mask.sum(dim=1, keepdim=True)
             else:
-                kept = hidden[torch.arange(len(indices)), [positions[i] for i in indices]]
+                kept = hidden[torch.arange(len(indices)), [placed[i] for i in indices]]
             rows.append((place, kept.float().cpu()))
 
+        def keep_input(layer: int, args: tuple, kwargs: dict) -> None:
+            keep(layer + stack.side_of[layer], passes.get_hidden(args, kwargs), stack.side_of[layer])
+
         def record(place: int, before: torch.Tensor, after: torch.Tensor) -> None:
-            keep(2 * place, before)
-            keep(2 * place + 1, after)
+            side = stack.side_of[selection.units[place].layer]
+            keep(2 * place, before, side)
+            keep(2 * place + 1, after, side)
+
+        def keep_end(side: int, output: object) -> None:
+            layers = [layer for layer, of in enumerate(stack.side_of) if of == side]
+            keep(layers[-1] + side + 1, passes.get_output(output), side)
 
         with contextlib.ExitStack() as watching:
             if layers:
-                watching.enter_context(
-                    passes.hook_layers(stack, lambda layer, *given: keep(layer, passes.get_hidden(*given)), None)
-                )
-                watching.enter_context(
-                    passes.handle_removed(
-                        stack.owner.register_forward_hook(
-                            lambda module, args, output: keep(len(stack.layers), passes.get_output(output))
-                        )
+                watching.enter_context(passes.hook_layers(stack, keep_input, None))
+                for number, side in enumerate(stack.sides):
+                    handle = side.owner.register_forward_hook(
+                        lambda module, args, output, number=number: keep_end(number, output)
                     )
-                )
+                    watching.enter_context(passes.handle_removed(handle))
             else:
                 watching.enter_context(passes.watch_places(selection, record))
             passes.call(run, inputs)
         rows.sort(key=lambda row: row[0])
         if [place for place, _ in rows] != list(range(expected)):
             raise LayerselError(
-                f"layersel.selection.method: {type(stack.owner).__name__} does not run each of its "
+                f"layersel.selection.method: {type(run.base).__name__} does not run each of its "
                 f"{len(stack.layers)} layers once in a forward pass; such models are not supported."
             )
         # Rows of their own: a view is sent to rank 0 with the storage of the whole batch.
@@ -170,12 +185,16 @@ def name_states(selection: Selection) -> list[str]:
     """Return what ``measure_token_states`` measures, as messages call it."""
     places = passes.name_places(selection)
     if selection.settings.granularity == "layer":
-        return ["the embeddings", *places]
+        states = []
+        for number, side in enumerate(selection.stack.sides):
+            states.append(f"the embeddings of the {side.name}" if side.name else "the embeddings")
+            states += [place for place, of in zip(places, selection.stack.side_of) if of == number]
+        return states
     return [f"{side} {place}" for place in places for side in ("the input of", "the output of")]
 
 
 def report_token(
-    samples: list[Sample], positions: list[int] | None, left_out: list[int], setting: str, token: Token
+    samples: list[Sample], positions: list[int] | None, left_out: list[int], setting: str, token: Token, side: str = ""
 ) -> None:
     """Log which token stands for a row, which rows are not scored, and a warning where that token says little.
 
@@ -185,8 +204,10 @@ def report_token(
         left_out: rows that are not.
         setting: the value of ``token``.
         token: what it comes to in this model.
+        side: of the model, see ``layers.Side``, that it comes to that in.
     """
-    LOG.info("layersel: token: %s: rows are compared at %s", setting, describe_token(token))
+    where = f" in the {side}" if side else ""
+    LOG.info("layersel: token: %s: rows are compared at %s%s", setting, describe_token(token), where)
     if left_out:
         LOG.warning(
             "layersel: token: %s: %d of the %d rows drawn lack the ending that the others share, as rows do that are "
@@ -196,14 +217,15 @@ def report_token(
             len(samples) + len(left_out),
             ", ".join(map(str, left_out)),
         )
-    alike = 0 if positions is None else count_most_common(samples, positions)
+    alike = 0 if positions is None else count_most_common(samples, positions, side)
     if are_most(alike, len(samples)):
         LOG.warning(
             "layersel: token: %s: %d of %d rows have the same token there, so its embedding says next to nothing about "
-            "a row, and the score of layer 0 hangs on few rows or on none. %s",
+            "a row, and the score of layer %s hangs on few rows or on none. %s",
             setting,
             alike,
             len(samples),
+            name_layers({side: 1})[0],
             # Of a first token `auto` may have made this choice too.
             "Use `token: auto` or `mean`." if token == "last" else "Use `token: mean`.",
         )

@@ -14,18 +14,19 @@ def choose_random(selection: Selection) -> Choice:
 
 
 def choose_first(selection: Selection) -> Choice:
-    """Return the lowest candidates."""
+    """Return the lowest candidates, of an encoder's before those of its decoder."""
     return keep(selection, selection.candidates[: selection.count_kept()])
 
 
 def choose_last(selection: Selection) -> Choice:
-    """Return the highest candidates."""
+    """Return the highest candidates, of a decoder's before those of its encoder."""
     return keep(selection, selection.candidates[len(selection.candidates) - selection.count_kept() :])
 
 
 def choose_explicit(selection: Selection) -> Choice:
     """Return the layers that the settings list."""
-    return keep(selection, sorted(selection.settings.layers or []))
+    stack = selection.stack
+    return keep(selection, [stack.names.index(name) for name in selection.settings.layers or []])
 
 
 def keep(selection: Selection, layers: list[int]) -> Choice:

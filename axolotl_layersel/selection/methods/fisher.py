@@ -34,7 +34,8 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
             return sums, torch.stack([weights[place].sum() for place in places])
 
         layers = [selection.stack.lora_modules.get(layer, []) for layer in range(len(selection.stack.layers))]
-        values, unscored = score_layers(*add_up(layers))
+        values, bare = score_layers(*add_up(layers))
+        unscored = {selection.stack.names[layer]: why for layer, why in bare.items()}
         if selection.settings.granularity == "layer":
             return Scores(values, unscored)
         found, _ = score_layers(*add_up([unit.modules for unit in selection.units]))
@@ -90,21 +91,17 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample], modul
     run = selection.run
     watched = [run.lora_modules[name] for name in modules]
     squares = torch.zeros(0)
-    tokens = 0  # of each row of a batch
 
     def add(place: int, given: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-        inputs, outputs = (
-            [split_rows(value, len(squares), tokens) for value in values] for values in (given, gradients)
-        )
+        inputs, outputs = ([split_rows(value, len(squares)) for value in values] for values in (given, gradients))
         # Rows are filled up with tokens of no gradient. The gradients of several calls add up before they are squared.
         for row in range(len(squares)):
             x, g = (torch.cat([value[row].flatten(0, -2) for value in values]) for values in (inputs, outputs))
             squares[row, place] += ghost_norm(x, g).to(squares.device)
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
-        nonlocal squares, tokens
+        nonlocal squares
         batch = [samples[i] for i in indices]
-        tokens = max(len(sample.input_ids) for sample in batch)
         squares = torch.zeros(len(batch), len(modules), dtype=torch.float64)
         backward(batch)
         finish()

@@ -107,7 +107,6 @@ def measure_sketches(
     watched = [lora[name] for name in modules]
     sketches: list[torch.Tensor] = []
     drawn: dict[int, torch.Tensor] = {}
-    tokens = 0  # of each row of a batch
     sums = torch.zeros(0)
     halves: list[torch.Tensor] = []  # of a batch: which of its rows are in each half
 
@@ -124,7 +123,7 @@ def measure_sketches(
             add_call(place, given, gradient)
 
     def add_call(place: int, given: torch.Tensor, gradient: torch.Tensor) -> None:
-        given, gradient = (split_rows(values, len(sums), tokens) for values in (given, gradient))
+        given, gradient = (split_rows(values, len(sums)) for values in (given, gradient))
         projected = given.to(gradient.dtype) @ drawn[given.shape[-1]].to(gradient.device, gradient.dtype)
         sums[:, place] += gradient.flatten(1).float().sum(dim=1).to(sums.device)
         for half, chosen in zip(sketches[place], halves):
@@ -132,9 +131,8 @@ def measure_sketches(
             half += (left.T @ right).to(half.device)
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
-        nonlocal sums, tokens
+        nonlocal sums
         batch = [samples[i] for i in indices]
-        tokens = max(len(sample.input_ids) for sample in batch)
         sums = torch.zeros(len(batch), len(modules), dtype=torch.float64)
         halves[:] = [
             torch.tensor([row for row, i in enumerate(indices) if i in share and i % 2 == parity], dtype=torch.int64)
