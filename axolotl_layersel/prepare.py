@@ -10,7 +10,7 @@ from transformers import Trainer
 from axolotl_layersel import adapters, trainers
 from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.callback import InterruptCallback, RestoreCallback, TidyCallback
+from axolotl_layersel.callback import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.interrupt import outlive_signals
@@ -21,7 +21,7 @@ from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import read_state, state_path
 from axolotl_layersel.plan import Plan, plan_path
 from axolotl_layersel.run import Run
-from axolotl_layersel.saving import complete_saves
+from axolotl_layersel.saving import complete_saves, list_records
 from axolotl_layersel.selection.methods.flexora.records import gates_path
 from axolotl_layersel.selection.select import select_layers
 from axolotl_layersel.writer import AdapterWriter
@@ -100,6 +100,7 @@ def prepare_trainer(
     ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
     trainer.add_callback(RestoreCallback(run, resume_from, restore))
+    trainers.restore_best_model_by(trainer, restore)
     trainers.respect_stop_before_first_step(trainer)
     if resume_from:
         # A run that was not killed had no such evaluation, and early stopping would count it.
@@ -110,6 +111,7 @@ def prepare_trainer(
         trainer.add_callback(RankCallback(ranks, resume_from))
     writer = AdapterWriter(run, ranks.fold if ranks else None)
     trainer.add_callback(TidyCallback(list_foreign_files(settings, run.output_dir)))
+    trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))
     vars(trainer)["save_adapter"] = complete_saves(run, writer, plan, ranks)
     return plan

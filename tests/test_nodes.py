@@ -1,0 +1,222 @@
+"""Two nodes without a shared disk: whole runs of Axolotl on every engine, and what is needed to resume them."""
+
+import json
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import Run, RunsByEngine, l1ra, selection
+from nodes import Node, make_nodes
+from test_runs import difference
+
+ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
+# Updates after steps 2 and 4. The best checkpoint is the first one, see test_runs.
+SETTINGS = {
+    "layersel": {
+        **selection("cka", ratio=0.5)["layersel"],
+        **l1ra(update_ratio=1 / 3, last_update=0.8, move_ratio=0.3)["layersel"],
+    },
+    "max_steps": 6,
+    "eval_steps": 2,
+    "val_set_size": 0.1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,
+    "save_total_limit": 10,
+}
+MODEL_LOADS = "Loading weights"
+SECONDS = 30  # a run that is refused takes 4 on an idle machine; a rank that waits for one that is gone takes minutes
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+RECORDS = ("layersel/plan.json", "layersel/ranks.csv")
+LACKS = re.compile(
+    r"(?P<reader>process(?:es)? [^;]+?) on \S+ cannot read (?P<files>.+?), which process (?P<holder>\d+)"
+)
+
+
+@dataclass
+class NodesRun:
+    """A run on two nodes: what each has on its disk, exit codes, all logs, and the seconds that it took."""
+
+    on: list[Run]
+    codes: list[int]
+    log: str
+    seconds: float
+
+    def read(self, name: str) -> list[bytes]:
+        """Return the content of a file on each node."""
+        return [(run.folder / name).read_bytes() for run in self.on]
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    with make_nodes(tmp_path_factory.mktemp("nodes")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def configure(nodes, make_config):
+    """Return a function that writes a YAML file for each node, for a run into the same folder of their disks."""
+
+    def write(engine: str, output: str, elsewhere: dict | None = None, **settings) -> list[Path]:
+        root = nodes[0].root
+        settings = {"dataset_prepared_path": str(root / "prepared"), **settings}
+        others = [{}, elsewhere or {}]
+        return [make_config(engine, output=root / output, **{**settings, **other})[0] for other in others]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def train_on_nodes(nodes, zygote, configure):
+    """Return a function that trains with real Axolotl on both nodes, and returns the finished run.
+
+    ``local``: processes of a node; ``elsewhere``: settings that the second node has differently.
+    """
+    runs = []
+
+    def run(engine: str, *, expect: int = 0, output: str | None = None, local: int = 1, **settings) -> NodesRun:
+        runs.append(engine)
+        output = output or f"run-{len(runs)}"
+        paths = configure(engine, output, **settings)
+        log = paths[0].with_suffix(f".{len(runs)}.log")
+        args = [{"config": str(path)} for path in paths for _ in range(local)]
+        described = [node.describe() for node in nodes]
+        begun = time.monotonic()
+        codes = zygote.run("axolotl.cli.train:do_cli", args, len(args), log, {}, nodes=described)
+        seconds = time.monotonic() - begun
+        text = "\n".join(Path(f"{log}.{rank}").read_text() for rank in range(len(args)))
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+        assert codes == [expect] * len(args), f"exit codes {codes}\n{text[-6000:]}"
+        return NodesRun([Run(node.disk / output, codes, text) for node in nodes], codes, text, seconds)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(train) -> Run:
+    """The same run in one process."""
+    return train("single", **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(train_on_nodes) -> dict[str, NodesRun]:
+    return RunsByEngine(lambda engine: train_on_nodes(engine, **SETTINGS))
+
+
+def check_equal(run: NodesRun, alone: Run) -> None:
+    """Compare a run on two nodes with one in one process; tolerances as in test_runs."""
+    first = run.on[0]
+    assert first.plan["calibration_rows"] == alone.plan["calibration_rows"]
+    assert first.selected == alone.selected and len(alone.selected) == 4
+    for one, two in zip(alone.plan["layers"], first.plan["layers"], strict=True):
+        assert two["score"] == pytest.approx(one["score"], abs=1e-5)
+    assert len({tuple(ranks.values()) for ranks in alone.ranks().values()}) > 2, "ranks moved more than once"
+    assert run.read("layersel/ranks.csv") == [(alone.folder / "layersel/ranks.csv").read_bytes()] * 2
+    assert first.losses() == pytest.approx(alone.losses(), abs=2e-5)
+    assert difference(first.adapter("checkpoint-6"), alone.adapter("checkpoint-6")) <= 5e-5
+
+
+def check_same_on_both(run: NodesRun) -> None:
+    """Compare what the two nodes have at the end of a run."""
+    for name in (*ADAPTER, *RECORDS):
+        first, second = run.read(name)
+        assert first == second, name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_nodes_choose_move_rank_and_train_as_one_process_does(whole_runs, alone, engine):
+    run = whole_runs[engine]
+    assert run.on[0].engine["engine"] == engine.split("-")[0] and run.on[0].engine["processes"] == 2
+    check_equal(run, alone)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_both_nodes_have_the_best_adapter_at_the_end_byte_for_byte(whole_runs, engine):
+    run = whole_runs[engine]
+    check_same_on_both(run)
+    best = run.on[0]
+    assert difference(best.adapter(), best.adapter("checkpoint-2")) <= 1e-7
+    assert best.pattern() == best.pattern(place="checkpoint-2") == best.ranks()[2] != best.ranks()[4]
+
+
+def copy_checkpoint(run: NodesRun, nodes: list[Node], output: str, name: str = "checkpoint-4") -> None:
+    """Let each node have its own part of a checkpoint of a run, in a folder of its own."""
+    for one, node in zip(run.on, nodes):
+        shutil.copytree(one.folder / name, node.disk / output / name)
+
+
+def copy_lacking(message: str, nodes: list[Node], output: str, name: str = "checkpoint-4") -> list[str]:
+    """Copy the files that ``message`` says to copy to where it says, and return their patterns."""
+    copied = []
+    for match in LACKS.finditer(message):
+        reader = nodes[int(re.search(r"\d+", match["reader"])[0])]
+        holder = nodes[int(match["holder"])]
+        for pattern in re.split(r", | and ", match["files"]):
+            (path,) = (holder.disk / output / name).glob(pattern)
+            target = reader.disk / output / name / path.relative_to(holder.disk / output / name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
+            copied.append(pattern)
+    return copied
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nodes_that_lack_files_end_at_once_with_what_to_copy_and_resume_exactly_once_it_is_there(
+    whole_runs, train_on_nodes, nodes, engine
+):
+    whole, output = whole_runs[engine], f"resumed-{engine}"
+    copy_checkpoint(whole, nodes, output)
+    settings = {**SETTINGS, "auto_resume_from_checkpoints": True, "output": output}
+    refused = train_on_nodes(engine, expect=1, **settings)
+    (message,) = set(re.findall(r"LayerselError: (.*)", refused.log))
+    assert refused.log.count(f"LayerselError: {message}") == 2, "every rank says it, once"
+    place = nodes[0].root / output / "checkpoint-4"
+    assert message.startswith(f"resume_from_checkpoint: of {place} process ")
+    assert f"process 1 on {nodes[1].name} cannot read " in message
+    assert MODEL_LOADS not in refused.log and refused.seconds < SECONDS
+    print(engine, f"refused in {refused.seconds:.1f} s:", message)
+    assert "trainer_state.json" in copy_lacking(message, nodes, output)
+    resumed = train_on_nodes(engine, **settings)
+    assert (resumed.on[0].folder / "weights_at_4.safetensors").exists(), "it did not resume at step 4"
+    assert resumed.read("layersel/ranks.csv") == whole.read("layersel/ranks.csv")
+    assert difference(whole.on[0].adapter("checkpoint-6"), resumed.on[0].adapter("checkpoint-6")) <= 1e-6
+    assert difference(whole.on[0].adapter(), resumed.on[0].adapter()) <= 1e-6
+    check_same_on_both(resumed)
+
+
+def test_a_checkpoint_of_another_run_on_the_second_node_is_refused(whole_runs, train_on_nodes, nodes):
+    copy_checkpoint(whole_runs["zero2"], nodes, "mixed")
+    path = nodes[0].disk / "mixed" / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    next(entry for entry in state["log_history"] if "loss" in entry)["loss"] += 0.5
+    (nodes[1].disk / "mixed" / "checkpoint-4" / path.name).write_text(json.dumps(state))
+    settings = {**SETTINGS, "auto_resume_from_checkpoints": True, "output": "mixed"}
+    refused = train_on_nodes("zero2", expect=1, **settings)
+    place = nodes[0].root / "mixed" / "checkpoint-4"
+    assert refused.log.count(f"LayerselError: resume_from_checkpoint: of {place} process 1 on") == 2, "files come first"
+    copy_lacking(re.search(r"LayerselError: (.*)", refused.log)[1], nodes, "mixed")
+    (nodes[1].disk / "mixed" / "checkpoint-4" / path.name).write_text(json.dumps(state))
+    refused = train_on_nodes("zero2", expect=1, **settings)
+    assert refused.log.count(f"LayerselError: output_dir: {place} of process 1") == 2
+    assert "their losses in trainer_state.json differ" in refused.log
+    assert MODEL_LOADS not in refused.log and refused.seconds < SECONDS
+
+
+def test_a_node_that_was_given_the_other_ones_number_is_told_what_to_copy(whole_runs, train_on_nodes, nodes):
+    """As when a scheduler starts the job again: what was the first node is the second one now."""
+    for one, node in zip(whole_runs["zero3"].on[::-1], nodes):
+        shutil.copytree(one.folder / "checkpoint-4", node.disk / "swapped" / "checkpoint-4")
+    settings = {**SETTINGS, "auto_resume_from_checkpoints": True, "output": "swapped"}
+    refused = train_on_nodes("zero3", expect=1, **settings)
+    (message,) = set(re.findall(r"LayerselError: (.*)", refused.log))
+    assert "rng_state_0.pth" in copy_lacking(message, nodes, "swapped") and "process 1 on" in message
+
+
+def test_output_folders_that_differ_between_nodes_are_refused(train_on_nodes, nodes):
+    other = str(nodes[0].root / "elsewhere")
+    refused = train_on_nodes("ddp", expect=1, output="here", elsewhere={"output_dir": other}, **SETTINGS)
+    assert refused.log.count(f"LayerselError: output_dir: '{other}' on rank 1, '{nodes[0].root / 'here'}' on rank") == 2
+    assert MODEL_LOADS not in refused.log
