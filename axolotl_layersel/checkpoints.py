@@ -197,13 +197,20 @@ def wrote_others(checkpoint: Path) -> bool:
     """
     kind, world = find_launched_class(), collectives.count_ranks()
     writers = count_writers(checkpoint)
-    if writers in (None, world):
+    if writers is None or writers == world:
         return False
     if not kind.resumes_with_others:
         raise LayerselError(
             f"resume_from_checkpoint: {checkpoint} was written by {describe_count(writers)}, and this run has {world}. "
             f"Under {kind.title} a run resumes with as many processes as it had: start that many, or begin a new run "
             "from the adapter in it with lora_model_dir."
+        )
+    if collectives.get_rank() == 0:
+        LOG.warning(
+            "layersel: %s was written by %s, and this run has %d: random streams, such as dropout's, begin anew",
+            checkpoint,
+            describe_count(writers),
+            world,
         )
     return True
 

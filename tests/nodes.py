@@ -62,15 +62,15 @@ def make_nodes(folder: Path) -> Iterator[list[Node]]:
         disk.mkdir()
     with contextlib.ExitStack() as stack:
         try:
-            yield_nodes = stack.enter_context(make_namespaces(folder, disks))
+            made = stack.enter_context(make_namespaces(folder, disks))
         except (OSError, subprocess.CalledProcessError) as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip()
             print(f"no namespaces ({reason}): the nodes are two loopback addresses with folders of their own")
-            yield_nodes = [
+            made = [
                 Node(os.uname().nodename, f"127.0.0.{index + 1}", disk, Path(), None)
                 for index, disk in enumerate(disks)
             ]
-        yield yield_nodes
+        yield made
 
 
 @contextlib.contextmanager

@@ -2,13 +2,14 @@
 
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import make_lora, make_small_llama, make_trainer
 from transformers import TrainerState
 
 from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.checkpoints import find_fault, find_resumed_checkpoint, list_checkpoints
+from axolotl_layersel.checkpoints import View, describe_copies, find_fault, find_resumed_checkpoint, list_checkpoints
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.prepare import prepare_trainer
@@ -156,3 +157,43 @@ def test_the_message_says_why_a_file_is_not_there(run):
         "optimizer.pt is missing, as is all state of the optimizer, which `save_only_model: true` leaves out"
     )
     assert find_fault(run / "checkpoint-99", BLOCK, 0, 1) == "there is no such folder"
+
+
+@pytest.mark.parametrize(
+    ("variables", "title"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, "FSDP2"),
+    ],
+)
+def test_a_checkpoint_of_several_processes_is_refused_on_one_where_the_engine_cannot_resume(
+    run, monkeypatch, variables, title
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for checkpoint in run.iterdir():
+        for rank in (0, 3):
+            shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    with pytest.raises(LayerselError) as error:
+        find(run)
+    said = f"checkpoint-10 was written by 4 processes, and this run has 1. Under {title} a run resumes with as many"
+    assert said in str(error.value)
+
+
+def test_a_checkpoint_of_several_processes_is_resumed_from_on_one_with_a_warning(run, caplog):
+    (run / "checkpoint-10" / "rng_state.pth").rename(run / "checkpoint-10" / "rng_state_0.pth")
+    with caplog.at_level(logging.WARNING, "axolotl.layersel"):
+        assert find(run) == str(run / "checkpoint-10")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "was written by 2 processes, and this run has 1" in message
+
+
+def test_the_message_for_nodes_that_lack_files_names_each_node_once():
+    views = [
+        View(host, faults, None) for host, faults in (("a", {}), ("a", {}), ("b", {"x": "", "y": ""}), ("b", {"x": ""}))
+    ]
+    message = describe_copies(Path("run"), views, [["x"], [], ["x"], ["y"]])
+    assert message.startswith(
+        "resume_from_checkpoint: of run processes 2 and 3 on b cannot read x, which process 0 on a has; processes 2 "
+        "and 3 on b cannot read y, which process 3 on b has. Every node reads its own disk: copy these files there"
+    )

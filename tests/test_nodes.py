@@ -1,15 +1,17 @@
 """Two nodes without a shared disk: whole runs of Axolotl on every engine, and what is needed to resume them."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Run, RunsByEngine, l1ra, selection
-from nodes import Node, make_nodes
+from conftest import ENVIRONMENT, Run, RunsByEngine, l1ra, selection
+from nodes import INTERFACE, Node, make_nodes
 from test_runs import difference
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
@@ -220,3 +222,95 @@ def test_output_folders_that_differ_between_nodes_are_refused(train_on_nodes, no
     refused = train_on_nodes("ddp", expect=1, output="here", elsewhere={"output_dir": other}, **SETTINGS)
     assert refused.log.count(f"LayerselError: output_dir: '{other}' on rank 1, '{nodes[0].root / 'here'}' on rank") == 2
     assert MODEL_LOADS not in refused.log
+
+
+# On two nodes of two processes each, a process has one row of a step of four.
+FOUR = {**SETTINGS, "micro_batch_size": 1}
+
+
+def test_two_nodes_with_two_processes_each_do_as_one_process_does(train_on_nodes, train):
+    run = train_on_nodes("zero3", local=2, **FOUR)
+    assert run.on[0].engine == {**run.on[0].engine, "engine": "zero3", "processes": 4}
+    check_equal(run, train("single", **{**FOUR, "micro_batch_size": 4}))
+    check_same_on_both(run)
+
+
+# --- As many processes as there happen to be ----------------------------------------------------------------------
+
+
+def test_a_run_on_two_nodes_goes_on_in_one_process_and_back(whole_runs, train, train_on_nodes, nodes, tmp_path):
+    whole = whole_runs["ddp"]
+    shutil.copytree(whole.on[0].folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    settings = {**SETTINGS, "auto_resume_from_checkpoints": True}
+    shorter = train("single", output=tmp_path, **settings)
+    warning = "was written by 2 processes, and this run has 1: random streams, such as dropout's, begin anew"
+    assert f"checkpoint-2 {warning}" in shorter.log
+    for node in nodes:
+        shutil.copytree(tmp_path / "checkpoint-4", node.disk / "elastic" / "checkpoint-4")
+    wider = train_on_nodes("ddp", output="elastic", **settings)
+    assert "checkpoint-4 was written by one process, and this run has 2" in wider.log
+    for run, step in ((shorter, 2), (wider.on[0], 4)):
+        assert (run.folder / f"weights_at_{step}.safetensors").exists(), f"it did not resume at step {step}"
+        assert run.ranks() == whole.on[0].ranks()
+        # As between one and two processes in test_runs.
+        assert difference(run.adapter("checkpoint-6"), whole.on[0].adapter("checkpoint-6")) <= 5e-5
+    check_same_on_both(wider)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2-sharded"])
+def test_engines_that_cannot_resume_with_other_processes_say_so_before_the_model_loads(
+    whole_runs, train_on_nodes, nodes, engine
+):
+    output = f"wider-{engine}"
+    copy_checkpoint(whole_runs[engine], nodes, output)
+    settings = {**FOUR, "auto_resume_from_checkpoints": True}
+    refused = train_on_nodes(engine, expect=1, local=2, output=output, **settings)
+    place = nodes[0].root / output / "checkpoint-4"
+    said = f"LayerselError: resume_from_checkpoint: {place} was written by 2 processes, and this run has 4. Under "
+    assert refused.log.count(said) == 4
+    assert MODEL_LOADS not in refused.log and refused.seconds < SECONDS
+
+
+# --- Started by hand ----------------------------------------------------------------------------------------------
+
+
+def launch(nodes: list[Node], paths: list[Path], *words: str) -> str:
+    """Run a launcher on each node as a user does, with ``{rank}``, ``{host}`` and ``{config}`` in its words filled in.
+
+    Returns:
+        What both printed.
+    """
+    running = []
+    for rank, (node, path) in enumerate(zip(nodes, paths)):
+        filled = [word.format(rank=rank, host=nodes[0].address, config=path) for word in words]
+        environment = {**os.environ, **ENVIRONMENT, **({"GLOO_SOCKET_IFNAME": INTERFACE} if node.holder else {})}
+        with open(path.with_suffix(f".{rank}.log"), "w") as log:
+            running.append(subprocess.Popen([*node.enter(), *filled], env=environment, stdout=log, stderr=log))
+    codes = [process.wait(timeout=240) for process in running]
+    text = "\n".join(path.with_suffix(f".{rank}.log").read_text() for rank, path in enumerate(paths))
+    assert codes == [0, 0], text[-6000:]
+    return text
+
+
+@pytest.mark.parametrize(
+    ("engine", "command"),
+    [
+        (
+            "ddp",
+            "accelerate launch --multi_gpu --num_machines 2 --num_processes 2 --machine_rank {rank}"
+            " --main_process_ip {host} --main_process_port 29517 -m axolotl.cli.train {config}",
+        ),
+        (
+            "zero2",
+            "torchrun --nnodes 2 --nproc_per_node 1 --node_rank {rank} --master_addr {host} --master_port 29518"
+            " -m axolotl.cli.train {config}",
+        ),
+    ],
+)
+def test_the_launchers_start_two_nodes(nodes, configure, alone, engine, command):
+    paths = configure(engine, f"launched-{engine}", **SETTINGS)
+    text = launch(nodes, paths, *command.split())
+    run = NodesRun([Run(node.disk / f"launched-{engine}", [0, 0], text) for node in nodes], [0, 0], text, 0)
+    assert run.on[0].engine["engine"] == engine and run.on[0].engine["processes"] == 2
+    check_equal(run, alone)
+    check_same_on_both(run)
