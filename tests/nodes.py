@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,10 @@ def make_nodes(folder: Path) -> Iterator[list[Node]]:
             made = stack.enter_context(make_namespaces(folder, disks))
         except (OSError, subprocess.CalledProcessError) as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip()
-            print(f"no namespaces ({reason}): the nodes are two loopback addresses with folders of their own")
+            warnings.warn(
+                f"no namespaces ({reason}): the nodes are two loopback addresses with folders of their own",
+                stacklevel=2,
+            )
             made = [
                 Node(os.uname().nodename, f"127.0.0.{index + 1}", disk, Path(), None)
                 for index, disk in enumerate(disks)
@@ -89,7 +93,7 @@ def make_namespaces(folder: Path, disks: list[Path]) -> Iterator[list[Node]]:
         nodes = []
         for index, disk in enumerate(disks):
             holder = subprocess.Popen(
-                # The second shell says when the namespaces are there.
+                # The shell says when the namespaces are there.
                 ["unshare", "--net", "--mount", "--uts", "sh", "-c", "echo; exec sleep infinity"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """Two nodes without a shared disk: whole runs of Axolotl on every engine, and what is needed to resume them."""
 
+import fnmatch
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, Run, RunsByEngine, l1ra, selection
+from conftest import ENVIRONMENT, ROOT, Run, RunsByEngine, l1ra, selection
 from nodes import INTERFACE, Node, make_nodes
 from test_runs import difference
 
@@ -28,6 +29,14 @@ SETTINGS = {
     "metric_for_best_model": "eval_loss",
     "greater_is_better": True,
     "save_total_limit": 10,
+}
+# Of the README's table of files.
+ROWS = {
+    "ddp": "DDP",
+    "zero2": "ZeRO-1, ZeRO-2",
+    "zero3": "ZeRO-3",
+    "fsdp2-full": "FSDP2, `FULL_STATE_DICT`",
+    "fsdp2-sharded": "FSDP2, `SHARDED_STATE_DICT`",
 }
 MODEL_LOADS = "Loading weights"
 SECONDS = 30  # a run that is refused takes 4 on an idle machine; a rank that waits for one that is gone takes minutes
@@ -165,6 +174,16 @@ def copy_lacking(message: str, nodes: list[Node], output: str, name: str = "chec
     return copied
 
 
+def check_documented(engine: str, copied: list[str]) -> None:
+    """Compare the files that were lacking with those in the README's table, where they are patterns and folders."""
+    section = (ROOT / "README.md").read_text().split("\n### Nodes without a shared disk\n")[1]
+    row = re.search(rf"^\| {ROWS[engine]} \| (.*?) \|", section, flags=re.MULTILINE)[1]
+    named = re.findall(r"`([^`]+\.\w+|latest|\w+/)`", row)
+    patterns = [f"{name}*" if name.endswith("/") else name for name in named]
+    matches = {pattern: fnmatch.filter(copied, pattern) for pattern in patterns}
+    assert all(matches.values()) and {name for names in matches.values() for name in names} == set(copied), matches
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nodes_that_lack_files_end_at_once_with_what_to_copy_and_resume_exactly_once_it_is_there(
     whole_runs, train_on_nodes, nodes, engine
@@ -179,8 +198,7 @@ def test_nodes_that_lack_files_end_at_once_with_what_to_copy_and_resume_exactly_
     assert message.startswith(f"resume_from_checkpoint: of {place} process ")
     assert f"process 1 on {nodes[1].name} cannot read " in message
     assert MODEL_LOADS not in refused.log and refused.seconds < SECONDS
-    print(engine, f"refused in {refused.seconds:.1f} s:", message)
-    assert "trainer_state.json" in copy_lacking(message, nodes, output)
+    check_documented(engine, copy_lacking(message, nodes, output))
     resumed = train_on_nodes(engine, **settings)
     assert (resumed.on[0].folder / "weights_at_4.safetensors").exists(), "it did not resume at step 4"
     assert resumed.read("layersel/ranks.csv") == whole.read("layersel/ranks.csv")
