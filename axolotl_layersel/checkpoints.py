@@ -165,14 +165,18 @@ def check_nodes(checkpoint: Path, views: list[View]) -> None:
 
 def describe_copies(checkpoint: Path, views: list[View], holders: list[list[str]]) -> str:
     """Return the message for nodes that lack files which others have. ``holders``: the files that each rank has."""
+    # Containers may share their host's name, and then have other files.
+    disks: dict[tuple, list[int]] = {}
+    for rank, view in enumerate(views):
+        if view.faults:
+            disks.setdefault((view.host, *holders[rank]), []).append(rank)
     parts = []
-    for host in dict.fromkeys(view.host for view in views if view.faults):
-        ranks = [rank for rank, view in enumerate(views) if view.host == host and view.faults]
+    for ranks in disks.values():
         names = sorted({name for rank in ranks for name in views[rank].faults})
         sources: dict[int, list[str]] = {}
         for name in names:
             sources.setdefault(next(rank for rank, held in enumerate(holders) if name in held), []).append(name)
-        who = f"process{'es' if len(ranks) > 1 else ''} {join(map(str, ranks))} on {host}"
+        who = f"process{'es' if len(ranks) > 1 else ''} {join(map(str, ranks))} on {views[ranks[0]].host}"
         for source, files in sources.items():
             parts.append(f"{who} cannot read {join(files)}, which process {source} on {views[source].host} has")
     return (

@@ -1,14 +1,24 @@
-"""Nodes without a shared disk: what the first process has written comes to every node that has a disk of its own."""
+"""Several nodes: what the first process has written comes to every disk, and a process that is gone is told of.
 
+Relied on in torch 2.13.0: gloo's errors are a RuntimeError whose text names it, those of other libraries a DistError.
+"""
+
+import functools
 import hashlib
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed
+from transformers import Trainer
 
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import write_atomically
 from axolotl_layersel.run import Run
+
+LOG = logging.getLogger("axolotl.layersel")
 
 PIECE = 2**24  # bytes that are sent at once, so that a large adapter takes no room on a device
 
@@ -103,3 +113,24 @@ def refuse_any(fault: str | None) -> None:
     first = next((other for other in collectives.gather_from_all(fault) if other), None)
     if first:
         raise LayerselError(first)
+
+
+def explain_lost_processes(trainer: Trainer) -> None:
+    """Let ``trainer.train`` say in one line, in front of the communication library's error, that a process is gone."""
+    upstream = trainer.train
+
+    @functools.wraps(upstream)
+    def train(*args: Any, **options: Any) -> Any:
+        try:
+            return upstream(*args, **options)
+        except RuntimeError as error:
+            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+                LOG.error(
+                    "layersel: process %d cannot reach another process of the run: that has ended, or has not answered "
+                    "for ddp_timeout: %d seconds. Look into its log. The run resumes from its last checkpoint.",
+                    collectives.get_rank(),
+                    trainer.args.ddp_timeout,
+                )
+            raise
+
+    trainer.train = train  # type: ignore[method-assign]  # of this trainer alone

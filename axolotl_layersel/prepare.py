@@ -7,7 +7,7 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
-from axolotl_layersel import adapters, trainers
+from axolotl_layersel import adapters, nodes, trainers
 from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
@@ -102,6 +102,7 @@ def prepare_trainer(
     trainer.add_callback(RestoreCallback(run, resume_from, restore))
     trainers.restore_best_model_by(trainer, restore)
     trainers.respect_stop_before_first_step(trainer)
+    nodes.explain_lost_processes(trainer)
     if resume_from:
         # A run that was not killed had no such evaluation, and early stopping would count it.
         trainer.args.eval_on_start = False

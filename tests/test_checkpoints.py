@@ -188,12 +188,26 @@ def test_a_checkpoint_of_several_processes_is_resumed_from_on_one_with_a_warning
     assert "was written by 2 processes, and this run has 1" in message
 
 
-def test_the_message_for_nodes_that_lack_files_names_each_node_once():
-    views = [
-        View(host, faults, None) for host, faults in (("a", {}), ("a", {}), ("b", {"x": "", "y": ""}), ("b", {"x": ""}))
-    ]
-    message = describe_copies(Path("run"), views, [["x"], [], ["x"], ["y"]])
-    assert message.startswith(
-        "resume_from_checkpoint: of run processes 2 and 3 on b cannot read x, which process 0 on a has; processes 2 "
-        "and 3 on b cannot read y, which process 3 on b has. Every node reads its own disk: copy these files there"
-    )
+@pytest.mark.parametrize(
+    ("hosts", "lacking", "held", "said"),
+    [
+        (
+            "aabb",
+            ["", "", "xy", "x"],
+            ["xy", "xy", "", ""],
+            "processes 2 and 3 on b cannot read x and y, which process 0",
+        ),
+        (
+            "abc",
+            ["", "", "xy"],
+            ["x", "y", ""],
+            "process 2 on c cannot read x, which process 0 on a has; process 2 on c ",
+        ),
+        # Two containers of one name.
+        ("aa", ["y", "x"], ["x", "y"], "process 0 on a cannot read y, which process 1 on a has; process 1 on a cannot"),
+    ],
+)
+def test_the_message_for_nodes_that_lack_files_names_each_node_and_who_has_them(hosts, lacking, held, said):
+    views = [View(host, dict.fromkeys(names, ""), None) for host, names in zip(hosts, lacking)]
+    message = describe_copies(Path("run"), views, [list(names) for names in held])
+    assert message.startswith(f"resume_from_checkpoint: of run {said}")

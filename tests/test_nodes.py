@@ -39,7 +39,7 @@ ROWS = {
     "fsdp2-sharded": "FSDP2, `SHARDED_STATE_DICT`",
 }
 MODEL_LOADS = "Loading weights"
-SECONDS = 30  # a run that is refused takes 4 on an idle machine; a rank that waits for one that is gone takes minutes
+SECONDS = 60  # a run that is refused takes 2, on a busy machine more; a rank that waits for one that is gone takes 1800
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 RECORDS = ("layersel/plan.json", "layersel/ranks.csv")
 LACKS = re.compile(
@@ -88,7 +88,15 @@ def train_on_nodes(nodes, zygote, configure):
     """
     runs = []
 
-    def run(engine: str, *, expect: int = 0, output: str | None = None, local: int = 1, **settings) -> NodesRun:
+    def run(
+        engine: str,
+        *,
+        expect: int | list = 0,
+        output: str | None = None,
+        local: int = 1,
+        env: dict | None = None,
+        **settings,
+    ) -> NodesRun:
         runs.append(engine)
         output = output or f"run-{len(runs)}"
         paths = configure(engine, output, **settings)
@@ -96,11 +104,13 @@ def train_on_nodes(nodes, zygote, configure):
         args = [{"config": str(path)} for path in paths for _ in range(local)]
         described = [node.describe() for node in nodes]
         begun = time.monotonic()
-        codes = zygote.run("axolotl.cli.train:do_cli", args, len(args), log, {}, nodes=described)
+        codes = zygote.run("axolotl.cli.train:do_cli", args, len(args), log, env or {}, nodes=described)
         seconds = time.monotonic() - begun
         text = "\n".join(Path(f"{log}.{rank}").read_text() for rank in range(len(args)))
         text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-        assert codes == [expect] * len(args), f"exit codes {codes}\n{text[-6000:]}"
+        assert codes == (expect if isinstance(expect, list) else [expect] * len(args)), (
+            f"exit codes {codes}\n{text[-6000:]}"
+        )
         return NodesRun([Run(node.disk / output, codes, text) for node in nodes], codes, text, seconds)
 
     return run
@@ -287,6 +297,29 @@ def test_engines_that_cannot_resume_with_other_processes_say_so_before_the_model
     said = f"LayerselError: resume_from_checkpoint: {place} was written by 2 processes, and this run has 4. Under "
     assert refused.log.count(said) == 4
     assert MODEL_LOADS not in refused.log and refused.seconds < SECONDS
+
+
+# --- Nodes that go away -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("engine", "way"), [("ddp", "STOP"), ("zero2", "DIE"), ("fsdp2-full", "DIE")])
+def test_a_node_that_is_gone_ends_the_other_within_the_timeout_and_is_told_of_first(train_on_nodes, engine, way):
+    settings = {**selection("last"), "ddp_timeout": 20, "env": {"LAYERSEL_TEST_SIGNAL": f"{way}:3"}}
+    run = train_on_nodes(engine, expect=[1, -9], **settings)
+    assert run.on[0].engine["engine"] == engine.split("-")[0]
+    said = "layersel: process 0 cannot reach another process of the run: that has ended, or has not answered for"
+    assert f"{said} ddp_timeout: 20 seconds." in run.log
+    assert run.log.index(said) < run.log.index("Traceback")
+    assert run.seconds < SECONDS + 20
+
+
+def test_a_signal_to_one_process_ends_both_nodes_with_their_parts_of_a_checkpoint(train_on_nodes):
+    run = train_on_nodes("zero2", expect=143, env={"LAYERSEL_TEST_SIGNAL": "TERM:3"}, **SETTINGS)
+    for rank, one in enumerate(run.on):
+        parts = one.folder / "checkpoint-3" / "global_step3"
+        assert (parts / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").exists()
+        assert not (one.folder / "adapter_model.safetensors").exists()
+    assert "Traceback" not in run.log
 
 
 # --- Started by hand ----------------------------------------------------------------------------------------------
