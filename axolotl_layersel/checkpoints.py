@@ -61,9 +61,8 @@ def find_resumed_checkpoint(
             )
         return explicit
     # A node that was replaced has none of those that the others have.
-    names = {
-        name for seen in collectives.gather_from_all(list_checkpoints(output_dir) if automatic else []) for name in seen
-    }
+    listed = collectives.gather_from_all(list_checkpoints(output_dir) if automatic else [])
+    names = {name for seen in listed for name in seen}
     faults = {}
     for name in sort_checkpoints(names):
         checkpoint = Path(output_dir) / name
@@ -73,10 +72,8 @@ def find_resumed_checkpoint(
         if collectives.get_rank() == 0:
             LOG.warning("layersel: %s is incomplete and is not resumed from: %s", checkpoint, faults[name])
     ended = [name for name in faults if find_file_fault(Path(output_dir) / name, TRAINER_STATE_NAME) is None]
-    written = {
-        name for seen in collectives.gather_from_all(ended) for name in seen
-    }  # the Trainer's own state comes last
-    if written:
+    written = {name for seen in collectives.gather_from_all(ended) for name in seen}
+    if written:  # the Trainer's own state comes last
         newest = sort_checkpoints(written)[0]
         raise LayerselError(
             f"auto_resume_from_checkpoints: {output_dir} has no complete checkpoint, and {newest} would be lost: "
@@ -238,7 +235,8 @@ def read_progress(checkpoint: Path) -> dict[str, Any] | None:
     """Return what tells a checkpoint of one run from that of another; None where it cannot be read."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
-        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        # As text, since what is not a number differs from itself.
+        losses = [str(entry["loss"]) for entry in state["log_history"] if "loss" in entry]
         return {"global_step": state["global_step"], "max_steps": state["max_steps"], "losses": losses}
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -46,12 +46,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from axolotl_layersel.engines.collectives import gather_from_all
+from axolotl_layersel.engines.collectives import gather_from_all, is_distributed
 from axolotl_layersel.errors import LayerselError
 
 FORWARD_ATTRIBUTES = {"forward", "_original_forward", "_is_accelerate_prepared"}
@@ -175,13 +174,16 @@ def let_one_process_write(trainer: Trainer) -> None:
     trainer._save = save  # type: ignore[method-assign]  # of this trainer alone
 
 
-def restore_best_model_by(trainer: Trainer, restore: Callable[[str], None]) -> None:
-    """Let ``restore`` write the weights of the best checkpoint into the model where not every rank has them on disk.
+def restore_best_model_by(
+    trainer: Trainer, is_complete: Callable[[Path], bool], restore: Callable[[str], None]
+) -> None:
+    """Let ``restore`` write the weights of the best checkpoint into the model where not every rank has it on its disk.
 
     Upstream leaves a rank without the file its last weights, and under DeepSpeed and FSDP2 the others waiting for it.
 
     Args:
         trainer: it may load the best model at the end.
+        is_complete: whether this rank sees all of a checkpoint that upstream reads.
         restore: needs the checkpoint on rank 0's disk only; every rank calls it.
     """
     upstream = trainer._load_best_model
@@ -189,7 +191,7 @@ def restore_best_model_by(trainer: Trainer, restore: Callable[[str], None]) -> N
     def load_best_model() -> None:
         best = trainer.state.best_model_checkpoint
         assert best is not None, "upstream calls this where there is one"
-        if all(gather_from_all((Path(best) / SAFETENSORS_WEIGHTS_NAME).is_file())):
+        if not is_distributed() or all(gather_from_all(is_complete(Path(best)))):
             upstream()
         else:
             restore(best)

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, Run, RunsByEngine, l1ra, selection
+from conftest import ENVIRONMENT, ROOT, Run, RunsByEngine, l1ra, make_lora, make_small_llama, make_trainer, selection
 from nodes import INTERFACE, Node, make_nodes
 from test_runs import difference
+
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.engines import collectives, find_engine
+from axolotl_layersel.prepare import prepare_trainer
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 # Updates after steps 2 and 4. The best checkpoint is the first one, see test_runs.
@@ -261,6 +265,34 @@ def test_two_nodes_with_two_processes_each_do_as_one_process_does(train_on_nodes
     assert run.on[0].engine == {**run.on[0].engine, "engine": "zero3", "processes": 4}
     check_equal(run, train("single", **{**FOUR, "micro_batch_size": 4}))
     check_same_on_both(run)
+
+
+# --- Without Axolotl ----------------------------------------------------------------------------------------------
+
+
+def train_plainly(folder: str) -> None:
+    """Train with a plain Trainer whose checkpoints are saved on each node, on one of two."""
+    from accelerate import PartialState
+
+    PartialState(cpu=True)
+    arguments = {"save_on_each_node": True, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(make_lora(make_small_llama()), Path(folder), **arguments)
+    prepare_trainer(trainer, LayerselBlock(selection={"method": "first", "num_layers": 3}))
+    assert find_engine(trainer).name == "ddp"
+    trainer.train()
+    trainer.save_model()
+    collectives.leave(0)
+
+
+def test_a_plain_trainer_saves_on_each_node_what_it_saves_on_the_first(zygote, nodes, tmp_path):
+    described = [node.describe() for node in nodes]
+    arguments = {"folder": str(nodes[0].root / "plain")}
+    codes = zygote.run("test_nodes:train_plainly", arguments, 2, tmp_path / "log", {}, nodes=described)
+    assert codes == [0, 0], (tmp_path / "log.1").read_text()[-3000:]
+    first, second = (node.disk / "plain" for node in nodes)
+    for place in ("checkpoint-2", "checkpoint-4", "."):
+        for name in (*ADAPTER, RECORDS[0]):
+            assert (first / place / name).read_bytes() == (second / place / name).read_bytes()
 
 
 # --- As many processes as there happen to be ----------------------------------------------------------------------
