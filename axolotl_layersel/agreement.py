@@ -29,9 +29,10 @@ WAYS_OUT = {
     "rows": "Give all nodes the same files, and delete what `dataset_prepared_path` holds of others.",
     "weights": "Give all nodes the same base model and the same adapter.",
 }
-# The keys that decide how a run goes, and so must be the same on all ranks. Paths may differ from node to node, so
-# their contents are compared instead.
+# The keys that decide how a run goes, and so must be the same on all ranks. Paths of what is read may differ from node
+# to node, so their contents are compared instead; checkpoints name paths below output_dir.
 AGREEING_KEYS = (
+    *("output_dir", "resume_from_checkpoint"),
     *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear"),
     *("lora_modules_to_save", "peft_layers_to_transform", "lora_rank_pattern", "lora_alpha_pattern"),
     *("peft_use_rslora", "peft_use_dora", "peft_init_lora_weights", "load_in_8bit", "load_in_4bit", "rl"),
@@ -43,6 +44,7 @@ AGREEING_KEYS = (
 )
 # The Trainer's arguments that decide how a run goes, by the YAML keys that set them.
 ARGUMENTS = {
+    "output_dir": "output_dir",
     "seed": "seed",
     "max_steps": "max_steps",
     "num_epochs": "num_train_epochs",

@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from axolotl_layersel import trainers
+from axolotl_layersel import nodes, trainers
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.interrupt import WATCH, Interrupted, SharedSignal, leave
 from axolotl_layersel.run import Run
@@ -79,6 +79,22 @@ class TidyCallback(TrainerCallback):
             if path.exists():
                 LOG.info("layersel: %s is an earlier run's, and is removed", path)
                 path.unlink()
+
+
+class ShareCallback(TrainerCallback):
+    """Leaves on every node what the first process has written about the run, once it is over.
+
+    Args:
+        run: it has trained.
+        names: of the files, in the run's folder.
+    """
+
+    def __init__(self, run: Run, names: list[str]) -> None:
+        self.run = run
+        self.names = names
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        nodes.share_files(self.run, self.run.output_dir, self.names)
 
 
 class InterruptCallback(TrainerCallback):

@@ -3,8 +3,13 @@
 import json
 import logging
 import os
+import re
+import socket
 import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
@@ -13,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.engines import collectives, find_launched_class, list_classes
+from axolotl_layersel.engines.base import Engine, name_random_state
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER
 from axolotl_layersel.l1ra.records import ranks_path
@@ -32,7 +38,7 @@ def find_resumed_checkpoint(
 ) -> str | None:
     """Return the checkpoint that the run resumes from, or None; every rank must call this.
 
-    Every rank looks at what it will read itself, so that its shards may lie on a disk of its own.
+    Every rank looks at what it will read itself, so that each node may have a disk of its own.
 
     Args:
         settings: the ``layersel`` block.
@@ -42,8 +48,9 @@ def find_resumed_checkpoint(
             killed while it wrote a checkpoint has left an incomplete one, which is passed over.
 
     Raises:
-        LayerselError: on every rank, if the one that is named is not complete, or all lack something although they
-            were written to the end.
+        LayerselError: on every rank, if the one that is named is not complete; if a node lacks what another one has;
+            if the engine cannot resume with this number of processes; or if all lack something although they were
+            written to the end.
     """
     if explicit:
         fault = find_fault_anywhere(Path(explicit), settings)
@@ -53,21 +60,24 @@ def find_resumed_checkpoint(
                 "start without resuming."
             )
         return explicit
+    # A node that was replaced has none of those that the others have.
+    listed = collectives.gather_from_all(list_checkpoints(output_dir) if automatic else [])
+    names = {name for seen in listed for name in seen}
     faults = {}
-    for name in collectives.decide_on_rank_zero(lambda: list_checkpoints(output_dir) if automatic else []):
+    for name in sort_checkpoints(names):
         checkpoint = Path(output_dir) / name
         faults[name] = find_fault_anywhere(checkpoint, settings)
         if faults[name] is None:
             return str(checkpoint)
         if collectives.get_rank() == 0:
             LOG.warning("layersel: %s is incomplete and is not resumed from: %s", checkpoint, faults[name])
-    written = collectives.decide_on_rank_zero(
-        lambda: [name for name in faults if find_file_fault(Path(output_dir) / name, TRAINER_STATE_NAME) is None]
-    )
+    ended = [name for name in faults if find_file_fault(Path(output_dir) / name, TRAINER_STATE_NAME) is None]
+    written = {name for seen in collectives.gather_from_all(ended) for name in seen}
     if written:  # the Trainer's own state comes last
+        newest = sort_checkpoints(written)[0]
         raise LayerselError(
-            f"auto_resume_from_checkpoints: {output_dir} has no complete checkpoint, and {written[0]} would be lost: "
-            f"{faults[written[0]]}. Restore that, or move the checkpoints away to start anew."
+            f"auto_resume_from_checkpoints: {output_dir} has no complete checkpoint, and {newest} would be lost: "
+            f"{faults[newest]}. Restore that, or move the checkpoints away to start anew."
         )
     return None
 
@@ -75,44 +85,212 @@ def find_resumed_checkpoint(
 def list_checkpoints(output_dir: str | Path) -> list[str]:
     """Return the names of a run's checkpoints, the newest first."""
     entries = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    steps = {entry: entry.rpartition("-") for entry in entries}
-    found = {entry: step for entry, (name, _, step) in steps.items() if name == PREFIX_CHECKPOINT_DIR}
-    return sorted((entry for entry in found if found[entry].isdecimal()), key=lambda entry: -int(found[entry]))
+    return sort_checkpoints(entries)
+
+
+def sort_checkpoints(names: Iterable[str]) -> list[str]:
+    """Return those of ``names`` that are a checkpoint's, the newest first."""
+    steps = {name: name.rpartition("-") for name in names}
+    found = {name: step for name, (prefix, _, step) in steps.items() if prefix == PREFIX_CHECKPOINT_DIR}
+    return sorted((name for name in found if found[name].isdecimal()), key=lambda name: -int(found[name]))
 
 
 def find_fault_anywhere(checkpoint: Path, settings: LayerselBlock) -> str | None:
     """Return what of ``checkpoint`` a rank lacks, of several the lowest one, or None; a collective call.
 
     Raises:
-        LayerselError: if another node cannot see a checkpoint that is complete for the first one.
+        LayerselError: on every rank, where that is no fault of the checkpoint: if a node lacks what another one has,
+            if nodes have checkpoints of different runs, or if the engine needs as many processes as wrote it.
     """
-    seen = collectives.gather_from_all(os.path.exists(checkpoint / TRAINER_STATE_NAME))
-    if seen[0] and not all(seen):
-        raise LayerselError(
-            f"resume_from_checkpoint: process {seen.index(False)} does not see {checkpoint / TRAINER_STATE_NAME}, and "
-            "process 0 does. Every node reads the checkpoint: put output_dir on a disk that all of them share."
-        )
+    others = wrote_others(checkpoint)
+    # Rank 0 tells what each rank reads: another node may lack the file that names the others.
+    world = collectives.count_ranks()
+    needed = collectives.decide_on_rank_zero(
+        lambda: [list_needed_files(checkpoint, settings, rank, world, others) for rank in range(world)]
+    )
     try:
-        fault = find_fault(checkpoint, settings, collectives.get_rank(), collectives.count_ranks())
+        faults = find_faults(checkpoint, settings, needed[collectives.get_rank()])
     except OSError as error:  # one rank's disk must not leave the others waiting
-        fault = f"it cannot be read ({error})"
-    faults = collectives.gather_from_all(fault)
-    return next((f"{fault} (process {rank})" if rank else fault for rank, fault in enumerate(faults) if fault), None)
+        faults = {"": f"it cannot be read ({error})"}
+    views = collectives.gather_from_all(View(socket.gethostname(), faults, read_progress(checkpoint)))
+    check_nodes(checkpoint, views)
+    for rank, view in enumerate(views):
+        for fault in view.faults.values():
+            return f"{fault} ({name_process(rank, views)})" if rank else fault
+    return None
+
+
+@dataclass(frozen=True)
+class View:
+    """What a rank sees of a checkpoint.
+
+    Attributes:
+        host: the rank's.
+        faults: see ``find_faults``.
+        progress: see ``read_progress``.
+    """
+
+    host: str
+    faults: dict[str, str]
+    progress: dict[str, Any] | None
+
+
+def name_process(rank: int, views: list[View]) -> str:
+    """Return what a rank is called in messages: with its host, where there are several."""
+    several = len({view.host for view in views}) > 1
+    return f"process {rank} on {views[rank].host}" if several else f"process {rank}"
+
+
+def check_nodes(checkpoint: Path, views: list[View]) -> None:
+    """Raise LayerselError, on every rank, if a node lacks what another has, or has another run's; a collective call.
+
+    Nothing is raised where a file is on no node: then the checkpoint itself is incomplete.
+    """
+    lacking = sorted({name for view in views for name in view.faults})
+    held = [name for name in lacking if is_sound(checkpoint, name)]
+    holders = collectives.gather_from_all(held)
+    if lacking and all(any(name in names for names in holders) for name in lacking):
+        raise LayerselError(describe_copies(checkpoint, views, holders))
+    for rank, view in enumerate(views):
+        if view.progress is not None and views[0].progress is not None and view.progress != views[0].progress:
+            raise LayerselError(
+                f"output_dir: {checkpoint} of {name_process(rank, views)} is another run's than that of "
+                f"{name_process(0, views)}: {describe_difference(views[0].progress, view.progress)}. Every node must "
+                "have the checkpoint of the same run: move the wrong one away, and copy the other there."
+            )
+
+
+def describe_copies(checkpoint: Path, views: list[View], holders: list[list[str]]) -> str:
+    """Return the message for nodes that lack files which others have. ``holders``: the files that each rank has."""
+    # Containers may share their host's name, and then have other files.
+    disks: dict[tuple, list[int]] = {}
+    for rank, view in enumerate(views):
+        if view.faults:
+            disks.setdefault((view.host, *holders[rank]), []).append(rank)
+    parts = []
+    for ranks in disks.values():
+        names = sorted({name for rank in ranks for name in views[rank].faults})
+        sources: dict[int, list[str]] = {}
+        for name in names:
+            sources.setdefault(next(rank for rank, held in enumerate(holders) if name in held), []).append(name)
+        who = f"process{'es' if len(ranks) > 1 else ''} {join(map(str, ranks))} on {views[ranks[0]].host}"
+        for source, files in sources.items():
+            parts.append(f"{who} cannot read {join(files)}, which process {source} on {views[source].host} has")
+    return (
+        f"resume_from_checkpoint: of {checkpoint} {'; '.join(parts)}. Every node reads its own disk: copy these files "
+        "there, to the same place, or put output_dir on a disk that all nodes share."
+    )
+
+
+def join(words: Iterable[str]) -> str:
+    """Return a list in words: ``a, b and c``."""
+    words = list(words)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def wrote_others(checkpoint: Path) -> bool:
+    """Return whether ``checkpoint`` was written by another number of processes than this run has; a collective call.
+
+    The files of the random states say how many there were, together on all nodes.
+
+    Raises:
+        LayerselError: on every rank, if the engine cannot resume from it then.
+    """
+    kind, world = find_launched_class(), collectives.count_ranks()
+    writers = count_writers(checkpoint)
+    if writers is None or writers == world:
+        return False
+    if not kind.resumes_with_others:
+        raise LayerselError(
+            f"resume_from_checkpoint: {checkpoint} was written by {describe_count(writers)}, and this run has {world}. "
+            f"Under {kind.title} a run resumes with as many processes as it had: start that many, or begin a new run "
+            "from the adapter in it with lora_model_dir."
+        )
+    if collectives.get_rank() == 0:
+        LOG.warning(
+            "layersel: %s was written by %s, and this run has %d: random streams, such as dropout's, begin anew",
+            checkpoint,
+            describe_count(writers),
+            world,
+        )
+    return True
+
+
+def describe_count(writers: int) -> str:
+    """Return a number of processes in words."""
+    return "one process" if writers == 1 else f"{writers} processes"
+
+
+def count_writers(checkpoint: Path) -> int | None:
+    """Return how many processes wrote a checkpoint, as far as it shows; None where it does not. A collective call."""
+    found = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    names = {name for seen in collectives.gather_from_all(found) for name in seen}
+    numbers = [int(match[1]) for name in names if (match := re.fullmatch(r"rng_state_(\d+)\.pth", name))]
+    if numbers:
+        return max(*numbers, 1) + 1  # one process alone would not number it
+    return 1 if "rng_state.pth" in names else None
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any] | None:
+    """Return what tells a checkpoint of one run from that of another; None where it cannot be read."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+        # As text, since what is not a number differs from itself.
+        losses = [str(entry["loss"]) for entry in state["log_history"] if "loss" in entry]
+        return {"global_step": state["global_step"], "max_steps": state["max_steps"], "losses": losses}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Return in which value two runs' progress differs."""
+    key = next(key for key in ours if ours[key] != theirs[key])
+    return f"their {key} in {TRAINER_STATE_NAME} differ"
+
+
+def list_needed_files(checkpoint: Path, settings: LayerselBlock, rank: int, world: int, others: bool) -> list[str]:
+    """Return what ``rank`` of ``world`` reads to resume from ``checkpoint``, as patterns in its folder.
+
+    ``others``: whether other processes wrote it, so that their random states are of no use.
+    """
+    kind = find_launched_class()
+    state = kind.list_state_files(checkpoint, rank, world)
+    state = [name for name in state if not others or name != name_random_state(rank, world)]
+    return [TRAINER_STATE_NAME, *state, *list_own_files(settings, rank, kind)]
 
 
 def find_fault(checkpoint: Path, settings: LayerselBlock, rank: int, world: int) -> str | None:
     """Return why ``rank`` of ``world`` cannot resume from ``checkpoint``, or None if all that it reads is there."""
-    if not checkpoint.is_dir():
-        return "there is no such folder"
-    state = find_launched_class().list_state_files(checkpoint, rank, world)
-    for pattern in (TRAINER_STATE_NAME, *state, *(list_own_files(settings) if rank == 0 else ())):
+    needed = list_needed_files(checkpoint, settings, rank, world, others=False)
+    return next(iter(find_faults(checkpoint, settings, needed).values()), None)
+
+
+def find_faults(checkpoint: Path, settings: LayerselBlock, needed: list[str]) -> dict[str, str]:
+    """Return what is wrong with the files of a checkpoint that are ``needed``, by file or pattern."""
+    faults = {}
+    for pattern in needed:
         names = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.glob(pattern))
-        if not names:
-            return f"{pattern} is missing{explain_missing(checkpoint, pattern, state, settings)}"
         fault = find_first_fault(checkpoint, names)
+        if not names:
+            fault = f"{pattern} is missing{explain_missing(checkpoint, pattern, needed, settings)}"
+        if not checkpoint.is_dir():
+            fault = "there is no such folder"
         if fault:
-            return fault
-    return find_first_fault(checkpoint, [name for name in OPTIONAL_STATE_FILES if (checkpoint / name).exists()])
+            faults[pattern] = fault
+    for name in OPTIONAL_STATE_FILES:
+        fault = find_file_fault(checkpoint, name) if (checkpoint / name).exists() else None
+        if fault:
+            faults[name] = fault
+    return faults
+
+
+def is_sound(checkpoint: Path, pattern: str) -> bool:
+    """Return whether there are files of ``pattern`` in a checkpoint, and all can be read."""
+    try:
+        names = [str(path.relative_to(checkpoint)) for path in checkpoint.glob(pattern)] if pattern else []
+        return bool(names) and find_first_fault(checkpoint, names) is None
+    except OSError:
+        return False
 
 
 def find_first_fault(checkpoint: Path, names: list[str]) -> str | None:
@@ -120,25 +298,30 @@ def find_first_fault(checkpoint: Path, names: list[str]) -> str | None:
     return next((fault for fault in (find_file_fault(checkpoint, name) for name in names) if fault), None)
 
 
-def list_own_files(settings: LayerselBlock) -> list[str]:
-    """Return the files of a checkpoint that rank 0 reads for this package: the adapter, and what the settings need."""
-    needed = [Path(ADAPTER)]
-    if settings.selection:
-        needed.append(plan_path(""))
-    if settings.l1ra:
-        needed += [state_path(""), ranks_path("")]
+def list_own_files(settings: LayerselBlock, rank: int, kind: type[Engine]) -> list[str]:
+    """Return the files of a checkpoint that ``rank`` reads for this package: the adapter, and what the settings need.
+
+    The first process decides and tells the others. Where weights are whole, every rank loads them itself.
+    """
+    needed = [Path(ADAPTER)] if rank == 0 or kind.loads_adapter else []
+    if settings.l1ra and needed:
+        needed.append(state_path(""))
+    if rank == 0:
+        needed += [plan_path("")] if settings.selection else []
+        needed += [ranks_path("")] if settings.l1ra else []
     return [str(path) for path in needed]
 
 
-def explain_missing(checkpoint: Path, pattern: str, state: list[str], settings: LayerselBlock) -> str:
-    """Return the rest of a sentence, where it can be told why a file is not there. ``state``: what the engine reads."""
+def explain_missing(checkpoint: Path, pattern: str, needed: list[str], settings: LayerselBlock) -> str:
+    """Return the rest of a sentence, where it can be told why a file is not there.
+
+    ``needed``: what is read, of which the engine's first file comes second.
+    """
     if pattern.startswith(FOLDER):
         if settings.l1ra is None and state_path(checkpoint).exists():
             return "; the checkpoint is of a run with layersel.l1ra, without which its adapter does not fit"
         return ", so it is not of a run with this `layersel` block"
-    if pattern.startswith("rng_state"):
-        return "; a run resumes with as many processes as it had"
-    if pattern != state[0]:
+    if pattern != needed[1]:
         return ""
     writers = {pattern: name for kind in list_classes() for pattern, name in kind.state_writers.items()}
     writer = next((name for pattern, name in writers.items() if any(checkpoint.glob(pattern))), None)

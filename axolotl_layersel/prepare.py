@@ -7,10 +7,10 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
-from axolotl_layersel import adapters, trainers
+from axolotl_layersel import adapters, nodes, trainers
 from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.callback import InterruptCallback, RestoreCallback, TidyCallback
+from axolotl_layersel.callback import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.refusals import moves_state
 from axolotl_layersel.errors import LayerselError
@@ -22,7 +22,7 @@ from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import read_state, state_path
 from axolotl_layersel.plan import Plan, plan_path
 from axolotl_layersel.run import Run
-from axolotl_layersel.saving import complete_saves
+from axolotl_layersel.saving import complete_saves, list_records
 from axolotl_layersel.selection.methods.flexora.records import gates_path
 from axolotl_layersel.selection.select import select_layers
 from axolotl_layersel.writer import AdapterWriter
@@ -102,7 +102,9 @@ def prepare_trainer(
     ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
     trainer.add_callback(RestoreCallback(run, resume_from, restore))
+    trainers.restore_best_model_by(trainer, functools.partial(sees_checkpoint, run), restore)
     trainers.respect_stop_before_first_step(trainer)
+    nodes.explain_lost_processes(trainer)
     if resume_from:
         # A run that was not killed had no such evaluation, and early stopping would count it.
         trainer.args.eval_on_start = False
@@ -112,6 +114,7 @@ def prepare_trainer(
         trainer.add_callback(RankCallback(ranks, resume_from))
     writer = AdapterWriter(run, ranks.fold if ranks else None)
     trainer.add_callback(TidyCallback(list_foreign_files(settings, run.output_dir)))
+    trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))
     vars(trainer)["save_adapter"] = complete_saves(run, writer, plan, ranks)
     return plan
@@ -128,6 +131,12 @@ def check_resumed(settings: LayerselBlock, resume_from: str | None) -> None:
             f"resume_from_checkpoint: {resume_from} is of a run with layersel.l1ra, without which its adapter does not "
             "fit. Restore the l1ra block, or start from the adapter with lora_model_dir."
         )
+
+
+def sees_checkpoint(run: Run, checkpoint: Path) -> bool:
+    """Return whether this rank has all of ``checkpoint`` on its disk that its engine and PEFT read."""
+    state = run.engine.list_state_files(checkpoint, collectives.get_rank(), collectives.count_ranks())
+    return all(any(checkpoint.glob(pattern)) for pattern in (SAFETENSORS_WEIGHTS_NAME, *state))
 
 
 def list_foreign_files(settings: LayerselBlock, output_dir: Path) -> list[Path]:

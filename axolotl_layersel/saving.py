@@ -7,17 +7,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from axolotl_layersel import nodes
 from axolotl_layersel.engines import collectives
+from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
+from axolotl_layersel.l1ra.state import state_path
 from axolotl_layersel.plan import Plan, plan_path, write_plan
 from axolotl_layersel.run import Run
+from axolotl_layersel.selection.methods.flexora.records import gates_path
 from axolotl_layersel.trainers import let_one_process_write, unwrap_model
 from axolotl_layersel.writer import AdapterWriter
 
 Save = Callable[[str | Path], None]
+ADAPTER_FILES = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME]
 
 
 def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: RankRedistribution | None) -> Save:
@@ -36,8 +42,13 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
     silent = False
 
     def save(folder: str | Path) -> None:
+        folder = Path(folder)
+        # Upstream takes a checkpoint for the best one where its folder is there, which it must be on every node.
+        nodes.make_folder(folder)
         weights = writer.save(folder)
-        collectives.decide_on_rank_zero(lambda: write_beside(Path(folder), weights))
+        collectives.decide_on_rank_zero(lambda: write_beside(folder, weights))
+        if trainer.args.save_on_each_node or not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            nodes.share_files(run, folder, ADAPTER_FILES + list_records())
 
     def write_beside(folder: Path, weights: dict[str, torch.Tensor]) -> None:
         model.create_or_update_model_card(str(folder))
@@ -76,6 +87,11 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
     if ranks:
         model.load_adapter = ranks.load_adapter(model.load_adapter)  # type: ignore[method-assign]
     return save
+
+
+def list_records() -> list[str]:
+    """Return the files of this package that may lie in the folder of a run or of a checkpoint, as paths in it."""
+    return [str(path("")) for path in (plan_path, gates_path, ranks_path, state_path)]
 
 
 def take_over_fsdp2_writer(trainer: Any) -> None:

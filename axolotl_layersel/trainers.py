@@ -10,6 +10,8 @@ when one of them changes):
   ``make_inputs_require_grads`` on the embeddings, more than once under gradient checkpointing.
 * transformers 5.16.1, ``Trainer._load_from_checkpoint`` and ``_load_best_model``: on one process and DDP both restore
   LoRA weights through the model's own ``load_adapter``, and by nothing else. So does 5.24.0.
+* transformers 5.16.1, ``Trainer._load_best_model``: every rank reads the best checkpoint from its own disk, and is
+  called where ``best_model_checkpoint`` names one, which it does on ranks that see that checkpoint's folder.
 * transformers 5.16.1, ``Trainer._save``: the adapter's files come from the model's own ``save_pretrained``. axolotl
   0.19.0: so do those after training on one process, DDP and ZeRO-1/2; ZeRO-3 has ``save_model`` write them, FSDP2 the
   function ``save_fsdp2_lora_adapter``, which also writes checkpoints where the base is quantised. Both callers look
@@ -43,6 +45,7 @@ when one of them changes):
 import contextlib
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +54,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from axolotl_layersel.engines.collectives import gather_from_all, is_distributed
 from axolotl_layersel.errors import LayerselError
 
 FORWARD_ATTRIBUTES = {"forward", "_original_forward", "_is_accelerate_prepared"}
@@ -186,6 +190,31 @@ def let_one_process_write(trainer: Trainer) -> None:
             upstream(output_dir, state_dict)
 
     trainer._save = save  # type: ignore[method-assign]  # of this trainer alone
+
+
+def restore_best_model_by(
+    trainer: Trainer, is_complete: Callable[[Path], bool], restore: Callable[[str], None]
+) -> None:
+    """Let ``restore`` write the weights of the best checkpoint into the model where not every rank has it on its disk.
+
+    Upstream leaves a rank without the file its last weights, and under DeepSpeed and FSDP2 the others waiting for it.
+
+    Args:
+        trainer: it may load the best model at the end.
+        is_complete: whether this rank sees all of a checkpoint that upstream reads.
+        restore: needs the checkpoint on rank 0's disk only; every rank calls it.
+    """
+    upstream = trainer._load_best_model
+
+    def load_best_model() -> None:
+        best = trainer.state.best_model_checkpoint
+        assert best is not None, "upstream calls this where there is one"
+        if not is_distributed() or all(gather_from_all(is_complete(Path(best)))):
+            upstream()
+        else:
+            restore(best)
+
+    trainer._load_best_model = load_best_model  # type: ignore[method-assign]  # of this trainer alone
 
 
 def is_evaluation_due(trainer: Trainer) -> bool:

@@ -339,13 +339,21 @@ class Zygote:
             self.answers[answer["id"]].put(answer)
 
     def run(
-        self, target: str, args: dict | list[dict], world: int, log: Path, env: dict, timeout: float = 240
+        self,
+        target: str,
+        args: dict | list[dict],
+        world: int,
+        log: Path,
+        env: dict,
+        timeout: float = 240,
+        nodes: list[dict] | None = None,
     ) -> list[int]:
-        """Return the exit codes of the job's ranks. ``args``: those of all, or of each."""
+        """Return the exit codes of the job's ranks. ``args``: those of all, or of each; ``nodes``: see zygote.py."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         job = {"target": target, "args": args, "world": world, "log": str(log), "env": env, "port": port}
+        job["nodes"] = nodes
         with self.lock:
             self.jobs += 1
             mine = self.answers[self.jobs] = queue.Queue()

@@ -5,6 +5,7 @@ They change nothing, unless the environment variable ``LAYERSEL_TEST_SIGNAL`` sa
 * ``"KILL:3"`` sends every rank SIGKILL at the end of step 3;
 * ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"TERM:3"`` sends it SIGTERM;
 * ``"TERMALL:3"`` sends SIGTERM to every rank and to all that it has started, as a launcher does;
+* ``"DIE:3"`` kills the last rank alone, ``"STOP:3"`` stops it until rank 0 is gone, and then kills it;
 * ``"SAVETERM:4"`` sends it to the last rank while checkpoint 4 is written;
 * ``"SCOREINT:1"`` and ``"SCORETERM:1"`` send rank 0 the signal in the first round of scoring;
 * ``"SEARCHINT:3"`` and ``"SEARCHTERM:3"`` send it to rank 0 and to all that it has started in step 3 of a search,
@@ -20,6 +21,7 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import weakref
 from pathlib import Path
 
@@ -127,11 +129,23 @@ class ProbeCallback(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
         if name in ("INT", "TERM") and state.global_step == int(step) and args.process_index == 0:
             os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+        if name in ("DIE", "STOP") and state.global_step == int(step):
+            lose_last_rank(name)
         if name == "TERMALL" and state.global_step == int(step):
             os.killpg(0, signal.SIGTERM)
         if name == "UNGATHERED" and state.global_step == int(step):
             for kind in list_classes():
                 kind.gather_parameter = Engine.gather_parameter
+
+
+def lose_last_rank(way: str) -> None:
+    """Let the last rank be gone, or be there without an answer; every rank calls this."""
+    pids = collectives.gather_from_all(os.getpid())
+    if os.getpid() != pids[-1]:
+        return
+    if way == "STOP":
+        subprocess.Popen(["sh", "-c", f"while kill -0 {pids[0]}; do sleep 0.1; done; kill -9 {pids[-1]}"])
+    os.kill(os.getpid(), signal.SIGKILL if way == "DIE" else signal.SIGSTOP)
 
 
 def collect_gradients(trainer) -> list[torch.Tensor]:

@@ -2,13 +2,14 @@
 
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import make_lora, make_small_llama, make_trainer
 from transformers import TrainerState
 
 from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.checkpoints import find_fault, find_resumed_checkpoint, list_checkpoints
+from axolotl_layersel.checkpoints import View, describe_copies, find_fault, find_resumed_checkpoint, list_checkpoints
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.prepare import prepare_trainer
@@ -126,7 +127,8 @@ def test_a_block_needs_its_own_files_alone(run):
         "selection": "layersel/plan.json is missing, so it is not of a run with this `layersel` block",
         "l1ra": "layersel/state.safetensors is missing, so it is not of a run with this `layersel` block",
     }
-    assert find_fault(run / "checkpoint-10", BLOCK, 1, 1) is None, "the first process alone reads them"
+    assert find_fault(run / "checkpoint-10", alone["selection"], 1, 1) is None, "the first process alone reads the plan"
+    assert find_fault(run / "checkpoint-10", alone["l1ra"], 1, 1) == faults["l1ra"], "each one loads its weights"
 
 
 def test_a_run_starts_anew_where_no_checkpoint_was_written_to_its_end(run):
@@ -144,9 +146,7 @@ def test_a_run_does_not_start_anew_over_checkpoints_that_were_written_to_their_e
 
 def test_the_message_says_why_a_file_is_not_there(run):
     checkpoint = run / "checkpoint-10"
-    assert find_fault(checkpoint, BLOCK, 1, 2) == (
-        "rng_state_1.pth is missing; a run resumes with as many processes as it had"
-    )
+    assert find_fault(checkpoint, BLOCK, 1, 2) == "rng_state_1.pth is missing"
     (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer.bin")
     assert find_fault(checkpoint, BLOCK, 0, 1) == (
         "optimizer.pt is missing; the checkpoint was written by FSDP2 with FULL_STATE_DICT"
@@ -157,3 +157,57 @@ def test_the_message_says_why_a_file_is_not_there(run):
         "optimizer.pt is missing, as is all state of the optimizer, which `save_only_model: true` leaves out"
     )
     assert find_fault(run / "checkpoint-99", BLOCK, 0, 1) == "there is no such folder"
+
+
+@pytest.mark.parametrize(
+    ("variables", "title"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, "FSDP2"),
+    ],
+)
+def test_a_checkpoint_of_several_processes_is_refused_on_one_where_the_engine_cannot_resume(
+    run, monkeypatch, variables, title
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for checkpoint in run.iterdir():
+        for rank in (0, 3):
+            shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    with pytest.raises(LayerselError) as error:
+        find(run)
+    said = f"checkpoint-10 was written by 4 processes, and this run has 1. Under {title} a run resumes with as many"
+    assert said in str(error.value)
+
+
+def test_a_checkpoint_of_several_processes_is_resumed_from_on_one_with_a_warning(run, caplog):
+    (run / "checkpoint-10" / "rng_state.pth").rename(run / "checkpoint-10" / "rng_state_0.pth")
+    with caplog.at_level(logging.WARNING, "axolotl.layersel"):
+        assert find(run) == str(run / "checkpoint-10")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "was written by 2 processes, and this run has 1" in message
+
+
+@pytest.mark.parametrize(
+    ("hosts", "lacking", "held", "said"),
+    [
+        (
+            "aabb",
+            ["", "", "xy", "x"],
+            ["xy", "xy", "", ""],
+            "processes 2 and 3 on b cannot read x and y, which process 0",
+        ),
+        (
+            "abc",
+            ["", "", "xy"],
+            ["x", "y", ""],
+            "process 2 on c cannot read x, which process 0 on a has; process 2 on c ",
+        ),
+        # Two containers of one name.
+        ("aa", ["y", "x"], ["x", "y"], "process 0 on a cannot read y, which process 1 on a has; process 1 on a cannot"),
+    ],
+)
+def test_the_message_for_nodes_that_lack_files_names_each_node_and_who_has_them(hosts, lacking, held, said):
+    views = [View(host, dict.fromkeys(names, ""), None) for host, names in zip(hosts, lacking)]
+    message = describe_copies(Path("run"), views, [list(names) for names in held])
+    assert message.startswith(f"resume_from_checkpoint: of run {said}")

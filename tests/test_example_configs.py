@@ -1,6 +1,10 @@
 """Every example configuration passes Axolotl's own validation, and none holds a key that would be ignored."""
 
+import os
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -143,3 +147,62 @@ def test_files_that_a_document_names_exist(document):
     text = (ROOT / document).read_text()
     named = set(re.findall(r"(?:example_configs|benchmarks|tests|demo)/[\w./-]*\w\.\w+", text))
     assert named and [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+# In place of Slurm's commands and torchrun: what they are called with, and how they take a signal.
+STAND_INS = {
+    "scontrol": 'echo "scontrol $*" >> calls; echo first; echo second',
+    "srun": 'shift; exec "$@"',
+    "torchrun": """
+trap 'echo terminated >> calls; exit 1' TERM
+echo "torchrun $*" >> calls
+[ -e fails ] && exit 7
+while true; do sleep 0.1; done
+""",
+}
+ALLOCATION = {
+    "SLURM_JOB_ID": "42",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+
+
+@pytest.fixture
+def start_slurm_script(tmp_path):
+    """Return a function that starts the script for Slurm where Slurm's commands are stand-ins, in ``tmp_path``."""
+    for name, content in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def start() -> subprocess.Popen:
+        environment = {**os.environ, **ALLOCATION, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = ["bash", str(ROOT / "example_configs" / "slurm.sh"), "run.yml"]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment)
+
+    return start
+
+
+def wait_for_call(path: Path, call: str) -> None:
+    deadline = time.monotonic() + 30
+    while not (path.exists() and call in path.read_text()):
+        assert time.monotonic() < deadline, f"no {call}"
+        time.sleep(0.05)
+
+
+def test_the_slurm_script_passes_the_signal_on_and_asks_to_be_started_again(start_slurm_script, tmp_path):
+    script = start_slurm_script()
+    wait_for_call(tmp_path / "calls", "torchrun")
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=30) == 0
+    hosts, launch, terminated, requeue = (tmp_path / "calls").read_text().splitlines()
+    assert hosts == "scontrol show hostnames n[1-2]"
+    assert launch.startswith("torchrun --nnodes 2 --nproc_per_node 8 ") and "--rdzv_endpoint first:29500" in launch
+    assert launch.endswith(" -m axolotl.cli.train run.yml")
+    assert [terminated, requeue] == ["terminated", "scontrol requeue 42"]
+
+
+def test_the_slurm_script_ends_with_the_code_of_a_run_that_failed(start_slurm_script, tmp_path):
+    (tmp_path / "fails").touch()
+    assert start_slurm_script().wait(timeout=30) == 7
+    assert "requeue" not in (tmp_path / "calls").read_text()

@@ -6,10 +6,11 @@ The children run Axolotl's own entry points; nothing of it is replaced.
 
 Jobs come as JSON lines on standard input, ``{"id", "target", "args", "world", "env", "log", "port"}``;
 answers go to standard output: ``{"id", "pids"}`` once started and ``{"id", "codes"}`` at the end. ``args`` may be a
-list, one for each rank.
+list, one for each rank. A job with ``nodes`` (see nodes.py) shares its ranks out to them.
 """
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
@@ -22,6 +23,7 @@ import traceback
 import coverage
 import numpy
 import torch
+from nodes import INTERFACE
 
 REPLY = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # what libraries print must not mix with the answers
@@ -44,6 +46,19 @@ def save_coverage() -> None:
         measured.save()
 
 
+def enter(node: dict) -> None:
+    """Let this process, which has one thread, be one of a node's."""
+    if node["holder"] is not None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        for kind in ("net", "mnt", "uts"):
+            handle = os.open(f"/proc/{node['holder']}/ns/{kind}", os.O_RDONLY)
+            if libc.setns(handle, 0):
+                raise OSError(ctypes.get_errno(), f"setns {kind}")
+            os.close(handle)
+        os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+    os.chdir(node["folder"])
+
+
 def run_child(job: dict, rank: int) -> None:
     """Run the target in this forked process and leave with its exit code."""
     os.setpgid(0, 0)
@@ -54,14 +69,19 @@ def run_child(job: dict, rank: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job["env"])
     if job["world"] > 1:
+        nodes = job["nodes"] or [None]
+        local = job["world"] // len(nodes)
         os.environ.update(
             RANK=str(rank),
-            LOCAL_RANK=str(rank),
+            LOCAL_RANK=str(rank % local),
+            GROUP_RANK=str(rank // local),
             WORLD_SIZE=str(job["world"]),
-            LOCAL_WORLD_SIZE=str(job["world"]),
-            MASTER_ADDR="127.0.0.1",
+            LOCAL_WORLD_SIZE=str(local),
+            MASTER_ADDR=job["nodes"][0]["address"] if job["nodes"] else "127.0.0.1",
             MASTER_PORT=str(job["port"]),
         )
+        if job["nodes"]:
+            enter(nodes[rank // local])
     # A fork inherits the parent's random state; processes that are started apart do not share one.
     random.seed()
     numpy.random.seed(int.from_bytes(os.urandom(4), "little"))

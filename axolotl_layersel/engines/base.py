@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from axolotl_layersel.engines.collectives import count_ranks, decide_on_rank_zero, get_rank
+from axolotl_layersel.engines.collectives import broadcast, count_ranks, decide_on_rank_zero, get_rank
 from axolotl_layersel.engines.edits import Edit, fill
 from axolotl_layersel.engines.moments import find_moments, release_pages, unwrap_optimizer
 
@@ -29,13 +29,19 @@ class Engine:
         name: as plans and messages have it.
         is_streamed: whether layers come to the device one at a time, so that the model need not fit on it.
         runs_in_lockstep: whether a forward pass communicates, so that all ranks must run the same number of them.
+        title: as messages to the user have the engine's kind.
         restores_lora: whether a resumed run gets its LoRA weights back without our help.
+        loads_adapter: whether every rank reads the adapter of the checkpoint that it resumes from.
+        resumes_with_others: whether a run resumes with another number of processes than it had.
         state_writers: files that show whose optimizer's state a checkpoint holds, as patterns, and the engine's name.
     """
 
     is_streamed: ClassVar[bool] = False
     runs_in_lockstep: ClassVar[bool] = False
+    title: ClassVar[str] = "DDP"
     restores_lora: ClassVar[bool] = True
+    loads_adapter: ClassVar[bool] = True
+    resumes_with_others: ClassVar[bool] = True
     state_writers: ClassVar[dict[str, str]] = {"optimizer.pt": "one process or DDP"}
 
     def __init__(self, trainer: Trainer, name: str) -> None:
@@ -135,12 +141,10 @@ class Engine:
         return gathered
 
     def write_parameter(self, parameter: torch.Tensor, value: torch.Tensor | None) -> None:
-        """Write a whole ``value`` into a parameter; every rank must call this.
-
-        Where weights lie in parts, rank 0's value counts, and others may pass None.
-        """
-        assert value is not None, "here every rank has all values"
-        parameter.data.copy_(value)
+        """Write rank 0's whole ``value`` into a parameter; every rank must call this, and others may pass None."""
+        if value is not None:
+            parameter.data.copy_(value)
+        broadcast(parameter.data)
 
     def find_shard(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int] | None:
         """Return this rank's part of a parameter, flat, and the place of its first element in the whole.

@@ -38,7 +38,10 @@ class ShardedEngine(Engine):
     """FSDP2: each rank holds a part of every weight, and gathers a layer for its forward and backward pass."""
 
     is_streamed: ClassVar[bool] = True
+    title: ClassVar[str] = "FSDP2"
     restores_lora: ClassVar[bool] = False
+    loads_adapter: ClassVar[bool] = False
+    resumes_with_others: ClassVar[bool] = False
     state_writers: ClassVar[dict[str, str]] = {
         "optimizer.bin": "FSDP2 with FULL_STATE_DICT",
         "optimizer_0": "FSDP2 with SHARDED_STATE_DICT",
@@ -47,9 +50,12 @@ class ShardedEngine(Engine):
     @staticmethod
     def list_state_files(checkpoint: Path, rank: int, world: int) -> list[str]:
         if os.environ.get("FSDP_STATE_DICT_TYPE", "").upper() == "FULL_STATE_DICT":
-            weights = ["pytorch_model_fsdp.bin", "optimizer.bin"] if rank == 0 else []
+            # Rank 0 alone reads them, but a rank that does not see them takes another way through the Trainer.
+            weights = ["pytorch_model_fsdp.bin", "optimizer.bin"]
         else:
-            weights = [f"{folder}/{name}" for folder in FOLDERS for name in (".metadata", f"__{rank}_*.distcp")]
+            # What is the same on all ranks lies in one rank's file, which the others read too.
+            shards = [f"__{writer}_*.distcp" for writer in range(world)]
+            weights = [f"{folder}/{name}" for folder in FOLDERS for name in (".metadata", *shards)]
         return [*weights, "scheduler.pt", name_random_state(rank, world)]
 
     def list_ranks_with_weights(self) -> list[int]:

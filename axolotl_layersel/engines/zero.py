@@ -43,6 +43,9 @@ from axolotl_layersel.errors import LayerselError
 class DeepSpeedEngine(Engine):
     """ZeRO stage 0: DDP by DeepSpeed's own engine."""
 
+    title: ClassVar[str] = "DeepSpeed"
+    loads_adapter: ClassVar[bool] = False
+    resumes_with_others: ClassVar[bool] = False
     state_writers: ClassVar[dict[str, str]] = {"global_step*": "DeepSpeed"}
 
     def __init__(self, trainer: Trainer, name: str) -> None:
