@@ -238,7 +238,7 @@ def read_progress(checkpoint: Path) -> dict[str, Any] | None:
         # As text, since what is not a number differs from itself.
         losses = [str(entry["loss"]) for entry in state["log_history"] if "loss" in entry]
         return {"global_step": state["global_step"], "max_steps": state["max_steps"], "losses": losses}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -6,6 +6,7 @@ in half of the layers, AdaLoRA, and the package, with Axolotl's fused LoRA kerne
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -188,8 +189,11 @@ class Allocation(TrainerCallback):
 
 def run_arm(arguments: argparse.Namespace, arm: Arm) -> dict[str, Any]:
     """Train an arm, and return what it took and what came of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, timer = make_arm(arguments, arm, folder)
+    # All processes need a folder of one name, and know of no other's before the trainer lets them communicate.
+    with tempfile.TemporaryDirectory() as parent, contextlib.ExitStack() as stack:
+        stack.callback(os.chdir, os.getcwd())
+        os.chdir(parent)
+        trainer, timer = make_arm(arguments, arm, "run")
         with PeakMemory(arguments.device) as choosing:
             if arm.block:
                 block = LayerselBlock.model_validate(arm.block)
