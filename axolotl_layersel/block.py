@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, mod
 from axolotl_layersel.errors import suggest
 from axolotl_layersel.layer_names import NAME, LayerName
 
+LAYER_LIST = (
+    "a list of whole numbers, such as [0, 1, 5], or for a model with an encoder and a decoder one such as "
+    "[encoder.3, decoder.0]"
+)
 # Longer values are cut in messages.
 SHOWN = 120
 
@@ -71,13 +75,7 @@ def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
     elif str in kinds:
         result, expected = value if isinstance(value, str) and value else None, "some text"
     elif list[LayerName] in kinds:
-        result, expected = (
-            as_layer_list(value),
-            (
-                "a list of whole numbers, such as [0, 1, 5], or for a model with an encoder and a decoder one such as "
-                "[encoder.3, decoder.0]"
-            ),
-        )
+        result, expected = as_layer_list(value), LAYER_LIST
     else:
         return value  # a block, which checks itself
     if result is None:

@@ -61,8 +61,7 @@ def find_resumed_checkpoint(
             )
         return explicit
     # A node that was replaced has none of those that the others have.
-    listed = collectives.gather_from_all(list_checkpoints(output_dir) if automatic else [])
-    names = {name for seen in listed for name in seen}
+    names = collectives.gather_union(list_checkpoints(output_dir) if automatic else [])
     faults = {}
     for name in sort_checkpoints(names):
         checkpoint = Path(output_dir) / name
@@ -72,7 +71,7 @@ def find_resumed_checkpoint(
         if collectives.get_rank() == 0:
             LOG.warning("layersel: %s is incomplete and is not resumed from: %s", checkpoint, faults[name])
     ended = [name for name in faults if find_file_fault(Path(output_dir) / name, TRAINER_STATE_NAME) is None]
-    written = {name for seen in collectives.gather_from_all(ended) for name in seen}
+    written = collectives.gather_union(ended)
     if written:  # the Trainer's own state comes last
         newest = sort_checkpoints(written)[0]
         raise LayerselError(
@@ -223,8 +222,7 @@ def describe_count(writers: int) -> str:
 
 def count_writers(checkpoint: Path) -> int | None:
     """Return how many processes wrote a checkpoint, as far as it shows; None where it does not. A collective call."""
-    found = {path.name for path in checkpoint.glob("rng_state*.pth")}
-    names = {name for seen in collectives.gather_from_all(found) for name in seen}
+    names = collectives.gather_union(path.name for path in checkpoint.glob("rng_state*.pth"))
     numbers = [int(match[1]) for name in names if (match := re.fullmatch(r"rng_state_(\d+)\.pth", name))]
     if numbers:
         return max(*numbers, 1) + 1  # one process alone would not number it
@@ -291,6 +289,12 @@ def is_sound(checkpoint: Path, pattern: str) -> bool:
         return bool(names) and find_first_fault(checkpoint, names) is None
     except OSError:
         return False
+
+
+def holds(checkpoint: Path, engine: Engine) -> bool:
+    """Return whether this rank's disk has all of a checkpoint that ``engine`` and PEFT read."""
+    state = engine.list_state_files(checkpoint, collectives.get_rank(), collectives.count_ranks())
+    return all(any(checkpoint.glob(pattern)) for pattern in (ADAPTER, *state))
 
 
 def find_first_fault(checkpoint: Path, names: list[str]) -> str | None:

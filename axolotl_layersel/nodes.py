@@ -59,8 +59,7 @@ def share_files(run: Run, folder: Path, names: list[str]) -> None:
     )
     writes = run.trainer.args.local_process_index == 0 and collectives.get_rank() != 0
     mine = [name for name, content in contents.items() if writes and not is_same(folder / name, content)]
-    wanted = {name for others in collectives.gather_from_all(mine) for name in others}
-    for name in sorted(wanted):
+    for name in sorted(collectives.gather_union(mine)):
         share_file(run, folder / name, name in mine)
 
 

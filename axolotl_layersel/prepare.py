@@ -11,6 +11,7 @@ from axolotl_layersel import adapters, nodes, trainers
 from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
+from axolotl_layersel.checkpoints import holds
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.refusals import moves_state
 from axolotl_layersel.errors import LayerselError
@@ -102,7 +103,7 @@ def prepare_trainer(
     ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
     trainer.add_callback(RestoreCallback(run, resume_from, restore))
-    trainers.restore_best_model_by(trainer, functools.partial(sees_checkpoint, run), restore)
+    trainers.restore_best_model_by(trainer, functools.partial(holds, engine=run.engine), restore)
     trainers.respect_stop_before_first_step(trainer)
     nodes.explain_lost_processes(trainer)
     if resume_from:
@@ -131,12 +132,6 @@ def check_resumed(settings: LayerselBlock, resume_from: str | None) -> None:
             f"resume_from_checkpoint: {resume_from} is of a run with layersel.l1ra, without which its adapter does not "
             "fit. Restore the l1ra block, or start from the adapter with lora_model_dir."
         )
-
-
-def sees_checkpoint(run: Run, checkpoint: Path) -> bool:
-    """Return whether this rank has all of ``checkpoint`` on its disk that its engine and PEFT read."""
-    state = run.engine.list_state_files(checkpoint, collectives.get_rank(), collectives.count_ranks())
-    return all(any(checkpoint.glob(pattern)) for pattern in (SAFETENSORS_WEIGHTS_NAME, *state))
 
 
 def list_foreign_files(settings: LayerselBlock, output_dir: Path) -> list[Path]:

@@ -43,6 +43,8 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
 
     def save(folder: str | Path) -> None:
         folder = Path(folder)
+        if ranks:  # SIGTERM asks for a checkpoint after the callbacks of the step
+            ranks.check_finite(trainer.state.global_step)
         # Upstream takes a checkpoint for the best one where its folder is there, which it must be on every node.
         nodes.make_folder(folder)
         weights = writer.save(folder)

@@ -96,9 +96,8 @@ def list_parts(layer: nn.Module) -> dict[str, nn.Module]:
     if len(parts) == 1:
         ((name, only),) = parts.items()
         inner = dict(only.named_children())
-        if inner and list(inner) == [
-            str(number) for number in range(len(inner))
-        ]:  # a list, whose parts have numbers for names
+        # The parts of a list have numbers for names.
+        if inner and list(inner) == [str(number) for number in range(len(inner))]:
             return {f"{name}.{number}": part for number, part in inner.items()}
     return parts
 

@@ -122,6 +122,17 @@ def selection(method: str = "cka", **values) -> dict:
     return {"layersel": {"selection": {"method": method, **scoring, **values}}}
 
 
+# The best checkpoint is the first one: the loss falls, so the greatest eval loss is the earliest.
+BEST_IS_FIRST = {
+    "eval_steps": 2,
+    "val_set_size": 0.1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,
+}
+CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
+
+
 # For what must not change plain LoRA. Two micro-batches a step, and gradients that are clipped.
 ACCUMULATED = {
     "gradient_accumulation_steps": 2,

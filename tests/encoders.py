@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import pytest
 import torch
 import transformers
 from conftest import make_lora
@@ -73,3 +74,16 @@ def make_task_rows(task: str, count: int = 12) -> list[dict]:
         }[task]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return rows
+
+
+def check_gradients(squares: torch.Tensor, sketches: list[torch.Tensor], found: list[tuple[torch.Tensor, ...]]) -> None:
+    """Check what fisher and gradient measured, by samples and modules and by modules, against gradients of samples.
+
+    Sketches are as wide as the modules' inputs: they have the norm of the gradient itself.
+    """
+    for measured, gradients in zip(squares, found, strict=True):
+        expected = [value.square().sum().item() for value in gradients]
+        assert measured.tolist() == pytest.approx(expected, rel=1e-4)
+        assert min(expected) > 0
+    for sketch, gradients in zip(sketches, zip(*found, strict=True), strict=True):
+        assert float(sketch.sum(dim=0).norm()) == pytest.approx(float(sum(gradients).norm()), rel=1e-4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_lora, make_small_llama, make_trainer
+from conftest import CHECKPOINTING, make_lora, make_small_llama, make_trainer
 from encoder_decoders import (
     ARCHITECTURES,
     BART,
@@ -23,10 +23,11 @@ from encoder_decoders import (
     make_pairs,
     make_tokenizer,
 )
+from encoders import check_gradients
+from first_step import FirstGradients, train_first_step
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
 from axolotl_layersel.l1ra.records import RankHistory
@@ -285,16 +286,11 @@ def test_scores_by_gradients_are_those_of_autograd(name, checkpointing, tmp_path
     scores = fisher.score(select("fisher"), samples).values
     base = run.base.eval()
     weights = [run.lora_modules[module].base_layer.weight.requires_grad_() for module in modules]
-    sums = [torch.zeros_like(weight) for weight in weights]
-    for i, sample in enumerate(samples):
+    found = []
+    for sample in samples:
         row = {key: torch.tensor([value]) for key, value in rows[sample.row].items()}
-        found = torch.autograd.grad(base(**row).loss * row["labels"].numel(), weights)
-        sums = [total + value for total, value in zip(sums, found)]
-        expected = [value.square().sum().item() for value in found]
-        assert squares[i].tolist() == pytest.approx(expected, rel=1e-4)
-        assert min(expected) > 0
-    for module, total in zip(modules, sums):
-        assert float(sketches[module].sum(dim=0).norm()) == pytest.approx(float(total.norm()), rel=1e-4)
+        found.append(torch.autograd.grad(base(**row).loss * row["labels"].numel(), weights))
+    check_gradients(squares, [sketches[module] for module in modules], found)
     for layer, names in stack.lora_modules.items():
         places = [modules.index(module) for module in names]
         mean = squares[:, places].sum(dim=1).mean() / (32 * 32 * len(places))
@@ -522,33 +518,6 @@ CUTS = {
     "decoder.0": "decoder.0",
     "decoder.1": "decoder.1",
 }
-CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
-
-
-class FirstGradients(TrainerCallback):
-    """Keeps the gradients of the first step, and counts how often each layer ran."""
-
-    def __init__(self, model):
-        self.kept = {}
-        layers = find_layer_stack_of(model.get_base_model())
-        self.runs = [0] * len(layers)
-        self.graphs = [False] * len(layers)
-        for index, layer in enumerate(layers):
-            first = next(layer.children())
-            first = first[0] if isinstance(first, torch.nn.ModuleList) else first
-            first.register_forward_pre_hook(lambda *_, index=index: self.count(index))
-            layer.register_forward_hook(lambda module, args, output, index=index: self.note(index, output))
-
-    def count(self, index):
-        self.runs[index] += 1
-
-    def note(self, index, output):
-        output = output if isinstance(output, torch.Tensor) else output[0]
-        self.graphs[index] = self.graphs[index] or output.grad_fn is not None
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.kept = self.kept or {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def train_one_step(name: str, folder, layers: list[str], checkpointing: str, truncate: bool) -> FirstGradients:
@@ -561,14 +530,7 @@ def train_one_step(name: str, folder, layers: list[str], checkpointing: str, tru
     prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="explicit", layers=layers)))
     if not truncate:
         trainer.remove_callback(LayerSelectionCallback)
-    torch.manual_seed(0)
-    for key, parameter in model.named_parameters():
-        if "lora_B" in key:
-            torch.nn.init.normal_(parameter, std=0.1)
-    gradients = FirstGradients(model)
-    trainer.add_callback(gradients)
-    trainer.train()
-    return gradients
+    return train_first_step(trainer, find_layer_stack_of(model.get_base_model()))
 
 
 @pytest.mark.trains

@@ -1,12 +1,11 @@
 import pytest
 import torch
-from conftest import make_lora, make_small_llama
+from conftest import CHECKPOINTING, make_lora, make_small_llama
 
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.layers import find_lora_modules
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
-CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 
 
 def make_gated(checkpointing: str = "none", dtype: torch.dtype = torch.float32, layers: int = 3):

@@ -4,20 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import ACCUMULATED, ENGINES, Run, RunsByEngine, l1ra, pressure
+from conftest import ACCUMULATED, BEST_IS_FIRST, ENGINES, Run, RunsByEngine, l1ra, pressure
 from safetensors.torch import load_file
 from test_runs import KILLED, TERMINATED, difference, load_with_stock_peft
 
-# Updates after steps 2, 4, 6 and 8. The best checkpoint is the first one, see test_runs.
+# Updates after steps 2, 4, 6 and 8.
 SETTINGS = {
     **pressure(update_ratio=0.2),
     "max_steps": 10,
     "num_epochs": 2,
-    "eval_steps": 2,
-    "val_set_size": 0.1,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_loss",
-    "greater_is_better": True,
+    **BEST_IS_FIRST,
     "save_total_limit": 10,
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": True},

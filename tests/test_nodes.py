@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, Run, RunsByEngine, l1ra, make_lora, make_small_llama, make_trainer, selection
+from conftest import (
+    BEST_IS_FIRST,
+    ENVIRONMENT,
+    ROOT,
+    Run,
+    RunsByEngine,
+    l1ra,
+    make_lora,
+    make_small_llama,
+    make_trainer,
+    selection,
+)
 from nodes import INTERFACE, Node, make_nodes
 from test_runs import difference
 
@@ -20,18 +31,14 @@ from axolotl_layersel.engines import collectives, find_engine
 from axolotl_layersel.prepare import prepare_trainer
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
-# Updates after steps 2 and 4. The best checkpoint is the first one, see test_runs.
+# Updates after steps 2 and 4.
 SETTINGS = {
     "layersel": {
         **selection("cka", ratio=0.5)["layersel"],
         **l1ra(update_ratio=1 / 3, last_update=0.8, move_ratio=0.3)["layersel"],
     },
     "max_steps": 6,
-    "eval_steps": 2,
-    "val_set_size": 0.1,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_loss",
-    "greater_is_better": True,
+    **BEST_IS_FIRST,
     "save_total_limit": 10,
 }
 # Of the README's table of files.

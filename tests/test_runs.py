@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENGINES, ENVIRONMENT, ROOT, Run, RunsByEngine, selection
+from conftest import BEST_IS_FIRST, ENGINES, ENVIRONMENT, ROOT, Run, RunsByEngine, selection
 from safetensors.torch import load_file
 
 from axolotl_layersel.args import LayerselBlock
@@ -16,14 +16,7 @@ from axolotl_layersel.checkpoints import find_fault
 KILLED = -9
 INTERRUPTED = 130
 TERMINATED = 143
-# The best checkpoint is the first one: the loss falls, so the greatest eval loss is the earliest.
-SETTINGS = {
-    "eval_steps": 2,
-    "val_set_size": 0.1,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_loss",
-    "greater_is_better": True,
-}
+SETTINGS = BEST_IS_FIRST
 NOT_RESUMED_FROM = {
     "README.md",
     "adapter_config.json",

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import make_lora, make_rows, make_small_llama, make_trainer
-from transformers import TrainerCallback
+from conftest import CHECKPOINTING, make_lora, make_rows, make_small_llama, make_trainer
+from first_step import FirstGradients, train_first_step
 
 from axolotl_layersel.adapters import initialize_lora
 from axolotl_layersel.args import LayerselBlock
@@ -10,27 +10,8 @@ from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.selection.args import SelectionArgs
 from axolotl_layersel.truncation import find_lowest_trained
 
-CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the first step, and counts how often each layer ran."""
-
-    def __init__(self, model):
-        self.kept = {}
-        self.runs = [0] * len(model.get_base_model().model.layers)
-        for index, layer in enumerate(model.get_base_model().model.layers):
-            layer.self_attn.register_forward_pre_hook(lambda *_, index=index: self.count(index))
-
-    def count(self, index):
-        self.runs[index] += 1
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.kept = self.kept or {name: p.grad.clone() for name, p in named if p.grad is not None}
-
-
-def train_one_step(folder, checkpointing: str, truncate: bool) -> Gradients:
+def train_one_step(folder, checkpointing: str, truncate: bool) -> FirstGradients:
     """Train LoRA in layers 3 and 5 for a step: with this package, or with stock PEFT's ``layers_to_transform``."""
     model = make_lora(make_small_llama(), layers_to_transform=None if truncate else [3, 5])
     model.enable_input_require_grads()  # Axolotl always does
@@ -42,14 +23,7 @@ def train_one_step(folder, checkpointing: str, truncate: bool) -> Gradients:
         prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="explicit", layers=[3, 5])))
     else:
         initialize_lora(model, trainer.args.seed)
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    gradients = Gradients(model)
-    trainer.add_callback(gradients)
-    trainer.train()
-    return gradients
+    return train_first_step(trainer, model.get_base_model().model.layers)
 
 
 @pytest.mark.trains

@@ -9,7 +9,8 @@ from conftest import make_lora, make_small_llama, make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from axolotl_layersel import L1RAConfig, LayerselConfig, SelectionConfig, prepare_trainer
+from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
+from axolotl_layersel.l1ra.callback import RankCallback
 
 pytestmark = pytest.mark.trains
 
@@ -92,3 +93,14 @@ def test_a_shorter_backward_pass_makes_the_host_wait_no_more_than_plain_lora_doe
     selection = SelectionConfig(method="last", ratio=0.5)
     cut = count_waits(tmp_path / "cut", monkeypatch, LayerselConfig(selection=selection))
     assert [cut[step] for step in QUIET_STEPS] == [plain[step] for step in QUIET_STEPS]
+
+
+def test_no_checkpoint_is_written_from_a_gate_that_is_no_number(tmp_path):
+    """SIGTERM asks for a checkpoint when the callbacks that look at gates have been called."""
+    trainer = make_trainer(make_lora(make_small_llama(2)), tmp_path, max_steps=10)
+    prepare_trainer(trainer, LayerselConfig(l1ra=L1RAConfig()))
+    (ranks,) = (each.ranks for each in trainer.callback_handler.callbacks if isinstance(each, RankCallback))
+    ranks.exp_avg_sq[3] = torch.nan
+    with pytest.raises(LayerselError, match=r"model\.layers\.0\.self_attn\.q_proj is NaN or infinite"):
+        trainer.save_adapter(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1").exists()

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from axolotl_layersel.engines.collectives import broadcast, count_ranks, decide_on_rank_zero, get_rank
-from axolotl_layersel.engines.edits import Edit, fill
+from axolotl_layersel.engines.edits import Edit, edit_data, fill
 from axolotl_layersel.engines.moments import find_moments, release_pages, unwrap_optimizer
 
 
@@ -192,14 +192,6 @@ class Engine:
     def edit_held(self, tensor: torch.Tensor, edit: Edit, part: torch.Tensor | None = None) -> None:
         """Change the part of a tensor that this rank holds: ``part`` where it is given, its own data by default."""
         edit_data(tensor.data if part is None else part, 0, tensor.shape, edit)
-
-
-def edit_data(held: torch.Tensor, start: int, shape: torch.Size, edit: Edit) -> None:
-    """Change ``held``, of any shape, the elements from ``start`` on of a flattened tensor of ``shape``."""
-    flat = held.contiguous().view(-1)
-    edit(flat, start, shape)
-    if flat.data_ptr() != held.data_ptr():
-        held.copy_(flat.view_as(held))
 
 
 def name_random_state(rank: int, world: int) -> str:

@@ -4,7 +4,7 @@ Relied on in torch 2.13.0: the process group's store is ``distributed_c10d._get_
 raises ``DistStoreError`` when the time is over.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -110,6 +110,11 @@ def gather_from_all(value: T) -> list[T]:
     values: list[T] = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def gather_union(values: Iterable[T]) -> set[T]:
+    """Return all that any rank passed, on every rank; a collective call."""
+    return {value for passed in gather_from_all(list(values)) for value in passed}
 
 
 def find_differing_ranks(digest: bytes | None) -> list[int]:

@@ -12,6 +12,14 @@ import torch
 Edit = Callable[[torch.Tensor, int, torch.Size], object]
 
 
+def edit_data(held: torch.Tensor, start: int, shape: torch.Size, edit: Edit) -> None:
+    """Change ``held``, of any shape, the elements from ``start`` on of a flattened tensor of ``shape``."""
+    flat = held.contiguous().view(-1)
+    edit(flat, start, shape)
+    if flat.data_ptr() != held.data_ptr():
+        held.copy_(flat.view_as(held))
+
+
 def fill(lines: torch.Tensor, dim: int, value: float) -> Edit:
     """Return the edit of a matrix that sets the rows (``dim`` 0) or columns (1) ``lines``, (count,), to ``value``."""
     numbers = lines.tolist()

@@ -25,9 +25,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from axolotl_layersel.engines.base import Engine, edit_data, name_random_state
+from axolotl_layersel.engines.base import Engine, name_random_state
 from axolotl_layersel.engines.collectives import count_ranks
-from axolotl_layersel.engines.edits import Edit
+from axolotl_layersel.engines.edits import Edit, edit_data
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.trainers import get_model
 

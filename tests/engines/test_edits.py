@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_layersel.engines import edits
-from axolotl_layersel.engines.base import edit_data
 
 
 def edit_by_hand(whole: torch.Tensor, rows: dict, columns: torch.Tensor, factors: torch.Tensor, change) -> torch.Tensor:
@@ -59,6 +58,6 @@ def test_a_tensor_whose_elements_lie_in_another_order_is_changed_where_it_lies()
     whole = torch.arange(6.0).view(2, 3).T
     address, expected = whole.data_ptr(), whole.clone()
     expected[:, 1] = 9
-    edit_data(whole, 0, whole.shape, edits.fill(torch.tensor([1]), 1, 9.0))
+    edits.edit_data(whole, 0, whole.shape, edits.fill(torch.tensor([1]), 1, 9.0))
     assert torch.equal(whole, expected)
     assert whole.data_ptr() == address

@@ -286,7 +286,7 @@ def mesh() -> Iterator[DeviceMesh]:
 def test_bitsandbytes_cannot_compute_on_the_weights_of_fsdp2(mesh, name):
     parameter = torch.nn.Parameter(distribute_tensor(torch.randn(LARGE), mesh, [Shard(0)]))
     parameter.grad = torch.randn_like(parameter)
-    with pytest.raises((NotImplementedError, RuntimeError)):
+    with pytest.raises(RuntimeError, match=r"does not have a sharding strategy|got mixed torch\.Tensor and DTensor"):
         getattr(bitsandbytes.optim, name)([parameter]).step()
 
 
