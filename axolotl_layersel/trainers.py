@@ -23,6 +23,8 @@ when one of them changes):
 * transformers 5.16.1, ``Trainer._save_checkpoint``: leaves ``state()`` of every ``ExportableState`` callback in
   ``stateful_callbacks``, of several of a class in a list that grows with every checkpoint; ``_load_callback_state``
   restores them only on request, by making the callbacks anew at the end of the list.
+* transformers 5.16.1, ``Trainer.training_step``: ends with the backward pass of a micro-batch; gradients are clipped
+  after it. ``sync_gradients`` is true in the last one of an optimizer step.
 * transformers 5.16.1, ``Trainer.set_initial_training_values``: ends in the planned number of optimizer steps.
 * accelerate 1.13.0, ``Accelerator.prepare``: what iterates over batches is the ``base_dataloader`` of what it
   returns, whose ``worker_init_fn`` is read when an iteration begins.
@@ -100,6 +102,22 @@ def respect_stop_before_first_step(trainer: Trainer) -> None:
             upstream(*args, **kwargs)
 
     trainer._run_epoch = run_epoch  # type: ignore[method-assign]  # of this trainer alone
+
+
+def call_after_backward(trainer: Trainer, function: Callable[[], None]) -> None:
+    """Call ``function`` once an optimizer step, when all its gradients are there and averaged, but not yet clipped.
+
+    DeepSpeed steps within the backward pass, so it is too late there.
+    """
+    upstream = trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = upstream(*args, **kwargs)
+        if trainer.accelerator.sync_gradients:
+            function()
+        return loss
+
+    trainer.training_step = training_step  # type: ignore[method-assign]  # of this trainer alone
 
 
 def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState) -> None:

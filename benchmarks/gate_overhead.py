@@ -1,7 +1,8 @@
 """What the gates of ``l1ra`` cost the host: the CPU time that a LoRA module takes more with a gate than without.
 
-A model of LoRA modules so small that nearly all time is Python's and PyTorch's own runs forward and backward, without
-and with gates in turn; the median of the rounds counts. A GPU hides that time where a module computes for longer.
+A model of LoRA modules so small that nearly all time is Python's and PyTorch's own runs forward and backward, in turn
+without gates, with gates, and without them but with their gradients read from those of A. The median of the rounds
+counts. A GPU hides that time where a module computes for longer.
 """
 
 import argparse
@@ -14,11 +15,12 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.layers import find_lora_modules
 
-PLAIN, GATED = "plain LoRA", "with gates"
-WAYS = (PLAIN, GATED)
+PLAIN, GATED, READ = "plain LoRA", "with gates", "gradients read"
+WAYS = (PLAIN, GATED, READ)
 
 
 def main() -> None:
@@ -39,6 +41,7 @@ def main() -> None:
     modules = find_lora_modules(model.get_base_model())
     downs = {name: [module.lora_A["default"]] for name, module in modules.items()}
     gates = Gates(downs, 32, torch.device("cpu"))
+    engine = Engine(None, "single")
     tokens = torch.arange(8)[None]
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for round_ in range(arguments.rounds + 1):
@@ -47,6 +50,8 @@ def main() -> None:
                 gates.attach()
             started = time.process_time()
             model(input_ids=tokens, labels=tokens).loss.backward()
+            if way == READ:
+                engine.multiply_by_gradients([linear.weight for (linear,) in downs.values()])
             if round_:  # the first one warms up
                 seconds[way].append(time.process_time() - started)
             if way == GATED:
@@ -56,7 +61,7 @@ def main() -> None:
     for way in WAYS:
         taken = statistics.median(seconds[way])
         more = (taken - plain) / len(modules) * 1e6
-        console.print(f"{way:>11}: {taken:.3f} s for {len(modules)} modules, {more:.0f} µs a module over plain LoRA")
+        console.print(f"{way:>14}: {taken:.3f} s for {len(modules)} modules, {more:.0f} µs a module over plain LoRA")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 from conftest import ROOT
@@ -20,6 +21,8 @@ from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs
 
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
+# The first one whose jobs know what to do about a pod that is evicted without a switch being set.
+OLDEST_KUBERNETES = "1.31"
 PROCESSES = {
     "llama-3.1-8b-qlora-zero2": 8,
     "llama-3.1-8b-fsdp2": 8,
@@ -169,18 +172,23 @@ ALLOCATION = {
 
 
 @pytest.fixture
-def start_slurm_script(tmp_path):
-    """Return a function that starts the script for Slurm where Slurm's commands are stand-ins, in ``tmp_path``."""
+def start_beside_stand_ins(tmp_path):
+    """Return a function that starts a command where those of a cluster are stand-ins, in ``tmp_path``."""
     for name, content in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
         (tmp_path / name).chmod(0o755)
 
-    def start() -> subprocess.Popen:
-        environment = {**os.environ, **ALLOCATION, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        command = ["bash", str(ROOT / "example_configs" / "slurm.sh"), "run.yml"]
+    def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen:
+        environment = {**os.environ, **variables, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         return subprocess.Popen(command, cwd=tmp_path, env=environment)
 
     return start
+
+
+@pytest.fixture
+def start_slurm_script(start_beside_stand_ins):
+    """Return a function that starts the script for Slurm."""
+    return lambda: start_beside_stand_ins(["bash", str(ROOT / "example_configs" / "slurm.sh"), "run.yml"], ALLOCATION)
 
 
 def wait_for_call(path: Path, call: str) -> None:
@@ -206,3 +214,32 @@ def test_the_slurm_script_ends_with_the_code_of_a_run_that_failed(start_slurm_sc
     (tmp_path / "fails").touch()
     assert start_slurm_script().wait(timeout=30) == 7
     assert "requeue" not in (tmp_path / "calls").read_text()
+
+
+def read_kubernetes() -> list[dict]:
+    return list(yaml.safe_load_all((ROOT / "example_configs" / "kubernetes.yaml").read_text()))
+
+
+def test_kubernetes_accepts_its_example_and_would_not_accept_a_misspelt_key():
+    service, job = read_kubernetes()
+    for content in (service, job):
+        kubernetes_validate.validate(content, OLDEST_KUBERNETES, strict=True)
+    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    job["spec"]["template"]["spec"]["terminationGracePeriod"] = 120
+    with pytest.raises(kubernetes_validate.ValidationError, match="terminationGracePeriod"):
+        kubernetes_validate.validate(job, OLDEST_KUBERNETES, strict=True)
+
+
+def test_a_pod_of_kubernetes_starts_its_share_of_the_run_and_passes_the_signal_on(start_beside_stand_ins, tmp_path):
+    pod = read_kubernetes()[1]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    process = start_beside_stand_ins(container["command"], {"JOB_COMPLETION_INDEX": "1"})
+    wait_for_call(tmp_path / "calls", "torchrun")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 1
+    launch, terminated = (tmp_path / "calls").read_text().splitlines()
+    assert launch.startswith("torchrun --nnodes 2 --nproc_per_node 8 --node_rank 1 ")
+    assert launch.endswith(" -m axolotl.cli.train /config/run.yml") and terminated == "terminated"
+    seconds = int({entry["name"]: entry["value"] for entry in container["env"]}["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert seconds < pod["terminationGracePeriodSeconds"]

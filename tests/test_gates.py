@@ -2,15 +2,16 @@ import pytest
 import torch
 from conftest import CHECKPOINTING, make_lora, make_small_llama
 
+from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.layers import find_lora_modules
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 
 
-def make_gated(checkpointing: str = "none", dtype: torch.dtype = torch.float32, layers: int = 3):
+def make_gated(checkpointing: str = "none", dtype: torch.dtype = torch.float32, layers: int = 3, **lora):
     """Return a model with random LoRA weights, and random gates attached to it."""
-    model = make_lora(make_small_llama(layers))
+    model = make_lora(make_small_llama(layers), **lora)
     generator = torch.Generator().manual_seed(5)
     for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
@@ -70,6 +71,16 @@ def test_gradients_of_micro_batches_add_up_in_the_flat_tensor():
     run_backward(model)
     # The loss of two rows is the mean of theirs.
     torch.testing.assert_close(added / 2, gates.gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_gradients_of_a_say_what_gates_of_1_would_get():
+    model, gates = make_gated(lora_dropout=0.3)
+    gates.values.fill_(1.0)
+    for rows in (TOKENS[:1], TOKENS[1:]):
+        run_backward(model, rows)
+    products = Engine(None, "single").multiply_by_gradients([linear.weight for (linear,) in gates.linears.values()])
+    torch.testing.assert_close(products, gates.gradient, atol=1e-7, rtol=1e-5)
+    assert products.ne(0).all()
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])

@@ -143,7 +143,7 @@ def find_ranks(trainer):
 @pytest.fixture
 def gated(tmp_path):
     """A trainer whose gates are all one half, and a fold that forgets them."""
-    trainer = prepare(tmp_path, MOVING)
+    trainer = prepare(tmp_path, LayerselBlock(l1ra=L1RAArgs(rule="pressure", update_ratio=0.2)))
     for parameter in (p for p in trainer.model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter)
     ranks = find_ranks(trainer)

@@ -32,6 +32,7 @@ class Engine:
         title: as messages to the user have the engine's kind.
         restores_lora: whether a resumed run gets its LoRA weights back without our help.
         loads_adapter: whether every rank reads the adapter of the checkpoint that it resumes from.
+        keeps_gradients: whether weights that train have their averaged gradient from the backward pass to the step.
         resumes_with_others: whether a run resumes with another number of processes than it had.
         state_writers: files that show whose optimizer's state a checkpoint holds, as patterns, and the engine's name.
     """
@@ -41,6 +42,7 @@ class Engine:
     title: ClassVar[str] = "DDP"
     restores_lora: ClassVar[bool] = True
     loads_adapter: ClassVar[bool] = True
+    keeps_gradients: ClassVar[bool] = True
     resumes_with_others: ClassVar[bool] = True
     state_writers: ClassVar[dict[str, str]] = {"optimizer.pt": "one process or DDP"}
 
@@ -146,6 +148,15 @@ class Engine:
             parameter.data.copy_(value)
         broadcast(parameter.data)
 
+    @torch.no_grad()
+    def multiply_by_gradients(self, matrices: list[torch.Tensor]) -> torch.Tensor:
+        """Return the products of each row of some matrices with its averaged gradient, (rows of all,), fp32.
+
+        A matrix that got no gradient counts as one whose gradient is zero. Every rank must call this, where the engine
+        keeps gradients, between the backward pass and the optimizer's step.
+        """
+        return torch.cat([multiply_rows(matrix, matrix.grad) for matrix in matrices])
+
     def find_shard(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int] | None:
         """Return this rank's part of a parameter, flat, and the place of its first element in the whole.
 
@@ -192,6 +203,13 @@ class Engine:
     def edit_held(self, tensor: torch.Tensor, edit: Edit, part: torch.Tensor | None = None) -> None:
         """Change the part of a tensor that this rank holds: ``part`` where it is given, its own data by default."""
         edit_data(tensor.data if part is None else part, 0, tensor.shape, edit)
+
+
+def multiply_rows(matrix: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    """Return the products of rows of two matrices, (rows,), fp32; None is a matrix of zeros."""
+    if other is None:
+        return torch.zeros(len(matrix), device=matrix.device)
+    return torch.linalg.vecdot(matrix.float(), other.float())
 
 
 def name_random_state(rank: int, world: int) -> str:

@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from axolotl_layersel.engines.base import Engine, name_random_state
-from axolotl_layersel.engines.collectives import count_ranks
+from axolotl_layersel.engines.base import Engine, multiply_rows, name_random_state
+from axolotl_layersel.engines.collectives import add_up, count_ranks
 from axolotl_layersel.engines.edits import Edit, edit_data
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.trainers import get_model
@@ -93,6 +94,19 @@ class ShardedEngine(Engine):
         with torch.no_grad():
             parameter.to_local().copy_(shards.to_local())
 
+    @torch.no_grad()
+    def multiply_by_gradients(self, matrices: list[torch.Tensor]) -> torch.Tensor:
+        products = torch.zeros(sum(map(len, matrices)), device=self.trainer.args.device)
+        parts = products.split([len(matrix) for matrix in matrices])
+        for matrix, part in zip(matrices, parts):
+            shard = self.find_shard(matrix)
+            if shard is not None and isinstance(matrix.grad, DTensor):
+                rows = shard[0].view(-1, matrix.shape[1])
+                own = part.narrow(0, shard[1] // matrix.shape[1], len(rows))
+                own.copy_(multiply_rows(rows, matrix.grad.to_local()))
+        add_up(products)
+        return products
+
     def find_shard(self, parameter: torch.Tensor) -> tuple[torch.Tensor, int] | None:
         if not isinstance(parameter, DTensor):
             return super().find_shard(parameter)
@@ -123,7 +137,13 @@ def find_start(shards: DTensor) -> int:
     Raises:
         LayerselError: if other dimensions than the first are split.
     """
-    shape, offsets = compute_local_shape_and_global_offset(shards.shape, shards.device_mesh, shards.placements)
-    if tuple(shape[1:]) != tuple(shards.shape[1:]):
-        raise LayerselError(f"fsdp_config: shards of {shards.placements} are not supported. Shard the first dimension.")
-    return offsets[0] * math.prod(shape[1:])
+    return find_start_of(shards.shape, shards.device_mesh, shards.placements)
+
+
+@functools.lru_cache
+def find_start_of(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> int:
+    """Return what ``find_start`` does, of any DTensor of these; torch takes long to find it."""
+    held, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    if tuple(held[1:]) != tuple(shape[1:]):
+        raise LayerselError(f"fsdp_config: shards of {placements} are not supported. Shard the first dimension.")
+    return offsets[0] * math.prod(held[1:])

@@ -45,6 +45,8 @@ class DeepSpeedEngine(Engine):
 
     title: ClassVar[str] = "DeepSpeed"
     loads_adapter: ClassVar[bool] = False
+    # accelerate has DeepSpeed step within the backward pass.
+    keeps_gradients: ClassVar[bool] = False
     resumes_with_others: ClassVar[bool] = False
     state_writers: ClassVar[dict[str, str]] = {"global_step*": "DeepSpeed"}
 

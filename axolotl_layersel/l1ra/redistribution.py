@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from axolotl_layersel import adapters, layouts
+from axolotl_layersel import adapters, layouts, trainers
 from axolotl_layersel.engines import collectives, edits
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
@@ -76,7 +76,12 @@ class RankRedistribution:
         self.update_steps: set[int] = set()
         self.interval = 1
         self.expect_gradients: set[str] = set()
-        self.gates.attach()
+        # Gates that stay at 1 cost a step nothing where A's gradients say what theirs would be.
+        self.is_attached = RULES[settings.rule].moves_gates or not run.engine.keeps_gradients
+        if self.is_attached:
+            self.gates.attach()
+        else:
+            trainers.call_after_backward(run.trainer, self.read_gradient)
 
     # --- What there is ------------------------------------------------------------------------------------------------
 
@@ -135,6 +140,15 @@ class RankRedistribution:
             self.max_rank,
         )
 
+    def read_gradient(self) -> None:
+        """Let the gates have the gradient that gates of 1 would get if they were attached; every rank must call this.
+
+        B·diag(c)·A·x has by c_i, where that is 1, the derivative Σ_j A_ij · ∂L/∂A_ij: rows of A say it by their own
+        gradients, once an optimizer step and averaged over ranks, so that modules need not multiply by anything.
+        """
+        downs = [down.weight for down, _ in self.linears.values()]
+        self.gates.gradient.copy_(self.run.engine.multiply_by_gradients(downs))
+
     def step(self, step: int, look: bool) -> None:
         """Step the gates after optimizer step ``step``, and move rank if it is time; every rank must call this.
 
@@ -146,7 +160,8 @@ class RankRedistribution:
         Raises:
             LayerselError: if a gate is no longer a number, or the ranks do not agree on the moves.
         """
-        self.gates.average_gradient()
+        if self.is_attached:
+            self.gates.average_gradient()
         self.rule.step(self)
         self.gates.clear_gradient()
         if look or step in self.update_steps:

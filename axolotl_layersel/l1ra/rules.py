@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from axolotl_layersel.l1ra import saliency
 from axolotl_layersel.l1ra.adame import step_gates
@@ -19,7 +19,13 @@ LOG = logging.getLogger("axolotl.layersel")
 
 
 class Rule(Protocol):
-    """How gates step and what they lead to, in a run of a known number of optimizer steps."""
+    """How gates step and what they lead to, in a run of a known number of optimizer steps.
+
+    Attributes:
+        moves_gates: whether gates take other values than 1, so that modules must compute with them.
+    """
+
+    moves_gates: ClassVar[bool]
 
     def step(self, ranks: RankRedistribution) -> None:
         """Take the averaged gradient of the gates into account, after each optimizer step."""
@@ -36,6 +42,8 @@ class Rule(Protocol):
 
 class Saliency:
     """Gates stay at 1; components that the loss would miss least give their rank away."""
+
+    moves_gates: ClassVar[bool] = False
 
     def __init__(self, settings: L1RAArgs, steps: int) -> None:
         self.settings = settings
@@ -65,6 +73,8 @@ class Saliency:
 
 class Pressure:
     """A steady pressure pushes gates down, and those that come to 0 give their rank away (L1RA, arXiv 2509.04884)."""
+
+    moves_gates: ClassVar[bool] = True
 
     def __init__(self, settings: L1RAArgs, steps: int) -> None:
         self.settings = settings

@@ -6,6 +6,7 @@ from conftest import make_lora, make_small_llama, make_trainer
 from safetensors.torch import load_file
 
 from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.callback import RankCallback
@@ -49,6 +50,28 @@ def test_by_saliency_a_run_in_which_nothing_may_move_is_plain_lora(tmp_path):
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert len(set(losses[0])) == 12
+
+
+@pytest.mark.trains
+def test_by_saliency_a_run_without_gates_ends_as_one_with_them(tmp_path, monkeypatch):
+    """A's gradients tell as much, read once a step of several micro-batches, before they are clipped."""
+    settings = {"rule": "saliency", "budget": "parameters", "update_ratio": 0.2, "move_ratio": 0.5, "last_update": 1.0}
+    arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01, "max_steps": 20}
+    ends = []
+    for keeps_gradients in (True, False):
+        monkeypatch.setattr(Engine, "keeps_gradients", keeps_gradients)
+        model = make_lora(make_small_llama(), lora_dropout=0.1)
+        trainer, ranks = prepare(tmp_path / str(keeps_gradients), settings, model, **arguments)
+        hooked = [linear for (linear,) in ranks.gates.linears.values() if linear._forward_hooks]
+        assert len(hooked) == (0 if keeps_gradients else len(ranks.modules))
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+        ends.append((ranks.history.ranks, ranks.exp_avg_sq.clone(), weights))
+    (ranks, squares, weights), (others, other_squares, other_weights) = ends
+    assert ranks == others
+    assert len({tuple(counts.values()) for counts in ranks.values()}) > 2, "rank moves more than once"
+    torch.testing.assert_close(squares, other_squares, atol=0, rtol=1e-3)
+    torch.testing.assert_close(weights, other_weights, atol=1e-5, rtol=0)
 
 
 def test_added_components_start_from_the_seed_the_module_and_the_step(tmp_path):
