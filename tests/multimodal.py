@@ -220,6 +220,20 @@ def make_trainer(name: str, model, folder, rows: Rows | None = None, **arguments
     return transformers.Trainer(model, arguments, train_dataset=rows or Rows(), data_collator=Collator(name))
 
 
+def save_multimodal(name: str, folder: Path, rows: Path) -> None:
+    """Write a model with its processor and some images to ``folder``, and to ``rows`` messages with those images."""
+    make_multimodal(name).save_pretrained(folder)
+    make_processor(name).save_pretrained(folder)
+    lines = []
+    for number, row in enumerate(Rows(24, words=6).rows):
+        path = folder / f"{number}.png"
+        row["images"][0].save(path)
+        (message,) = row["messages"]
+        content = [{**part, "path": str(path)} if part["type"] == "image" else part for part in message["content"]]
+        lines.append(json.dumps({"messages": [{**message, "content": content}]}) + "\n")
+    rows.write_text("".join(lines))
+
+
 CHOICES = {
     "cka": {"num_samples": 9, "num_layers": 2},
     "relative": {"num_samples": 9, "num_layers": 2},

@@ -20,6 +20,7 @@ from multimodal import (
     make_lora_multimodal,
     make_multimodal,
     make_trainer,
+    save_multimodal,
 )
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -479,3 +480,62 @@ def test_every_engine_chooses_and_trains_as_one_process_does(engine, launch):
         torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
     rebuilt = PeftModel.from_pretrained(make_multimodal("Qwen2_5_VL"), shared / last)
     assert any(value.any() for key, value in rebuilt.named_parameters() if "lora_B" in key)
+
+
+# --- Axolotl ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llava_settings(tmp_path_factory) -> dict:
+    """What a YAML file says of a LLaVA, its processor, and rows that are tokenised batch by batch."""
+    folder = tmp_path_factory.mktemp("axolotl")
+    save_multimodal("Llava", folder / "llava", folder / "rows.jsonl")
+    return {
+        "base_model": str(folder / "llava"),
+        "processor_type": "AutoProcessor",
+        "chat_template": "tokenizer_default",
+        "skip_prepare_dataset": True,
+        "remove_unused_columns": False,
+        "sample_packing": False,
+        "datasets": [{"path": str(folder / "rows.jsonl"), "ds_type": "json", "type": "chat_template"}],
+        "plugins": ["cpu_engines.CpuEnginesPlugin", "axolotl_layersel.LayerSelectionPlugin"],
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "save_steps": 6,
+    }
+
+
+def test_axolotl_scores_rows_that_its_collator_tokenises_and_trains_both_stacks(train, llava_settings):
+    block = {"selection": {"method": "fisher", "stacks": "both", "num_samples": 9, "num_layers": 3}, "l1ra": {}}
+    run, sharded = (train(engine, **llava_settings, layersel=block) for engine in ("single", "zero3"))
+    plan, other = (read_plan(plan_path(each.folder)) for each in (run, sharded))
+    assert (plan.engine, other.engine) == ("single", "zero3")
+    assert (other.modules, other.dataset_fingerprint) == (plan.modules, plan.dataset_fingerprint)
+    scores = [[choice.score for choice in each.layers] for each in (plan, other)]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4, abs=1e-12)
+    assert sharded.adapter().keys() == run.adapter().keys()
+    assert [choice.layer for choice in plan.layers] == NAMES and len(plan.selected) == 3
+    assert all(choice.score > 0 for choice in plan.layers if choice.layer != "vision.3")
+    adapter = load_file(run.folder / "adapter_model.safetensors")
+    assert {find_layer(plan.stack, name.removeprefix("base_model.model.")) for name in adapter} == set(plan.selected)
+    assert all(value.any() for name, value in adapter.items() if "lora_B" in name)
+    assert "was read back: its modules add what the model's add" in run.log
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"stacks": "both", "layers": [0, 1]}, "layersel.selection.layers: [0, 1] is not how the layers of"),
+        ({"layers": ["vision.1"]}, "layersel.selection.layers: [vision.1] is not how the layers of"),
+    ],
+)
+def test_layers_of_other_stacks_are_refused_before_the_model_loads(train, llava_settings, selection, message):
+    run = train(**llava_settings, layersel={"selection": {"method": "explicit", **selection}}, expect=1)
+    assert f"LayerselError: {message}" in run.log
+    assert "Loading weights" not in run.log
+
+
+def test_a_text_model_has_no_vision_tower_to_choose_in(train, base_model):
+    run = train(layersel={"selection": {"method": "last", "stacks": "vision"}}, expect=1)
+    message = "layersel.selection.stacks: 'vision' chooses among the layers of a vision tower"
+    assert f"LayerselError: {message}, and {base_model} has no vision tower beside" in run.log
+    assert "Loading weights" not in run.log
