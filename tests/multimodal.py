@@ -239,6 +239,7 @@ CHOICES = {
     "relative": {"num_samples": 9, "num_layers": 2},
     "fisher": {"num_samples": 9, "num_layers": 2},
     "gradient": {"num_samples": 9},
+    "vision": {"method": "fisher", "stacks": "vision", "num_samples": 9, "num_layers": 2},
     "flexora": {"num_layers": 3, "flexora": {"steps": 2, "val_samples": 4}},
 }
 LAYER_CLASSES = ["Qwen2_5_VLVisionBlock", "Qwen2_5_VLDecoderLayer"]
@@ -263,14 +264,16 @@ def be_a_rank(engine: str, base: str, folder: str) -> None:
         model.enable_input_require_grads()
         return model
 
-    for method, settings in CHOICES.items():
-        place, size = Path(folder) / method, 4 if engine == "single" else 2
+    for choice, settings in CHOICES.items():
+        place, size = Path(folder) / choice, 4 if engine == "single" else 2
         # Adam would make whole steps of the rounding of gradients that are next to nothing.
         chosen |= {"adam_epsilon": 1e-3}
         # No micro-batch is without an image, which engines that split weights would hang at.
         rows = Rows(24, without=(4,), words=6)
         trainer = make_trainer(name, load, place, rows, per_device_train_batch_size=size, **chosen)
-        prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method=method, stacks="both", **settings)))
+        prepare_trainer(
+            trainer, LayerselConfig(selection=SelectionConfig(**{"method": choice, "stacks": "both", **settings}))
+        )
     trainer.train()
     trainer.save_model()
     run = Run.of(trainer)

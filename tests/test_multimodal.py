@@ -463,14 +463,14 @@ def launch(zygote, tmp_path_factory):
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_every_engine_chooses_and_trains_as_one_process_does(engine, launch):
     alone, shared = launch("single"), launch(engine)
-    for method in CHOICES:
-        one, other = (read_plan(plan_path(folder / method)) for folder in (alone, shared))
+    for choice in CHOICES:
+        one, other = (read_plan(plan_path(folder / choice)) for folder in (alone, shared))
         assert (one.engine, other.engine) == ("single", engine)
         assert (other.selected, other.modules, other.ranks) == (one.selected, one.modules, one.ranks)
         assert (other.calibration_rows, other.rows_left_out) == (one.calibration_rows, one.rows_left_out)
-        scores = [[choice.score for choice in plan.layers] for plan in (one, other)]
+        scores = [[layer.score for layer in plan.layers] for plan in (one, other)]
         # Gates move by the rounding of gradients that are next to nothing; one of their steps is 0.01.
-        exactness = {"abs": 1e-3} if method == "flexora" else {"rel": 1e-4, "abs": 1e-6}
+        exactness = {"abs": 1e-3} if choice == "flexora" else {"rel": 1e-4, "abs": 1e-6}
         assert scores[1] == pytest.approx(scores[0], **exactness)
         assert other.dataset_fingerprint == one.dataset_fingerprint and other.token == one.token
     last = list(CHOICES)[-1]

@@ -105,7 +105,7 @@ class SelectionArgs(Block):
     candidates: list[LayerName] | None = Field(
         default=None,
         description="Layers that may be chosen, named as in `layers`. Default: every layer that carries LoRA, of the "
-        "language model, or of both an encoder and a decoder.",
+        "language model, of both an encoder and a decoder, or of what `stacks` says.",
     )
     unselected: str | None = Field(
         default=None,
