@@ -189,9 +189,22 @@ class Collator:
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows as a multimodal data set has them before they are a batch: messages, and images of the library PIL."""
+    """Rows as a multimodal data set has them before they are a batch: messages, and images of the library PIL.
 
-    def __init__(self, count: int = 13, without: tuple[int, ...] = (), words: int | None = None):
+    Args:
+        count: how many.
+        without: those without an image.
+        words: how many each has, so that the loss of several processes is that of one.
+        images: how many each has; None: the second row has two, the others one.
+    """
+
+    def __init__(
+        self,
+        count: int = 13,
+        without: tuple[int, ...] = (),
+        words: int | None = None,
+        images: int | None = None,
+    ):
         from PIL import Image
 
         generator, self.rows = torch.Generator().manual_seed(1), []
@@ -199,10 +212,12 @@ class Rows(torch.utils.data.Dataset):
             length = int(torch.randint(4, 12, (), generator=generator)) if words is None else words
             length += number in without  # whose first word has no label
             text = " ".join(map(str, torch.randint(len(SPECIAL), VOCABULARY, (length,), generator=generator).tolist()))
-            pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
-            images = [] if number in without else [Image.fromarray(pixels.numpy())]
-            content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-            self.rows.append({"messages": [{"role": "user", "content": content}], "images": images})
+            seen = 0 if number in without else images or 1 + (number == 1)
+            shape = (seen, 16, 16, 3)
+            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            content = [*[{"type": "image"}] * seen, {"type": "text", "text": text}]
+            pictures = [Image.fromarray(each.numpy()) for each in pixels]
+            self.rows.append({"messages": [{"role": "user", "content": content}], "images": pictures})
 
     def __len__(self):
         return len(self.rows)
@@ -226,10 +241,11 @@ def save_multimodal(name: str, folder: Path, rows: Path) -> None:
     make_processor(name).save_pretrained(folder)
     lines = []
     for number, row in enumerate(Rows(24, words=6).rows):
-        path = folder / f"{number}.png"
-        row["images"][0].save(path)
         (message,) = row["messages"]
-        content = [{**part, "path": str(path)} if part["type"] == "image" else part for part in message["content"]]
+        content = [dict(part) for part in message["content"]]
+        for place, image in enumerate(row["images"]):
+            content[place]["path"] = str(folder / f"{number}-{place}.png")
+            image.save(content[place]["path"])
         lines.append(json.dumps({"messages": [{**message, "content": content}]}) + "\n")
     rows.write_text("".join(lines))
 

@@ -12,9 +12,11 @@ from encoder_decoders import make_encoder_decoder
 from first_step import FirstGradients, train_first_step
 from multimodal import (
     CHOICES,
+    IMAGE,
     MAKERS,
     NAMES,
     PLACES,
+    VIDEO,
     Collator,
     Rows,
     make_lora_multimodal,
@@ -396,6 +398,49 @@ def test_rows_that_have_their_tokens_and_pixels_go_through_the_collator_too(tmp_
     assert (plan.layers, plan.dataset_fingerprint) == (expected.layers, expected.dataset_fingerprint)
 
 
+def test_images_and_videos_of_a_row_go_through_the_tower_one_after_the_other(tmp_path):
+    def collate_as_video(rows):
+        """The second image as a video."""
+        batch = Collator("Qwen2_5_VL")(rows)
+        pixels, grids = batch.pop("pixel_values").chunk(2), batch.pop("image_grid_thw").chunk(2)
+        place = (batch["input_ids"] == IMAGE).nonzero()[4:, 1]
+        batch["input_ids"][0, place], batch["mm_token_type_ids"][0, place] = VIDEO, 2
+        batch |= {"pixel_values": pixels[0], "image_grid_thw": grids[0]}
+        return {**batch, "pixel_values_videos": pixels[1], "video_grid_thw": grids[1]}
+
+    scores = []
+    for method in ("cosine", "cka"):
+        settings = SelectionConfig(method=method, stacks="vision", num_samples=7, num_layers=2)
+        for collate in (Collator("Qwen2_5_VL"), collate_as_video):
+            trainer = make_trainer("Qwen2_5_VL", make_lora_multimodal("Qwen2_5_VL"), tmp_path, Rows(images=2))
+            trainer.data_collator = collate
+            plan = prepare_trainer(trainer, LayerselConfig(selection=settings))
+            scores.append([choice.score for choice in plan.layers])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+    assert scores[3] == pytest.approx(scores[2], rel=1e-5)
+    assert scores[2] != pytest.approx(scores[0], rel=1e-2)
+
+
+def test_what_a_collator_draws_depends_on_the_seed_and_the_row_alone(tmp_path):
+    def collate_at_random(rows):
+        batch = Collator("Llava")(rows)
+        return {**batch, "pixel_values": batch["pixel_values"] + torch.randn(())}
+
+    def make_plan(folder, seed):
+        trainer = make_trainer("Llava", make_lora_multimodal("Llava"), tmp_path / folder)
+        trainer.data_collator = collate_at_random
+        torch.rand(len(folder))  # the global stream stands elsewhere each time
+        state = torch.get_rng_state()
+        settings = {"method": "relative", "stacks": "vision", "num_samples": 13, "num_layers": 2, "seed": seed}
+        plan = prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(**settings)))
+        assert torch.equal(torch.get_rng_state(), state)
+        return plan
+
+    one, again, other = make_plan("one", 5), make_plan("again", 5), make_plan("other", 6)
+    assert (again.layers, again.dataset_fingerprint) == (one.layers, one.dataset_fingerprint)
+    assert other.dataset_fingerprint != one.dataset_fingerprint
+
+
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +512,7 @@ def test_every_engine_chooses_and_trains_as_one_process_does(engine, launch):
         one, other = (read_plan(plan_path(folder / choice)) for folder in (alone, shared))
         assert (one.engine, other.engine) == ("single", engine)
         assert (other.selected, other.modules, other.ranks) == (one.selected, one.modules, one.ranks)
+        assert (one.rows_left_out == [4]) == (choice == "cka"), "the text, which every method draws"
         assert (other.calibration_rows, other.rows_left_out) == (one.calibration_rows, one.rows_left_out)
         scores = [[layer.score for layer in plan.layers] for plan in (one, other)]
         # Gates move by the rounding of gradients that are next to nothing; one of their steps is 0.01.
