@@ -179,7 +179,7 @@ def count_fitting(run: Run, samples: list[Sample], with_graph: bool = False) -> 
     layer's activations, and with a graph that of the hidden states between the layers. A row that the trainer's
     collator makes a batch of is one by itself.
     """
-    if any(sample.make_inputs for sample in samples):
+    if are_collated(samples):
         return 1
     longest = max(map(count_tokens, samples))
     arguments: Any = run.trainer.args
@@ -189,6 +189,11 @@ def count_fitting(run: Run, samples: list[Sample], with_graph: bool = False) -> 
     if run.engine.is_streamed:
         rows = max(rows, (STREAMED_TOKENS_BACKWARD if with_graph else STREAMED_TOKENS) // longest)
     return rows
+
+
+def are_collated(samples: list[Sample]) -> bool:
+    """Return whether the trainer's collator makes batches of samples, each of one row."""
+    return any(sample.make_inputs for sample in samples)
 
 
 def count_tokens(sample: Sample) -> int:
