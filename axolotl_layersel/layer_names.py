@@ -1,4 +1,4 @@
-"""What layers are called: by their number, or ``encoder.3`` and ``decoder.3`` in a model that has both.
+"""What layers are called: by their number, or by side, as ``encoder.3``, where there may be several stacks of them.
 
 Nothing here imports torch, so that plans and settings can be read without it.
 """
@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 LayerName = int | str
 # Where the layers are in the base model: ``model.layers``, or by side.
 Place = str | dict[str, str]
+ENCODER_DECODER = ("encoder", "decoder")
+VISION, LANGUAGE = "vision", "language"
 # In the order that they run.
-SIDES = ("encoder", "decoder")
+SIDES = (*ENCODER_DECODER, VISION, LANGUAGE)
 NAME = re.compile(rf"({'|'.join(SIDES)})\.(0|[1-9][0-9]{{0,8}})")
 
 

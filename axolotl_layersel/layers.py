@@ -1,8 +1,8 @@
-"""Find the layers of a model's language model, or of its encoder and its decoder, and the LoRA modules in them."""
+"""Find the layers of a model's language model, encoder and decoder, or vision tower, and the LoRA modules in them."""
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from peft import LoraConfig, PeftModel
@@ -11,7 +11,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layer_names import SIDES, LayerName, Place, name_layers
+from axolotl_layersel.layer_names import ENCODER_DECODER, LANGUAGE, VISION, LayerName, Place, name_layers
+
+# Which sides are chosen among, by the value of `stacks`; the language model's layers alone have numbers for names.
+STACKS = {"language": ("",), "vision": (VISION,), "both": (VISION, LANGUAGE)}
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Side:
     """Layers that run one after the other: all of a model, or those of its encoder or its decoder.
 
     Attributes:
-        name: ``encoder`` or ``decoder``, or empty where a model has one list of layers alone.
+        name: one of ``layer_names.SIDES``, or empty where the layers are called by their numbers.
         path: where they are in the base model, such as ``model.layers``.
         layers: the layers, lowest first.
         owner: the module that runs them and ends in the final norm, if the model has one.
@@ -35,18 +38,23 @@ class Side:
 class LayerStack:
     """The layers that are chosen among, known by their position in the order that they run.
 
-    Those of an encoder come before those of the decoder, which reads what the last one of them returns.
+    Those of an encoder come before those of the decoder, which reads what the last one of them returns, and those of a
+    vision tower before those of the language model.
 
     Attributes:
-        sides: one, or an encoder and a decoder.
+        sides: one, or an encoder and a decoder, or a vision tower and a language model.
         lora_modules: names in the base model of the LoRA modules of each layer that carries any, by its position.
         towers: names of the LoRA modules outside of the layers, by the place that they are in, such as
             ``model.vision_tower``, ``model.multi_modal_projector``, or ``lm_head``.
+        beside: the language model, where a vision tower's layers alone are chosen among.
+        idle: positions of layers of whose output the model makes nothing.
     """
 
     sides: list[Side]
     lora_modules: dict[int, list[str]]
     towers: dict[str, list[str]]
+    beside: list[Side] = field(default_factory=list)
+    idle: frozenset[int] = frozenset()
 
     @functools.cached_property
     def layers(self) -> list[nn.Module]:
@@ -77,7 +85,12 @@ class LayerStack:
     @property
     def has_decoder(self) -> bool:
         """Whether there is a decoder beside an encoder, which reads tokens of its own."""
-        return len(self.sides) > 1
+        return any(side.name == "decoder" for side in self.sides)
+
+    @property
+    def vision(self) -> Side | None:
+        """The vision tower's layers, where they are chosen among."""
+        return next((side for side in self.sides if side.name == VISION), None)
 
     def list_modules(self, layers: Iterable[int]) -> list[str]:
         """Return the names of the LoRA modules of ``layers``, in their order."""
@@ -131,18 +144,24 @@ def count_component_parameters(module: LoraLayer, adapter: str) -> int:
     return down.in_features + up.out_features
 
 
-def find_layer_stack(model: PeftModel) -> LayerStack:
+def find_layer_stack(model: PeftModel, stacks: str = "language") -> LayerStack:
     """Return the layers that LoRA is in: the language model's, or those of both an encoder and a decoder.
 
-    A vision or audio tower is never taken for them.
+    ``stacks``: a key of ``STACKS``; a vision tower is not taken for the layers unless it says so, an audio tower never.
 
     Raises:
-        LayerselError: if none, or more than one list of layers, could be meant.
+        LayerselError: if none, or more than one list of layers, could be meant, or there is no vision tower.
     """
     base = get_base_model(model)
     check_layers_apart(base)
     lora_names = list(find_lora_modules(base))
-    sides = find_both_sides(base) or [find_language_side(base, lora_names)]
+    beside: list[Side] = []
+    if VISION in STACKS[stacks]:
+        sides = [find_vision_side(base, stacks), find_language_side(base, lora_names, LANGUAGE)]
+        if stacks == "vision":
+            beside = [sides.pop()]
+    else:
+        sides = find_both_sides(base) or [find_language_side(base, lora_names)]
     modules: dict[int, list[str]] = {}
     towers: dict[str, list[str]] = {}
     bare = LayerStack(sides, {}, {})
@@ -154,7 +173,10 @@ def find_layer_stack(model: PeftModel) -> LayerStack:
             modules.setdefault(layer, []).append(lora)
     if not modules:
         raise refuse(base, "no stack of layers that carries LoRA")
-    return LayerStack(sides, modules, towers)
+    idle = (
+        frozenset(range(count_read(base, sides[0]), len(sides[0].layers))) if sides[0].name == VISION else frozenset()
+    )
+    return LayerStack(sides, modules, towers, beside, idle)
 
 
 def find_both_sides(base: PreTrainedModel) -> list[Side]:
@@ -164,25 +186,68 @@ def find_both_sides(base: PreTrainedModel) -> list[Side]:
     found = [find_lists(base, part) for part in (base.get_encoder(), base.get_decoder())]
     if [len(lists) for lists in found] != [1, 1] or found[0] == found[1]:
         return []
-    return [make_side(base, name, path) for name, (path,) in zip(SIDES, found)]
+    return [make_side(base, name, path) for name, (path,) in zip(ENCODER_DECODER, found)]
 
 
-def find_language_side(base: PreTrainedModel, lora_names: list[str]) -> Side:
+def find_vision_side(base: PreTrainedModel, stacks: str) -> Side:
+    """Return the layers of a model's vision tower, for a setting of ``stacks`` that asks for them.
+
+    Transformers 5.16.1 looks for the tower by names, and returns the model itself where it has none.
+
+    Raises:
+        LayerselError: if there is no such tower, or it has no one list of layers.
+    """
+    tower, config = base.get_encoder("image"), base.config
+    if tower in (base, base.base_model) or getattr(config, "is_encoder_decoder", False):
+        raise LayerselError(describe_missing_tower(stacks, type(base).__name__))
+    expected = list_layer_counts(tower.config) if hasattr(tower, "config") else []
+    paths = find_lists(base, tower, expected)
+    if len(paths) != 1:
+        raise LayerselError(
+            f"layersel.selection.stacks: {stacks!r} chooses among the layers of a vision tower, and in the "
+            f"{type(tower).__name__} of {type(base).__name__} it cannot be told which they are: {len(paths)} lists of "
+            f"{' or '.join(map(str, expected)) or 'an unknown number of'} modules are outermost. Use `stacks: "
+            "language`."
+        )
+    return make_side(base, VISION, paths[0])
+
+
+def describe_missing_tower(stacks: str, model: str) -> str:
+    """Return the message for a setting of ``stacks`` that asks for a vision tower that ``model`` has not."""
+    return (
+        f"layersel.selection.stacks: {stacks!r} chooses among the layers of a vision tower, and {model} has no vision "
+        "tower beside a language model. Remove `stacks`, or use a model such as LLaVA, Qwen2.5-VL or Gemma 3."
+    )
+
+
+def count_read(base: PreTrainedModel, vision: Side) -> int:
+    """Return how many of a vision tower's layers, from the lowest on, the model makes something of.
+
+    LLaVA and its like read the hidden states that ``vision_feature_layer`` says, of which 0 are the embeddings: by
+    default not the last ones. What the layers above add is thrown away, and LoRA there gets no gradient.
+    """
+    layers, read = len(vision.layers), getattr(base.config, "vision_feature_layer", None)
+    if read is None:
+        return layers
+    places = [read] if isinstance(read, int) else list(read)
+    return max(place if place >= 0 else layers + 1 + place for place in places)
+
+
+def find_language_side(base: PreTrainedModel, lora_names: list[str], name: str = "") -> Side:
     """Return the layers of the language model, some of which carry the LoRA modules ``lora_names``.
+
+    With a ``name``, LoRA may be in other sides alone.
 
     Raises:
         LayerselError: if none, or more than one list of layers, could be meant.
     """
-    carrying = [
-        path
-        for path in find_lists(base, find_language_model(base), outermost=False)
-        if any(lora.startswith(f"{path}.") for lora in lora_names)
-    ]
-    paths = keep_outermost(carrying)
+    found = find_lists(base, find_language_model(base), outermost=False)
+    carrying = [path for path in found if any(lora.startswith(f"{path}.") for lora in lora_names)]
+    paths = keep_outermost(carrying or (found if name else []))
     if len(paths) != 1:
         several = "more than one stack of layers carries LoRA"
         raise refuse(base, several if paths else "no stack of layers that carries LoRA")
-    return make_side(base, "", paths[0])
+    return make_side(base, name, paths[0])
 
 
 def make_side(base: PreTrainedModel, name: str, path: str) -> Side:
@@ -192,13 +257,17 @@ def make_side(base: PreTrainedModel, name: str, path: str) -> Side:
     return Side(name, path, layers, base.get_submodule(path.rpartition(".")[0]))
 
 
-def find_lists(base: PreTrainedModel, part: nn.Module, outermost: bool = True) -> list[str]:
+def find_lists(
+    base: PreTrainedModel, part: nn.Module, expected: list[int] | None = None, outermost: bool = True
+) -> list[str]:
     """Return where in a model there are as many modules as it may have layers, within one ``part`` of it.
 
-    The part may have a configuration of its own, as the sides of T5Gemma do.
+    The part may have a configuration of its own, as the sides of T5Gemma do. ``expected``: how many layers it may have,
+    by default what these configurations say of a language model.
     """
-    configs = [base.config, getattr(part, "config", base.config)]
-    expected = [count for config in configs for count in list_layer_counts(config.get_text_config())]
+    if expected is None:
+        configs = [base.config, getattr(part, "config", base.config)]
+        expected = [count for config in configs for count in list_layer_counts(config.get_text_config())]
     within = {id(module) for module in part.modules()}
     found = [
         name
@@ -255,9 +324,10 @@ def find_language_model(base: PreTrainedModel) -> nn.Module:
 def list_layer_counts(config: PreTrainedConfig) -> list[int]:
     """Return how many layers the language model may have: those of a decoder may be others than those of an encoder.
 
-    GPT-2 and others map their own name to ``num_hidden_layers``; T5 and BART have the others for their decoders.
+    GPT-2 and others map their own name to ``num_hidden_layers``; T5 and BART have the next ones for their decoders, and
+    vision towers of Qwen-VL the last.
     """
-    names = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
+    names = ("num_hidden_layers", "num_decoder_layers", "decoder_layers", "depth")
     return list(dict.fromkeys(getattr(config, name) for name in names if getattr(config, name, None)))
 
 

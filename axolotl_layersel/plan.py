@@ -11,7 +11,7 @@ from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
 from axolotl_layersel.layer_names import LayerName, Place, are_all, find_layer, split_place
-from axolotl_layersel.selection.args import SelectionArgs, Token, Towers, Unselected
+from axolotl_layersel.selection.args import DEFAULT_STACKS, STACKS, SelectionArgs, Token, Towers, Unselected
 from axolotl_layersel.selection.methods import METHODS
 
 SCHEMA_VERSION: Final = 2
@@ -79,7 +79,7 @@ class Plan(BaseModel):
     )
     unscored: dict[Layer, str] = Field(default_factory=dict, description="why a layer has no score, by layer")
     stack: Place = Field(
-        description="where the layers are in the base model, such as model.layers; those of an encoder and of a decoder"
+        description="where the layers are in the base model, such as model.layers; by side where there are several"
     )
     modules: list[str] = Field(description="LoRA modules that are kept in the layers, by their name in the base model")
     granularity: str = Field(default="layer", description="what was chosen among: layer, group or module")
@@ -99,13 +99,15 @@ class Plan(BaseModel):
         "validated on, in the order drawn"
     )
     rows_left_out: list[int] = Field(
-        default_factory=list, description="rows that were drawn too, but lack the ending that the others share"
+        default_factory=list,
+        description="rows that were drawn too, but lack the ending that the others share, or an "
+        "image where a vision tower is scored",
     )
     token: Token | dict[str, Token] | None = Field(
         default=None,
         description="where rows were compared: what the setting `token` came to in this model, or in each of its sides",
     )
-    dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens")
+    dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens and images")
     base_model: str | None
     base_shape: dict[str, int | str] | None = Field(
         default=None, description="what tells the base model from others of its name, from its configuration"
@@ -119,6 +121,11 @@ class Plan(BaseModel):
     def selected(self) -> list[LayerName]:
         """The selected layers, in the order that they run."""
         return [choice.layer for choice in self.layers if choice.selected]
+
+    @property
+    def stacks(self) -> str:
+        """Whose layers were chosen among; plans from before there was a choice say nothing."""
+        return self.settings.get("stacks", DEFAULT_STACKS)
 
     @property
     def modules_outside(self) -> list[str]:
@@ -177,6 +184,8 @@ def find_contradiction(plan: Plan) -> str | None:
         return "does not list every layer once, or selects none"
     if plan.method not in METHODS:
         return f"is made by a method that is not known, {plan.method!r}"
+    if plan.stacks not in STACKS:
+        return f"is of stacks that are not known, {plan.stacks!r}"
     if not set(plan.unscored) <= set(names):
         return "says why layers are not scored that it does not list"
     outside = [name for tower in plan.outside for name in tower.modules]
@@ -226,7 +235,7 @@ def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
     for key in SelectionArgs.model_fields:
         if key in ("plan", "plan_check") or getattr(settings, key) is None:
             continue
-        given, made_with = getattr(settings, key), plan.settings.get(key)
+        given, made_with = getattr(settings, key), plan.stacks if key == "stacks" else plan.settings.get(key)
         if isinstance(given, Block) and isinstance(made_with, dict):
             parts = given.model_dump(exclude_none=True)
             pairs = {f"{key}.{part}": (value, made_with.get(part)) for part, value in parts.items()}

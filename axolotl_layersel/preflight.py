@@ -15,9 +15,11 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import check_output, read_json
 from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
 from axolotl_layersel.l1ra.records import ranks_path
+from axolotl_layersel.layer_names import ENCODER_DECODER
+from axolotl_layersel.layers import STACKS, describe_missing_tower
 from axolotl_layersel.plan import check_lora_rank, plan_path
 from axolotl_layersel.prepare import check_resumed
-from axolotl_layersel.selection.args import DEFAULT_UNSELECTED
+from axolotl_layersel.selection.args import DEFAULT_STACKS, DEFAULT_UNSELECTED
 from axolotl_layersel.selection.choosing import check_naming
 from axolotl_layersel.selection.methods.flexora.records import gates_path
 from axolotl_layersel.selection.select import check_continuing, find_plan
@@ -64,12 +66,24 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
         check_lora_rank(reused[0], cfg.lora_r, reused[1])
     if cfg.lora_model_dir and reused is None:
         check_continuing(selection)
+    stacks = selection.stacks or DEFAULT_STACKS
+    if reused is None and stacks != DEFAULT_STACKS:
+        decide_on_rank_zero(lambda: check_vision(cfg, stacks))
     if reused is None and (selection.layers or selection.candidates):
         has_decoder = decide_on_rank_zero(lambda: loads_encoder_decoder(cfg))
+        sides = ENCODER_DECODER if has_decoder else STACKS[stacks]
         for key in ("layers", "candidates"):
-            check_naming(key, getattr(selection, key) or [], has_decoder, cfg.base_model)
+            check_naming(key, getattr(selection, key) or [], sides, stacks, cfg.base_model)
     if (reused[0].unselected if reused else selection.unselected or DEFAULT_UNSELECTED) == "remove":
         check_base_weights(cfg)
+
+
+def check_vision(cfg: Any, stacks: str) -> None:
+    """Raise LayerselError where ``stacks`` asks for a vision tower and the base model's configuration has none."""
+    from axolotl.loaders.utils import load_model_config
+
+    if not hasattr(load_model_config(cfg), "vision_config"):
+        raise LayerselError(describe_missing_tower(stacks, cfg.base_model))
 
 
 def loads_encoder_decoder(cfg: Any) -> bool:

@@ -1,5 +1,6 @@
 """Stop the backward pass at the lowest layer that trains, instead of at the embeddings."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from axolotl_layersel.trainers import needs_differentiable_inputs, remove_embedd
 def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
     """Return the position of the lowest layer below which no parameter trains; 0 where the pass cannot be cut.
 
-    All layers of an encoder count as below those of its decoder.
+    All layers of an encoder count as below those of its decoder, and those of a vision tower as below the language
+    model's.
 
     Of what trains outside the layers only heads are known to come after them: trained input embeddings or a trained
-    vision tower need the gradient of the lowest layer's input.
+    vision tower need the gradient of the lowest layer's input. Of a vision tower's layers everything outside of the
+    tower comes after.
     """
     base = get_base_model(model)
     lowest = next(
@@ -27,6 +30,9 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
     inside = {id(parameter) for layer in stack.layers for parameter in layer.parameters()}
     after = {id(parameter) for head in find_heads(base) for parameter in head.parameters()}
     after -= {id(parameter) for parameter in base.get_input_embeddings().parameters()}  # where the two are tied
+    if stack.vision is not None and lowest < len(stack.vision.layers):
+        tower = {id(parameter) for parameter in base.get_encoder("image").parameters()}
+        after = {id(parameter) for parameter in base.parameters()} - tower
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in inside and id(parameter) not in after:
             return 0
@@ -56,26 +62,48 @@ class TruncatedBackward:
         self.model = model
         self.stack = stack
         self.lowest = find_lowest_trained(model, stack)
-        self.handle: torch.utils.hooks.RemovableHandle | None = None
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def install(self) -> None:
         """Cut the backward pass; call it when the trainer has set up checkpointing, at ``on_train_begin``."""
         if self.lowest == 0:
+            self.start_tower()
             return
         remove_embedding_hooks(self.model)
         # Parts of a layer too: under checkpointing T5's attention to its encoder begins a graph of its own.
-        below: list[Any] = [module for layer in self.stack.layers[: self.lowest] for module in layer.modules()]
-        for module in below:
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
-        if needs_differentiable_inputs(self.model):
-            self.handle = self.stack.layers[self.lowest - 1].register_forward_hook(start_graph)
+        for layer in self.stack.layers[: self.lowest]:
+            keep_from_checkpointing(layer)
+        starts = [self.stack.layers[self.lowest - 1]] if needs_differentiable_inputs(self.model) else []
+        if self.stack.vision is not None and self.lowest <= len(self.stack.vision.layers):
+            # Rows without an image do not come through the vision tower, whose end is no beginning of the language
+            # model's layers then; nor would anything of such a row have a gradient where all that trains is there.
+            starts = starts if self.lowest < len(self.stack.vision.layers) else []
+            starts.append(get_base_model(self.model).get_input_embeddings())
+        self.handles = [module.register_forward_hook(start_graph) for module in starts]
+
+    def start_tower(self) -> None:
+        """Compute the lowest layer that trains in a vision tower once, where checkpointing would give it no gradient.
+
+        Transformers 5.16.1 makes the inputs of towers require a gradient for that, but not those of Qwen3-VL.
+        """
+        if self.stack.vision is None or not needs_differentiable_inputs(self.model):
+            return
+        layers = (layer for layer in self.stack.vision.layers if any(p.requires_grad for p in layer.parameters()))
+        for lowest in itertools.islice(layers, 1):
+            keep_from_checkpointing(lowest)
 
     def remove(self) -> None:
         """Take the cut away again."""
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+        while self.handles:
+            self.handles.pop().remove()
+
+
+def keep_from_checkpointing(layer: nn.Module) -> None:
+    """Let nothing of a layer be computed again in the backward pass."""
+    parts: list[Any] = list(layer.modules())
+    for module in parts:
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
 
 
 def start_graph(layer: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:

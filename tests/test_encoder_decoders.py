@@ -312,7 +312,7 @@ def test_models_of_other_make_are_measured_as_they_compute(name, tmp_path):
         return Selection.of(run, stack, SelectionConfig(method=method, num_samples=5).resolve(0))
 
     squares = fisher.measure_squared_gradients(select("fisher"), samples, modules)
-    turns = passes.measure_token_sums(select("cosine"), samples, cosine.sum_turns)
+    turns = passes.measure_token_sums(select("cosine"), samples, cosine.sum_turns)[..., 0]
     base = run.base.eval()
     weights = [run.lora_modules[module].base_layer.weight.requires_grad_() for module in modules]
     for i, sample in enumerate(samples):

@@ -84,6 +84,7 @@ def test_the_examples_are_there():
     assert [path.stem for path in CONFIGS] == [
         "demo",
         *sorted([*(f"llama-3.1-8b-{name}" for name in ("flexora", "gradient", "l1ra", "lora")), *PROCESSES]),
+        "qwen2.5-vl-7b-both",
     ]
 
 

@@ -40,6 +40,8 @@ DEFAULT_UNSELECTED = "remove"
 Towers = Literal["keep", "remove"]
 TOWERS = get_args(Towers)
 DEFAULT_TOWERS = "keep"
+STACKS = ("language", "vision", "both")
+DEFAULT_STACKS = "language"
 KEEP = ("positive",)
 PLAN_CHECKS = ("error", "ignore")
 RANKS = ("same", "match", "score")
@@ -103,7 +105,7 @@ class SelectionArgs(Block):
     candidates: list[LayerName] | None = Field(
         default=None,
         description="Layers that may be chosen, named as in `layers`. Default: every layer that carries LoRA, of the "
-        "language model, or of both an encoder and a decoder.",
+        "language model, of both an encoder and a decoder, or of what `stacks` says.",
     )
     unselected: str | None = Field(
         default=None,
@@ -114,6 +116,11 @@ class SelectionArgs(Block):
         description="LoRA outside of the language model's layers, such as in a vision tower or a projector. "
         "`keep` (default): it stays and trains; `remove`: it gets no adapter.",
     )
+    stacks: str | None = Field(
+        default=None,
+        description="Of a multimodal model, whose layers are chosen among. `language` (default): the language model's; "
+        "`vision`: the vision tower's, and the language model is one of the `towers`; `both`.",
+    )
     num_samples: int | None = Field(
         default=None, description=f"Training rows that the scores are computed from. Default {DEFAULT_NUM_SAMPLES}."
     )
@@ -121,7 +128,8 @@ class SelectionArgs(Block):
         default=None,
         description="cka: the token that stands for a row. `auto` (default): of an encoder the first, or the mean "
         "where its pooling is one; else the last one before the ending that nearly all rows share (others are "
-        "left out); of an encoder beside a decoder the mean. `last`, `mean` (of the row's tokens), `cls` (the first).",
+        "left out); of an encoder beside a decoder the mean. Of a vision tower always the mean. "
+        "`last`, `mean` (of the row's tokens), `cls` (the first).",
     )
     seed: int | None = Field(
         default=None, description="Seed of the calibration sample, or of the search. Default: the run's seed."
@@ -139,7 +147,7 @@ class SelectionArgs(Block):
     )
 
     @field_validator(
-        "method", "token", "unselected", "towers", "keep", "plan_check", "granularity", "rank", mode="before"
+        "method", "token", "unselected", "towers", "stacks", "keep", "plan_check", "granularity", "rank", mode="before"
     )
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
@@ -148,6 +156,7 @@ class SelectionArgs(Block):
             "token": TOKENS,
             "unselected": UNSELECTED,
             "towers": TOWERS,
+            "stacks": STACKS,
             "keep": KEEP,
             "plan_check": PLAN_CHECKS,
             "granularity": tuple(UNITS),
@@ -237,6 +246,11 @@ class SelectionArgs(Block):
             if value is not None:
                 shown = "the block" if isinstance(value, Block) else value
                 raise ValueError(f"{self.path}.{key}: {shown} has no effect with method {self.method}. Remove the key.")
+        if self.stacks == "vision" and self.token in ("last", "cls"):
+            raise ValueError(
+                f"{self.path}.token: {self.token!r} has no effect with stacks: vision, where the mean of a row's "
+                "patches stands for it. Remove the key, or set `token: mean`."
+            )
         if self.num_samples is not None and self.num_samples < method.fewest_samples:
             raise ValueError(
                 f"{self.path}.num_samples: {self.num_samples} is too few to compare rows by {self.method}. "
@@ -331,6 +345,7 @@ class SelectionArgs(Block):
             candidates=None if self.candidates is None else sort_names(self.candidates),
             unselected=cast(Unselected, self.unselected or DEFAULT_UNSELECTED),
             towers=cast(Towers, self.towers or DEFAULT_TOWERS),
+            stacks=self.stacks or DEFAULT_STACKS,
             num_samples=(self.num_samples or DEFAULT_NUM_SAMPLES) if "num_samples" in method.keys else None,
             token=(self.token or DEFAULT_TOKEN) if "token" in method.keys else None,
             seed=run_seed if self.seed is None else self.seed,
@@ -356,6 +371,7 @@ class ResolvedSelection:
     candidates: list[LayerName] | None
     unselected: Unselected
     towers: Towers
+    stacks: str
     num_samples: int | None
     token: str | None
     seed: int

@@ -76,7 +76,12 @@ def compute_logits(run: Run, batch: list[Sample]) -> torch.Tensor:
 
 
 def cut_probe(samples: list[Sample]) -> Sample:
-    """Return the beginning of the longest sample, on which a model is tried out."""
+    """Return the beginning of the longest sample, on which a model is tried out.
+
+    Rows that the trainer's collator makes cannot be cut: of them it is the shortest, as a whole.
+    """
+    if passes.are_collated(samples):
+        return min(samples, key=passes.count_tokens)
     return cut_sample(max(samples, key=passes.count_tokens), PROBED_TOKENS)
 
 
@@ -86,8 +91,9 @@ def find_batch_size(run: Run, samples: list[Sample], modules: Sequence[LoraLayer
     Call it within ``passes.scoring``; every rank must call this.
     """
     size = passes.count_fitting(run, samples, with_graph=True)
-    if run.engine.has_weights() and any_routed(modules, lambda: compute_logits(run, [cut_probe(samples)] * 2)):
-        size = 1
+    if run.engine.has_weights() and not passes.are_collated(samples):  # which are alone in any case
+        probe = [cut_probe(samples)] * 2
+        size = 1 if any_routed(modules, lambda: compute_logits(run, probe)) else size
     # Rank 0 has weights on every engine. All make as many passes, whatever they have seen of the model.
     return collectives.decide_on_rank_zero(lambda: size)
 

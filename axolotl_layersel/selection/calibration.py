@@ -3,8 +3,8 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.selection.args import Token
 from axolotl_layersel.targets import IGNORED_LABEL, get_labels
+
+# How the columns begin that images and videos are in.
+PIXELS = "pixel_values"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Sample:
         token_type_ids: of its tokens, where the data set has them.
         decoder_input_ids: what the decoder beside an encoder is given, see ``decoding``; the labels are then those of
             these tokens.
+        pixels: the SHA-256 of its images, None where it has none.
+        make_inputs: makes what the model is given of it, a batch of one, of rows that only a collator can tokenise, see
+            ``collated``.
     """
 
     row: int
@@ -34,6 +40,8 @@ class Sample:
     labels: Any = None
     token_type_ids: list[int] | None = None
     decoder_input_ids: list[int] | None = None
+    pixels: str | None = None
+    make_inputs: Callable[[], dict[str, Any]] | None = field(default=None, compare=False)
 
     def list_tokens(self, side: str = "") -> list[int]:
         """Return the tokens that one side of the model reads, see ``layers.Side``, or the only one.
@@ -58,16 +66,38 @@ def draw_rows(num_rows: int, num_samples: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(num_rows), num_samples)
 
 
-def read_samples(dataset: Any, num_samples: int, seed: int, has_decoder: bool = False) -> list[Sample]:
-    """Return the calibration sample of a tokenised training set.
+def read_samples(
+    dataset: Any,
+    num_samples: int,
+    seed: int,
+    has_decoder: bool = False,
+    read_untokenised: Callable[[int], Sample] | None = None,
+) -> list[Sample]:
+    """Return the calibration sample of a training set.
 
-    ``has_decoder``: the model has a decoder beside an encoder, whose tokens the labels are.
+    Args:
+        dataset: a training set.
+        num_samples: how many of its rows are drawn.
+        seed: what draws.
+        has_decoder: whether the model has a decoder beside an encoder, whose tokens the labels are.
+        read_untokenised: returns the row at a place as a sample, where it has no tokens or has images beside them.
 
     Raises:
         LayerselError: if the set cannot be indexed, is too small, or its rows are not tokenised.
     """
     check_indexable(dataset, "datasets")
-    return [read_sample(dataset[row], row, has_decoder) for row in draw_rows(len(dataset), num_samples, seed)]
+    rows = draw_rows(len(dataset), num_samples, seed)
+    return [read_row(dataset, row, has_decoder, read_untokenised) for row in rows]
+
+
+def read_row(
+    dataset: Any, row: int, has_decoder: bool = False, read_untokenised: Callable[[int], Sample] | None = None
+) -> Sample:
+    """Return one row of a training set as ``read_samples`` does."""
+    values = dataset[row]
+    if read_untokenised is not None and (not has_tokens(values) or has_pixels(values)):
+        return read_untokenised(row)
+    return read_sample(values, row, has_decoder)
 
 
 def check_indexable(dataset: object, key: str) -> None:
@@ -82,6 +112,11 @@ def check_indexable(dataset: object, key: str) -> None:
 def has_tokens(values: Mapping[str, Any]) -> bool:
     """Return whether a row is tokenised: most are, those of multimodal sets only when they become a batch."""
     return bool({"input_ids", "chosen_input_ids", "chosen_ids", "completion_ids"} & values.keys())
+
+
+def has_pixels(values: Mapping[str, Any]) -> bool:
+    """Return whether a row has images that are tensors already."""
+    return any(name.startswith(PIXELS) for name in values)
 
 
 def read_sample(values: Mapping[str, Any], row: int, has_decoder: bool = False) -> Sample:
@@ -132,10 +167,12 @@ def drop_padding(mask: list[int] | None, *columns: Any) -> list[Any]:
 
 
 def fingerprint(samples: list[Sample]) -> str:
-    """Return the SHA-256 of the samples' token ids, in their order."""
+    """Return the SHA-256 of the samples' token ids and images, in their order."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr(sample.input_ids).encode())
+        if sample.pixels is not None:
+            digest.update(sample.pixels.encode())
     return f"sha256:{digest.hexdigest()}"
 
 

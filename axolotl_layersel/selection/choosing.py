@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import mean
@@ -13,11 +13,12 @@ import torch
 
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layer_names import LayerName, format_names
+from axolotl_layersel.layer_names import LayerName, format_names, split_name
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, Token, check_room
 from axolotl_layersel.selection.calibration import Sample, fingerprint, read_samples
+from axolotl_layersel.selection.collated import read_collated
 from axolotl_layersel.selection.decoding import give_decoder_inputs
 from axolotl_layersel.selection.labelling import label_samples
 from axolotl_layersel.selection.methods import LABELS, Method, get_method
@@ -157,10 +158,11 @@ def choose_by_score(selection: Selection, score: Callable[[list[Sample]], Scores
     settings, keep = selection.settings, selection.count_kept()
     assert settings.num_samples is not None, "methods that draw rows have a number of them"
     trainer = selection.run.trainer
-    has_decoder = selection.stack.has_decoder
-    samples = read_samples(trainer.train_dataset, settings.num_samples, settings.seed, has_decoder)
+    has_decoder, dataset, collate = selection.stack.has_decoder, trainer.train_dataset, trainer.data_collator
+    read = None if has_decoder else lambda row: read_collated(dataset, row, collate, settings.seed)
+    samples = read_samples(dataset, settings.num_samples, settings.seed, has_decoder, read)
     if selection.method.reads == LABELS or has_decoder:
-        samples = label_samples(samples, trainer.data_collator, settings.seed, has_decoder)
+        samples = label_samples(samples, collate, settings.seed, has_decoder)
     if has_decoder:
         samples = give_decoder_inputs(samples, selection.run.base)
     scores = score(samples)
@@ -209,10 +211,10 @@ def find_candidates(settings: ResolvedSelection, stack: LayerStack) -> list[int]
     Raises:
         LayerselError: if a layer named in the settings does not exist or carries no LoRA.
     """
-    carrying = [stack.names[layer] for layer in sorted(stack.lora_modules)]
+    carrying = [stack.names[layer] for layer in sorted(stack.lora_modules) if layer not in stack.idle]
     for key in ("layers", "candidates"):
         named: list[LayerName] = getattr(settings, key) or []
-        check_naming(key, named, stack.has_decoder, "this model")
+        check_naming(key, named, [side.name for side in stack.sides], settings.stacks, "this model")
         outside = [name for name in named if name not in stack.names]
         if outside:
             firsts = [stack.side_of.index(side) for side in range(len(stack.sides))]
@@ -220,6 +222,13 @@ def find_candidates(settings: ResolvedSelection, stack: LayerStack) -> list[int]
             known = " and ".join(f"{stack.names[first]} to {stack.names[last]}" for first, last in zip(firsts, lasts))
             raise LayerselError(
                 f"layersel.selection.{key}: {format_names(outside)} are out of range: the model's layers are {known}."
+            )
+        idle = [name for name in named if stack.names.index(name) in stack.idle]
+        if idle:
+            raise LayerselError(
+                f"layersel.selection.{key}: layers {format_names(idle)} lie above what the model reads of its vision "
+                "tower (vision_feature_layer in its configuration), so LoRA in them learns nothing. Remove them from "
+                "the list."
             )
         bare = [name for name in named if name not in carrying]
         if bare:
@@ -230,22 +239,31 @@ def find_candidates(settings: ResolvedSelection, stack: LayerStack) -> list[int]
     return [stack.names.index(name) for name in settings.candidates or carrying]
 
 
-def check_naming(key: str, named: list[LayerName], has_decoder: bool, model: str) -> None:
-    """Raise LayerselError for layers that are named as in a model of another kind.
+# How layers are named by the sides that are chosen among: what a model with them has, and an example.
+WAYS = {
+    ("",): ("has one list of layers", "by their numbers, such as [0, 1, 5]"),
+    ("encoder", "decoder"): ("has an encoder and a decoder", "such as [encoder.3, decoder.0]"),
+    ("vision",): ("has them in its vision tower under `stacks: vision`", "such as [vision.0, vision.3]"),
+    ("vision", "language"): ("has them in two stacks under `stacks: both`", "such as [vision.3, language.0]"),
+}
+
+
+def check_naming(key: str, named: list[LayerName], sides: Sequence[str], stacks: str, model: str) -> None:
+    """Raise LayerselError for layers that are named as in a model of another kind, or under another ``stacks``.
 
     Args:
         key: where they are named.
         named: the layers, all in one way.
-        has_decoder: whether the model has an encoder and a decoder.
+        sides: names of the sides that are chosen among, see ``layers.Side``.
+        stacks: the setting.
         model: what it is called in the message.
     """
-    if not named or isinstance(named[0], str) == has_decoder:
+    others = {split_name(name)[0] for name in named} - set(sides)
+    if not others:
         return
-    kind, way = (
-        ("has an encoder and a decoder", "such as [encoder.3, decoder.0]")
-        if has_decoder
-        else ("has one list of layers", "by their numbers, such as [0, 1, 5]")
-    )
+    kind, way = WAYS[tuple(sides)]
+    if stacks == "language" and others & {"vision", "language"}:
+        way += ", or set `stacks: both`, or `stacks: vision`, whose layers are named so"
     raise LayerselError(
         f"layersel.selection.{key}: {format_names(named)} is not how the layers of {model} are named, which {kind}. "
         f"Name them {way}."

@@ -1,17 +1,15 @@
 """Labels that rows do not have by themselves: the trainer's collator makes them, as for masked language models."""
 
 import copy
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy
-import torch
 from transformers import DataCollatorForLanguageModeling
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.randomness import keep_random_state
 from axolotl_layersel.selection.calibration import Sample, drop_padding
+from axolotl_layersel.selection.collated import seed_by_row
 
 
 def label_samples(
@@ -31,7 +29,9 @@ def label_samples(
         collate.seed = collate.generator = None
     with keep_random_state():
         return [
-            sample if sample.labels is not None else label_sample(sample, collate, seed, has_decoder)
+            label_sample(sample, collate, seed, has_decoder)
+            if sample.labels is None and sample.make_inputs is None
+            else sample
             for sample in samples
         ]
 
@@ -44,10 +44,7 @@ def label_sample(
     row: dict[str, Any] = {"input_ids": sample.input_ids, "attention_mask": [1] * length}
     if sample.token_type_ids is not None:
         row["token_type_ids"] = sample.token_type_ids
-    drawn = random.Random(f"{seed} {sample.row}").getrandbits(32)
-    random.seed(drawn)
-    numpy.random.seed(drawn)
-    torch.manual_seed(drawn)
+    seed_by_row(seed, sample.row)
     try:
         batch = collate([row])
     except (KeyError, TypeError, ValueError) as error:

@@ -15,9 +15,11 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
+from axolotl_layersel import trainers
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.evaluation import evaluating, precision
 from axolotl_layersel.interrupt import stop_if_signalled
+from axolotl_layersel.layer_names import VISION
 from axolotl_layersel.layers import LayerStack, Side
 from axolotl_layersel.randomness import keep_random_state
 from axolotl_layersel.run import Run
@@ -30,6 +32,8 @@ from axolotl_layersel.selection.choosing import Scores, Selection, conclude, fin
 STREAMED_TOKENS = 16384
 # Of a pass that is also made backward: at 70B the hidden states between the layers take as much.
 STREAMED_TOKENS_BACKWARD = 4096
+# Why a layer of a vision tower has no score.
+NO_IMAGES = "no row drawn has an image"
 # What a layer is given to add its keys and values to, which it would do twice.
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 # What a layer does to its input, summed over each sample's tokens, (samples,): from the layer's inputs and outputs,
@@ -42,14 +46,15 @@ def score_by_tokens(selection: Selection, samples: list[Sample], compare: Compar
 
     Every rank must call this.
     """
-    sums = measure_token_sums(selection, samples, compare)
-    sides = [side.name for side in list_sides(selection)]
-    tokens = torch.tensor([[len(sample.list_tokens(side)) for side in sides] for sample in samples])
+    measured = measure_token_sums(selection, samples, compare)
 
-    def score(sums: torch.Tensor) -> Scores:
-        return arrange_scores(selection, list(average_over_tokens(sums, tokens)))
+    def score(measured: torch.Tensor) -> Scores:
+        sums, tokens = measured.unbind(dim=-1)
+        bare = {int(place): NO_IMAGES for place in (tokens.sum(dim=0) == 0).nonzero()}
+        means = average_over_tokens(sums, tokens)
+        return arrange_scores(selection, [None if i in bare else mean for i, mean in enumerate(means)], bare)
 
-    return conclude(sums, name_places(selection), samples, score)
+    return conclude(measured, name_places(selection), samples, score)
 
 
 def average_over_tokens(sums: torch.Tensor, tokens: torch.Tensor) -> list[float]:
@@ -63,17 +68,18 @@ def average_over_tokens(sums: torch.Tensor, tokens: torch.Tensor) -> list[float]
 
 
 def measure_token_sums(selection: Selection, samples: list[Sample], compare: Comparison) -> torch.Tensor | None:
-    """Return the sum of ``compare`` over each sample's tokens: (samples, places), float64."""
+    """Return the sum of ``compare`` over each sample's tokens, and their number: (samples, places, 2), float64."""
     run, sides = selection.run, list_sides(selection)
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
         inputs = make_inputs(run, [samples[i] for i in indices])
-        sums = torch.zeros(len(indices), len(sides), dtype=torch.float64)
+        sums = torch.zeros(len(indices), len(sides), 2, dtype=torch.float64)
 
         def record(place: int, before: torch.Tensor, after: torch.Tensor) -> None:
-            mask = get_mask(inputs, sides[place]).to(before.device)
-            before, after = (cut_to(hidden, mask) for hidden in (before, after.to(before.device)))
-            sums[:, place] = compare(before, after, mask).cpu()
+            before, mask = arrange_tokens(before, inputs, sides[place])
+            after, _ = arrange_tokens(after.to(before.device), inputs, sides[place])
+            # Images and videos of one row go through a vision tower one after the other.
+            sums[:, place] += torch.stack([compare(before, after, mask), mask.sum(dim=1)], dim=1).double().cpu()
 
         with watch_places(selection, record):
             call(run, inputs)
@@ -170,8 +176,11 @@ def count_fitting(run: Run, samples: list[Sample], with_graph: bool = False) -> 
     """Return how many samples fit a forward pass of the size that training takes; a packed row holds several.
 
     Where every pass brings the whole model to the device again, more samples share one: they need the memory of one
-    layer's activations, and with a graph that of the hidden states between the layers.
+    layer's activations, and with a graph that of the hidden states between the layers. A row that the trainer's
+    collator makes a batch of is one by itself.
     """
+    if are_collated(samples):
+        return 1
     longest = max(map(count_tokens, samples))
     arguments: Any = run.trainer.args
     rows = arguments.per_device_train_batch_size
@@ -182,22 +191,49 @@ def count_fitting(run: Run, samples: list[Sample], with_graph: bool = False) -> 
     return rows
 
 
+def are_collated(samples: list[Sample]) -> bool:
+    """Return whether the trainer's collator makes batches of samples, each of one row."""
+    return any(sample.make_inputs for sample in samples)
+
+
 def count_tokens(sample: Sample) -> int:
     """Return how many tokens a sample has, those of a decoder of its own with the others."""
     return len(sample.input_ids) + len(sample.decoder_input_ids or [])
 
 
-def make_inputs(run: Run, samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Return samples as a batch on the trainer's device; any id fills rows up, for it is masked."""
+def make_inputs(run: Run, samples: list[Sample]) -> dict[str, Any]:
+    """Return samples as a batch on the trainer's device; any id fills rows up, for it is masked.
+
+    A sample that the trainer's collator makes is alone; whatever that returns is in it, pixels and sizes of grids too.
+    """
+    (make, *others) = [sample.make_inputs for sample in samples]
+    if make is not None:
+        assert not others, "such rows share no pass"
+        return trainers.prepare_inputs(run.trainer, make())
     tokenizer = getattr(run.trainer.processing_class, "tokenizer", run.trainer.processing_class)
     pad_token_id = getattr(tokenizer, "pad_token_id", None)
     return collate(samples, 0 if pad_token_id is None else pad_token_id, run.device)
 
 
-def get_mask(inputs: dict[str, torch.Tensor], side: Side) -> torch.Tensor:
+def get_mask(inputs: dict[str, Any], side: Side) -> torch.Tensor:
     """Return the mask of what one side of a model reads of a batch, (samples, tokens), 1 at real tokens."""
     own = inputs.get("decoder_attention_mask") if side.name == "decoder" else None
-    return inputs["attention_mask"] if own is None else own
+    mask = inputs["attention_mask"] if own is None else own
+    return mask if mask is not None else torch.ones_like(inputs["input_ids"])
+
+
+def arrange_tokens(
+    hidden: torch.Tensor, inputs: dict[str, torch.Tensor], side: Side
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return hidden states of one side of a model as (samples, tokens, width), and their mask, (samples, tokens).
+
+    A vision tower has patches for tokens, all images of the batch's only row in one or one after the other.
+    """
+    if side.name == VISION:
+        hidden = hidden.flatten(0, -2)[None]
+        return hidden, torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    mask = get_mask(inputs, side).to(hidden.device)
+    return cut_to(hidden, mask), mask
 
 
 def cut_to(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -205,17 +241,14 @@ def cut_to(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return hidden[:, : mask.shape[1]]
 
 
-def call(run: Run, inputs: dict[str, torch.Tensor], logits_to_keep: int = 1) -> Any:
+def call(run: Run, inputs: dict[str, Any], logits_to_keep: int = 1) -> Any:
     """Run the model under the adapter, without a cache; logits of the last ``logits_to_keep`` tokens (0: all)."""
     base = run.base
     known = inspect.signature(base.forward).parameters
     optional = ("token_type_ids", "decoder_input_ids", "decoder_attention_mask")
     options = {"use_cache": False, "logits_to_keep": logits_to_keep, **{key: inputs.get(key) for key in optional}}
-    return base(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        **{key: value for key, value in options.items() if key in known},
-    )
+    others = {key: value for key, value in inputs.items() if key not in options}
+    return base(**others, **{key: value for key, value in options.items() if key in known})
 
 
 def get_hidden(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -279,13 +312,15 @@ def scoring(selection: Selection, keeps_activations: bool = False) -> Iterator[N
         if not run.engine.has_weights():
             pass  # nothing to put in place: this rank only waits for the others' measurements
         elif run.engine.is_streamed:
-            state.enter_context(run.engine.materialize(tensors_outside(base, stack)))
+            state.enter_context(run.engine.materialize(tensors_outside(base, list_streamed(stack))))
         elif not getattr(base, "hf_device_map", None):
             # DeepSpeed would move the model there itself, later.
             model.to(run.device)
-        for layer in stack.layers:
+        streamed = {id(layer) for side in list_streamed(stack) for layer in side.layers}
+        for layer in [layer for side in (*stack.sides, *stack.beside) for layer in side.layers]:
             recomputes = selection.method.needs_backward and not keeps_activations
-            state.enter_context(run_layer_alone(run, layer, recomputes))
+            gathers = run.engine.is_streamed and id(layer) in streamed
+            state.enter_context(run_layer_alone(run, layer, gathers, recomputes))
             if keeps_activations:
                 state.enter_context(handle_removed(layer.register_forward_pre_hook(begin_graph, with_kwargs=True)))
         state.enter_context(precision(run.trainer))
@@ -293,11 +328,19 @@ def scoring(selection: Selection, keeps_activations: bool = False) -> Iterator[N
         yield
 
 
-def tensors_outside(base: nn.Module, stack: LayerStack) -> list[torch.Tensor]:
-    """Return the parameters and buffers that lie in no layer of the stack, each once."""
+def list_streamed(stack: LayerStack) -> list[Side]:
+    """Return the sides whose layers are whole one at a time, where weights are streamed.
+
+    A vision tower's are whole all together: rows without an image do not run them, and ranks gather together.
+    """
+    return [side for side in (*stack.sides, *stack.beside) if side.name != VISION]
+
+
+def tensors_outside(base: nn.Module, sides: list[Side]) -> list[torch.Tensor]:
+    """Return the parameters and buffers that lie in no layer of ``sides``, each once."""
     found: dict[int, torch.Tensor] = {}
     for name, module in base.named_modules():
-        if not any(f"{name}.".startswith(f"{side.path}.") for side in stack.sides):
+        if not any(f"{name}.".startswith(f"{side.path}.") for side in sides):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 found[id(tensor)] = tensor
     return list(found.values())
@@ -312,9 +355,9 @@ def begin_graph(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 @contextlib.contextmanager
-def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None]:
-    """Let ``layer`` have its weights whole only while it runs; with ``backward``, run again for its gradient."""
-    if not backward and not run.engine.is_streamed:
+def run_layer_alone(run: Run, layer: nn.Module, gathers: bool, backward: bool) -> Iterator[None]:
+    """Run ``layer`` again for its gradient with ``backward``, and whole only while it runs with ``gathers``."""
+    if not backward and not gathers:
         yield
         return
     original, own = layer.forward, layer.__dict__.get("forward")
@@ -322,7 +365,7 @@ def run_layer_alone(run: Run, layer: nn.Module, backward: bool) -> Iterator[None
     @contextlib.contextmanager
     def ready() -> Iterator[None]:
         with contextlib.ExitStack() as state:
-            if run.engine.is_streamed:
+            if gathers:
                 tensors = [*layer.parameters(), *layer.buffers()]
                 state.enter_context(run.engine.materialize(tensors))
             state.enter_context(precision(run.trainer))

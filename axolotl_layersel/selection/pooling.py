@@ -30,9 +30,12 @@ def find_token(base: PreTrainedModel, token: str, side: str = "") -> Token:
         base: a transformers model.
         token: the setting. ``auto`` is an encoder's first token, or the mean where its own pooling is one, and in other
             models the last token before the ending that nearly all rows share. An encoder beside a decoder is not
-            trained to gather a row in any of its tokens, all of which the decoder reads: there it is the mean.
+            trained to gather a row in any of its tokens, all of which the decoder reads: there it is the mean. A vision
+            tower has patches in place of tokens, and none of them stands for the others: there it always is the mean.
         side: of the model that is meant, see ``layers.Side``.
     """
+    if side == "vision":
+        return "mean"
     if token != "auto":
         return cast(Token, token)
     if side == "encoder":

@@ -6,7 +6,8 @@ from typing import Any
 
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.selection.calibration import fingerprint, read_sample
+from axolotl_layersel.selection.calibration import fingerprint, read_row
+from axolotl_layersel.selection.collated import Collate, read_collated
 from axolotl_layersel.selection.methods.flexora.validation import join_eval_sets
 
 # What sets models of one name apart. Not the vocabulary, which a run may extend, nor what quantisation changes.
@@ -71,9 +72,11 @@ def check_base_model(plan: Plan, base_model: str | None, shape: dict[str, int | 
             )
 
 
-def compare_data(plan: Plan, train_dataset: Any, eval_dataset: Any) -> str | None:
+def compare_data(plan: Plan, train_dataset: Any, eval_dataset: Any, collate: Collate | None = None) -> str | None:
     """Return in what the rows that a plan was made on differ from those of the run; None if they do not, or if no rows
     were looked at.
+
+    ``collate``: the trainer's, for rows that have no tokens before.
     """
     if plan.dataset_fingerprint is None:
         return None
@@ -86,8 +89,9 @@ def compare_data(plan: Plan, train_dataset: Any, eval_dataset: Any) -> str | Non
     highest = max(plan.calibration_rows, default=-1)
     if highest >= len(dataset):
         return f"it was made on row {highest} of the {name} set, and this run's has {len(dataset)} rows"
+    read = None if collate is None else lambda row: read_collated(dataset, row, collate, plan.seed)
     try:
-        samples = [read_sample(dataset[row], row) for row in plan.calibration_rows]
+        samples = [read_row(dataset, row, read_untokenised=read) for row in plan.calibration_rows]
     except LayerselError:
         return f"the rows of this run's {name} set have no token ids"
     if fingerprint(samples) != plan.dataset_fingerprint:

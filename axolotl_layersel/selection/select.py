@@ -33,6 +33,7 @@ from axolotl_layersel.plan import (
 from axolotl_layersel.resizing import set_ranks
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.args import (
+    DEFAULT_STACKS,
     DEFAULT_UNSELECTED,
     ResolvedSelection,
     SelectionArgs,
@@ -74,9 +75,9 @@ def select_layers(
         LayerselError: on every rank, where something cannot be honoured.
     """
     trainer, base = run.trainer, run.base
-    stack = find_layer_stack(run.model)
     base_model = run.config.base_model_name_or_path
     reused = decide_on_rank_zero(lambda: find_plan(settings, resume_from, base_model))
+    stack = find_layer_stack(run.model, reused[0].stacks if reused else settings.stacks or DEFAULT_STACKS)
     if reused is None and getattr(base.config, "is_encoder_decoder", False) and not stack.has_decoder:
         check_encoder_decoder(settings, type(base).__name__)
     if continues_adapter and reused is None:
@@ -205,7 +206,7 @@ def report_data(plan: Plan, trainer: Trainer, source: str) -> None:
     """Log a warning, on rank 0, where a plan was made on other data than the run's."""
     difference = None
     if get_rank() == 0:
-        difference = compare_data(plan, trainer.train_dataset, trainer.eval_dataset)
+        difference = compare_data(plan, trainer.train_dataset, trainer.eval_dataset, trainer.data_collator)
     if difference:
         LOG.warning(
             "layersel: the plan from %s was made on other data than this run's: %s. It is applied all the same; make a "

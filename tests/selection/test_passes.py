@@ -33,7 +33,7 @@ def read(trainer, count: int = 11):
 
 
 def measure_turns(trainer, samples) -> torch.Tensor:
-    return passes.measure_token_sums(make_selection(trainer, "cosine"), samples, cosine.sum_turns)
+    return passes.measure_token_sums(make_selection(trainer, "cosine"), samples, cosine.sum_turns)[..., 0]
 
 
 def measure_squared_gradients(trainer, samples) -> torch.Tensor:

@@ -5,10 +5,11 @@ import dataclasses
 import logging
 
 import torch
+from torch import nn
 
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layer_names import name_layers
+from axolotl_layersel.layer_names import VISION, name_layers
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.args import Token
 from axolotl_layersel.selection.calibration import Sample, are_most, count_most_common, place_tokens
@@ -33,19 +34,31 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
 
     Every rank must call this.
     """
-    setting, sides = selection.settings.token, selection.stack.sides
+    setting, stack = selection.settings.token, selection.stack
     assert setting is not None, "CKA has a token"
-    tokens = {side.name: find_token(selection.run.base, setting, side.name) for side in sides}
-    compared, positions = place_tokens(samples, tokens)
+    tokens = {side.name: find_token(selection.run.base, setting, side.name) for side in stack.sides}
+    seeing = [sample for sample in samples if stack.vision is None or sample.pixels is not None]
+    if not seeing:
+        return Scores([None] * len(stack.layers), dict.fromkeys(stack.names, passes.NO_IMAGES))
+    compared, positions = place_tokens(seeing, tokens)
     rows = {sample.row for sample in compared}
     left_out = [sample.row for sample in samples if sample.row not in rows]
     if collectives.get_rank() == 0:
+        if len(seeing) < len(samples):
+            LOG.warning(
+                "layersel: stacks: %s: %d of the %d rows drawn have no image, so nothing of them comes through the "
+                "vision tower, and they are not compared",
+                selection.settings.stacks,
+                len(samples) - len(seeing),
+                len(samples),
+            )
+        unlike = [sample.row for sample in seeing if sample.row not in rows]
         for (side, token), placed in zip(tokens.items(), positions):
-            report_token(compared, placed, left_out, setting, token, side)
+            report_token(compared, placed, unlike, setting, token, side)
     states = measure_token_states(selection, compared, *positions)
     places = range(len(passes.name_places(selection)))
     if selection.settings.granularity == "layer":
-        pairs = [(place + side, place + side + 1) for place, side in zip(places, selection.stack.side_of)]
+        pairs = [(place + side, place + side + 1) for place, side in zip(places, stack.side_of)]
     else:
         pairs = [(2 * place, 2 * place + 1) for place in places]
 
@@ -120,6 +133,8 @@ def measure_token_states(
     each layer's output, the last after the final norm; of an encoder and then of its decoder, which has embeddings of
     its own, (samples, layers + 2, width). Of branches they are those before and after each of them,
     (samples, 2 × branches, width), the last before the final norm. Only the rows asked for are kept of each output.
+    Those of a vision tower are the means of each row's patches. Where the width of the sides differs, the narrower ones
+    are filled up with zeros, which change no CKA.
 
     Args:
         selection: by this method.
@@ -130,17 +145,21 @@ def measure_token_states(
     layers = selection.settings.granularity == "layer"
     expected = len(name_states(selection))
     rows: list[tuple[int, torch.Tensor]] = []
+    patches: dict[int, list[torch.Tensor]] = {}  # of the row's images, which may come one after the other
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
         inputs = passes.make_inputs(run, [samples[i] for i in indices])
         rows.clear()
+        patches.clear()
 
         def keep(place: int, hidden: torch.Tensor, side: int) -> None:
             placed = positions[side]
+            if stack.sides[side].name == VISION:
+                patches.setdefault(place, []).append(passes.arrange_tokens(hidden, inputs, stack.sides[side])[0])
+                return
             if placed is None:
-                mask = passes.get_mask(inputs, stack.sides[side]).to(hidden.device)
-                summed = (passes.cut_to(hidden, mask).float() * mask[..., None]).sum(dim=1)
-                kept = summed / mask.sum(dim=1, keepdim=True)
+                hidden, mask = passes.arrange_tokens(hidden, inputs, stack.sides[side])
+                kept = (hidden.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
             else:
                 kept = hidden[torch.arange(len(indices)), [placed[i] for i in indices]]
             rows.append((place, kept.float().cpu()))
@@ -168,6 +187,7 @@ def measure_token_states(
             else:
                 watching.enter_context(passes.watch_places(selection, record))
             passes.call(run, inputs)
+        rows.extend((place, torch.cat(seen, dim=1).float().mean(dim=1).cpu()) for place, seen in patches.items())
         rows.sort(key=lambda row: row[0])
         if [place for place, _ in rows] != list(range(expected)):
             raise LayerselError(
@@ -175,7 +195,9 @@ def measure_token_states(
                 f"{len(stack.layers)} layers once in a forward pass; such models are not supported."
             )
         # Rows of their own: a view is sent to rank 0 with the storage of the whole batch.
-        return [state.clone() for state in torch.stack([kept for _, kept in rows], dim=1)]
+        widest = max(kept.shape[1] for _, kept in rows)
+        states = [nn.functional.pad(kept, (0, widest - kept.shape[1])) for _, kept in rows]
+        return [state.clone() for state in torch.stack(states, dim=1)]
 
     with passes.scoring(selection):
         return passes.over_samples(run, samples, measure, passes.count_fitting(run, samples))

@@ -23,7 +23,9 @@ def test_a_layer_is_scored_by_its_own_input_and_output(tmp_path):
     model = make_lora(make_small_llama()).eval()
     trainer = make_trainer(model, tmp_path)
     samples = read_samples(trainer.train_dataset, 5, seed=1)
-    sums = measure_token_sums(make_selection(trainer, "relative"), samples, sum_changes)
+    measured = measure_token_sums(make_selection(trainer, "relative"), samples, sum_changes)
+    sums, tokens = measured.unbind(dim=-1)
+    assert tokens.tolist() == [[len(sample.input_ids)] * 6 for sample in samples]
     for i, sample in enumerate(samples):
         with torch.no_grad():
             hidden = model(torch.tensor([sample.input_ids]), output_hidden_states=True).hidden_states
