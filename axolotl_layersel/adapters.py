@@ -14,10 +14,13 @@ from torch import nn
 
 from axolotl_layersel.engines import collectives, edits
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.experts import describe_gated_experts
 from axolotl_layersel.files import refuse
 from axolotl_layersel.initialisation import RESTORED, SEEDED, changes_base, describe_rounding, normalise
 from axolotl_layersel.layers import (
     LayerStack,
+    count_experts,
+    find_key,
     find_lora_modules,
     get_adapter_name,
     get_base_model,
@@ -40,15 +43,6 @@ NUMBERED_LAYER = re.compile(r".*?\.(?P<list>[^.]*)\.(?P<number>\d+)\.")
 def get_initialisation(config: LoraConfig) -> bool | str:
     """Return ``init_lora_weights`` under the name that it has in ``initialisation``."""
     return normalise(config.init_lora_weights)
-
-
-def check_experts(run: Run) -> None:
-    """Raise LayerselError where PEFT put LoRA on 3-D expert parameters."""
-    if any(isinstance(module, ParamWrapper) for module in run.lora_modules.values()):
-        raise LayerselError(
-            "lora_target_modules: PEFT put LoRA on this model's expert parameters, which is not supported yet. "
-            "Target the attention modules alone, such as q_proj and v_proj."
-        )
 
 
 def complete_config(run: Run) -> None:
@@ -74,6 +68,8 @@ def check_plain_lora(run: Run, modules: dict[str, LoraLayer], setting: str) -> N
         setting: the YAML key that puts gates on them.
     """
     adapter = run.adapter
+    if any(isinstance(module, ParamWrapper) for module in modules.values()):
+        raise LayerselError(describe_gated_experts(setting))
     check_gated_run(
         setting,
         initialisation=run.config.init_lora_weights,
@@ -134,7 +130,10 @@ def initialize_module(model: PeftModel, name: str, module: LoraLayer, seed: int,
             weight.copy_(value)
     elif adapter in module.lora_A:
         weight = module.lora_A[adapter].get_parameter("weight")
-        rows = [draw_row(weight[i], method, seed, name, i, rank or module.r[adapter]) for i in range(weight.shape[0])]
+        experts, key, size = count_experts(module), find_key(name, module), rank or module.r[adapter]
+        names = [f"{key}.{expert}" for expert in range(experts)] if isinstance(module, ParamWrapper) else [key]
+        places = [(drawn, i) for drawn in names for i in range(weight.shape[0] // experts)]
+        rows = [draw_row(weight[0], method, seed, drawn, i, size) for drawn, i in places]
         weight.copy_(torch.stack(rows))
         nn.init.zeros_(module.lora_B[adapter].get_parameter("weight"))
     elif adapter in module.lora_embedding_A:
@@ -166,15 +165,19 @@ def remove_modules(run: Run, removed: list[str]) -> None:
         LayerselError: if PEFT has changed the weight of such a module, and it cannot be what it was.
     """
     base, lora = run.base, run.lora_modules
-    restores = changes_base(run.config.init_lora_weights)
+    restores, gone = changes_base(run.config.init_lora_weights), set(removed)
     for name in removed:
         parent, _, child = name.rpartition(".")
+        if child == "base_layer" and parent in lora:
+            assert parent in gone, "LoRA on the parameters of one module is removed together"
+            continue  # it went with what was around it
         if restores:
             restore_base(run, name, lora[name])
         setattr(base.get_submodule(parent), child, lora[name].get_base_layer())
-    gone = set(removed)
+    keys = {find_key(name, lora[name]) for name in removed}
     tuner: Any = run.model.base_model
-    tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in gone]
+    tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in keys]
+    tuner.targeted_parameter_names = [name for name in tuner.targeted_parameter_names if name not in keys]
     name_exactly(run.config, base)
 
 
@@ -212,13 +215,21 @@ def name_exactly(config: LoraConfig, base: nn.Module) -> None:
     which PEFT loads fastest; the full names; a regular expression. vLLM and SGLang read the ends of the names, and find
     the layers in the file's tensors. SGLang refuses regular expressions.
     """
-    present, others = list(find_lora_modules(base)), list_other_modules(base)
+    lora, others = find_lora_modules(base), list_other_modules(base)
+    present = [name for name, module in lora.items() if not isinstance(module, ParamWrapper)]
+    if len(present) < len(lora):
+        config.target_parameters = sorted(find_key(name, lora[name]) for name in lora.keys() - set(present))
+    elif config.target_parameters:
+        config.target_parameters = None
+    if not present:
+        config.target_modules, config.layers_to_transform, config.layers_pattern = [], None, None
+        return
     layers = [layer for name in present if (layer := NUMBERED_LAYER.match(name))]
     if len(layers) == len(present):
         config.target_modules = sorted({name.rpartition(".")[2] for name in present})
         config.layers_to_transform = sorted({int(layer["number"]) for layer in layers})
         config.layers_pattern = sorted({layer["list"] for layer in layers})
-        if find_targets(config, base) == present:
+        if find_targets(config, base) == list(lora):
             return
     config.target_modules = sorted(present)
     config.layers_to_transform = None
@@ -234,16 +245,35 @@ def list_other_modules(base: nn.Module) -> list[str]:
     others, inside = [], "."
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
-            inside = f"{name}."
+            inside = inside if name.startswith(inside) else f"{name}."
         elif not name.startswith(inside):
             others.append(name)
     return others
 
 
 def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
-    """Return the names of the modules that PEFT would put LoRA on if ``base`` had none; LoRA modules come first."""
-    names = (*find_lora_modules(base), *list_other_modules(base))
-    return [name for name in names if check_target_module_exists(config, name)]
+    """Return the names of the modules that PEFT would put LoRA on if ``base`` had none; LoRA modules come first.
+
+    Where that would be on a parameter that has none, it is the parameter's name.
+    """
+    lora, others = find_lora_modules(base), list_other_modules(base)
+    targets = config.target_parameters or []
+
+    def is_target(key: str) -> bool:
+        return any(f".{key}".endswith(f".{target}") for target in targets)
+
+    found = [
+        name
+        for name in (*lora, *others)
+        if (
+            is_target(find_key(name, lora[name]))
+            if isinstance(lora.get(name), ParamWrapper)
+            else check_target_module_exists(config, name)
+        )
+    ]
+    owners = others if targets else []
+    bare = [f"{name}.{key}" for name in owners for key, _ in base.get_submodule(name).named_parameters(recurse=False)]
+    return [*found, *filter(is_target, bare)]
 
 
 def freeze_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:

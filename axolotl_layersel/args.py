@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from axolotl_layersel.block import SEEDS, Block, as_whole, describe_seeds, list_plugins, quote
 from axolotl_layersel.engines.refusals import check_engine
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.experts import check_expert_file
 from axolotl_layersel.l1ra import args as l1ra
 from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.selection import args as selection
@@ -109,11 +110,7 @@ def check_adapter(data: Mapping[str, Any]) -> None:
         raise LayerselError(
             f"{key}: {data[key]!r} merges and restarts the adapter, which the plugin does not support. Remove {key}."
         )
-    if data.get("lora_target_parameters"):
-        raise LayerselError(
-            f"lora_target_parameters: {data['lora_target_parameters']!r} puts LoRA on expert parameters, which cannot "
-            "be selected by layer yet. Use `lora_target_modules`."
-        )
+    check_expert_file(data)
 
 
 def check_seed(data: Mapping[str, Any]) -> None:

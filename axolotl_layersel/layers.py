@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -138,10 +138,32 @@ def get_linears(module: LoraLayer, adapter: str) -> tuple[nn.Linear, nn.Linear]:
     return down, up
 
 
+def count_experts(module: LoraLayer) -> int:
+    """Return how many matrices lie under a LoRA module, each of which gets A and B of the module's rank.
+
+    Under an expert parameter there is one for each expert; PEFT 0.20.0 has the A of all of them in one weight, (experts
+    · rank, inputs), and the B in another one, (outputs, rank · experts). Under a linear module there is one.
+    """
+    return module.num_experts if isinstance(module, ParamWrapper) else 1
+
+
+def find_key(name: str, module: LoraLayer) -> str:
+    """Return what PEFT's ``target_parameters``, ``rank_pattern`` and ``alpha_pattern`` call a LoRA module.
+
+    That is its name, and of LoRA on a parameter the parameter's name. Several of one module are wrapped one around the
+    other, as ``experts`` and ``experts.base_layer``; PEFT 0.20.0 looks for the names that they have without that.
+    """
+    if not isinstance(module, ParamWrapper):
+        return name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{module.parameter_name}"
+
+
 def count_component_parameters(module: LoraLayer, adapter: str) -> int:
-    """Return how many parameters one rank of a LoRA module that is linear takes."""
+    """Return how many parameters one rank of a LoRA module that is linear, or on expert parameters, takes."""
     down, up = get_linears(module, adapter)
-    return down.in_features + up.out_features
+    return (down.in_features + up.out_features) * count_experts(module)
 
 
 def find_layer_stack(model: PeftModel, stacks: str = "language") -> LayerStack:

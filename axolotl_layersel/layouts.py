@@ -186,6 +186,11 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfi
     tensors, _ = load_tensors("ADAPTER", folder / SAFETENSORS_WEIGHTS_NAME, WAY_OUT)
     if not isinstance(config, LoraConfig):
         raise LayerselError(f"{folder} holds a {config.peft_type} adapter. Give the folder of a LoRA adapter.")
+    if config.target_parameters:
+        raise LayerselError(
+            f"{folder}: its LoRA is on expert parameters ({config.target_parameters[0]}), which programs other than "
+            "PEFT do not read in other layouts. Give an adapter without target_parameters."
+        )
     if config.use_dora:
         raise LayerselError(f"{folder}: use_dora: true. A DoRA adapter cannot be laid out anew. Give a LoRA adapter.")
     other = [name for name in tensors if ".lora_" in name and not name.endswith((DOWN, UP))]

@@ -279,11 +279,17 @@ def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
         )
     tensors, _ = load_tensors("resume_from_checkpoint", path, "Resume another checkpoint.")
     if not state_path(checkpoint).exists():  # by which ranks may have moved since
+        targets = read_expert_modules(Path(checkpoint) / "adapter_config.json")
         for name, rank in plan.ranks.items():
             held = tensors.get(f"base_model.model.{name}.lora_A.weight")
-            if held is not None and held.shape[0] != rank:
+            if held is None:
+                continue
+            rows = held.shape[0]  # of experts, those of all of them
+            outermost = name.partition(".base_layer")[0]
+            has_experts = any(f".{outermost}".endswith(f".{experts}" if experts else "") for experts in targets)
+            if rows % rank if has_experts else rows != rank:
                 raise LayerselError(
-                    f"resume_from_checkpoint: the adapter in {checkpoint} has rank {held.shape[0]} in {name}, and the "
+                    f"resume_from_checkpoint: the adapter in {checkpoint} has rank {rows} in {name}, and the "
                     f"plan beside it gives it {rank}. Resume a checkpoint of this run."
                 )
     names = [name.removeprefix("base_model.model.") for name in tensors]
@@ -296,6 +302,18 @@ def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
             f"resume_from_checkpoint: the adapter in {checkpoint} is not of the plan beside it: they differ in "
             f"{min(differing)} ({len(differing)} such modules). Resume a checkpoint of this run."
         )
+
+
+def read_expert_modules(path: Path) -> set[str]:
+    """Return the ends of the names of the modules on whose parameters an adapter has LoRA, by its configuration.
+
+    One is empty where the configuration names a parameter alone. There are none where ``path`` is missing.
+    """
+    if not path.is_file():
+        return set()
+    content = read_json("resume_from_checkpoint", path, "Resume another checkpoint.")
+    parameters = content.get("target_parameters") if isinstance(content, dict) else None
+    return {str(name).rpartition(".")[0] for name in parameters} if isinstance(parameters, list) else set()
 
 
 def check_model(

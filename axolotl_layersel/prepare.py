@@ -87,7 +87,6 @@ def prepare_trainer(
     run = Run.of(trainer)
     check_trainers_alike(run, settings, resume_from, continues_adapter)
     collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
-    adapters.check_experts(run)
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
     adapters.complete_config(run)
     adapters.keep_trained_alone(run.model)

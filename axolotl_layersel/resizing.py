@@ -9,7 +9,7 @@ from torch import nn
 
 from axolotl_layersel import adapters
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import get_linears
+from axolotl_layersel.layers import count_experts, find_key, get_linears
 from axolotl_layersel.layouts import write_pattern
 from axolotl_layersel.run import Run
 
@@ -29,15 +29,16 @@ def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: boo
     """
     adapter, modules = run.adapter, run.lora_modules
     for name, rank in ranks.items():
+        experts = count_experts(modules[name])
         module = modules[name]
         down, up = get_linears(module, adapter)
         if continues_adapter:
             check_trained_rank(name, module.r[adapter], rank)
-        if run.engine.find_shape(down.weight)[0] == rank:
+        if run.engine.find_shape(down.weight)[0] == rank * experts:
             continue
         scaling = module.scaling[adapter]
-        resize_linear(down, 0, rank)
-        resize_linear(up, 1, rank)
+        resize_linear(down, 0, rank * experts)
+        resize_linear(up, 1, rank * experts)
         module.r[adapter] = rank
         module.lora_alpha[adapter] = scaling * rank
         adapters.initialize_module(run.model, name, module, seed)
@@ -71,8 +72,12 @@ def describe_ranks(config: LoraConfig, modules: dict[str, LoraLayer], adapter: s
     take a module's rank from its tensors, are right too.
     """
     config = copy.copy(config)
-    ranks = {name: module.r[adapter] for name, module in modules.items()}
-    alphas = {name: module.scaling[adapter] * ranks[name] for name, module in modules.items()}
+    ranks = {find_key(name, module): module.r[adapter] for name, module in modules.items()}
+    alphas = {
+        key: module.scaling[adapter] * ranks[key]
+        for name, module in modules.items()
+        for key in [find_key(name, module)]
+    }
     highest = max(ranks, key=lambda name: ranks[name])
     config.r, config.lora_alpha = ranks[highest], alphas[highest]
     config.use_rslora = False

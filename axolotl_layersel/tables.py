@@ -24,11 +24,13 @@ def arrange(modules: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str
 def find_places(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return the row and the column of each module in a table, no two the same: ``("3", "q_proj")``.
 
+    What PEFT has wrapped within another LoRA module, which is chosen with that, has none.
+
     The row is the number of the layer, with the stack's name where there are several, such as a vision tower's; outside
     of a stack it is what the name begins with. The column is the module's type, with as much of its name before it
     as tells it from the others in its row, such as an attention to the encoder.
     """
-    split = {name: split_at_layer(name) for name in modules}
+    split = {name: split_at_layer(name) for name in modules if not name.endswith(".base_layer")}
     several = len({stack for stack, layer, _ in split.values() if layer}) > 1
     rows = {
         name: f"{stack}.{layer}" if layer and several else layer or stack for name, (stack, layer, _) in split.items()

@@ -57,8 +57,18 @@ def find_groups(stack: LayerStack, layer: int) -> list[Unit]:
 
 
 def find_modules(stack: LayerStack, layer: int) -> list[Unit]:
-    """Return each LoRA module of a layer as a unit, called by its name."""
-    return [Unit(name, layer, [name]) for name in stack.lora_modules[layer]]
+    """Return each LoRA module of a layer as a unit, called by its name.
+
+    LoRA on several parameters of one module, such as those of its experts, is one unit: PEFT wraps one around the
+    other, and what is inside would be called otherwise without what is around it.
+    """
+    units: list[Unit] = []
+    for name in stack.lora_modules[layer]:
+        if units and name.startswith(f"{units[-1].name}.base_layer"):
+            units[-1].modules.append(name)
+        else:
+            units.append(Unit(name, layer, [name]))
+    return units
 
 
 def split_branches(layer: nn.Module) -> list[list[str]]:

@@ -14,6 +14,7 @@ from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.evaluation import precision
 from axolotl_layersel.gates import ATTRIBUTE as GATE
+from axolotl_layersel.layers import find_key
 from axolotl_layersel.layouts import find_scalings, split, write_adapter
 from axolotl_layersel.run import Run
 
@@ -99,7 +100,9 @@ class AdapterWriter:
                 fault = f"{name} is {stored[name].dtype} in it, and {tensor.dtype} in training"
                 verification.fail(path, fault, verification.REPORT)
         (live, _), (written, _) = split(tensors), split(stored)
-        scalings = find_scalings(config, modules)
+        keys = {name: find_key(name, module) for name, module in modules.items()}
+        found = find_scalings(config, keys.values())
+        scalings = {name: found[key] for name, key in keys.items()}
         for name, module in modules.items():
             scaling, pair = module.scaling[adapter], live.get(name)
             if pair is not None and pair.down.dim() == pair.up.dim() == 2:

@@ -22,6 +22,7 @@ def flexora(**values) -> dict:
     return selection("flexora", flexora=values)
 
 
+EXPERTS = {"lora_target_parameters": ["mlp.experts.gate_up_proj"]}
 BEFORE_THE_MODEL = {
     "no block": ({"layersel": None}, "layersel: the plugin is listed but its block is missing or empty"),
     "misspelt block": (
@@ -88,7 +89,22 @@ BEFORE_THE_MODEL = {
         {"fsdp_version": 1, "fsdp_config": {"offload_params": False}},
         "fsdp_version: 1 is not supported by the plugin. Set `fsdp_version: 2`.",
     ),
-    "expert parameters": ({"lora_target_parameters": ["experts.up"]}, "lora_target_parameters: ['experts.up']"),
+    "gates on experts": (
+        {**EXPERTS, "lora_alpha": 8, **l1ra()},
+        "lora_target_parameters: layersel.l1ra puts a gate on what LoRA computes",
+    ),
+    "a search with gates on experts": (
+        {**EXPERTS, **selection("flexora")},
+        "lora_target_parameters: layersel.selection.method: flexora puts a gate on what LoRA computes",
+    ),
+    "orthogonal experts": (
+        {**EXPERTS, "peft_init_lora_weights": "orthogonal"},
+        "peft_init_lora_weights: 'orthogonal' does not go with lora_target_parameters",
+    ),
+    "experts on ZeRO-3": (
+        {**EXPERTS, "deepspeed": {"zero_optimization": {"stage": 3}}},
+        "lora_target_parameters: PEFT cannot put LoRA on expert parameters under ZeRO-3",
+    ),
     "streaming": ({"streaming": True}, "streaming: True cannot be sampled for layersel.selection.method: 'cka'"),
     "prompts without answers": (
         {"rl": "grpo", **selection(method="cka")},

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from axolotl_layersel.engines import collectives
@@ -18,7 +18,8 @@ from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_l
 
 # Tokens of a forward pass that shows how a model works.
 PROBED_TOKENS = 16
-# What a module was given in each of its calls, and the gradients by what it returned, each (..., width).
+# What a module was given in each of its calls, and the gradients by what it returned, each (..., width). Of LoRA on a
+# parameter nothing, and the gradient by the parameter itself, (experts, outputs, inputs).
 Look = Callable[[int, list[torch.Tensor], list[torch.Tensor]], None]
 
 
@@ -40,6 +41,35 @@ def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[Cal
     def finish(place: int) -> None:
         calls, waiting[place], seen[place] = seen[place], 0, []
         look(place, [given for given, _ in calls], [gradient for _, gradient in calls])
+
+    @contextlib.contextmanager
+    def watch_parameter(place: int, module: ParamWrapper) -> Iterator[None]:
+        # PEFT adds to the parameter what this returns, so the gradient by the one is that by the other.
+        compute, calls = module.get_delta_weight, []
+
+        def get_delta_weight(adapter: str) -> torch.Tensor:
+            change = compute(adapter)
+            calls.append(adapter)
+            if torch.is_grad_enabled():
+                change = change.detach().requires_grad_()
+                change.register_hook(lambda gradient: look(place, [], [orient(module, gradient.detach())]))
+            return change
+
+        def check_called(module: nn.Module, args: tuple, output: object) -> None:
+            if not calls:
+                raise LayerselError(
+                    "lora_target_parameters: something else than PEFT computes LoRA on experts here, such as a plugin "
+                    "with kernels for them, so the gradient by their weights is not to be seen. Remove it from "
+                    "`plugins` for `axolotl-layersel plan`, and give its plan to the run; or use method cka or cosine."
+                )
+            calls.clear()
+
+        vars(module)["get_delta_weight"] = get_delta_weight
+        try:
+            with passes.handle_removed(module.register_forward_hook(check_called)):
+                yield
+        finally:
+            del vars(module)["get_delta_weight"]
 
     def watch(place: int, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
         def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
@@ -66,8 +96,21 @@ def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[Cal
 
     with contextlib.ExitStack() as hooks:
         for place, module in enumerate(modules):
-            hooks.enter_context(passes.handle_removed(watch(place, module)))
+            if isinstance(module, ParamWrapper):
+                hooks.enter_context(watch_parameter(place, module))
+            else:
+                hooks.enter_context(passes.handle_removed(watch(place, module)))
         yield finish_others
+
+
+def orient(module: ParamWrapper, gradient: torch.Tensor) -> torch.Tensor:
+    """Return the gradient by the parameter under a LoRA module as (experts, outputs, inputs), in that module's sense.
+
+    In PEFT 0.20.0 it is so for 2-D parameters, and for 3-D ones where PEFT swapped their dimensions.
+    """
+    if gradient.dim() == 2:
+        return gradient[None]
+    return gradient if module._did_swap_in_out_features else gradient.transpose(1, 2)
 
 
 def compute_logits(run: Run, batch: list[Sample]) -> torch.Tensor:
@@ -91,6 +134,8 @@ def find_batch_size(run: Run, samples: list[Sample], modules: Sequence[LoraLayer
     Call it within ``passes.scoring``; every rank must call this.
     """
     size = passes.count_fitting(run, samples, with_graph=True)
+    if any(isinstance(module, ParamWrapper) for module in modules):
+        return 1  # the gradient by a weight is that of all rows
     if run.engine.has_weights() and not passes.are_collated(samples):  # which are alone in any case
         probe = [cut_probe(samples)] * 2
         size = 1 if any_routed(modules, lambda: compute_logits(run, probe)) else size

@@ -1,8 +1,9 @@
 """Fisher: a layer whose weights the log-likelihood depends on is important."""
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 
+from axolotl_layersel.layers import count_experts
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.backward import find_batch_size, prepare_backward, split_rows, watching_gradients
 from axolotl_layersel.selection.calibration import Sample
@@ -93,6 +94,9 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample], modul
     squares = torch.zeros(0)
 
     def add(place: int, given: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        if isinstance(watched[place], ParamWrapper):
+            squares[:, place] += sum(gradient.double().square().sum().to(squares.device) for gradient in gradients)
+            return
         inputs, outputs = ([split_rows(value, len(squares)) for value in values] for values in (given, gradients))
         # Rows are filled up with tokens of no gradient. The gradients of several calls add up before they are squared.
         for row in range(len(squares)):
@@ -117,4 +121,4 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample], modul
 def count_weights(module: LoraLayer) -> int:
     """Return how many weights lie under a LoRA module."""
     assert module.in_features is not None and module.out_features is not None, "PEFT has made A and B by them"
-    return module.in_features * module.out_features
+    return module.in_features * module.out_features * count_experts(module)

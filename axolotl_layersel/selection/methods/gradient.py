@@ -7,9 +7,11 @@ B would have if the rows of A were Ωᵀ (randomized range finder, Halko et al. 
 """
 
 import torch
+from peft.tuners.lora import ParamWrapper
 
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import count_experts
 from axolotl_layersel.randomness import make_row_generator
 from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.backward import find_batch_size, prepare_backward, split_rows, watching_gradients
@@ -80,7 +82,8 @@ def find_gains(halves: torch.Tensor) -> torch.Tensor:
     of component i is √(σᵢ² − νᵢ²), or nothing where noise alone would have given as much.
 
     Args:
-        halves: Y₁ and Y₂, (2, outputs, width).
+        halves: Y₁ and Y₂, (2, outputs, width), or of experts (2, experts, outputs, width). A rank of experts is a
+            component of each of them, and gains what these do together.
 
     Returns:
         (min(outputs, width),), descending, float64, in units of the loss summed over the rows' labels.
@@ -88,7 +91,8 @@ def find_gains(halves: torch.Tensor) -> torch.Tensor:
     first, second = halves.double()
     sigma, noise = torch.linalg.svdvals(first + second), torch.linalg.svdvals(first - second)
     gains = (sigma.square() - noise.square()).clamp(min=0).sqrt()
-    return torch.cummin(gains, dim=0).values
+    falling = torch.cummin(gains, dim=-1).values
+    return falling.sum(dim=0) if falling.dim() > 1 else falling
 
 
 def measure_sketches(
@@ -96,9 +100,10 @@ def measure_sketches(
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """Return each sample's gradients added up, (samples, modules), to find numbers that are not finite, and sketches.
 
-    The sketches are those of ``modules`` by name on rank 0, (2, outputs, width) in fp32: of samples at even and at odd
-    places. The loss is minus the log-likelihood of all labels, so that no number depends on how samples share batches.
-    Beside the activations of one micro-batch they take 8·width bytes for each output of each module.
+    The sketches are those of ``modules`` by name on rank 0, (2, outputs, width) in fp32, or of experts (2, experts,
+    outputs, width): of samples at even and at odd places. The loss is minus the log-likelihood of all labels, so that
+    no number depends on how samples share batches. Beside the activations of one micro-batch they take 8·width bytes
+    for each output of each module, or of each expert.
 
     Raises:
         LayerselError: if the rows have no labels of the kind that the model's logits answer.
@@ -116,9 +121,13 @@ def measure_sketches(
         columns = min(width, inputs)
         if inputs not in drawn:
             drawn[inputs] = draw_sketch(inputs, columns, selection.settings.seed).to(run.device)
-        sketches.append(torch.zeros(2, outputs, columns, device=run.device))
+        experts = (count_experts(module),) if isinstance(module, ParamWrapper) else ()
+        sketches.append(torch.zeros(2, *experts, outputs, columns, device=run.device))
 
     def add(place: int, inputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        if isinstance(watched[place], ParamWrapper):
+            for gradient in gradients:
+                add_weight(place, gradient)
         for given, gradient in zip(inputs, gradients):
             add_call(place, given, gradient)
 
@@ -129,6 +138,13 @@ def measure_sketches(
         for half, chosen in zip(sketches[place], halves):
             left, right = gradient[chosen].flatten(0, -2), projected[chosen].flatten(0, -2)
             half += (left.T @ right).to(half.device)
+
+    def add_weight(place: int, gradient: torch.Tensor) -> None:
+        # Batches are of one row, and each row is in one half or, where another rank counts it, in none.
+        sums[:, place] += gradient.float().sum().to(sums.device)
+        for half, chosen in zip(sketches[place], halves):
+            if len(chosen):
+                half += (gradient @ drawn[gradient.shape[-1]].to(gradient.device, gradient.dtype)).to(half.device)
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
         nonlocal sums

@@ -1,0 +1,283 @@
+"""LoRA on the experts of a mixture, which are 3-D parameters: scored, chosen, given rank, written and loaded again."""
+
+import functools
+
+import pytest
+import torch
+import transformers
+from conftest import engine_settings, make_rows, make_selection, make_trainer, selection
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.layers import find_key, find_lora_modules
+from axolotl_layersel.plan import read_plan
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection.calibration import read_samples
+from axolotl_layersel.selection.methods import fisher, get_method, gradient
+
+SIZE = {
+    **{"vocab_size": 97, "num_hidden_layers": 3, "attn_implementation": "eager"},
+    **{"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+FAMILIES = {
+    "Mixtral": {"num_local_experts": 3},
+    "Qwen3Moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
+    "GptOss": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8},
+}
+pytestmark = pytest.mark.trains
+
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+EXPERTS = "model.layers.{}.mlp.experts"
+
+
+def make_base(family: str, **settings):
+    """Return a random mixture of experts of width 32 with 3 layers."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SIZE, **FAMILIES[family], **settings})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():  # gpt-oss leaves its experts uninitialised
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05) if parameter.dim() > 2 else None
+    return model
+
+
+def make_experts(family: str, targets=("q_proj", "v_proj"), **settings):
+    """Return it with LoRA of rank 2 on its experts and on linear modules."""
+    values = {"r": 2, "lora_alpha": 4, "target_modules": list(targets), "target_parameters": PARAMETERS}
+    return get_peft_model(make_base(family), LoraConfig(**{**values, **settings}))
+
+
+def compute(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 23)[None]).logits
+
+
+def find_parameters(model) -> dict[str, torch.nn.Parameter]:
+    """Return the weight under each LoRA module."""
+    return {
+        name: getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
+        for name, module in find_lora_modules(model.get_base_model()).items()
+    }
+
+
+def differentiate(model, rows) -> list[dict[str, torch.Tensor]]:
+    """Return the gradient of each row's summed loss by the frozen weights, by nothing but autograd."""
+    model.eval()
+    gradients = []
+    with model.disable_adapter():
+        for row in rows:
+            weights = find_parameters(model)
+            for weight in weights.values():
+                weight.requires_grad_(True).grad = None
+            batch = {key: torch.tensor([value]) for key, value in row.items()}
+            logits = model(input_ids=batch["input_ids"]).logits[0, :-1]
+            torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], reduction="sum").backward()
+            gradients.append({name: weight.grad.clone() for name, weight in weights.items()})
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    return gradients
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_experts_are_those_of_their_gradients(tmp_path, family):
+    model, rows = make_experts(family), make_rows()
+    trainer = make_trainer(model, tmp_path, rows, gradient_checkpointing=family == "Mixtral")
+    samples = read_samples(trainer.train_dataset, 5, seed=5)
+    expected = differentiate(model, [rows[sample.row] for sample in samples])
+    choice = make_selection(trainer, "gradient")
+    modules = choice.stack.list_modules(choice.candidates)
+    _, sketches = gradient.measure_sketches(choice, samples, modules, 48)  # as wide as the weights: nothing is lost
+    choice = make_selection(trainer, "fisher", granularity="module")
+    squares = fisher.measure_squared_gradients(choice, samples, modules)
+    assert sum(name.endswith("experts.base_layer") for name in modules) == 3
+    for place, name in enumerate(modules):
+        found = squares[:, place]
+        torch.testing.assert_close(found, torch.stack([g[name].double().square().sum() for g in expected]))
+        for parity in (0, 1):
+            whole = sum(each[name] for each in expected[parity::2])
+            values = torch.linalg.svdvals(sketches[name][parity])
+            known = torch.linalg.svdvals(whole)
+            assert known.max() > 0
+            torch.testing.assert_close(values, known[..., : values.shape[-1]], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_get_rank_and_the_adapter_loads_with_stock_peft(tmp_path, family):
+    trainer = make_trainer(make_experts(family), tmp_path, max_steps=2)
+    settings = SelectionConfig(method="gradient", num_samples=9, ratio=0.8, budget=0.7, min_rank=1)
+    plan = prepare_trainer(trainer, LayerselConfig(selection=settings))
+    run = Run.of(trainer)
+    assert set(run.lora_modules) == set(plan.modules)
+    assert any(name.endswith("experts") for name in plan.modules)
+    assert {name: module.r["default"] for name, module in run.lora_modules.items()} == plan.ranks
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert trained == plan.budget.spent <= plan.budget.allowed
+    trainer.train()
+    trainer.save_model()
+    reloaded = PeftModel.from_pretrained(make_base(family), tmp_path)
+    assert set(find_lora_modules(reloaded.get_base_model())) == set(plan.modules)
+    expected = compute(trainer.model)
+    torch.testing.assert_close(compute(reloaded), expected, atol=0, rtol=0)
+    assert not torch.equal(compute(make_base(family)), expected)
+    torch.testing.assert_close(compute(reloaded.merge_and_unload()), expected, atol=1e-5, rtol=1e-4)
+
+    again = make_trainer(make_experts(family), tmp_path / "again", max_steps=2)
+    reused = SelectionConfig(method="gradient", plan=str(tmp_path / "layersel" / "plan.json"))
+    assert prepare_trainer(again, LayerselConfig(selection=reused)).ranks == plan.ranks
+    again.train()
+    torch.testing.assert_close(compute(again.model), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["gradient", "explicit"])
+def test_names_of_experts_from_before_they_were_parameters_are_theirs(tmp_path, method):
+    # PEFT makes target_parameters of them, with twice the rank where two became one.
+    model = make_experts("Mixtral", ["q_proj", "w1", "w2", "w3"], target_parameters=None)
+    trainer = make_trainer(model, tmp_path, max_steps=1)
+    chosen = {"gradient": {"num_samples": 7}, "explicit": {"layers": [0, 2]}}[method]
+    plan = prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method=method, **chosen)))
+    ranks = {name: module.r["default"] for name, module in Run.of(trainer).lora_modules.items()}
+    if method == "gradient":
+        assert ranks == plan.ranks
+    else:
+        assert set(ranks.values()) == {2, 4}
+    trainer.train()
+    trainer.save_model()
+    reloaded = PeftModel.from_pretrained(make_base("Mixtral"), tmp_path)
+    assert set(find_lora_modules(reloaded.get_base_model())) == set(plan.modules) == set(ranks)
+    torch.testing.assert_close(compute(reloaded), compute(trainer.model), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("unselected", ["remove", "freeze"])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], []])
+def test_layers_lose_the_lora_of_their_experts_or_it_is_frozen(tmp_path, unselected, targets):
+    trainer = make_trainer(make_experts("Qwen3Moe", targets), tmp_path, max_steps=1)
+    settings = SelectionConfig(method="explicit", layers=[1], unselected=unselected)
+    prepare_trainer(trainer, LayerselConfig(selection=settings))
+    base, lora = trainer.model.get_base_model(), Run.of(trainer).lora_modules
+    kept = {name for name, module in lora.items() if all(p.requires_grad for p in module.lora_B.parameters())}
+    assert {name.split(".")[2] for name in kept} == {"1"}
+    assert {EXPERTS.format(1), f"{EXPERTS.format(1)}.base_layer"} <= kept
+    bare = type(base.get_submodule(EXPERTS.format(0))).__name__
+    assert bare == {"remove": "Qwen3MoeExperts", "freeze": "ParamWrapper"}[unselected]
+    trainer.train()
+    trainer.save_model()
+    reloaded = PeftModel.from_pretrained(make_base("Qwen3Moe"), tmp_path)
+    assert set(find_lora_modules(reloaded.get_base_model())) == set(lora)
+    torch.testing.assert_close(compute(reloaded), compute(trainer.model), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "granularity"),
+    [(name, kind) for name in ("cka", "cosine", "relative", "fisher", "random") for kind in get_method(name).units],
+)
+def test_every_method_chooses_among_experts_at_its_granularities(tmp_path, method, granularity):
+    trainer = make_trainer(make_experts("Mixtral"), tmp_path)
+    samples = {} if method == "random" else {"num_samples": 7}
+    settings = SelectionConfig(method=method, granularity=granularity, ratio=0.6, **samples)
+    plan = prepare_trainer(trainer, LayerselConfig(selection=settings))
+    assert set(Run.of(trainer).lora_modules) == set(plan.modules)
+    for name in plan.modules:  # what PEFT nests stays together
+        assert not name.endswith(".experts") or f"{name}.base_layer" in plan.modules
+    assert read_plan(tmp_path / "layersel" / "plan.json", "test").modules == plan.modules
+
+
+def test_the_first_weights_of_experts_depend_on_the_seed_and_their_names_alone(tmp_path):
+    def draw(r: int, parameters: list[str]) -> dict[str, torch.Tensor]:
+        model = make_experts("Mixtral", r=r, target_parameters=parameters)
+        prepare_trainer(
+            make_trainer(model, tmp_path), LayerselConfig(selection=SelectionConfig(method="first", ratio=1.0))
+        )
+        return {
+            find_key(name, module): module.lora_A["default"].weight.detach().unflatten(0, (-1, r))
+            for name, module in find_lora_modules(model.get_base_model()).items()
+            if hasattr(module, "num_experts")
+        }
+
+    few, many = draw(2, PARAMETERS[:1]), draw(3, PARAMETERS)
+    assert len(few) == 3 and len(many) == 6
+    for key, rows in few.items():
+        torch.testing.assert_close(many[key][:, :2], rows, atol=0, rtol=0)
+        assert not torch.equal(rows[0], rows[1])
+
+
+def test_experts_that_something_else_computes_are_not_scored_as_if_they_gained_nothing(tmp_path):
+    model = make_experts("Mixtral")
+    wrapper = model.get_base_model().get_submodule(EXPERTS.format(1))
+    wrapper.forward = wrapper.get_base_layer().forward  # as kernels for experts do
+    settings = LayerselConfig(selection=SelectionConfig(method="gradient", num_samples=7))
+    with pytest.raises(LayerselError, match="something else than PEFT computes LoRA on experts here"):
+        prepare_trainer(make_trainer(model, tmp_path), settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"l1ra": {}}, "lora_target_parameters: layersel.l1ra puts a gate"),
+        (
+            {"selection": {"method": "flexora", "flexora": {"val_samples": 4}}},
+            "lora_target_parameters: layersel.selection.method: flexora puts a gate",
+        ),
+    ],
+)
+def test_gates_on_experts_are_refused(tmp_path, settings, message):
+    trainer = make_trainer(make_experts("Mixtral"), tmp_path)
+    with pytest.raises(LayerselError, match=message):
+        prepare_trainer(trainer, LayerselConfig(**settings))
+
+
+# --- Axolotl's engines ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launch(train, base_model, tmp_path_factory):
+    """Return a function that lets Axolotl choose among experts and train on an engine, once, and returns the run."""
+    folder = tmp_path_factory.mktemp("mixture")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_model)
+    tokenizer.save_pretrained(folder)
+    make_base("Qwen3Moe", vocab_size=len(tokenizer), num_hidden_layers=4).save_pretrained(folder)
+
+    @functools.cache
+    def run(engine: str):
+        chosen, _ = engine_settings(engine, folder)
+        if "fsdp_config" in chosen:
+            chosen["fsdp_config"]["transformer_layer_cls_to_wrap"] = "Qwen3MoeDecoderLayer"
+        settings = {
+            **selection("gradient", num_samples=9, budget=0.6),
+            "base_model": str(folder),
+            "lora_target_modules": ["q_proj", "v_proj"],
+            "lora_target_parameters": PARAMETERS,
+            "max_steps": 4,
+            **chosen,
+        }
+        return train(engine, **settings), settings
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2-full", "fsdp2-sharded"])
+def test_engines_give_experts_rank_and_train_them_as_one_process_does(launch, engine):
+    (alone, settings), (shared, _) = launch("single"), launch(engine)
+    ranks = alone.plan["ranks"]
+    assert shared.plan["ranks"] == ranks and shared.engine["engine"] == engine.partition("-")[0]
+    assert {name.rpartition(".")[2] for name in ranks} >= {"experts", "base_layer"}
+    one, other = alone.adapter(), shared.adapter()
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=2e-4, rtol=1e-3)
+        assert value.abs().max() > 2e-3  # B has left zero
+    base = transformers.AutoModelForCausalLM.from_pretrained(settings["base_model"])
+    model = PeftModel.from_pretrained(base, shared.folder)
+    assert set(find_lora_modules(model.get_base_model())) == set(ranks)
+
+
+@pytest.mark.parametrize("engine", ["single", "fsdp2-sharded"])
+def test_a_run_with_experts_resumes_as_if_it_had_not_stopped(launch, train, engine):
+    run, settings = launch(engine)
+    resumed = train(engine, **settings, resume_from_checkpoint=str(run.folder / "checkpoint-2"))
+    assert resumed.plan["ranks"] == run.plan["ranks"]
+    one, other = run.adapter(), resumed.adapter()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    early = run.adapter("checkpoint-2")
+    assert not all(torch.equal(one[name], early[name]) for name in one)
