@@ -257,10 +257,10 @@ def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
     Where that would be on a parameter that has none, it is the parameter's name.
     """
     lora, others = find_lora_modules(base), list_other_modules(base)
-    targets = config.target_parameters or []
+    targets = set(config.target_parameters or [])
 
     def is_target(key: str) -> bool:
-        return any(f".{key}".endswith(f".{target}") for target in targets)
+        return not targets.isdisjoint([key, *list_ends(key)])
 
     found = [
         name

@@ -11,6 +11,8 @@ LayerName = int | str
 Place = str | dict[str, str]
 ENCODER_DECODER = ("encoder", "decoder")
 VISION, LANGUAGE = "vision", "language"
+# Which sides are chosen among, by the value of `stacks`; the language model's layers alone have numbers for names.
+STACKS = {"language": ("",), "vision": (VISION,), "both": (VISION, LANGUAGE)}
 # In the order that they run.
 SIDES = (*ENCODER_DECODER, VISION, LANGUAGE)
 NAME = re.compile(rf"({'|'.join(SIDES)})\.(0|[1-9][0-9]{{0,8}})")

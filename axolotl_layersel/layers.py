@@ -11,10 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layer_names import ENCODER_DECODER, LANGUAGE, VISION, LayerName, Place, name_layers
-
-# Which sides are chosen among, by the value of `stacks`; the language model's layers alone have numbers for names.
-STACKS = {"language": ("",), "vision": (VISION,), "both": (VISION, LANGUAGE)}
+from axolotl_layersel.layer_names import ENCODER_DECODER, LANGUAGE, STACKS, VISION, LayerName, Place, name_layers
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
-from axolotl_layersel.layer_names import LayerName, Place, are_all, find_layer, split_place
-from axolotl_layersel.selection.args import DEFAULT_STACKS, STACKS, SelectionArgs, Token, Towers, Unselected
+from axolotl_layersel.layer_names import STACKS, LayerName, Place, are_all, find_layer, split_place
+from axolotl_layersel.selection.args import DEFAULT_STACKS, SelectionArgs, Token, Towers, Unselected
 from axolotl_layersel.selection.methods import METHODS
 
 SCHEMA_VERSION: Final = 2

@@ -15,8 +15,8 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import check_output, read_json
 from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
 from axolotl_layersel.l1ra.records import ranks_path
-from axolotl_layersel.layer_names import ENCODER_DECODER
-from axolotl_layersel.layers import STACKS, describe_missing_tower
+from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS
+from axolotl_layersel.layers import describe_missing_tower
 from axolotl_layersel.plan import check_lora_rank, plan_path
 from axolotl_layersel.prepare import check_resumed
 from axolotl_layersel.selection.args import DEFAULT_STACKS, DEFAULT_UNSELECTED

@@ -29,8 +29,8 @@ def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: boo
     """
     adapter, modules = run.adapter, run.lora_modules
     for name, rank in ranks.items():
-        experts = count_experts(modules[name])
         module = modules[name]
+        experts = count_experts(module)
         down, up = get_linears(module, adapter)
         if continues_adapter:
             check_trained_rank(name, module.r[adapter], rank)
@@ -73,11 +73,7 @@ def describe_ranks(config: LoraConfig, modules: dict[str, LoraLayer], adapter: s
     """
     config = copy.copy(config)
     ranks = {find_key(name, module): module.r[adapter] for name, module in modules.items()}
-    alphas = {
-        key: module.scaling[adapter] * ranks[key]
-        for name, module in modules.items()
-        for key in [find_key(name, module)]
-    }
+    alphas = {find_key(name, module): module.scaling[adapter] * module.r[adapter] for name, module in modules.items()}
     highest = max(ranks, key=lambda name: ranks[name])
     config.r, config.lora_alpha = ranks[highest], alphas[highest]
     config.use_rslora = False

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 from pathlib import Path
 
 import torch
@@ -166,35 +165,6 @@ def make_seq2seq_trainer(model, folder, rows: list[dict], **arguments):
     )
 
 
-# What each engine's trainer is told.
-ENGINE_ARGUMENTS = {
-    "single": {},
-    "ddp": {"ddp_find_unused_parameters": False},
-    "zero3": {
-        "deepspeed": {
-            "zero_optimization": {
-                "stage": 3,
-                "overlap_comm": False,
-                "contiguous_gradients": True,
-                "stage3_param_persistence_threshold": 0,
-                "stage3_gather_16bit_weights_on_model_save": False,
-            },
-            "gradient_clipping": "auto",
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "train_batch_size": "auto",
-        }
-    },
-    "fsdp2": {
-        "fsdp": True,
-        "fsdp_config": {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "state_dict_type": "FULL_STATE_DICT",
-            "reshard_after_forward": True,
-        },
-    },
-}
 LAYER_CLASSES = {"T5": ["T5Block"], "Bart": ["BartEncoderLayer", "BartDecoderLayer"]}
 CHOICES = {
     "cka": {"num_samples": 9, "num_layers": 2},
@@ -208,16 +178,11 @@ CHOICES = {
 def be_a_rank(name: str, engine: str, base: str, folder: str) -> None:
     """Choose by every method on an engine, and train what the last one chose; what the tests read is in ``folder``."""
     import cpu_engines  # noqa: F401  # lets the engines run without a GPU
+    from ranks import make_arguments, train_and_record
 
     from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-    from axolotl_layersel.run import Run
 
-    chosen = ENGINE_ARGUMENTS[engine]
-    if engine == "fsdp2":
-        chosen = {
-            **chosen,
-            "fsdp_config": {**chosen["fsdp_config"], "transformer_layer_cls_to_wrap": LAYER_CLASSES[name]},
-        }
+    chosen = make_arguments(engine, LAYER_CLASSES[name])
     kind = type(make_base(name))
     _, targets = ARCHITECTURES[name]
 
@@ -229,14 +194,6 @@ def be_a_rank(name: str, engine: str, base: str, folder: str) -> None:
 
     for method, settings in CHOICES.items():
         place = Path(folder) / method
-        size = 4 if engine == "single" else 2
-        trainer = make_seq2seq_trainer(
-            load, place, make_pairs(24, answer=7), per_device_train_batch_size=size, **chosen
-        )
+        trainer = make_seq2seq_trainer(load, place, make_pairs(24, answer=7), **chosen)
         prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method=method, **settings)))
-    trainer.train()
-    trainer.save_model()
-    run = Run.of(trainer)
-    record = {"engine": run.engine.name, "processes": trainer.accelerator.num_processes}
-    if trainer.accelerator.is_main_process:
-        (Path(folder) / "engine.json").write_text(json.dumps(record))
+    train_and_record(trainer, folder)

@@ -264,15 +264,13 @@ LAYER_CLASSES = ["Qwen2_5_VLVisionBlock", "Qwen2_5_VLDecoderLayer"]
 def be_a_rank(engine: str, base: str, folder: str) -> None:
     """Choose in both stacks by every method on an engine, and train what the last one chose, into ``folder``."""
     import cpu_engines  # noqa: F401  # lets the engines run without a GPU
-    from encoder_decoders import ENGINE_ARGUMENTS
+    from ranks import make_arguments, train_and_record
 
     from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-    from axolotl_layersel.run import Run
 
-    chosen = copy.deepcopy(ENGINE_ARGUMENTS[engine])
-    if engine == "fsdp2":
-        chosen["fsdp_config"]["transformer_layer_cls_to_wrap"] = LAYER_CLASSES
     name = "Qwen2_5_VL"
+    # Adam would make whole steps of the rounding of gradients that are next to nothing.
+    chosen = {**make_arguments(engine, LAYER_CLASSES), "adam_epsilon": 1e-3}
 
     def load(arguments):
         # From a file, for then ZeRO-3 shards it at once.
@@ -281,18 +279,8 @@ def be_a_rank(engine: str, base: str, folder: str) -> None:
         return model
 
     for choice, settings in CHOICES.items():
-        place, size = Path(folder) / choice, 4 if engine == "single" else 2
-        # Adam would make whole steps of the rounding of gradients that are next to nothing.
-        chosen |= {"adam_epsilon": 1e-3}
         # No micro-batch is without an image, which engines that split weights would hang at.
-        rows = Rows(24, without=(4,), words=6)
-        trainer = make_trainer(name, load, place, rows, per_device_train_batch_size=size, **chosen)
-        prepare_trainer(
-            trainer, LayerselConfig(selection=SelectionConfig(**{"method": choice, "stacks": "both", **settings}))
-        )
-    trainer.train()
-    trainer.save_model()
-    run = Run.of(trainer)
-    record = {"engine": run.engine.name, "processes": trainer.accelerator.num_processes}
-    if trainer.accelerator.is_main_process:
-        (Path(folder) / "engine.json").write_text(json.dumps(record))
+        trainer = make_trainer(name, load, Path(folder) / choice, Rows(24, without=(4,), words=6), **chosen)
+        selection = SelectionConfig(**{"method": choice, "stacks": "both", **settings})
+        prepare_trainer(trainer, LayerselConfig(selection=selection))
+    train_and_record(trainer, folder)

@@ -26,6 +26,7 @@ from encoder_decoders import (
 from encoders import check_gradients
 from first_step import FirstGradients, train_first_step
 from peft import PeftModel
+from ranks import check_same_choices, launch_ranks
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -566,15 +567,8 @@ def launch(zygote, tmp_path_factory):
 
     @functools.cache
     def run(name: str, engine: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"{name}-{engine}")
-        make_encoder_decoder(name).save_pretrained(folder / "base")
-        arguments = {"name": name, "engine": engine, "base": str(folder / "base"), "folder": str(folder)}
-        world, log = 1 if engine == "single" else 2, folder / "log"
-        variables = {"ACCELERATE_USE_FSDP": "true"} if engine == "fsdp2" else {}
-        codes = zygote.run("encoder_decoders:be_a_rank", arguments, world, log, variables)
-        assert codes == [0] * world, Path(f"{log}.0").read_text()[-5000:]
-        assert json.loads((folder / "engine.json").read_text()) == {"engine": engine, "processes": world}
-        return folder
+        folder, base = tmp_path_factory.mktemp(f"{name}-{engine}"), make_encoder_decoder(name)
+        return launch_ranks(zygote, "encoder_decoders:be_a_rank", engine, folder, base, name=name)
 
     return run
 
@@ -582,23 +576,7 @@ def launch(zygote, tmp_path_factory):
 @pytest.mark.parametrize(("name", "engine"), [("T5", "ddp"), ("T5", "zero3"), ("T5", "fsdp2"), ("Bart", "fsdp2")])
 def test_every_engine_chooses_and_trains_as_one_process_does(name, engine, launch):
     alone, shared = launch(name, "single"), launch(name, engine)
-    for method in CHOICES:
-        one, other = (read_plan(plan_path(folder / method)) for folder in (alone, shared))
-        assert (one.engine, other.engine) == ("single", engine)
-        assert (other.selected, other.modules, other.ranks) == (one.selected, one.modules, one.ranks)
-        scores = [[choice.score for choice in plan.layers] for plan in (one, other)]
-        # Adam makes steps of LoRA of the size of its learning rate from gradients that are next to nothing, whose
-        # rounding depends on the rows that are summed together; a gate's step here is 0.01.
-        exactness = {"abs": 1e-3} if method == "flexora" else {"rel": 1e-4, "abs": 1e-6}
-        assert scores[1] == pytest.approx(scores[0], **exactness)
-        assert other.dataset_fingerprint == one.dataset_fingerprint and other.token == one.token
-    last = list(CHOICES)[-1]
-    one, other = (load_file(folder / last / "adapter_model.safetensors") for folder in (alone, shared))
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
-    rebuilt = PeftModel.from_pretrained(make_encoder_decoder(name), shared / last)
-    assert any(value.any() for key, value in rebuilt.named_parameters() if "lora_B" in key)
+    check_same_choices(alone, shared, engine, CHOICES, make_encoder_decoder(name))
 
 
 # --- Axolotl ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Multimodal models: every method and l1ra in the vision tower, the language model and both, on rows with images."""
 
 import functools
-import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from multimodal import (
     save_multimodal,
 )
 from peft import PeftModel
+from ranks import check_same_choices, launch_ranks
 from safetensors.torch import load_file
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
@@ -492,15 +492,8 @@ def launch(zygote, tmp_path_factory):
 
     @functools.cache
     def run(engine: str) -> Path:
-        folder = tmp_path_factory.mktemp(engine)
-        make_multimodal("Qwen2_5_VL").save_pretrained(folder / "base")
-        arguments = {"engine": engine, "base": str(folder / "base"), "folder": str(folder)}
-        world, log = 1 if engine == "single" else 2, folder / "log"
-        variables = {"ACCELERATE_USE_FSDP": "true"} if engine == "fsdp2" else {}
-        codes = zygote.run("multimodal:be_a_rank", arguments, world, log, variables, timeout=120)
-        assert codes == [0] * world, Path(f"{log}.0").read_text()[-5000:]
-        assert json.loads((folder / "engine.json").read_text()) == {"engine": engine, "processes": world}
-        return folder
+        folder, base = tmp_path_factory.mktemp(engine), make_multimodal("Qwen2_5_VL")
+        return launch_ranks(zygote, "multimodal:be_a_rank", engine, folder, base)
 
     return run
 
@@ -508,24 +501,10 @@ def launch(zygote, tmp_path_factory):
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_every_engine_chooses_and_trains_as_one_process_does(engine, launch):
     alone, shared = launch("single"), launch(engine)
-    for choice in CHOICES:
-        one, other = (read_plan(plan_path(folder / choice)) for folder in (alone, shared))
-        assert (one.engine, other.engine) == ("single", engine)
-        assert (other.selected, other.modules, other.ranks) == (one.selected, one.modules, one.ranks)
+    plans = check_same_choices(alone, shared, engine, CHOICES, make_multimodal("Qwen2_5_VL"))
+    for choice, (one, other) in zip(CHOICES, plans):
         assert (one.rows_left_out == [4]) == (choice == "cka"), "the text, which every method draws"
         assert (other.calibration_rows, other.rows_left_out) == (one.calibration_rows, one.rows_left_out)
-        scores = [[layer.score for layer in plan.layers] for plan in (one, other)]
-        # Gates move by the rounding of gradients that are next to nothing; one of their steps is 0.01.
-        exactness = {"abs": 1e-3} if choice == "flexora" else {"rel": 1e-4, "abs": 1e-6}
-        assert scores[1] == pytest.approx(scores[0], **exactness)
-        assert other.dataset_fingerprint == one.dataset_fingerprint and other.token == one.token
-    last = list(CHOICES)[-1]
-    one, other = (load_file(folder / last / "adapter_model.safetensors") for folder in (alone, shared))
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
-    rebuilt = PeftModel.from_pretrained(make_multimodal("Qwen2_5_VL"), shared / last)
-    assert any(value.any() for key, value in rebuilt.named_parameters() if "lora_B" in key)
 
 
 # --- Axolotl ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from axolotl_layersel.engines.refusals import LABELS as SHARDED
 from axolotl_layersel.engines.refusals import find_shards
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.initialisation import check_initialisation, check_redrawn
-from axolotl_layersel.layer_names import LayerName, format_names, sort_names, split_name
+from axolotl_layersel.layer_names import STACKS, LayerName, format_names, sort_names, split_name
 from axolotl_layersel.plain_lora import GENERATING_TRAINERS
 from axolotl_layersel.selection.methods import LABELS, METHODS, Method, get_method, list_data_free
 from axolotl_layersel.selection.methods.flexora import args as flexora
@@ -40,7 +40,6 @@ DEFAULT_UNSELECTED = "remove"
 Towers = Literal["keep", "remove"]
 TOWERS = get_args(Towers)
 DEFAULT_TOWERS = "keep"
-STACKS = ("language", "vision", "both")
 DEFAULT_STACKS = "language"
 KEEP = ("positive",)
 PLAN_CHECKS = ("error", "ignore")
@@ -156,7 +155,7 @@ class SelectionArgs(Block):
             "token": TOKENS,
             "unselected": UNSELECTED,
             "towers": TOWERS,
-            "stacks": STACKS,
+            "stacks": tuple(STACKS),
             "keep": KEEP,
             "plan_check": PLAN_CHECKS,
             "granularity": tuple(UNITS),

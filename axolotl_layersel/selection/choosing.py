@@ -13,7 +13,7 @@ import torch
 
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layer_names import LayerName, format_names, split_name
+from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS, LayerName, format_names, split_name
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, Token, check_room
@@ -241,10 +241,10 @@ def find_candidates(settings: ResolvedSelection, stack: LayerStack) -> list[int]
 
 # How layers are named by the sides that are chosen among: what a model with them has, and an example.
 WAYS = {
-    ("",): ("has one list of layers", "by their numbers, such as [0, 1, 5]"),
-    ("encoder", "decoder"): ("has an encoder and a decoder", "such as [encoder.3, decoder.0]"),
-    ("vision",): ("has them in its vision tower under `stacks: vision`", "such as [vision.0, vision.3]"),
-    ("vision", "language"): ("has them in two stacks under `stacks: both`", "such as [vision.3, language.0]"),
+    STACKS["language"]: ("has one list of layers", "by their numbers, such as [0, 1, 5]"),
+    ENCODER_DECODER: ("has an encoder and a decoder", "such as [encoder.3, decoder.0]"),
+    STACKS["vision"]: ("has them in its vision tower under `stacks: vision`", "such as [vision.0, vision.3]"),
+    STACKS["both"]: ("has them in two stacks under `stacks: both`", "such as [vision.3, language.0]"),
 }
 
 
@@ -262,7 +262,7 @@ def check_naming(key: str, named: list[LayerName], sides: Sequence[str], stacks:
     if not others:
         return
     kind, way = WAYS[tuple(sides)]
-    if stacks == "language" and others & {"vision", "language"}:
+    if stacks == "language" and others & set(STACKS["both"]):
         way += ", or set `stacks: both`, or `stacks: vision`, whose layers are named so"
     raise LayerselError(
         f"layersel.selection.{key}: {format_names(named)} is not how the layers of {model} are named, which {kind}. "

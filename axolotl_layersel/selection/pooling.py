@@ -11,6 +11,7 @@ from typing import cast
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from axolotl_layersel.layer_names import VISION
 from axolotl_layersel.selection.args import Token
 
 MEANS = ("mean", "late")
@@ -34,7 +35,7 @@ def find_token(base: PreTrainedModel, token: str, side: str = "") -> Token:
             tower has patches in place of tokens, and none of them stands for the others: there it always is the mean.
         side: of the model that is meant, see ``layers.Side``.
     """
-    if side == "vision":
+    if side == VISION:
         return "mean"
     if token != "auto":
         return cast(Token, token)
