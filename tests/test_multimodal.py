@@ -483,6 +483,22 @@ def test_a_collator_that_makes_no_batch_of_a_row_is_named(tmp_path):
         prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="cka", num_samples=5)))
 
 
+@pytest.mark.parametrize("method", ["cka", "relative", "fisher"])
+def test_a_collator_that_makes_no_mask_is_scored_as_one_whose_mask_is_full(method, tmp_path):
+    scores = []
+    for without in (False, True):
+        trainer = make_trainer("Llava", make_lora_multimodal("Llava"), tmp_path / str(without))
+        collate = trainer.data_collator
+
+        def drop(rows, collate=collate):
+            return {key: value for key, value in collate(rows).items() if key != "attention_mask"}
+
+        trainer.data_collator = drop if without else collate
+        selection = SelectionConfig(method=method, stacks="both", num_samples=5)
+        scores.append([layer.score for layer in prepare_trainer(trainer, LayerselConfig(selection=selection)).layers])
+    assert scores[0] == scores[1] and any(scores[0])
+
+
 # --- Engines ----------------------------------------------------------------------------------------------------------
 
 

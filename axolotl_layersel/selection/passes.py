@@ -218,7 +218,7 @@ def make_inputs(run: Run, samples: list[Sample]) -> dict[str, Any]:
 def get_mask(inputs: dict[str, Any], side: Side) -> torch.Tensor:
     """Return the mask of what one side of a model reads of a batch, (samples, tokens), 1 at real tokens."""
     own = inputs.get("decoder_attention_mask") if side.name == "decoder" else None
-    mask = inputs["attention_mask"] if own is None else own
+    mask = inputs.get("attention_mask") if own is None else own
     return mask if mask is not None else torch.ones_like(inputs["input_ids"])
 
 
