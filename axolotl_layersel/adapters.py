@@ -14,6 +14,7 @@ from torch import nn
 
 from axolotl_layersel.engines import collectives, edits
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.experts import KEY as EXPERTS_KEY
 from axolotl_layersel.experts import describe_gated_experts
 from axolotl_layersel.files import refuse
 from axolotl_layersel.initialisation import RESTORED, SEEDED, changes_base, describe_rounding, normalise
@@ -251,6 +252,24 @@ def list_other_modules(base: nn.Module) -> list[str]:
     return others
 
 
+def list_targets(key: str) -> list[str]:
+    """Return what in PEFT's ``target_parameters`` means the parameter ``key``."""
+    return [key, *list_ends(key)]
+
+
+def check_target_parameters(run: Run) -> None:
+    """Raise LayerselError for a name in ``target_parameters`` of no parameter, which PEFT 0.20.0 passes over."""
+    meant = {target for name, module in run.lora_modules.items() for target in list_targets(find_key(name, module))}
+    unknown = [target for target in run.config.target_parameters or [] if target not in meant]
+    if unknown:
+        names = {name for name, parameter in run.base.named_parameters() if parameter.dim() > 2}
+        ends = sorted({".".join(name.replace(".base_layer", "").split(".")[-3:]) for name in names})
+        raise LayerselError(
+            f"{EXPERTS_KEY}: {unknown[0]!r} is no parameter of this model that LoRA could be put on. Use names of its "
+            f"experts, such as {', '.join(ends[:4]) or 'those of another model, for this one has none'}."
+        )
+
+
 def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
     """Return the names of the modules that PEFT would put LoRA on if ``base`` had none; LoRA modules come first.
 
@@ -260,7 +279,7 @@ def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
     targets = set(config.target_parameters or [])
 
     def is_target(key: str) -> bool:
-        return not targets.isdisjoint([key, *list_ends(key)])
+        return not targets.isdisjoint(list_targets(key))
 
     found = [
         name

@@ -18,6 +18,10 @@ def check_expert_file(data: Mapping[str, Any]) -> None:
     """Raise LayerselError for what in a YAML file does not go with LoRA on expert parameters."""
     if not data.get(KEY):
         return
+    if isinstance(data[KEY], str):
+        raise LayerselError(
+            f"{KEY}: {data[KEY]!r} is one name, and PEFT takes a list of them. Set it to [{data[KEY]}]."
+        )
     block = as_mapping(data.get("layersel"))
     if block.get("l1ra") is not None:
         raise LayerselError(describe_gated_experts("layersel.l1ra"))

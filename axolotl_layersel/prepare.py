@@ -88,6 +88,7 @@ def prepare_trainer(
     check_trainers_alike(run, settings, resume_from, continues_adapter)
     collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
+    adapters.check_target_parameters(run)
     adapters.complete_config(run)
     adapters.keep_trained_alone(run.model)
     seeded = not continues_adapter and adapters.initialize_lora(run.model, trainer.args.seed)

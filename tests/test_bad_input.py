@@ -93,6 +93,10 @@ BEFORE_THE_MODEL = {
         {**EXPERTS, "lora_alpha": 8, **l1ra()},
         "lora_target_parameters: layersel.l1ra puts a gate on what LoRA computes",
     ),
+    "experts not in a list": (
+        {"lora_target_parameters": "mlp.experts.gate_up_proj"},
+        "lora_target_parameters: 'mlp.experts.gate_up_proj' is one name, and PEFT takes a list of them",
+    ),
     "a search with gates on experts": (
         {**EXPERTS, **selection("flexora")},
         "lora_target_parameters: layersel.selection.method: flexora puts a gate on what LoRA computes",

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import find_key, find_lora_modules
+from axolotl_layersel.layouts import read_adapter
 from axolotl_layersel.plan import read_plan
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.calibration import read_samples
@@ -225,6 +226,22 @@ def test_gates_on_experts_are_refused(tmp_path, settings, message):
     trainer = make_trainer(make_experts("Mixtral"), tmp_path)
     with pytest.raises(LayerselError, match=message):
         prepare_trainer(trainer, LayerselConfig(**settings))
+
+
+def test_a_misspelt_parameter_is_named_with_those_that_there_are(tmp_path):
+    model = make_experts("Mixtral", target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_pro"])
+    with pytest.raises(LayerselError, match=r"'mlp\.experts\.down_pro' .* mlp\.experts\.down_proj, mlp\.experts\.gate"):
+        prepare_trainer(
+            make_trainer(model, tmp_path), LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5))
+        )
+
+
+def test_an_adapter_on_experts_is_laid_out_for_no_other_program(tmp_path):
+    trainer = make_trainer(make_experts("Mixtral"), tmp_path)
+    prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5)))
+    trainer.save_model()
+    with pytest.raises(LayerselError, match=r"its LoRA is on expert parameters \(model\.layers\.2\.mlp\.experts"):
+        read_adapter(tmp_path)
 
 
 # --- Axolotl's engines ------------------------------------------------------------------------------------------------
