@@ -404,7 +404,7 @@ def base_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "base"
     code = (
         "from pathlib import Path; from demo.prepare import pretrain;"
-        f"pretrain(Path({str(folder)!r}), seconds=60, max_steps=40, hidden_size=64, layers=8, heads=4)"
+        f"pretrain(Path({str(folder)!r}), seconds=3600, max_steps=40, hidden_size=64, layers=8, heads=4)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT})
     return folder
