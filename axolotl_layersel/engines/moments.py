@@ -86,6 +86,9 @@ def find_zero(numbers: torch.Tensor) -> int:
 
 
 ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# The libraries whose optimizers leave a weight of 0 there as long as its gradients are 0. bitsandbytes 0.50.2 rounds
+# 8-bit moments of 0 to the number beside it after the first step, by which such a weight drifts away.
+LEAVES_IDLE = ("PyTorch",)
 LAYOUTS = {
     "PyTorch": Layout(
         ADAM,

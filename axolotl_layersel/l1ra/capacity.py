@@ -12,6 +12,7 @@ from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.moments import find_library
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.args import (
+    OPTIMIZERS,
     L1RAArgs,
     check_bounds,
     check_library,
@@ -27,28 +28,40 @@ from axolotl_layersel.run import Run
 from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps
 
 
-def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> None:
-    """Raise LayerselError if rank cannot move in this run."""
+def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> str:
+    """Return the library of the run's optimizer, see ``moments.LAYOUTS``.
+
+    Raises:
+        LayerselError: if rank cannot move in this run.
+    """
     check_bounds(settings, lora_r)
     check_no_optimizer(run.trainer)
     chosen = run.trainer.optimizer_cls_and_kwargs
     if chosen is None:
         optimizer = run.trainer.args.optim
-        check_optimizer(getattr(optimizer, "value", optimizer), run.engine.name, run.engine.writes_whole_state())
+        name = getattr(optimizer, "value", optimizer)
+        check_optimizer(name, run.engine.name, run.engine.writes_whole_state())
+        library = OPTIMIZERS[name]
     else:
-        check_optimizer_class(chosen[0], run.engine.name, run.engine.writes_whole_state())
+        library = check_optimizer_class(chosen[0], run.engine.name, run.engine.writes_whole_state())
     run.engine.check_optimizer()
     steps = count_optimizer_steps(run.trainer)
     check_run_length(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
+    return library
 
 
-def check_optimizer_class(optimizer: Any, engine: str, whole_state: bool) -> None:
-    """Raise LayerselError for a class, or what makes an optimizer, that rank cannot move with; see check_optimizer."""
+def check_optimizer_class(optimizer: Any, engine: str, whole_state: bool) -> str:
+    """Return the library of an optimizer's class.
+
+    Raises:
+        LayerselError: for a class, or what makes an optimizer, that rank cannot move with; see check_optimizer.
+    """
     name = getattr(optimizer, "__name__", repr(optimizer))
     library = find_library(optimizer) if isinstance(optimizer, type) else None
     if library is None:
         raise refuse_optimizer(name, engine)
     check_library(name, library, engine, whole_state)
+    return library
 
 
 @dataclass(frozen=True)
@@ -59,11 +72,13 @@ class Capacity:
         lora_r: the rank that they start with.
         max_rank: the rank that each has room for.
         slots: the components in use of each module, by its name.
+        library: of the optimizer, see ``moments.LAYOUTS``.
     """
 
     lora_r: int
     max_rank: int
     slots: dict[str, list[int]]
+    library: str
 
 
 def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float | None) -> Capacity:
@@ -80,9 +95,9 @@ def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float |
     """
     adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
     lora_r = lora_r or run.config.r
-    check_trainer(run, settings, lora_r)
+    library = check_trainer(run, settings, lora_r)
     max_rank = find_max_rank(settings, lora_r)
-    return Capacity(lora_r, max_rank, grow_modules(run.model, max_rank, scaling))
+    return Capacity(lora_r, max_rank, grow_modules(run.model, max_rank, scaling), library)
 
 
 def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) -> dict[str, list[int]]:

@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from axolotl_layersel import adapters, layouts, trainers
 from axolotl_layersel.engines import collectives, edits
+from axolotl_layersel.engines.moments import LEAVES_IDLE
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.l1ra.allocation import BUDGETS, ModuleState, Moves
@@ -77,7 +78,8 @@ class RankRedistribution:
         self.interval = 1
         self.expect_gradients: set[str] = set()
         # Gates that stay at 1 cost a step nothing where A's gradients say what theirs would be.
-        self.is_attached = RULES[settings.rule].moves_gates or not run.engine.keeps_gradients
+        leaves_idle = capacity.library in LEAVES_IDLE
+        self.is_attached = RULES[settings.rule].moves_gates or not (run.engine.keeps_gradients and leaves_idle)
         if self.is_attached:
             self.gates.attach()
         else:

@@ -21,6 +21,7 @@ from torchao.optim.subclass_fp8 import OptimStateFp8
 from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.engines.moments import (
     LAYOUTS,
+    LEAVES_IDLE,
     find_library,
     find_maps,
     find_moments,
@@ -296,3 +297,19 @@ def test_torchaos_moments_cannot_be_cut_within_a_block_as_deepspeed_cuts(kind):
     assert moment.narrow(0, 256, 512).codes.shape == (512,)
     with pytest.raises(ValueError, match="align with block boundary"):
         moment.narrow(0, 100, 512)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "library"), [(torch.optim.AdamW, "PyTorch"), (bitsandbytes.optim.AdamW8bit, "bitsandbytes")]
+)
+def test_weights_of_0_without_gradients_stay_there_where_gates_are_left_out_for_it_and_only_there(optimizer, library):
+    """As components that take no part, beside others in a block of moments."""
+    weight = torch.nn.Parameter(torch.zeros(1024, 8))
+    steps = optimizer([weight], lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        weight.grad = torch.zeros(1024, 8)
+        weight.grad[:, :4] = torch.randn(1024, 4, generator=generator) * 1e-3
+        steps.step()
+    assert weight[:, :4].all()
+    assert bool(weight[:, 4:].any()) == (library not in LEAVES_IDLE)
