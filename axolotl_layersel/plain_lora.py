@@ -8,14 +8,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from axolotl_layersel.block import as_mapping, read_choice
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.initialisation import PLAIN, check_loftq, normalise
 
 LOG = logging.getLogger("axolotl.layersel")
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-# Trainers that hand the adapter to a generator while training.
+# Trainers that generate the answers that they train on.
 GENERATING_TRAINERS = ("grpo", "gdpo", "ebft")
 
 
@@ -63,11 +62,14 @@ def check_gated_file(data: Mapping[str, Any], setting: str) -> None:
         restarts=bool(data.get("auto_find_batch_size")),
     )
     check_loftq(data)
-    rl = read_choice(data, "rl")
-    if rl in GENERATING_TRAINERS or as_mapping(data.get("trl")).get("use_vllm"):
+
+
+def check_generation(uses_vllm: bool) -> None:
+    """Raise LayerselError where another program than the model that trains generates the answers for ``l1ra``."""
+    if uses_vllm:
         raise LayerselError(
-            f"rl: {rl!r} generates text from a merged copy of the adapter that knows nothing of the gates of "
-            f"{setting}. Use another method of `selection` alone with it."
+            "trl.use_vllm: true hands the adapter to another program while it trains, which layersel.l1ra was never "
+            "run with. Remove it, so that the model itself generates, or use `selection` alone."
         )
 
 

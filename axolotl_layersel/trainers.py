@@ -41,6 +41,8 @@ when one of them changes):
 * transformers 5.16.1, ``PreTrainedModel.gradient_checkpointing_enable``: modules that checkpoint have
   ``gradient_checkpointing`` and ``_gradient_checkpointing_func``, a partial call of ``checkpoint``, in whose place
   axolotl 0.19.0 may put functions of its own.
+* trl 1.9.0: trainers that generate the answers that they train on have ``_generate_and_score_completions``, and
+  ``use_vllm`` among their arguments says whether another program does it.
 * axolotl 0.19.0, ``ModelLoader._load_adapters``: ``CONFIG_ONLY_TRAINERS`` make the adapter themselves.
 """
 
@@ -258,3 +260,13 @@ def check_no_optimizer(trainer: Trainer) -> None:
 def scales_loss(trainer: Trainer) -> bool:
     """Return whether the trainer scales the loss, as training in fp16 does."""
     return bool(trainer.args.fp16 or trainer.accelerator.mixed_precision == "fp16")
+
+
+def generates(trainer: Trainer) -> bool:
+    """Return whether the trainer generates the answers that it trains on."""
+    return hasattr(trainer, "_generate_and_score_completions")
+
+
+def uses_vllm(trainer: Trainer) -> bool:
+    """Return whether another program generates the answers that the trainer trains on."""
+    return bool(getattr(trainer.args, "use_vllm", False))

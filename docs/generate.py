@@ -1,11 +1,44 @@
-"""Write the parts of the documentation that the code knows better: ``python docs/generate.py``."""
+"""Write the parts of the documentation that the code and the tests know better: ``python docs/generate.py``."""
 
+import json
 from pathlib import Path
 
 from axolotl_layersel.selection.methods import METHODS
 
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent
+README, SUPPORT, SHOWN = DOCS.parent / "README.md", DOCS / "support.md", DOCS / "support.json"
 BEGIN, END = "<!-- The table of methods is made by docs/generate.py. -->", "<!-- End of the table of methods. -->"
+COLUMNS = [*METHODS, "l1ra"]
+TABLES = {
+    "model": (
+        "Models",
+        "Small random models of each family, with a plain `transformers.Trainer` on one process. Of encoders the row "
+        "says what they are trained for.",
+    ),
+    "trainer": (
+        "Trainers",
+        "Whole runs of Axolotl on one process with each trainer and kind of data. In each run all methods chose, one "
+        "of the choices was applied, and then the run trained, with `l1ra` where the table says so.",
+    ),
+    "adapter": (
+        "Kinds of adapter",
+        "A small random Llama with each kind of adapter, with a plain `transformers.Trainer` on one process.",
+    ),
+}
+HEAD = """# What is known to work
+
+<!-- Made by docs/generate.py from docs/support.json, which `pytest --write-support` writes. -->
+
+These tables are made from the results of this project's tests, and a test whose result is not in them fails.
+
+- **yes**: a test chose layers by that method there, and checked that all that were scored have finite scores that
+  tell them apart, and that LoRA is in the chosen layers alone afterwards. For `l1ra`, with its default rule: rank
+  moved while it trained, and stock PEFT computes with the saved adapter what the model computed.
+- **no**: it is refused, in one sentence, which the note below the table gives.
+- **?**: there is no test of it, so nothing is known.
+
+All of it ran on a CPU. The engines are another matter, which [the README](../README.md#engines) is about.
+"""
 
 
 def make_method_table() -> str:
@@ -24,5 +57,46 @@ def fill(text: str) -> str:
     return f"{before}{BEGIN}\n{make_method_table()}\n{END}{after}"
 
 
+def make_support_table(entries: list[dict], kind: str) -> str:
+    """Return what is known of every row of a table by every method, in Markdown.
+
+    Raises:
+        ValueError: where one test has shown that something works, and another that it is refused.
+    """
+    tested: dict[str, set[str]] = {}
+    refused: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        tested.setdefault(entry["row"], set()).update(entry["tested"])
+        refused.setdefault(entry["row"], {}).update(entry["refused"])
+    notes: list[str] = []
+    lines = [f"| {kind} | {' | '.join(f'`{column}`' for column in COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in sorted(tested, key=str.lower):
+        both = tested[row] & set(refused[row])
+        if both:
+            raise ValueError(f"{kind} {row}: tests disagree on {', '.join(sorted(both))}")
+        cells = []
+        for column in COLUMNS:
+            if column in refused[row]:
+                message = refused[row][column]
+                notes += [] if message in notes else [message]
+                cells.append(f"no ({notes.index(message) + 1})")
+            else:
+                cells.append("yes" if column in tested[row] else "?")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    sentences = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join([*lines, "", *sentences]).rstrip()
+
+
+def make_support() -> str:
+    """Return docs/support.md as docs/support.json has it."""
+    entries = [entry for shown in json.loads(SHOWN.read_text()).values() for entry in shown]
+    parts = [HEAD]
+    for kind, (title, text) in TABLES.items():
+        table = make_support_table([entry for entry in entries if entry["table"] == kind], kind)
+        parts.append(f"## {title}\n\n{text}\n\n{table}\n")
+    return "\n".join(parts)
+
+
 if __name__ == "__main__":
     README.write_text(fill(README.read_text()))
+    SUPPORT.write_text(make_support())

@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support import Support, read_file, write_file
 
 from axolotl_layersel.selection.methods import METHODS
 
@@ -229,6 +230,50 @@ def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
         "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
     }
     return {"fsdp_version": 2, "fsdp_config": config}, 2
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-support", action="store_true", help="write what the tests show to docs/support.json and support.md"
+    )
+
+
+@pytest.fixture
+def support() -> Support:
+    """What the test shows of a table in docs/support.md; if it passes, that must be what is written there."""
+    return Support()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    result = yield
+    shown = item.funcargs.get("support")
+    if shown is not None:
+        item.user_properties.append(("support", shown.describe()))
+        if not item.config.getoption("--write-support"):
+            written = read_file().get(item.nodeid, [])
+            assert written == shown.describe(), "run `pytest --write-support` on this file, and look at what changed"
+    return result
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-support") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SupportWriter())
+
+
+class SupportWriter:
+    """Writes what the tests of a session have shown; a test that failed shows nothing."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, list[dict]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.shown[report.nodeid] = dict(report.user_properties).get("support", []) if report.passed else []
+
+    def pytest_sessionfinish(self) -> None:
+        write_file({**read_file(), **self.shown})
+        subprocess.run([sys.executable, ROOT / "docs" / "generate.py"], check=True)
 
 
 LAUNCHING_FIXTURES = {"zygote", "base_model"}

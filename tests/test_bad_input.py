@@ -167,7 +167,11 @@ BEFORE_THE_MODEL = {
         {"layersel": {**selection()["layersel"], "l1ra": None}},
         "layersel.l1ra: the key is there but its block is blank",
     ),
-    "l1ra: generation": ({**l1ra(), "rl": "grpo"}, "rl: 'grpo' generates text from a merged copy of the adapter"),
+    "l1ra: another program generates": (
+        {**l1ra(), "rl": "grpo", "trl": {"use_vllm": True}},
+        "trl.use_vllm: true hands the adapter to another program while it trains",
+    ),
+    "l1ra: hidden states beside": ({**l1ra(), "rl": "ebft"}, "rl: 'ebft' reads hidden states of the model beside"),
     "l1ra: no interval": (l1ra(update_ratio=0), "layersel.l1ra.update_ratio: 0.0 is outside (0, 1]"),
     "l1ra: interval beyond the run": (l1ra(update_ratio=1.5), "layersel.l1ra.update_ratio: 1.5 is outside (0, 1]"),
     "l1ra: endless warmup": (l1ra(warmup_ratio=1), "layersel.l1ra.warmup_ratio: 1.0 is outside [0, 1)"),

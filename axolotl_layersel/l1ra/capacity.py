@@ -23,9 +23,11 @@ from axolotl_layersel.l1ra.args import (
 from axolotl_layersel.l1ra.schedule import check_run_length
 from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config, get_linears
 from axolotl_layersel.layouts import Factors, find_used
+from axolotl_layersel.plain_lora import check_generation
+from axolotl_layersel.plain_lora import check_generation
 from axolotl_layersel.resizing import check_trained_rank, describe_ranks, resize_linear
 from axolotl_layersel.run import Run
-from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps
+from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps, uses_vllm
 
 
 def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> str:
@@ -94,6 +96,7 @@ def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float |
         LayerselError: if rank cannot move.
     """
     adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
+    check_generation(uses_vllm(run.trainer))
     lora_r = lora_r or run.config.r
     library = check_trainer(run, settings, lora_r)
     max_rank = find_max_rank(settings, lora_r)
