@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -113,8 +113,10 @@ def get_config(model: PeftModel, adapter: str | None = None) -> LoraConfig:
         LayerselError: if it is an adapter of another kind.
     """
     config = model.peft_config[adapter or get_adapter_name(model)]
-    if not isinstance(config, LoraConfig):
-        raise LayerselError(f"adapter: {config.peft_type} is not supported. Use `adapter: lora` or `adapter: qlora`.")
+    # AdaLoRA's configuration is one of LoRA's, but its modules have no A and B as LoRA's have.
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise LayerselError(f"adapter: {kind} is not supported. Use `adapter: lora` or `adapter: qlora`.")
     return config
 
 
