@@ -62,7 +62,7 @@ def write_file(shown: dict[str, list[dict]]) -> None:
 # --- Trying a model, or a kind of adapter, with every method ----------------------------------------------------------
 
 
-def make_selection_config(method: str, layers: list) -> SelectionConfig:
+def make_selection_config(method: str, layers: list, **settings) -> SelectionConfig:
     """Return settings by which ``method`` keeps a half; ``layers``: those that `explicit` keeps."""
     values: dict = {"ratio": 0.5}
     if METHODS[method].draws_rows:
@@ -71,11 +71,11 @@ def make_selection_config(method: str, layers: list) -> SelectionConfig:
         values = {"layers": layers}
     elif method == "flexora":
         values["flexora"] = {"steps": 2, "val_samples": 4}
-    return SelectionConfig(method=method, **values)
+    return SelectionConfig(method=method, **values, **settings)
 
 
 def try_every_method(
-    support: Support, table: str, row: str, make, make_base, folder: Path, batch: dict, refused=None, layers=(1,)
+    support: Support, table: str, row: str, make, make_base, folder: Path, batch: dict, refused=None, layers=(1,), **settings
 ) -> None:
     """Choose with every method, and move rank, in a new trainer each time, and say what held.
 
@@ -85,6 +85,7 @@ def try_every_method(
         batch: what the model computes its logits from.
         refused: by method, a part of the message that it is refused with.
         layers: those that `explicit` keeps.
+        settings: more of the ``selection`` block.
     """
     refused = refused or {}
     for column in COLUMNS:
@@ -93,7 +94,7 @@ def try_every_method(
         if column == L1RA:
             config = LayerselConfig(l1ra=L1RAConfig(update_ratio=0.16, move_ratio=0.3))
         else:
-            config = LayerselConfig(selection=make_selection_config(column, list(layers)))
+            config = LayerselConfig(selection=make_selection_config(column, list(layers), **settings))
         if column in refused:
             message = find_refusal(trainer, config)
             assert refused[column] in message, (column, message)

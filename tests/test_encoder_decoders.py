@@ -330,7 +330,7 @@ def test_models_of_other_make_are_measured_as_they_compute(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *RELATED])
-def test_every_method_without_training_chooses_in_both_sides(name, tmp_path):
+def test_every_method_without_training_chooses_in_both_sides(name, tmp_path, support):
     for method in CHEAP:
         sampled = {"num_samples": 9} if "num_samples" in METHODS[method].keys else {}
         kept = {"layers": ["encoder.1", "decoder.1"]} if method == "explicit" else {}
@@ -344,6 +344,7 @@ def test_every_method_without_training_chooses_in_both_sides(name, tmp_path):
             assert torch.tensor(scores).isfinite().all()
         assert len(plan.selected) == (2 if method == "explicit" else len(plan.selected) if method == "gradient" else 3)
         assert set(find_lora_modules(Run.of(trainer).base)) == set(plan.modules)
+    support.tested("model", name, *CHEAP)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -454,7 +455,7 @@ def test_a_classifier_of_rows_gives_its_decoder_the_row_itself(kind, method, tmp
 
 @pytest.mark.trains
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_rank_moves_in_the_chosen_layers_of_both_sides_and_stock_peft_loads_them(name, tmp_path):
+def test_rank_moves_in_the_chosen_layers_of_both_sides_and_stock_peft_loads_them(name, tmp_path, support):
     trainer = make_trainer(make_lora_encoder_decoder(name), tmp_path, make_pairs(), max_steps=10, save_strategy="no")
     chosen = ["encoder.1", "decoder.1"]
     selection = SelectionConfig(method="explicit", layers=chosen)
@@ -466,6 +467,7 @@ def test_rank_moves_in_the_chosen_layers_of_both_sides_and_stock_peft_loads_them
     assert set(ranks[10]) == set(find_lora_modules(Run.of(trainer).base))
     assert {find_layer(PLACES[name], module) for module in ranks[10]} == set(chosen)
     check_stock_peft(name, trainer, tmp_path, atol=1e-5)
+    support.tested("model", name, "l1ra")
 
 
 def check_stock_peft(name: str, trainer, folder, atol: float) -> None:
@@ -481,7 +483,7 @@ def check_stock_peft(name: str, trainer, folder, atol: float) -> None:
 
 @pytest.mark.trains
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_search_puts_gates_on_both_sides_and_its_course_names_them(name, tmp_path):
+def test_a_search_puts_gates_on_both_sides_and_its_course_names_them(name, tmp_path, support):
     search = {"steps": 3, "val_samples": 4}
     trainer, plan = choose(name, tmp_path, method="flexora", num_layers=2, flexora=search)
     assert GateHistory.read(tmp_path).names == NAMES[name]
@@ -492,6 +494,7 @@ def test_a_search_puts_gates_on_both_sides_and_its_course_names_them(name, tmp_p
     trainer.train()
     trainer.save_model()
     check_stock_peft(name, trainer, tmp_path, atol=0)
+    support.tested("model", name, "flexora")
 
 
 @pytest.mark.trains

@@ -54,7 +54,7 @@ def check_scores(method: str, plan) -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), MODELS)
-def test_every_method_without_training_chooses_among_the_layers_of_an_encoder(name, task, tmp_path, capsys):
+def test_every_method_without_training_chooses_among_the_layers_of_an_encoder(name, task, tmp_path, capsys, support):
     for method in CHEAP:
         sampled = {"num_samples": 8} if "num_samples" in METHODS[method].keys else {}
         kept = {"layers": [1, 3]} if method == "explicit" else {} if method == "gradient" else {"ratio": 0.5}
@@ -71,6 +71,7 @@ def test_every_method_without_training_chooses_among_the_layers_of_an_encoder(na
         after = find_saved_whole(trainer.model)
         assert len(after) == (0 if task == "MaskedLM" else len(classifier)) and after.keys() == classifier.keys()
         assert all(value.requires_grad and torch.equal(value, classifier[key]) for key, value in after.items())
+    support.tested("model", f"{name} ({task})", *CHEAP)
 
 
 @pytest.mark.parametrize(("name", "task"), MODELS)
@@ -103,7 +104,7 @@ def test_what_is_measured_in_an_encoder_is_what_the_model_itself_has(name, task,
 
 @pytest.mark.trains
 @pytest.mark.parametrize(("name", "task"), [*MODELS, *itertools.product(ALBERT, TASKS)])
-def test_rank_moves_in_an_encoder_and_stock_peft_loads_it_with_its_classifier(name, task, tmp_path):
+def test_rank_moves_in_an_encoder_and_stock_peft_loads_it_with_its_classifier(name, task, tmp_path, support):
     trainer, classifier = train_rows(name, task, tmp_path, max_steps=10, save_strategy="no", disable_tqdm=True)
     selection = None if name in ALBERT else SelectionConfig(method="last", ratio=0.5)
     prepare_trainer(trainer, LayerselConfig(selection=selection, l1ra=L1RAConfig(update_ratio=0.2)))
@@ -125,6 +126,7 @@ def test_rank_moves_in_an_encoder_and_stock_peft_loads_it_with_its_classifier(na
     for key, value in after.items():
         assert torch.equal(value, loaded[key])
         assert not torch.equal(value, classifier[key])
+    support.tested("model", f"{name} ({task})", "l1ra")
 
 
 SEARCHED = [*zip(ARCHITECTURES, itertools.cycle(TASKS)), *(("Roberta", task) for task in TASKS)]
@@ -132,7 +134,7 @@ SEARCHED = [*zip(ARCHITECTURES, itertools.cycle(TASKS)), *(("Roberta", task) for
 
 @pytest.mark.trains
 @pytest.mark.parametrize(("name", "task"), sorted(set(SEARCHED)))
-def test_a_search_puts_gates_on_an_encoder(name, task, tmp_path):
+def test_a_search_puts_gates_on_an_encoder(name, task, tmp_path, support):
     trainer, classifier = train_rows(name, task, tmp_path, disable_tqdm=True)
     search = SelectionConfig(method="flexora", ratio=0.5, flexora={"steps": 3, "val_samples": 4})
     plan = prepare_trainer(trainer, LayerselConfig(selection=search))
@@ -140,6 +142,7 @@ def test_a_search_puts_gates_on_an_encoder(name, task, tmp_path):
     assert len(plan.selected) == 2
     after = find_saved_whole(trainer.model)
     assert (after and all(torch.equal(value, classifier[key]) for key, value in after.items())) or task == "MaskedLM"
+    support.tested("model", f"{name} ({task})", "flexora")
 
 
 @pytest.mark.parametrize(("name", "task"), MODELS)
@@ -186,12 +189,13 @@ class catch_output:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", [*METHODS])
-def test_albert_is_refused_by_name_because_its_layers_share_their_weights(method, task, tmp_path):
+def test_albert_is_refused_by_name_because_its_layers_share_their_weights(method, task, tmp_path, support):
     layers = {"layers": [1]} if method == "explicit" else {}
     trainer, _ = train_rows("Albert", task, tmp_path)
     message = rf"^base_model: the 4 layers of AlbertFor{task} share one set of weights, so LoRA there is in all of them"
-    with pytest.raises(LayerselError, match=message):
+    with pytest.raises(LayerselError, match=message) as caught:
         prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method=method, **layers)))
+    support.refused("model", f"Albert ({task})", method, str(caught.value))
 
 
 def make_modern(pooling: str):
