@@ -349,7 +349,8 @@ class Run:
         from peft.utils.other import get_pattern_key
 
         pattern = self.config(place)[key]
-        names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in self.adapter(place)}
+        saved = [name.removeprefix("base_model.model.") for name in self.adapter(place)]
+        names = {name.rpartition(".lora_")[0] for name in saved if ".lora_" in name}
         return {name: pattern[get_pattern_key(pattern, name)] for name in names}
 
     def ranks(self, place: str = ".") -> dict[int, dict[str, int]]:

@@ -30,6 +30,7 @@ import deepspeed
 import torch
 from axolotl.integrations.base import BasePlugin
 from safetensors.torch import save_file
+from support import make_selection_config
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -42,9 +43,13 @@ from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.engines.moments import unwrap_optimizer
 from axolotl_layersel.kernels import is_fused
 from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.layers import find_layer_stack
+from axolotl_layersel.run import Run
 from axolotl_layersel.selection import passes
+from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.methods.flexora import search
 from axolotl_layersel.selection.methods.flexora.search import GateSearch
+from axolotl_layersel.selection.select import make_plan
 
 TOKENS = torch.arange(40).reshape(2, 20) + 300
 
@@ -434,3 +439,21 @@ class RankProbePlugin(BasePlugin):
             module.forward = lambda hidden: bypass(module, hidden)
         if ranks is not None:
             trainer.add_callback(RankProbe(trainer, ranks))
+
+
+class MethodsPlugin(BasePlugin):
+    """Chooses by each method that ``LAYERSEL_TEST_METHODS`` names, before the run itself chooses, and applies nothing.
+
+    What each of them came to is in methods.json.
+    """
+
+    def post_trainer_create(self, cfg, trainer):
+        found = {}
+        run = Run.of(trainer)
+        stack = find_layer_stack(run.model)
+        for method in os.environ["LAYERSEL_TEST_METHODS"].split():
+            settings = make_selection_config(method, [1, 2]).resolve(trainer.args.seed)
+            plan, _ = make_plan(Selection.of(run, stack, settings))
+            scores = {choice.layer: choice.score for choice in plan.layers}
+            found[method] = {"scores": scores, "selected": plan.selected, "rows": plan.calibration_rows}
+        (Path(cfg.output_dir) / "methods.json").write_text(json.dumps(found))

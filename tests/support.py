@@ -1,6 +1,7 @@
 """What is known to work, cell by cell: the tests say it, docs/support.json holds it, docs/support.md shows it."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -75,7 +76,16 @@ def make_selection_config(method: str, layers: list, **settings) -> SelectionCon
 
 
 def try_every_method(
-    support: Support, table: str, row: str, make, make_base, folder: Path, batch: dict, refused=None, layers=(1,), **settings
+    support: Support,
+    table: str,
+    row: str,
+    make: Callable,
+    make_base: Callable,
+    folder: Path,
+    batch: dict,
+    refused: dict[str, str] | None = None,
+    layers: Sequence[int | str] = (1,),
+    **settings,
 ) -> None:
     """Choose with every method, and move rank, in a new trainer each time, and say what held.
 
@@ -126,7 +136,7 @@ def check_choice(trainer, config: LayerselConfig, method: str) -> None:
         assert len(set(scores)) > 1, f"{method} tells no layers apart"
     kept = set(find_lora_modules(Run.of(trainer).base))
     assert kept == {*plan.modules, *(name for tower in plan.outside for name in tower.modules)}
-    assert 0 < len(plan.selected) and (method == "gradient" or len(plan.selected) < len(plan.layers))
+    assert plan.selected and (method == "gradient" or len(plan.selected) < len(plan.layers))
 
 
 def check_rank_moves(trainer, config: LayerselConfig, base, folder: Path, batch: dict) -> None:

@@ -249,7 +249,11 @@ def test_an_initialisation_that_layers_cannot_be_selected_under_is_refused(run, 
     [
         ({}, {"peft_use_dora": True}, "peft_use_dora: true. DoRA ties .* of which layersel.selection.method: flexora"),
         ({}, {"fp16": True}, "fp16: True scales the loss"),
-        ({}, {"rl": "grpo"}, "rl: grpo, gdpo and ebft generate the answers .* layersel.selection.method: flexora searches"),
+        (
+            {},
+            {"rl": "grpo"},
+            "rl: grpo, gdpo and ebft generate .* layersel.selection.method: flexora searches",
+        ),
         ({}, {"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: 'pissa' is not supported by layersel.sel"),
         ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: true starts training over"),
         ({}, {"streaming": True}, "streaming: True cannot be sampled for layersel.selection.method: 'flexora'"),

@@ -278,23 +278,6 @@ def test_qlora_with_packing_and_accumulation_moves_rank(train):
         torch.testing.assert_close(saved[up].float(), expected, atol=1e-7, rtol=1e-2)
 
 
-def test_preference_training_moves_rank(train, tmp_path):
-    rows = [
-        {
-            "conversation": [{"role": "user", "content": f"How many apples are {i} and {i + 1}?"}],
-            "chosen": {"role": "assistant", "content": f"They are {2 * i + 1} apples."},
-            "rejected": {"role": "assistant", "content": f"They are {2 * i} pears."},
-        }
-        for i in range(40)
-    ]
-    path = tmp_path / "preferences.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = {"path": str(path), "ds_type": "json", "type": "chat_template.default", "field_messages": "conversation"}
-    run = train(rl="dpo", datasets=[dataset], chat_template="chatml", **SETTINGS)
-    assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) > 1
-    assert run.pattern() == last(run.ranks())
-
-
 def test_ranks_that_differ_between_processes_stop_the_run(train):
     run = train("ddp", expect=1, env={"LAYERSEL_TEST_SIGNAL": "DRIFT:3"}, **SETTINGS)
     assert "layersel.l1ra: after step 4 ranks [1] came to other gates or moves than rank 0: gate 0 of model" in run.log

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 from conftest import make_lora, make_small_llama, make_trainer
+from multimodal import make_tokenizer
 from pydantic import ValidationError
 from transformers import Trainer
 
@@ -137,3 +138,34 @@ def test_a_setting_of_a_search_that_is_not_known_raises_wherever_it_comes_from(t
 def test_an_engine_that_is_not_known_raises():
     with pytest.raises(KeyError, match="zero4"):
         load_class("zero4")
+
+
+def make_generating_trainer(folder, **arguments):
+    """Return TRL's trainer by GRPO, which generates the answers that it trains on."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    values = {"num_generations": 2, "per_device_train_batch_size": 2, "max_steps": 20, "report_to": []}
+    arguments = GRPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, **{**values, **arguments})
+    rows = Dataset.from_list([{"prompt": f"{i} 8 9"} for i in range(10, 20)])
+    rewards = [lambda completions, **_: [float(len(completion)) for completion in completions]]
+    return GRPOTrainer(make_lora(make_small_llama()), rewards, arguments, rows, processing_class=make_tokenizer())
+
+
+def test_a_search_with_a_trainer_that_generates_is_refused_in_the_same_sentence(tmp_path):
+    by_file = say_by_file(FLEXORA, {"rl": "grpo"})
+    assert "generate the answers that they train on" in by_file
+    assert say_by_trainer(FLEXORA, make_generating_trainer(tmp_path)) == by_file
+
+
+def test_rank_does_not_move_where_another_program_generates(tmp_path):
+    by_file = say_by_file(L1RA, {"rl": "grpo", "trl": {"use_vllm": True}})
+    trainer = make_generating_trainer(tmp_path)
+    trainer.args.use_vllm = True
+    assert say_by_trainer(L1RA, trainer) == by_file
+
+
+def test_rows_whose_answers_are_yet_to_be_generated_cannot_be_scored(tmp_path):
+    message = say_by_trainer({"selection": {"method": "cka", "num_samples": 4}}, make_generating_trainer(tmp_path))
+    assert message.startswith("datasets: training row 1 has no token ids")
+    assert message.endswith("or use a method that needs no data: random, first, last, explicit.")

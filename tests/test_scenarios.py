@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ENGINES, PACKED_QLORA, SCORING, preferences, selection
+from conftest import ENGINES, PACKED_QLORA, SCORING, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
@@ -241,17 +241,3 @@ def test_a_resumed_run_that_asks_for_another_selection_is_refused(train, compute
     )
     assert "layersel.selection.ratio: 0.25 contradicts the plan from" in run.log
     assert "Loading weights" not in run.log
-
-
-@pytest.mark.parametrize("rl", ["dpo", "orpo", "reward"])
-def test_preference_training_selects_too(train, tmp_path, rl):
-    run = train(**preferences(tmp_path, rl), max_steps=2)
-    assert len(run.selected) == 4
-    assert len(run.plan["calibration_rows"]) == 15
-    assert all(choice["score"] is not None for choice in run.plan["layers"])
-    tensors = list(run.adapter())
-    assert {int(name.split(".layers.")[1][0]) for name in tensors if ".layers." in name} == set(run.selected)
-    # A reward model's head is new, and trains beside LoRA.
-    assert [name for name in tensors if ".layers." not in name] == (
-        ["base_model.model.score.weight"] * (rl == "reward")
-    )

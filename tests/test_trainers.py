@@ -186,3 +186,15 @@ def test_processes_that_load_data_are_initialised_in_both_ways(tmp_path):
     assert loader.base_dataloader.worker_init_fn.args[1].func.__name__ == "seed_worker", "the Trainer's own"
     next(iter(loader))
     assert calls.read_text().split()[0] == "0"
+
+
+def test_trainers_that_generate_are_known_by_what_they_do_so_with():
+    from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
+    from axolotl.core.trainers.grpo.trainer import AxolotlGRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    for kind in (GRPOTrainer, RLOOTrainer, AxolotlGRPOTrainer):
+        assert "_generate_and_score_completions" in dir(kind)
+    assert "_generate_and_score_completions" not in dir(AxolotlDPOTrainer)
+    for arguments in (GRPOConfig, RLOOConfig):
+        assert "use_vllm" in arguments.__dataclass_fields__

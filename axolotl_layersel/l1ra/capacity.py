@@ -24,7 +24,6 @@ from axolotl_layersel.l1ra.schedule import check_run_length
 from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config, get_linears
 from axolotl_layersel.layouts import Factors, find_used
 from axolotl_layersel.plain_lora import check_generation
-from axolotl_layersel.plain_lora import check_generation
 from axolotl_layersel.resizing import check_trained_rank, describe_ranks, resize_linear
 from axolotl_layersel.run import Run
 from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps, uses_vllm

@@ -1,0 +1,156 @@
+"""Every method, and l1ra, in real runs of Axolotl with each trainer and kind of data: the table of trainers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import preferences, selection
+from pydantic import ValidationError
+from support import L1RA, make_selection_config
+from test_runs import load_with_stock_peft
+
+from axolotl_layersel.args import LayerselArgs
+from axolotl_layersel.selection.methods import METHODS
+
+PLUGINS = [
+    "cpu_engines.CpuEnginesPlugin",
+    "probe.ProbePlugin",
+    "probe.MethodsPlugin",
+    "axolotl_layersel.LayerSelectionPlugin",
+]
+SCORING = ("cka", "cosine", "relative", "fisher", "gradient")
+UNGENERATED = {
+    **dict.fromkeys(SCORING, "trains on prompts whose answers are yet to be generated"),
+    "flexora": "grpo, gdpo and ebft generate the answers that they train on",
+}
+STREAMED = dict.fromkeys((*SCORING, "flexora"), "streaming: True cannot be sampled for")
+REWARDED = dict.fromkeys(("fisher", "gradient"), "learns from pairs of answers and has no labels")
+
+
+def write_rows(folder: Path, rows: list[dict], kind: object) -> dict:
+    """Write rows to a file in ``folder``, and return the YAML keys of training on them."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"datasets": [{"path": str(path), "ds_type": "json", "type": kind}]}
+
+
+def ask(i: int) -> str:
+    return f"How many apples are {i} and {i + 1}?"
+
+
+def train_on_chats(folder: Path) -> dict:
+    asked = [{"role": "user", "content": ask(i)} for i in range(24)]
+    rows = [{"messages": [row, {"role": "assistant", "content": f"{2 * i + 1}."}]} for i, row in enumerate(asked)]
+    return {**write_rows(folder, rows, "chat_template"), "chat_template": "chatml"}
+
+
+def train_on_texts(folder: Path) -> dict:
+    return write_rows(folder, [{"text": f"{ask(i)} They are {2 * i + 1}."} for i in range(40)], "completion")
+
+
+def train_on_packs(folder: Path) -> dict:
+    rows = [{"instruction": ask(i), "input": "", "output": f"{2 * i + 1}."} for i in range(200)]
+    packing = {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 1, "num_epochs": 8}
+    return {**write_rows(folder, rows, "alpaca"), **packing}
+
+
+def train_on_a_stream(folder: Path) -> dict:
+    rows = [{"instruction": ask(i), "input": "", "output": f"{2 * i + 1}."} for i in range(60)]
+    return {**write_rows(folder, rows, "alpaca"), "streaming": True}
+
+
+def train_by_kto(folder: Path) -> dict:
+    rows = [
+        {"instruction": ask(i), "completion": f"They are {2 * i + i % 2}.", "label": i % 2 == 1, "system": ""}
+        for i in range(24)
+    ]
+    return {**write_rows(folder, rows, "chatml.argilla"), "rl": "kto", "remove_unused_columns": False}
+
+
+def train_by_simpo(folder: Path) -> dict:
+    return {**preferences(folder, "simpo"), "rl_beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.5}
+
+
+def train_by_grpo(folder: Path) -> dict:
+    rows = [{"instruction": ask(i), "input": "", "output": ""} for i in range(24)]
+    rewards = {"reward_funcs": ["generation.reward_variety"], "num_generations": 2, "max_completion_length": 8}
+    return {**write_rows(folder, rows, "generation.make_prompts"), "rl": "grpo", "trl": rewards}
+
+
+# What trains on what, and which methods are refused with which part of a message.
+TRAINERS = {
+    "SFT": (lambda folder: {}, {}),
+    "SFT, `chat_template`": (train_on_chats, {}),
+    "completion": (train_on_texts, {}),
+    "SFT, packed": (train_on_packs, {}),
+    "SFT, streamed": (train_on_a_stream, STREAMED),
+    "DPO": (lambda folder: preferences(folder, "dpo"), {}),
+    "IPO": (lambda folder: preferences(folder, "ipo"), {}),
+    "KTO": (train_by_kto, {}),
+    "ORPO": (lambda folder: preferences(folder, "orpo"), {}),
+    "SimPO": (train_by_simpo, {}),
+    "reward model": (lambda folder: preferences(folder, "reward"), REWARDED),
+    "GRPO": (train_by_grpo, UNGENERATED),
+}
+
+
+def find_refusal(settings: dict, method: str) -> str | None:
+    """Return what a YAML file is refused with, if it is."""
+    config = make_selection_config(method, [1, 2]).model_dump(exclude_none=True)
+    file = {"plugins": PLUGINS, "adapter": "lora", "lora_r": 4, "lora_alpha": 8, **settings}
+    try:
+        LayerselArgs.model_validate({**file, "layersel": {"selection": config}})
+    except ValidationError as error:
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return None
+
+
+@pytest.fixture(scope="module")
+def plan(train) -> Path:
+    """The plan that a run of SFT has left."""
+    run = train(**selection(), max_steps=1)
+    return run.folder / "layersel" / "plan.json"
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_method_chooses_in_a_run_with_a_trainer_and_rank_moves(name, train, plan, base_model, tmp_path, support):
+    make_settings, refused = TRAINERS[name]
+    settings = make_settings(tmp_path)
+    messages = {method: find_refusal(settings, method) for method in METHODS}
+    for method, message in messages.items():
+        assert (refused[method] in message) if method in refused else message is None, (method, message)
+    methods = [method for method in METHODS if method not in refused]
+    # A plan that was made elsewhere also goes where rows cannot be scored.
+    given = {} if "cka" in methods else {"plan": str(plan)}
+    chosen = make_selection_config("cka", []).model_dump(exclude_none=True)
+    block = {"selection": {**chosen, **given}, "l1ra": {"update_ratio": 0.16, "move_ratio": 0.3}}
+    env = {"LAYERSEL_TEST_METHODS": " ".join(methods)}
+    run = train(env=env, **{"plugins": PLUGINS, **settings, "layersel": block, "save_steps": 6})
+
+    found = json.loads((run.folder / "methods.json").read_text())
+    for method in methods:
+        scores = [score for score in found[method]["scores"].values() if score is not None]
+        if METHODS[method].needs_data:
+            assert len(scores) == 8 and torch.tensor(scores).isfinite().all()
+            assert len(set(scores)) == 8, f"{method} tells no layers apart"
+            assert len(set(found[method]["rows"])) == {"flexora": 4}.get(method, 8)
+        assert found[method]["selected"]
+        support.tested("trainer", name, method)
+    assert len(run.selected) == 4 and ("nothing is scored" in run.log) == bool(given)
+    assert given or found["cka"]["selected"] == run.selected
+    for method in refused:
+        support.refused("trainer", name, method, messages[method])
+
+    assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) > 1, "no rank moved"
+    assert run.pattern() == run.ranks()[6]
+    tensors = [name for name in run.adapter() if ".layers." in name]
+    assert {int(name.split(".layers.")[1][0]) for name in tensors} == set(run.selected)
+    losses = run.losses()
+    assert losses and torch.tensor(losses).isfinite().all()
+    if name == "reward model":  # its head is new, and trains beside LoRA
+        assert set(run.adapter()) - set(tensors) == {"base_model.model.score.weight"}
+    else:
+        logits = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
+        assert logits.isfinite().all()
+    support.tested("trainer", name, L1RA)
