@@ -12,29 +12,11 @@ from test_runs import KILLED, difference, load_with_stock_peft
 
 from axolotl_layersel.lock import FILE
 
-PLAN_ONLY = "axolotl_layersel.cli.worker:main"
-
 
 @pytest.fixture(scope="module")
 def computed(train):
     """A run on one process that computes its plan, watched by a tracker."""
     return train(use_tensorboard=True)
-
-
-@pytest.fixture(scope="module")
-def make_plan(zygote, make_config):
-    """Return a function that selects on an engine without training, and returns the plan."""
-
-    def make(engine: str = "single", **settings) -> dict:
-        path, world, output = make_config(engine, **settings)
-        log = path.with_suffix(".plan.log")
-        codes = zygote.run(PLAN_ONLY, {"config": str(path)}, world, log, {})
-        assert codes == [0] * world, (path.parent / f"{log.name}.0").read_text()[-4000:]
-        plan = json.loads((output / "layersel" / "plan.json").read_text())
-        assert plan["engine"] == engine.split("-")[0]
-        return plan
-
-    return make
 
 
 def scores(plan: dict) -> list[float]:
