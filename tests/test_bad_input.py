@@ -69,10 +69,6 @@ BEFORE_THE_MODEL = {
         selection(method="first", num_samples=7),
         "layersel.selection.num_samples: 7 has no effect with method first. Remove the key.",
     ),
-    "FSDP's own checkpointing": (
-        {"fsdp_version": 2, "fsdp_config": {"activation_checkpointing": True}},
-        "fsdp_config.activation_checkpointing: true would make the saved adapter unreadable for PEFT",
-    ),
     "missing plan": (selection(plan="nowhere/plan.json"), "layersel.selection.plan: nowhere/plan.json cannot be read"),
     "contradicting layers_to_transform": (
         {"peft_layers_to_transform": [0, 1], **selection(method="explicit", layers=[1, 3])},

@@ -30,12 +30,6 @@ def check_engine(data: Mapping[str, Any]) -> None:
         version = data.get("fsdp_version") or fsdp_config.get("fsdp_version") or fsdp_config.get("version")
         if str(version) != "2":
             raise LayerselError(f"fsdp_version: {version!r} is not supported by the plugin. Set `fsdp_version: 2`.")
-        if fsdp_config.get("activation_checkpointing"):
-            # Its wrappers enter the names under which Axolotl saves the adapter at the end, which PEFT then ignores.
-            raise LayerselError(
-                "fsdp_config.activation_checkpointing: true would make the saved adapter unreadable for PEFT. "
-                "Set it to false and use `gradient_checkpointing: true`."
-            )
     check_disk(read_zero(data.get("deepspeed")), moves_state(as_mapping(data.get("layersel"))))
 
 
