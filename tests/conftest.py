@@ -93,7 +93,9 @@ def make_selection(trainer, method: str = "cka", **settings):
 def describe_engine(kind: str, plugins: dict):
     """Return what of a trainer its engine's name is read from."""
     state = types.SimpleNamespace(**plugins)
-    accelerator = types.SimpleNamespace(distributed_type=types.SimpleNamespace(value=kind), state=state)
+    accelerator = types.SimpleNamespace(
+        distributed_type=types.SimpleNamespace(value=kind), state=state, parallelism_config=None
+    )
     return types.SimpleNamespace(accelerator=accelerator)
 
 
