@@ -87,6 +87,7 @@ def prepare_trainer(
     run = Run.of(trainer)
     check_trainers_alike(run, settings, resume_from, continues_adapter)
     collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
+    run.engine.take_over_checkpointing()
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
     adapters.check_target_parameters(run)
     adapters.complete_config(run)

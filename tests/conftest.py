@@ -94,7 +94,9 @@ def make_selection(trainer, method: str = "cka", **settings):
 def describe_engine(kind: str, plugins: dict):
     """Return what of a trainer its engine's name is read from."""
     state = types.SimpleNamespace(**plugins)
-    accelerator = types.SimpleNamespace(distributed_type=types.SimpleNamespace(value=kind), state=state)
+    accelerator = types.SimpleNamespace(
+        distributed_type=types.SimpleNamespace(value=kind), state=state, parallelism_config=None
+    )
     return types.SimpleNamespace(accelerator=accelerator)
 
 
@@ -207,7 +209,10 @@ def deepspeed_config(stage: int) -> dict:
 
 
 def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
-    """Return the YAML keys that choose ``engine``, and its number of processes."""
+    """Return the YAML keys that choose ``engine``, and its number of processes.
+
+    ``fsdp2-full`` loads weights on one process alone, ``fsdp2-full-everywhere`` on each, as 4-bit ones need.
+    """
     if engine == "single":
         return {}, 1
     if engine == "ddp":
@@ -220,7 +225,7 @@ def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
     offloaded = engine.endswith("offloaded")
     config = {
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "cpu_ram_efficient_loading": "full" in engine,
+        "cpu_ram_efficient_loading": "full" in engine and not engine.endswith("everywhere"),
         "offload_params": offloaded,
         # Memory is pinned for an accelerator, and there is none.
         **({"cpu_offload_pin_memory": False} if offloaded else {}),
@@ -561,6 +566,22 @@ def train(zygote, make_config):
         return Run(output, codes, re.sub(r"\x1b\[[0-9;]*m", "", text))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def make_plan(zygote, make_config):
+    """Return a function that selects on an engine without training, and returns the plan."""
+
+    def make(engine: str = "single", **settings) -> dict:
+        path, world, output = make_config(engine, **settings)
+        log = path.with_suffix(".plan.log")
+        codes = zygote.run("axolotl_layersel.cli.worker:main", {"config": str(path)}, world, log, {})
+        assert codes == [0] * world, (path.parent / f"{log.name}.0").read_text()[-4000:]
+        plan = json.loads((output / "layersel" / "plan.json").read_text())
+        assert plan["engine"] == engine.split("-")[0]
+        return plan
+
+    return make
 
 
 class RunsByEngine(dict):

@@ -10,7 +10,7 @@ Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, a
 * DeepSpeed gathers several ZeRO-3 parameters at once and waits for the last only, which is right on NCCL,
   where operations end in order. On gloo it then reads weights that have not arrived: each is waited for.
 * transformers and accelerate refuse bf16 without a GPU, although the CPU computes in it.
-* Axolotl's ``device_map`` names a GPU in every run with several processes.
+* Axolotl's ``device_map`` names a GPU in every run with several processes, and again for QLoRA on FSDP2.
 * bitsandbytes 0.50 packs 4-bit weights anew when they first see data in evaluation mode, where the CPU has
   instructions for bf16, and fails where a width is no multiple of the block of 64: such a CPU is not looked for.
 """
@@ -28,6 +28,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin
+from axolotl.loaders import ModelLoader
 
 
 def _name_gloo(self, cpu=False, sagemaker_dp=False, backend=None):
@@ -47,6 +48,15 @@ def _patch() -> None:
     for module in (accelerate.accelerator, accelerate.state):
         module.is_bf16_available = lambda *args: True
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+    set_device_map = ModelLoader._set_device_map_config
+
+    def set_device_map_to_cpu(self):
+        set_device_map(self)
+        if self.is_qlora_and_fsdp_enabled:
+            self.model_kwargs["device_map"] = {"": "cpu"}
+
+    ModelLoader._set_device_map_config = set_device_map_to_cpu
 
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 

@@ -70,6 +70,17 @@ def is_offloaded(module) -> bool:
     return group is not None and all(parameter.offload_to_cpu for parameter in group.fsdp_params)
 
 
+def measure_quantised(model) -> dict[str, int]:
+    """Return how many weights of 4 bits the model has, and in how many bytes this rank holds its part of them."""
+    modules = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    held = [getattr(module.weight, "_local_tensor", module.weight) for module in modules]
+    assert all(isinstance(weight, bitsandbytes.nn.Params4bit) and weight.bnb_quantized for weight in held)
+    return {
+        "weights": sum(weight.quant_state.shape.numel() for weight in held),
+        "bytes": sum(weight.numel() * weight.element_size() for weight in held),
+    }
+
+
 class ProbeCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
@@ -93,6 +104,8 @@ class ProbeCallback(TrainerCallback):
             record = json.loads((self.folder / "engine.json").read_text())
             record["optimized"] = count_optimized(self.trainer)
             record["offloaded"] = any(map(is_offloaded, model.modules()))
+            record["quantised"] = measure_quantised(model)
+            record["checkpointed"] = sum(getattr(module, "gradient_checkpointing", False) for module in model.modules())
             record["fused_modules"] = sum(any(map(is_fused, vars(module).values())) for module in model.modules())
             (self.folder / "engine.json").write_text(json.dumps(record))
 

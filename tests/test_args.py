@@ -131,7 +131,7 @@ def test_numbers_may_be_text_since_yaml_reads_some_so():
         ({"seed": 2**32}, "seed: 4294967296 is outside of 0 to 4294967295"),
         ({"fsdp_config": [{"offload_params": False}]}, r"fsdp_config: \[{'offload_params': False}\] is not a mapping"),
         ({"tensor_parallel_size": "two"}, "tensor_parallel_size: 'two' is not a whole number"),
-        ({"context_parallel_size": "2"}, "context_parallel_size: 2 splits layers over devices"),
+        ({"context_parallel_size": "2"}, "context_parallel_size: 2 splits rows over devices"),
     ],
 )
 def test_other_keys_of_the_file_that_are_read_are_refused_by_name(run, message):

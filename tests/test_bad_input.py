@@ -69,10 +69,6 @@ BEFORE_THE_MODEL = {
         selection(method="first", num_samples=7),
         "layersel.selection.num_samples: 7 has no effect with method first. Remove the key.",
     ),
-    "FSDP's own checkpointing": (
-        {"fsdp_version": 2, "fsdp_config": {"activation_checkpointing": True}},
-        "fsdp_config.activation_checkpointing: true would make the saved adapter unreadable for PEFT",
-    ),
     "missing plan": (selection(plan="nowhere/plan.json"), "layersel.selection.plan: nowhere/plan.json cannot be read"),
     "contradicting layers_to_transform": (
         {"peft_layers_to_transform": [0, 1], **selection(method="explicit", layers=[1, 3])},
@@ -82,9 +78,22 @@ BEFORE_THE_MODEL = {
         {"peft_layers_to_transform": [0, 1], **selection(num_layers=3)},
         "peft_layers_to_transform: [0, 1] contradicts layersel.selection.num_layers: 3",
     ),
-    "context parallelism": ({"context_parallel_size": 2}, "context_parallel_size: 2 splits layers over devices"),
-    "sequence parallelism": ({"sequence_parallel_degree": 2}, "sequence_parallel_degree: 2 splits layers"),
-    "tensor parallelism": ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 splits layers over devices"),
+    "context parallelism": (
+        {"context_parallel_size": 2},
+        "context_parallel_size: 2 splits rows over devices by attention that this plugin is untested with",
+    ),
+    "sequence parallelism": (
+        {"sequence_parallel_degree": 2},
+        "sequence_parallel_degree: 2 splits rows over devices by attention that this plugin is untested with",
+    ),
+    "tensor parallelism": (
+        {"tensor_parallel_size": 2},
+        "tensor_parallel_size: 2 splits LoRA's matrices over devices, of which one device's part alone is saved",
+    ),
+    "expert parallelism": (
+        {"expert_parallel_size": 2},
+        "expert_parallel_size: 2 splits experts over devices in a way that this plugin is untested with",
+    ),
     "first FSDP": (
         {"fsdp_version": 1, "fsdp_config": {"offload_params": False}},
         "fsdp_version: 1 is not supported by the plugin. Set `fsdp_version: 2`.",
@@ -203,7 +212,7 @@ BEFORE_THE_MODEL = {
         "Use `adamw_torch_8bit`.",
     ),
     "l1ra: no Adam": ({**l1ra(), "optimizer": "lion_pytorch"}, "optimizer: 'lion_pytorch' is not supported"),
-    "l1ra: context parallelism": ({**l1ra(), "context_parallel_size": 2}, "context_parallel_size: 2 splits layers"),
+    "l1ra: context parallelism": ({**l1ra(), "context_parallel_size": 2}, "context_parallel_size: 2 splits rows"),
     "l1ra: no rank to start from": ({**l1ra(), "lora_r": None}, "lora_r: None is no rank that layersel.l1ra could"),
     "l1ra: checkpoint of another run": (
         {**l1ra(), "resume_from_checkpoint": "elsewhere/checkpoint-4"},

@@ -1,8 +1,10 @@
 """A refusal is one sentence, whether the YAML file or the trainer shows the reason; and what is unknown raises."""
 
+import types
 from collections.abc import Callable
 
 import pytest
+from accelerate.parallelism_config import ParallelismConfig
 from conftest import make_lora, make_small_llama, make_trainer
 from multimodal import make_tokenizer
 from pydantic import ValidationError
@@ -37,6 +39,16 @@ def say_by_trainer(block: dict, trainer: Trainer) -> str:
 
 def change_argument(name: str, value: object) -> Callable[[Trainer], None]:
     return lambda trainer: setattr(trainer.args, name, value)
+
+
+def split(**sizes: int) -> Callable[[Trainer], None]:
+    """Let a trainer's accelerator say that it splits something, without what all accelerators share."""
+
+    def change(trainer: Trainer) -> None:
+        parallelism = {"parallelism_config": ParallelismConfig(**sizes)}
+        trainer.accelerator.state = types.SimpleNamespace(**{**vars(trainer.accelerator.state), **parallelism})
+
+    return change
 
 
 def use_flash_attention(trainer: Trainer) -> None:
@@ -92,6 +104,9 @@ REFUSALS = {
         {},
         leave,
     ),
+    "tensor parallelism": (L1RA, {"tensor_parallel_size": 2}, {}, split(tp_size=2)),
+    "context parallelism": (L1RA, {"context_parallel_size": 2}, {}, split(cp_size=2)),
+    "sequence parallelism": (L1RA, {"sequence_parallel_degree": 2}, {}, split(sp_size=2)),
     "attention that is differentiated once": (
         UNROLLED,
         {"attn_implementation": "flash_attention_2"},

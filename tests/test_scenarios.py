@@ -5,36 +5,18 @@ import shutil
 
 import pytest
 import torch
-from conftest import ENGINES, PACKED_QLORA, SCORING, selection
+from conftest import ENGINES, PACKED_QLORA, SCORING, engine_settings, l1ra, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
 
 from axolotl_layersel.lock import FILE
 
-PLAN_ONLY = "axolotl_layersel.cli.worker:main"
-
 
 @pytest.fixture(scope="module")
 def computed(train):
     """A run on one process that computes its plan, watched by a tracker."""
     return train(use_tensorboard=True)
-
-
-@pytest.fixture(scope="module")
-def make_plan(zygote, make_config):
-    """Return a function that selects on an engine without training, and returns the plan."""
-
-    def make(engine: str = "single", **settings) -> dict:
-        path, world, output = make_config(engine, **settings)
-        log = path.with_suffix(".plan.log")
-        codes = zygote.run(PLAN_ONLY, {"config": str(path)}, world, log, {})
-        assert codes == [0] * world, (path.parent / f"{log.name}.0").read_text()[-4000:]
-        plan = json.loads((output / "layersel" / "plan.json").read_text())
-        assert plan["engine"] == engine.split("-")[0]
-        return plan
-
-    return make
 
 
 def scores(plan: dict) -> list[float]:
@@ -126,6 +108,26 @@ def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
         assert run.engine["engine"] == engine.split("-")[0]
         assert run.losses() == pytest.approx(alone.losses(), abs=2e-5), engine
         assert difference(run.adapter(), alone.adapter()) <= 1e-3, engine
+
+
+def test_fsdp2s_own_checkpointing_is_the_one_of_transformers(train, tmp_path):
+    """Its own would enter the names in the adapter."""
+    engine = "fsdp2-sharded"
+    config = engine_settings(engine, tmp_path)[0]["fsdp_config"]
+    block = {**selection()["layersel"], **l1ra(update_ratio=0.25, last_update=0.8)["layersel"]}
+    settings = {"layersel": block, "max_steps": 4}
+    usual = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    expected = train(engine, **settings, **usual)
+    run = train(engine, **settings, fsdp_config={**config, "activation_checkpointing": True})
+    assert run.engine == expected.engine
+    # The stack of layers and each of them, for layer 0 trains.
+    assert (run.engine["engine"], run.engine["processes"], run.engine["checkpointed"]) == ("fsdp2", 2, 9)
+    assert run.ranks() == expected.ranks()
+    assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) > 2, "ranks moved more than once"
+    assert run.losses() == expected.losses()
+    for place in (".", "checkpoint-4"):
+        assert difference(run.adapter(place), expected.adapter(place)) == 0
+    assert "fsdp_config.activation_checkpointing is done by gradient_checkpointing" in run.log
 
 
 def test_layers_that_lose_their_lora_get_back_what_pissa_and_olora_took_from_them(train, base_model, tmp_path):

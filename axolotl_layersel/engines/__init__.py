@@ -9,6 +9,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
+from axolotl_layersel.engines.refusals import check_parallelism
 from axolotl_layersel.errors import LayerselError
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from axolotl_layersel.engines.base import Engine
 
+# The sizes of accelerate's ``ParallelismConfig``, by the YAML keys that set them.
+SIZES = {"tensor_parallel_size": "tp_size", "context_parallel_size": "cp_size", "sequence_parallel_degree": "sp_size"}
 # Module and class of each engine, by its name.
 ENGINES = {
     "single": ("base", "Engine"),
@@ -35,6 +38,8 @@ def find_engine(trainer: Trainer) -> Engine:
         LayerselError: for an engine that is not supported.
     """
     accelerator = trainer.accelerator
+    if accelerator.parallelism_config is not None:
+        check_parallelism({key: getattr(accelerator.parallelism_config, name) for key, name in SIZES.items()})
     kind = accelerator.distributed_type.value
     if kind == "NO":
         name = "single"

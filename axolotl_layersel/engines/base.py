@@ -85,6 +85,9 @@ class Engine:
         """Give the engine's configuration back as it was; within the block its schedule follows the run's steps."""
         yield
 
+    def take_over_checkpointing(self) -> None:
+        """Let layers compute their activations again as transformers does it, where the engine was asked to do it."""
+
     def check_storage(self, writes: bool) -> None:
         """Raise LayerselError where weights, or optimizer states that are written too, lie out of reach."""
 

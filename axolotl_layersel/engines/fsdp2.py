@@ -6,6 +6,9 @@ Relied on beyond documented interfaces (``tests/engines/test_fsdp2.py`` fails wh
   ``cpu_ram_efficient_loading`` on rank 0 alone. The names of the files that a run resumes from.
 * accelerate 1.13.0: restoring weights from FULL_STATE_DICT leaves the shards of ranks above 0 as they were
   initialised.
+* accelerate 1.13.0, ``_prepare_fsdp2``: with ``activation_checkpointing`` wraps modules in others, whose names become
+  part of those of the weights. axolotl 0.19.0 does so too. Both look at the key when the model is prepared, after
+  ``Trainer.train`` of transformers 5.16.1 has done what ``gradient_checkpointing`` says.
 * accelerate 1.13.0, ``_prepare_fsdp2``: knows the parameters of a sharded model that is prepared again by the
   ``data_ptr()`` of their local shards, which is 0 for every empty one.
 * torch 2.13.0: a parameter is a ``DTensor``, and so are its optimizer's moments; after a forward pass without a
@@ -14,6 +17,7 @@ Relied on beyond documented interfaces (``tests/engines/test_fsdp2.py`` fails wh
 """
 
 import functools
+import logging
 import math
 import os
 from pathlib import Path
@@ -31,6 +35,8 @@ from axolotl_layersel.engines.collectives import add_up, count_ranks
 from axolotl_layersel.engines.edits import Edit, edit_data
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.trainers import get_model
+
+LOG = logging.getLogger("axolotl.layersel")
 
 FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
 
@@ -62,6 +68,19 @@ class ShardedEngine(Engine):
     def list_ranks_with_weights(self) -> list[int]:
         plugin = self.trainer.accelerator.state.fsdp_plugin
         return [0] if plugin.cpu_ram_efficient_loading else list(range(count_ranks()))
+
+    def take_over_checkpointing(self) -> None:
+        plugin, arguments = self.trainer.accelerator.state.fsdp_plugin, self.trainer.args
+        if not plugin.activation_checkpointing:
+            return
+        # Accelerate wraps the parts of each layer and Axolotl the layer around them, which computes the parts once more
+        # than checkpointing does, and the adapter that Axolotl saves has names that PEFT passes over.
+        plugin.activation_checkpointing = False
+        arguments.gradient_checkpointing = True
+        arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        LOG.info(
+            "layersel: fsdp_config.activation_checkpointing is done by gradient_checkpointing with use_reentrant: false"
+        )
 
     def writes_whole_state(self) -> bool:
         return self.trainer.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"

@@ -8,19 +8,26 @@ from typing import Any
 from axolotl_layersel.block import as_mapping, as_whole, quote
 from axolotl_layersel.errors import LayerselError
 
-PARALLELISM = ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size")
+# Keys that split what this package sees as one, what that is, and why they are refused. Under tensor parallelism each
+# device has its own rows of B, or columns of A, as plain tensors (PEFT 0.20.0), and the first one's are what is saved
+# (seen with axolotl 0.19.0 and plain LoRA on two processes). Axolotl needs ring-flash-attn for rows, and DeepEP for
+# experts.
+ROWS = "rows over devices by attention that this plugin is untested with; Axolotl's runs on GPUs alone"
+PARALLELISM = {
+    "tensor_parallel_size": "LoRA's matrices over devices, of which one device's part alone is saved, and PEFT cannot "
+    "load that",
+    "context_parallel_size": ROWS,
+    "sequence_parallel_degree": ROWS,
+    "expert_parallel_size": "experts over devices in a way that this plugin is untested with; Axolotl's runs on GPUs "
+    "alone",
+}
 # What the engines that split weights are called in messages, by their names.
 LABELS = {"zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
 
 def check_engine(data: Mapping[str, Any]) -> None:
     """Raise LayerselError for a way of distributing the model that the plugin does not support."""
-    for key in PARALLELISM:
-        value = as_whole(data.get(key))
-        if value is None and data.get(key) is not None:
-            raise LayerselError(f"{key}: {quote(data[key])} is not a whole number. Set it to 1.")
-        if value is not None and value > 1:
-            raise LayerselError(f"{key}: {value} splits layers over devices, which is not supported. Set it to 1.")
+    check_parallelism(data)
     fsdp_config = data.get("fsdp_config") or {}
     if not isinstance(fsdp_config, Mapping):
         raise LayerselError(
@@ -30,13 +37,17 @@ def check_engine(data: Mapping[str, Any]) -> None:
         version = data.get("fsdp_version") or fsdp_config.get("fsdp_version") or fsdp_config.get("version")
         if str(version) != "2":
             raise LayerselError(f"fsdp_version: {version!r} is not supported by the plugin. Set `fsdp_version: 2`.")
-        if fsdp_config.get("activation_checkpointing"):
-            # Its wrappers enter the names under which Axolotl saves the adapter at the end, which PEFT then ignores.
-            raise LayerselError(
-                "fsdp_config.activation_checkpointing: true would make the saved adapter unreadable for PEFT. "
-                "Set it to false and use `gradient_checkpointing: true`."
-            )
     check_disk(read_zero(data.get("deepspeed")), moves_state(as_mapping(data.get("layersel"))))
+
+
+def check_parallelism(data: Mapping[str, Any]) -> None:
+    """Raise LayerselError where a key of ``PARALLELISM`` is above 1, or no number."""
+    for key, what in PARALLELISM.items():
+        value = as_whole(data.get(key))
+        if value is None and data.get(key) is not None:
+            raise LayerselError(f"{key}: {quote(data[key])} is not a whole number. Set it to 1.")
+        if value is not None and value > 1:
+            raise LayerselError(f"{key}: {value} splits {what}. Set it to 1.")
 
 
 def moves_state(block: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+import types
 
 import pytest
 from conftest import describe_engine
@@ -33,6 +34,27 @@ def test_parameters_of_a_sharded_model_are_known_by_the_address_of_their_shard()
     from accelerate import Accelerator
 
     assert "p._local_tensor.data_ptr() if isinstance(p, DTensor)" in inspect.getsource(Accelerator._prepare_fsdp2)
+
+
+def test_what_fsdp2_is_asked_to_compute_again_is_looked_at_when_the_model_is_prepared():
+    from accelerate import Accelerator
+    from axolotl.monkeypatch.accelerate.fsdp2 import fsdp2_prepare_model
+
+    for prepare in (Accelerator._prepare_fsdp2, fsdp2_prepare_model):
+        assert "plugin.activation_checkpointing:" in inspect.getsource(prepare)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_layers_are_checkpointed_by_transformers_where_fsdp2_was_asked_to(asked):
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=asked)
+    trainer = describe_engine("FSDP", {"fsdp_plugin": plugin})
+    trainer.args = types.SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None)
+    find_engine(trainer).take_over_checkpointing()
+    assert plugin.activation_checkpointing is False
+    assert trainer.args.gradient_checkpointing is asked
+    assert trainer.args.gradient_checkpointing_kwargs == ({"use_reentrant": False} if asked else None)
 
 
 def test_full_state_dicts_of_torchaos_moments_cannot_be_read():
