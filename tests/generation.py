@@ -1,4 +1,7 @@
-"""What trainers that generate need in a YAML file: prompts, and a reward."""
+"""What trainers that generate need in a YAML file: prompts, and a reward; and one without Axolotl."""
+
+from conftest import make_lora, make_small_llama
+from multimodal import make_tokenizer
 
 
 def make_prompts(cfg, *args, **kwargs):
@@ -13,3 +16,15 @@ def make_prompts(cfg, *args, **kwargs):
 def reward_variety(prompts, completions, **kwargs) -> list[float]:
     """Return how many different characters there are in each completion."""
     return [float(len(set(completion))) for completion in completions]
+
+
+def make_generating_trainer(folder, **arguments):
+    """Return TRL's trainer by GRPO, which generates the answers that it trains on."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    values = {"num_generations": 2, "per_device_train_batch_size": 2, "max_steps": 20, "report_to": []}
+    arguments = GRPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, **{**values, **arguments})
+    rows = Dataset.from_list([{"prompt": f"{i} 8 9"} for i in range(10, 20)])
+    rewards = [lambda completions, **_: [float(len(completion)) for completion in completions]]
+    return GRPOTrainer(make_lora(make_small_llama()), rewards, arguments, rows, processing_class=make_tokenizer())

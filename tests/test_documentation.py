@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from support import COLUMNS, TABLES, read_file
 
 from axolotl_layersel.l1ra.args import OPTIMIZERS
 from axolotl_layersel.selection.methods import METHODS
@@ -34,3 +35,26 @@ def test_the_readme_says_of_every_optimizer_of_l1ra_where_it_works():
     _, _, section = (ROOT / "README.md").read_text().partition("### Optimizers of `l1ra`")
     table = section.partition("## ")[0]
     assert all(f"`{name}`" in table for name in OPTIMIZERS)
+
+
+def test_the_tables_of_what_works_are_those_of_the_tests(generate, request):
+    assert generate.SUPPORT.read_text() == generate.make_support(), "run `python docs/generate.py`"
+    assert generate.COLUMNS == COLUMNS and set(generate.TABLES) == set(TABLES)
+    collected = {item.nodeid for item in request.session.items}
+    files = {name.partition("::")[0] for name in collected}
+    gone = {name for name in read_file() if name.partition("::")[0] in files} - collected
+    assert not gone, "these tests are no longer there: remove docs/support.json and run `pytest --write-support`"
+
+
+def test_tests_that_contradict_each_other_make_no_table(generate):
+    entries = [
+        {"table": "model", "row": "Llama", "tested": ["cka"], "refused": {}},
+        {"table": "model", "row": "Llama", "tested": [], "refused": {"cka": "no"}},
+    ]
+    with pytest.raises(ValueError, match="model Llama: tests disagree on cka"):
+        generate.make_support_table(entries, "model")
+    table = generate.make_support_table([entries[0], {**entries[1], "row": "Other", "tested": ["last"]}], "model")
+    llama, other = [line.split(" | ") for line in table.splitlines()[2:4]]
+    assert llama[:3] == ["| Llama", "yes", "?"]
+    assert other[:2] == ["| Other", "no (1)"] and other[COLUMNS.index("last") + 1] == "yes"
+    assert table.endswith("\n\n1. no")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from accelerate.parallelism_config import ParallelismConfig
 from conftest import make_lora, make_small_llama, make_trainer
-from multimodal import make_tokenizer
+from generation import make_generating_trainer
 from pydantic import ValidationError
 from transformers import Trainer
 
@@ -153,18 +153,6 @@ def test_a_setting_of_a_search_that_is_not_known_raises_wherever_it_comes_from(t
 def test_an_engine_that_is_not_known_raises():
     with pytest.raises(KeyError, match="zero4"):
         load_class("zero4")
-
-
-def make_generating_trainer(folder, **arguments):
-    """Return TRL's trainer by GRPO, which generates the answers that it trains on."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    values = {"num_generations": 2, "per_device_train_batch_size": 2, "max_steps": 20, "report_to": []}
-    arguments = GRPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, **{**values, **arguments})
-    rows = Dataset.from_list([{"prompt": f"{i} 8 9"} for i in range(10, 20)])
-    rewards = [lambda completions, **_: [float(len(completion)) for completion in completions]]
-    return GRPOTrainer(make_lora(make_small_llama()), rewards, arguments, rows, processing_class=make_tokenizer())
 
 
 def test_a_search_with_a_trainer_that_generates_is_refused_in_the_same_sentence(tmp_path):

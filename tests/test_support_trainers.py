@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import preferences, selection
+from conftest import make_small_llama, preferences, selection
+from generation import make_generating_trainer
 from pydantic import ValidationError
-from support import L1RA, make_selection_config
+from support import L1RA, check_rank_moves, make_selection_config
 from test_runs import load_with_stock_peft
 
+from axolotl_layersel import L1RAConfig, LayerselConfig
 from axolotl_layersel.args import LayerselArgs
 from axolotl_layersel.selection.methods import METHODS
 
@@ -154,3 +156,11 @@ def test_every_method_chooses_in_a_run_with_a_trainer_and_rank_moves(name, train
         logits = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
         assert logits.isfinite().all()
     support.tested("trainer", name, L1RA)
+
+
+@pytest.mark.trains
+def test_rank_moves_by_pressure_too_in_a_model_that_generates_what_it_trains_on(tmp_path):
+    trainer = make_generating_trainer(tmp_path, max_steps=6, learning_rate=1e-2, max_completion_length=8)
+    config = LayerselConfig(l1ra=L1RAConfig(rule="pressure", update_ratio=0.16))
+    batch = {"input_ids": torch.arange(10, 30)[None]}
+    check_rank_moves(trainer, config, make_small_llama(), tmp_path, batch)
