@@ -114,6 +114,14 @@ def test_both_names_of_the_command_know_the_same(command, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory) -> Path:
+    """What a shell that called the command completes it by; the shell is found among the command's parents."""
+    script = tmp_path_factory.mktemp("completion") / "completion.bash"
+    script.write_text(call("bash", "-c", "axolotl-layersel --show-completion; exit $?"))
+    return script
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
@@ -124,16 +132,14 @@ def test_both_names_of_the_command_know_the_same(command, tmp_path):
         ("axolotl-layersel export run --layout ", {"ragged", "uniform"}),
     ],
 )
-def test_bash_completes_what_is_typed(typed, offered, tmp_path):
-    script = tmp_path / "completion.bash"
-    script.write_text(call("axolotl-layersel", "--show-completion", "bash"))
+def test_bash_completes_what_is_typed(typed, offered, completion):
     # What bash itself does when tab is pressed: it calls the function that the script has registered.
     code = (
         'source "$1"; read -ra COMP_WORDS <<< "$2"; [[ $2 == *" " ]] && COMP_WORDS+=(""); '
         "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); function=$(complete -p axolotl-layersel); "
         'function=${function#*-F }; ${function%% *} axolotl-layersel; printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    assert set(call("bash", "-c", code, "bash", str(script), typed).splitlines()) == offered
+    assert set(call("bash", "-c", code, "bash", str(completion), typed).splitlines()) == offered
 
 
 def test_importing_the_plugin_costs_no_second_beyond_axolotl():
