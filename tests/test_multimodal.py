@@ -526,13 +526,11 @@ def test_every_engine_chooses_and_trains_as_one_process_does(engine, launch):
 # --- Axolotl ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llava_settings(tmp_path_factory) -> dict:
-    """What a YAML file says of a LLaVA, its processor, and rows that are tokenised batch by batch."""
-    folder = tmp_path_factory.mktemp("axolotl")
-    save_multimodal("Llava", folder / "llava", folder / "rows.jsonl")
+def make_settings(name: str, folder: Path) -> dict:
+    """Write a model with its processor, and rows that are tokenised batch by batch, and return YAML keys of both."""
+    save_multimodal(name, folder / "model", folder / "rows.jsonl")
     return {
-        "base_model": str(folder / "llava"),
+        "base_model": str(folder / "model"),
         "processor_type": "AutoProcessor",
         "chat_template": "tokenizer_default",
         "skip_prepare_dataset": True,
@@ -543,6 +541,11 @@ def llava_settings(tmp_path_factory) -> dict:
         "lora_target_modules": ["q_proj", "v_proj"],
         "save_steps": 6,
     }
+
+
+@pytest.fixture(scope="module")
+def llava_settings(tmp_path_factory) -> dict:
+    return make_settings("Llava", tmp_path_factory.mktemp("axolotl"))
 
 
 def test_axolotl_scores_rows_that_its_collator_tokenises_and_trains_both_stacks(train, llava_settings):
@@ -560,6 +563,18 @@ def test_axolotl_scores_rows_that_its_collator_tokenises_and_trains_both_stacks(
     assert {find_layer(plan.stack, name.removeprefix("base_model.model.")) for name in adapter} == set(plan.selected)
     assert all(value.any() for name, value in adapter.items() if "lora_B" in name)
     assert "was read back: its modules add what the model's add" in run.log
+
+
+def test_axolotl_scores_and_trains_both_stacks_of_gemma_3_too(train, tmp_path):
+    block = {"selection": {"method": "relative", "stacks": "both", "num_samples": 9, "num_layers": 3}}
+    block["l1ra"] = {"update_ratio": 0.16, "move_ratio": 0.3}
+    run = train(**make_settings("Gemma3", tmp_path), layersel=block)
+    plan = read_plan(plan_path(run.folder))
+    assert [choice.layer for choice in plan.layers] == NAMES and len(plan.selected) == 3
+    assert all(choice.score > 0 for choice in plan.layers)
+    names = [name.removeprefix("base_model.model.") for name in run.adapter()]
+    assert {find_layer(plan.stack, name) for name in names} == set(plan.selected)
+    assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) > 1, "rank moved"
 
 
 @pytest.mark.parametrize(
