@@ -52,20 +52,16 @@ def find_resumed_checkpoint(
             if the engine cannot resume with this number of processes; or if all lack something although they were
             written to the end.
     """
+    kind = find_launched_class()
     if explicit:
-        fault = find_fault_anywhere(Path(explicit), settings)
-        if fault:
-            raise LayerselError(
-                f"resume_from_checkpoint: {explicit} cannot be resumed from: {fault}. Resume another checkpoint, or "
-                "start without resuming."
-            )
+        check_resumable(explicit, settings, kind)
         return explicit
     # A node that was replaced has none of those that the others have.
     names = collectives.gather_union(list_checkpoints(output_dir) if automatic else [])
     faults = {}
     for name in sort_checkpoints(names):
         checkpoint = Path(output_dir) / name
-        faults[name] = find_fault_anywhere(checkpoint, settings)
+        faults[name] = find_fault_anywhere(checkpoint, settings, kind)
         if faults[name] is None:
             return str(checkpoint)
         if collectives.get_rank() == 0:
@@ -81,6 +77,19 @@ def find_resumed_checkpoint(
     return None
 
 
+def check_resumable(checkpoint: str, settings: LayerselBlock, kind: type[Engine]) -> None:
+    """Raise LayerselError, on every rank, unless a run on an engine of ``kind`` can resume from a checkpoint.
+
+    A collective call.
+    """
+    fault = find_fault_anywhere(Path(checkpoint), settings, kind)
+    if fault:
+        raise LayerselError(
+            f"resume_from_checkpoint: {checkpoint} cannot be resumed from: {fault}. Resume another checkpoint, or "
+            "start without resuming."
+        )
+
+
 def list_checkpoints(output_dir: str | Path) -> list[str]:
     """Return the names of a run's checkpoints, the newest first."""
     entries = os.listdir(output_dir) if os.path.isdir(output_dir) else []
@@ -94,18 +103,20 @@ def sort_checkpoints(names: Iterable[str]) -> list[str]:
     return sorted((name for name in found if found[name].isdecimal()), key=lambda name: -int(found[name]))
 
 
-def find_fault_anywhere(checkpoint: Path, settings: LayerselBlock) -> str | None:
+def find_fault_anywhere(checkpoint: Path, settings: LayerselBlock, kind: type[Engine]) -> str | None:
     """Return what of ``checkpoint`` a rank lacks, of several the lowest one, or None; a collective call.
+
+    ``kind``: the class of the run's engine.
 
     Raises:
         LayerselError: on every rank, where that is no fault of the checkpoint: if a node lacks what another one has,
             if nodes have checkpoints of different runs, or if the engine needs as many processes as wrote it.
     """
-    others = wrote_others(checkpoint)
+    others = wrote_others(checkpoint, kind)
     # Rank 0 tells what each rank reads: another node may lack the file that names the others.
     world = collectives.count_ranks()
     needed = collectives.decide_on_rank_zero(
-        lambda: [list_needed_files(checkpoint, settings, rank, world, others) for rank in range(world)]
+        lambda: [list_needed_files(checkpoint, settings, kind, rank, world, others) for rank in range(world)]
     )
     try:
         faults = find_faults(checkpoint, settings, needed[collectives.get_rank()])
@@ -187,7 +198,7 @@ def join(words: Iterable[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def wrote_others(checkpoint: Path) -> bool:
+def wrote_others(checkpoint: Path, kind: type[Engine]) -> bool:
     """Return whether ``checkpoint`` was written by another number of processes than this run has; a collective call.
 
     The files of the random states say how many there were, together on all nodes.
@@ -195,7 +206,7 @@ def wrote_others(checkpoint: Path) -> bool:
     Raises:
         LayerselError: on every rank, if the engine cannot resume from it then.
     """
-    kind, world = find_launched_class(), collectives.count_ranks()
+    world = collectives.count_ranks()
     writers = count_writers(checkpoint)
     if writers is None or writers == world:
         return False
@@ -246,12 +257,14 @@ def describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return f"their {key} in {TRAINER_STATE_NAME} differ"
 
 
-def list_needed_files(checkpoint: Path, settings: LayerselBlock, rank: int, world: int, others: bool) -> list[str]:
+def list_needed_files(
+    checkpoint: Path, settings: LayerselBlock, kind: type[Engine], rank: int, world: int, others: bool
+) -> list[str]:
     """Return what ``rank`` of ``world`` reads to resume from ``checkpoint``, as patterns in its folder.
 
-    ``others``: whether other processes wrote it, so that their random states are of no use.
+    ``kind``: the class of its engine; ``others``: whether other processes wrote it, so that their random states are of
+    no use.
     """
-    kind = find_launched_class()
     state = kind.list_state_files(checkpoint, rank, world)
     state = [name for name in state if not others or name != name_random_state(rank, world)]
     return [TRAINER_STATE_NAME, *state, *list_own_files(settings, rank, kind)]
@@ -259,7 +272,7 @@ def list_needed_files(checkpoint: Path, settings: LayerselBlock, rank: int, worl
 
 def find_fault(checkpoint: Path, settings: LayerselBlock, rank: int, world: int) -> str | None:
     """Return why ``rank`` of ``world`` cannot resume from ``checkpoint``, or None if all that it reads is there."""
-    needed = list_needed_files(checkpoint, settings, rank, world, others=False)
+    needed = list_needed_files(checkpoint, settings, find_launched_class(), rank, world, others=False)
     return next(iter(find_faults(checkpoint, settings, needed).values()), None)
 
 

@@ -11,7 +11,7 @@ from axolotl_layersel import adapters, nodes, trainers
 from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
-from axolotl_layersel.checkpoints import holds
+from axolotl_layersel.checkpoints import check_resumable, holds
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.refusals import moves_state
 from axolotl_layersel.errors import LayerselError
@@ -86,6 +86,8 @@ def prepare_trainer(
         )
     run = Run.of(trainer)
     check_trainers_alike(run, settings, resume_from, continues_adapter)
+    if resume_from:
+        check_resumable(resume_from, settings, type(run.engine))
     collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
     run.engine.take_over_checkpointing()
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))

@@ -101,7 +101,7 @@ def describe_engine(kind: str, plugins: dict):
 
 
 def make_trainer(model, folder: Path, rows: list[dict] | None = None, **arguments):
-    """Return a plain transformers Trainer of ``model`` on ``rows``."""
+    """Return a plain transformers Trainer of ``model`` on ``rows``; the model may be made from its arguments."""
     from datasets import Dataset
     from torch.nn.utils.rnn import pad_sequence
     from transformers import Trainer, TrainingArguments
@@ -115,7 +115,8 @@ def make_trainer(model, folder: Path, rows: list[dict] | None = None, **argument
         }
 
     values = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "report_to": [], "seed": 3}
-    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, **{**values, **arguments})
+    arguments = TrainingArguments(output_dir=str(folder), **{"use_cpu": True, **values, **arguments})
+    model = model if isinstance(model, torch.nn.Module) else model(arguments)
     return Trainer(model, arguments, train_dataset=Dataset.from_list(rows or make_rows()), data_collator=collate)
 
 

@@ -100,3 +100,49 @@ def check_same_choices(alone: Path, shared: Path, engine: str, choices: Iterable
     rebuilt = PeftModel.from_pretrained(base, shared / last)
     assert any(value.any() for key, value in rebuilt.named_parameters() if "lora_B" in key)
     return plans
+
+
+# What each engine reads of its own to resume, by which a test takes it away.
+OPTIMIZER_STATES = {"zero3": "global_step*/*zero_pp_rank_1_mp_rank_00_optim_states.pt", "fsdp2": "optimizer.bin"}
+
+
+def train_and_resume(engine: str, base: str, folder: str) -> None:
+    """Train with a plain Trainer on an engine, in one go and again from the middle, and then without a file of that."""
+    import cpu_engines  # noqa: F401  # lets the engines run without a GPU
+    from conftest import make_lora, make_trainer
+    from transformers import LlamaForCausalLM
+
+    from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
+
+    saving = {"use_cpu": False, "save_strategy": "steps", "save_steps": 2}
+    arguments = {**make_arguments(engine, ["LlamaDecoderLayer"]), **saving}
+    selection = SelectionConfig(method="cosine", num_samples=8, ratio=0.5)
+    block = LayerselConfig(selection=selection, l1ra=L1RAConfig(update_ratio=0.25, last_update=0.8, move_ratio=0.3))
+
+    def make(place: str):
+        def load(arguments):
+            # From a file, for then ZeRO-3 shards it at once.
+            model = make_lora(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
+            model.enable_input_require_grads()
+            return model
+
+        return make_trainer(load, Path(folder) / place, **arguments)
+
+    trainer = make("whole")
+    prepare_trainer(trainer, block)
+    train_and_record(trainer, folder)
+    checkpoint = Path(folder) / "whole" / "checkpoint-2"
+    resumed = make("resumed")
+    prepare_trainer(resumed, block, resume_from=str(checkpoint))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    resumed.save_model()
+
+    refused = make("refused")
+    resumed.accelerator.wait_for_everyone()
+    if resumed.accelerator.is_main_process:
+        (lost,) = checkpoint.glob(OPTIMIZER_STATES[engine])
+        lost.unlink()
+    resumed.accelerator.wait_for_everyone()
+    with pytest.raises(LayerselError) as caught:
+        prepare_trainer(refused, block, resume_from=str(checkpoint))
+    (Path(folder) / f"refusal-{resumed.args.process_index}").write_text(str(caught.value))

@@ -11,11 +11,14 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, make_lora, make_small_llama, make_trainer
 from peft import PeftModel
+from ranks import OPTIMIZER_STATES, launch_ranks
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertTokenizer
 
 import axolotl_layersel
 from axolotl_layersel import FlexoraConfig, L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
 from axolotl_layersel.agreement import find_version
+from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.layers import find_lora_modules
 
 WORDS = ["a", "bad", "good", "film", "play", "story", "with", "fine", "actors"]
@@ -135,3 +138,34 @@ def test_a_model_without_lora_is_refused(tmp_path):
 def test_a_package_that_is_not_installed_has_no_version():
     assert find_version("axolotl-layersel-is-not-called-so") is None
     assert find_version("torch") == torch.__version__
+
+
+@pytest.mark.trains
+def test_a_checkpoint_without_the_optimizers_state_is_refused_before_anything_is_drawn(tmp_path):
+    block = LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5))
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    prepare_trainer(trainer, block)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "optimizer.pt").unlink()
+    again = make_trainer(make_lora(make_small_llama()), tmp_path / "again")
+    message = rf"^resume_from_checkpoint: {checkpoint} cannot be resumed from: optimizer\.pt is missing"
+    with pytest.raises(LayerselError, match=message):
+        prepare_trainer(again, block, resume_from=str(checkpoint))
+
+
+@pytest.mark.parametrize("engine", OPTIMIZER_STATES)
+def test_a_plain_trainer_resumes_on_engines_and_all_ranks_miss_what_one_lacks(engine, zygote, tmp_path):
+    base = make_small_llama(layers=4)
+    folder = launch_ranks(zygote, "ranks:train_and_resume", engine, tmp_path, base)
+    whole, resumed = (RankHistory.read(folder / place).ranks for place in ("whole", "resumed"))
+    assert whole == resumed and len({tuple(ranks.values()) for ranks in whole.values()}) > 1
+    one, other = (load_file(folder / place / "adapter_model.safetensors") for place in ("whole", "resumed"))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=1e-6, rtol=0)
+    refusals = {(folder / f"refusal-{rank}").read_text() for rank in (0, 1)}
+    (refusal,) = refusals
+    checkpoint = folder / "whole" / "checkpoint-2"
+    assert refusal.startswith(f"resume_from_checkpoint: {checkpoint} cannot be resumed from: ")
+    assert " is missing" in refusal

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -56,7 +57,7 @@ class ShardedEngine(Engine):
 
     @staticmethod
     def list_state_files(checkpoint: Path, rank: int, world: int) -> list[str]:
-        if os.environ.get("FSDP_STATE_DICT_TYPE", "").upper() == "FULL_STATE_DICT":
+        if find_state_dict_type() == "FULL_STATE_DICT":
             # Rank 0 alone reads them, but a rank that does not see them takes another way through the Trainer.
             weights = ["pytorch_model_fsdp.bin", "optimizer.bin"]
         else:
@@ -141,6 +142,13 @@ class ShardedEngine(Engine):
             edit_data(tensor.to_local() if part is None else part, find_start(tensor), tensor.shape, edit)
         else:
             super().edit_held(tensor, edit, part)
+
+
+def find_state_dict_type() -> str:
+    """Return how weights are saved: as the trainer has it, or before there is one, as the process was launched."""
+    if is_initialized() and getattr(AcceleratorState(), "fsdp_plugin", None) is not None:
+        return AcceleratorState().fsdp_plugin.state_dict_type.name
+    return os.environ.get("FSDP_STATE_DICT_TYPE", "").upper()
 
 
 def gather_shards(shards: DTensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ import torch
 import torch.distributed
 from torch import nn
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_config
 
 from axolotl_layersel.engines.base import Engine, move, name_random_state
 from axolotl_layersel.engines.collectives import get_rank
@@ -65,9 +66,8 @@ class DeepSpeedEngine(Engine):
             return ["latest", name_random_state(rank, world)]
         folder = glob.escape(Path(latest.read_text(errors="replace").strip()).name or "global_step")
         files = ["latest", *(f"{folder}/{name}" for name in cls.list_engine_files(rank))]
-        config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         # DeepSpeed's own schedule is in its state.
-        scheduled = config is not None and "scheduler" in json.loads(Path(config).read_text())
+        scheduled = "scheduler" in read_config()
         return [*files, *([] if scheduled else ["scheduler.pt"]), name_random_state(rank, world)]
 
     @staticmethod
@@ -101,6 +101,12 @@ class DeepSpeedEngine(Engine):
         for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
             if hasattr(wrapped, hook):
                 getattr(wrapped, hook).remove()
+
+
+def read_config() -> dict[str, Any]:
+    """Return DeepSpeed's configuration: that of the trainer's arguments, or before there are any, of the launch."""
+    launched = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    return deepspeed_config() or (json.loads(Path(launched).read_text()) if launched else {})
 
 
 class ZeroEngine(DeepSpeedEngine):

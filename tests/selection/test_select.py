@@ -190,7 +190,7 @@ def select_with_towers(folder, *, make=make_llava, targets=("q_proj", "v_proj"),
     model = make_lora(make(), targets)
     if freeze:
         freeze(model)
-    trainer = make_trainer(model, folder)
+    trainer = make_trainer(model, folder, max_steps=2, save_strategy="steps", save_steps=2)
     settings = SelectionArgs(**{"method": "last", **settings})
     return trainer, prepare_trainer(trainer, LayerselBlock(selection=settings), resume)
 
@@ -289,10 +289,11 @@ def test_candidates_can_be_those_of_one_side_alone(tmp_path, make, unselected):
     assert all(not torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.trains
 def test_a_plan_without_towers_is_applied_again_and_on_resume(tmp_path):
     trainer, plan = select_with_towers(tmp_path, towers="remove", num_layers=1)
     checkpoint = tmp_path / "checkpoint-2"
-    trainer.save_model(str(checkpoint))
+    trainer.train()
     for resume, settings in ((str(checkpoint), {}), (None, {"plan": str(plan_path(tmp_path))})):
         again, plan_again = select_with_towers(tmp_path / "again", resume=resume, **settings)
         assert set(find_lora_modules(again.model.get_base_model())) == set(plan.modules)
@@ -301,6 +302,7 @@ def test_a_plan_without_towers_is_applied_again_and_on_resume(tmp_path):
             select_with_towers(tmp_path / "again", resume=resume, towers="keep", **settings)
 
 
+@pytest.mark.trains
 def test_a_plan_with_towers_needs_them_in_the_model_and_in_the_checkpoint(tmp_path):
     trainer, plan = select_with_towers(tmp_path, num_layers=1)
     given = {"plan": str(plan_path(tmp_path))}
@@ -310,14 +312,14 @@ def test_a_plan_with_towers_needs_them_in_the_model_and_in_the_checkpoint(tmp_pa
         select_with_towers(tmp_path / "again", targets=language_model, **given)
     with pytest.raises(LayerselError, match=r"LoRA on model\.multi_modal_projector\.linear_1, unknown to the plan"):
         select_with_towers(tmp_path / "again", targets=["q_proj", "v_proj", "linear_1"], **given)
-    checkpoint = tmp_path / "checkpoint-2"
     other, _ = select_with_towers(tmp_path / "other", towers="remove", num_layers=1)
-    other.save_model(str(checkpoint))
-    trainer.save_model(str(tmp_path / "good"))
+    for each in (other, trainer):
+        each.train()
+    checkpoint = tmp_path / "other" / "checkpoint-2"
     write_plan(plan, plan_path(checkpoint))
     with pytest.raises(LayerselError, match=r"they differ in model\.vision_tower.* \(8 such modules\)"):
         select_with_towers(tmp_path / "again", resume=str(checkpoint))
-    select_with_towers(tmp_path / "again", resume=str(tmp_path / "good"))
+    select_with_towers(tmp_path / "again", resume=str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.trains
