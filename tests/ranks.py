@@ -107,7 +107,10 @@ OPTIMIZER_STATES = {"zero3": "global_step*/*zero_pp_rank_1_mp_rank_00_optim_stat
 
 
 def train_and_resume(engine: str, base: str, folder: str) -> None:
-    """Train with a plain Trainer on an engine, in one go and again from the middle, and then without a file of that."""
+    """Train with a plain Trainer on an engine, in one go and again from the middle, and then without a file of that.
+
+    Before it, search with a model whose first layer has inputs without a gradient.
+    """
     import cpu_engines  # noqa: F401  # lets the engines run without a GPU
     from conftest import make_lora, make_trainer
     from transformers import LlamaForCausalLM
@@ -122,12 +125,12 @@ def train_and_resume(engine: str, base: str, folder: str) -> None:
     def make(place: str):
         def load(arguments):
             # From a file, for then ZeRO-3 shards it at once.
-            model = make_lora(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
-            model.enable_input_require_grads()
-            return model
+            return make_lora(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
 
         return make_trainer(load, Path(folder) / place, **arguments)
 
+    search = SelectionConfig(method="flexora", ratio=0.5, flexora={"steps": 2, "val_samples": 4})
+    prepare_trainer(make("searched"), LayerselConfig(selection=search))
     trainer = make("whole")
     prepare_trainer(trainer, block)
     train_and_record(trainer, folder)

@@ -20,6 +20,7 @@ from axolotl_layersel import FlexoraConfig, L1RAConfig, LayerselConfig, Layersel
 from axolotl_layersel.agreement import find_version
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.layers import find_lora_modules
+from axolotl_layersel.plan import plan_path, read_plan
 
 WORDS = ["a", "bad", "good", "film", "play", "story", "with", "fine", "actors"]
 
@@ -155,9 +156,10 @@ def test_a_checkpoint_without_the_optimizers_state_is_refused_before_anything_is
 
 
 @pytest.mark.parametrize("engine", OPTIMIZER_STATES)
-def test_a_plain_trainer_resumes_on_engines_and_all_ranks_miss_what_one_lacks(engine, zygote, tmp_path):
+def test_a_plain_trainer_searches_and_resumes_on_engines_and_all_ranks_miss_what_one_lacks(engine, zygote, tmp_path):
     base = make_small_llama(layers=4)
     folder = launch_ranks(zygote, "ranks:train_and_resume", engine, tmp_path, base)
+    assert len({choice.score for choice in read_plan(plan_path(folder / "searched")).layers}) == 4
     whole, resumed = (RankHistory.read(folder / place).ranks for place in ("whole", "resumed"))
     assert whole == resumed and len({tuple(ranks.values()) for ranks in whole.values()}) > 1
     one, other = (load_file(folder / place / "adapter_model.safetensors") for place in ("whole", "resumed"))

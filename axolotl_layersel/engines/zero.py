@@ -197,14 +197,23 @@ class PartitionedEngine(ZeroEngine):
         # Rank 0 alone holds the copies.
         return self.gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
 
-    def release(self, model: nn.Module) -> None:
-        parameters = list(model.parameters())
-        for parameter in parameters:
-            parameter.grad = None
+    def restore_trained(self, model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+        self.let_go_of_weights(model)
+        super().restore_trained(model, values)
+
+    def let_go_of_weights(self, model: nn.Module) -> None:
+        """Partition every weight, also those of modules that no gradient came through, which keep theirs whole."""
+        for parameter in model.parameters():
             if hasattr(parameter, "ds_active_sub_modules"):
                 parameter.ds_active_sub_modules.clear()
         engine: Any = self.trainer.model_wrapped
         engine.empty_partition_cache()
+
+    def release(self, model: nn.Module) -> None:
+        parameters = list(model.parameters())
+        for parameter in parameters:
+            parameter.grad = None
+        self.let_go_of_weights(model)
         super().release(model)
         for parameter in parameters:
             if hasattr(parameter, "_z3_optimizer"):
