@@ -41,6 +41,8 @@ when one of them changes):
 * transformers 5.16.1, ``PreTrainedModel.gradient_checkpointing_enable``: modules that checkpoint have
   ``gradient_checkpointing`` and ``_gradient_checkpointing_func``, a partial call of ``checkpoint``, in whose place
   axolotl 0.19.0 may put functions of its own.
+* trl 1.9.0, ``disable_gradient_checkpointing``: around generating, and around what the reference model computes, it
+  switches checkpointing off and then on again by the model's own ``gradient_checkpointing_enable``.
 * trl 1.9.0: trainers that generate the answers that they train on have ``_generate_and_score_completions``, and
   ``use_vllm`` among their arguments says whether another program does it.
 * axolotl 0.19.0, ``ModelLoader._load_adapters``: ``CONFIG_ONLY_TRAINERS`` make the adapter themselves.

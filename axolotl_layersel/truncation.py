@@ -66,13 +66,18 @@ class TruncatedBackward:
 
     def install(self) -> None:
         """Cut the backward pass; call it when the trainer has set up checkpointing, at ``on_train_begin``."""
+        base: Any = get_base_model(self.model)
+        enable = base.gradient_checkpointing_enable
+
+        def enable_above(*args: Any, **kwargs: Any) -> None:
+            enable(*args, **kwargs)
+            self.leave_out()
+
+        # TRL's trainers set it up again in every step.
+        base.gradient_checkpointing_enable = enable_above
+        self.leave_out()
         if self.lowest == 0:
-            self.start_tower()
             return
-        remove_embedding_hooks(self.model)
-        # Parts of a layer too: under checkpointing T5's attention to its encoder begins a graph of its own.
-        for layer in self.stack.layers[: self.lowest]:
-            keep_from_checkpointing(layer)
         starts = [self.stack.layers[self.lowest - 1]] if needs_differentiable_inputs(self.model) else []
         if self.stack.vision is not None and self.lowest <= len(self.stack.vision.layers):
             # Rows without an image do not come through the vision tower, whose end is no beginning of the language
@@ -80,6 +85,16 @@ class TruncatedBackward:
             starts = starts if self.lowest < len(self.stack.vision.layers) else []
             starts.append(get_base_model(self.model).get_input_embeddings())
         self.handles = [module.register_forward_hook(start_graph) for module in starts]
+
+    def leave_out(self) -> None:
+        """Take out of checkpointing what has no backward pass."""
+        if self.lowest == 0:
+            self.start_tower()
+            return
+        remove_embedding_hooks(self.model)
+        # Parts of a layer too: under checkpointing T5's attention to its encoder begins a graph of its own.
+        for layer in self.stack.layers[: self.lowest]:
+            keep_from_checkpointing(layer)
 
     def start_tower(self) -> None:
         """Compute the lowest layer that trains in a vision tower once, where checkpointing would give it no gradient.
@@ -94,6 +109,7 @@ class TruncatedBackward:
 
     def remove(self) -> None:
         """Take the cut away again."""
+        vars(get_base_model(self.model)).pop("gradient_checkpointing_enable", None)
         while self.handles:
             self.handles.pop().remove()
 

@@ -274,7 +274,7 @@ class SupportWriter:
         self.shown: dict[str, list[dict]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":
+        if report.when == "call" or report.failed:
             self.shown[report.nodeid] = dict(report.user_properties).get("support", []) if report.passed else []
 
     def pytest_sessionfinish(self) -> None:
@@ -285,8 +285,16 @@ class SupportWriter:
 LAUNCHING_FIXTURES = {"zygote", "base_model"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that start processes, by the fixtures that they use: ``make check`` leaves them out."""
+COLLECTED = pytest.StashKey[set[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Mark tests that start processes, by the fixtures that they use: ``make check`` leaves them out.
+
+    The names of all tests are kept, before any are left out.
+    """
+    session.stash[COLLECTED] = {item.nodeid for item in items}
     for item in items:
         if LAUNCHING_FIXTURES & set(item.fixturenames):
             item.add_marker("launches")

@@ -341,7 +341,7 @@ def test_every_method_without_training_chooses_in_both_sides(name, tmp_path, sup
         if METHODS[method].reads == "nothing":
             assert scores == [None] * 5
         else:
-            assert torch.tensor(scores).isfinite().all()
+            assert torch.tensor(scores).isfinite().all() and len(set(scores)) > 1
         assert len(plan.selected) == (2 if method == "explicit" else len(plan.selected) if method == "gradient" else 3)
         assert set(find_lora_modules(Run.of(trainer).base)) == set(plan.modules)
     support.tested("model", name, *CHEAP)
@@ -463,7 +463,7 @@ def test_rank_moves_in_the_chosen_layers_of_both_sides_and_stock_peft_loads_them
     trainer.train()
     trainer.save_model()
     ranks = RankHistory.read(tmp_path).ranks
-    assert len(ranks) > 2, "at the start, at an update, at the end"
+    assert len({tuple(each.values()) for each in ranks.values()}) > 1, "no rank moved"
     assert set(ranks[10]) == set(find_lora_modules(Run.of(trainer).base))
     assert {find_layer(PLACES[name], module) for module in ranks[10]} == set(chosen)
     check_stock_peft(name, trainer, tmp_path, atol=1e-5)
@@ -489,6 +489,7 @@ def test_a_search_puts_gates_on_both_sides_and_its_course_names_them(name, tmp_p
     assert GateHistory.read(tmp_path).names == NAMES[name]
     scores = [choice.score for choice in plan.layers]
     assert len(set(scores)) == 5 and len(plan.selected) == 2
+    assert set(find_lora_modules(Run.of(trainer).base)) == set(plan.modules)
     draw_gates(GateHistory.read(tmp_path), [str(layer) for layer in plan.selected], tmp_path / "gates.png")
     assert (tmp_path / "gates.png").stat().st_size > 0
     trainer.train()

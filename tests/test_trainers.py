@@ -198,3 +198,9 @@ def test_trainers_that_generate_are_known_by_what_they_do_so_with():
     assert "_generate_and_score_completions" not in dir(AxolotlDPOTrainer)
     for arguments in (GRPOConfig, RLOOConfig):
         assert "use_vllm" in arguments.__dataclass_fields__
+
+
+def test_trl_sets_up_checkpointing_again_by_the_models_own_function():
+    from trl.models.utils import disable_gradient_checkpointing
+
+    assert "model.gradient_checkpointing_enable(" in inspect.getsource(disable_gradient_checkpointing)

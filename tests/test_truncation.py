@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import CHECKPOINTING, make_lora, make_rows, make_small_llama, make_trainer
 from first_step import FirstGradients, train_first_step
+from generation import make_generating_trainer
 
 from axolotl_layersel.adapters import initialize_lora
 from axolotl_layersel.args import LayerselBlock
@@ -59,3 +60,27 @@ def test_trained_embeddings_that_the_head_shares_are_not_cut_off():
         make_small_llama(tie_word_embeddings=True), layers_to_transform=[3], modules_to_save=["embed_tokens"]
     )
     assert find_lowest_trained(model, find_layer_stack(model)) == 0
+
+
+@pytest.mark.trains
+def test_a_trainer_that_sets_up_checkpointing_in_every_step_keeps_the_cut(tmp_path):
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    trainer = make_generating_trainer(
+        tmp_path, max_steps=3, max_completion_length=4, save_strategy="no", **checkpointing
+    )
+    prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5)))
+    base = trainer.model.get_base_model()
+    graphs, runs = [set() for _ in range(6)], [0] * 6
+
+    def record(place: int, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            graphs[place].add(output.requires_grad)
+            runs[place] += 1
+
+    for place, layer in enumerate(base.model.layers):
+        # The first of its parts: what is computed again ends where nothing more is needed.
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, output, place=place: record(place, output))
+    trainer.train()
+    assert graphs == [{False}] * 3 + [{True}] * 3
+    assert runs[3:] == [2 * runs[0]] * 3 and runs[:3] == [runs[0]] * 3, "what lies below is not computed again"
+    assert "gradient_checkpointing_enable" not in vars(base), "the cut is gone when training ends"
