@@ -65,11 +65,11 @@ def check_gated_file(data: Mapping[str, Any], setting: str) -> None:
 
 
 def check_generation(uses_vllm: bool) -> None:
-    """Raise LayerselError where another program than the model that trains generates the answers for ``l1ra``."""
+    """Raise LayerselError where vLLM, and not the model in training itself, generates the answers for ``l1ra``."""
     if uses_vllm:
         raise LayerselError(
-            "trl.use_vllm: true hands the adapter to another program while it trains, which layersel.l1ra was never "
-            "run with. Remove it, so that the model itself generates, or use `selection` alone."
+            "trl.use_vllm: true gives the adapter to vLLM while it trains, which layersel.l1ra was never run with. "
+            "Remove it, so that the model itself generates, or use `selection` alone."
         )
 
 

@@ -9,20 +9,28 @@ DOCS = Path(__file__).parent
 README, SUPPORT, SHOWN = DOCS.parent / "README.md", DOCS / "support.md", DOCS / "support.json"
 BEGIN, END = "<!-- The table of methods is made by docs/generate.py. -->", "<!-- End of the table of methods. -->"
 COLUMNS = [*METHODS, "l1ra"]
+CHOSEN = (
+    "A method chose, all layers with LoRA had finite scores that tell them apart, and LoRA was in the chosen layers "
+    "alone afterwards. For `l1ra` rank moved while the model trained, and stock PEFT computes with the saved adapter "
+    "what the model computed."
+)
 TABLES = {
     "model": (
         "Models",
         "Small random models of each family, with a plain `transformers.Trainer` on one process. Of encoders the row "
-        "says what they are trained for.",
+        f"says what they are trained for. {CHOSEN}",
     ),
     "trainer": (
         "Trainers",
-        "Whole runs of Axolotl on one process with each trainer and kind of data. In each run all methods chose, one "
-        "of the choices was applied, and then the run trained, with `l1ra` where the table says so.",
+        "Whole runs of Axolotl on one process with each trainer and kind of data. In each run all methods that are not "
+        "refused chose, with finite scores that tell layers apart, and nothing was changed by it. Then the choice by "
+        "`cka`, or where that is refused a plan that a run of SFT had left, was applied, and the model trained with "
+        "`l1ra`: rank moved, the adapter was in the chosen layers alone, and stock PEFT computes with it what the "
+        "model computed.",
     ),
     "adapter": (
         "Kinds of adapter",
-        "A small random Llama with each kind of adapter, with a plain `transformers.Trainer` on one process.",
+        f"A small random Llama with each kind of adapter, with a plain `transformers.Trainer` on one process. {CHOSEN}",
     ),
 }
 HEAD = """# What is known to work
@@ -31,11 +39,9 @@ HEAD = """# What is known to work
 
 These tables are made from the results of this project's tests, and a test whose result is not in them fails.
 
-- **yes**: a test chose layers by that method there, and checked that all that were scored have finite scores that
-  tell them apart, and that LoRA is in the chosen layers alone afterwards. For `l1ra`, with its default rule: rank
-  moved while it trained, and stock PEFT computes with the saved adapter what the model computed.
+- **yes**: a test shows what is said above the table. `l1ra` has its default rule.
 - **no**: it is refused, in one sentence, which the note below the table gives.
-- **?**: there is no test of it, so nothing is known.
+- **?**: there is no test of it, so nothing is known. Nor is it of what has no row.
 
 All of it ran on a CPU. The engines are another matter, which [the README](../README.md#engines) is about.
 """

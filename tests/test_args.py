@@ -252,7 +252,7 @@ def test_an_initialisation_that_layers_cannot_be_selected_under_is_refused(run, 
         (
             {},
             {"rl": "grpo"},
-            "rl: grpo, gdpo and ebft generate .* layersel.selection.method: flexora searches",
+            "rl: 'grpo' trains on prompts .* layersel.selection.method: 'flexora' looks",
         ),
         ({}, {"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: 'pissa' is not supported by layersel.sel"),
         ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: true starts training over"),

@@ -176,9 +176,17 @@ BEFORE_THE_MODEL = {
         {"layersel": {**selection()["layersel"], "l1ra": None}},
         "layersel.l1ra: the key is there but its block is blank",
     ),
-    "l1ra: another program generates": (
+    "two kinds of checkpointing": (
+        {
+            "fsdp_version": 2,
+            "fsdp_config": {"activation_checkpointing": True},
+            "gradient_checkpointing": True,
+        },
+        "fsdp_config.activation_checkpointing: True and gradient_checkpointing: True ask for the same. Remove one",
+    ),
+    "l1ra: vLLM generates": (
         {**l1ra(), "rl": "grpo", "trl": {"use_vllm": True}},
-        "trl.use_vllm: true hands the adapter to another program while it trains",
+        "trl.use_vllm: true gives the adapter to vLLM while it trains",
     ),
     "l1ra: hidden states beside": ({**l1ra(), "rl": "ebft"}, "rl: 'ebft' reads hidden states of the model beside"),
     "l1ra: no interval": (l1ra(update_ratio=0), "layersel.l1ra.update_ratio: 0.0 is outside (0, 1]"),

@@ -7,7 +7,10 @@ import pytest
 import torch
 from conftest import make_small_llama, preferences, selection
 from generation import make_generating_trainer
+from peft import PeftModel
+from probe import TOKENS
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from support import L1RA, check_rank_moves, make_selection_config
 from test_runs import load_with_stock_peft
 
@@ -22,10 +25,7 @@ PLUGINS = [
     "axolotl_layersel.LayerSelectionPlugin",
 ]
 SCORING = ("cka", "cosine", "relative", "fisher", "gradient")
-UNGENERATED = {
-    **dict.fromkeys(SCORING, "trains on prompts whose answers are yet to be generated"),
-    "flexora": "grpo, gdpo and ebft generate the answers that they train on",
-}
+UNGENERATED = dict.fromkeys((*SCORING, "flexora"), "trains on prompts whose answers are yet to be generated")
 STREAMED = dict.fromkeys((*SCORING, "flexora"), "streaming: True cannot be sampled for")
 REWARDED = dict.fromkeys(("fisher", "gradient"), "learns from pairs of answers and has no labels")
 
@@ -74,10 +74,10 @@ def train_by_simpo(folder: Path) -> dict:
     return {**preferences(folder, "simpo"), "rl_beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.5}
 
 
-def train_by_grpo(folder: Path) -> dict:
+def train_by_grpo(folder: Path, rl: str = "grpo") -> dict:
     rows = [{"instruction": ask(i), "input": "", "output": ""} for i in range(24)]
     rewards = {"reward_funcs": ["generation.reward_variety"], "num_generations": 2, "max_completion_length": 8}
-    return {**write_rows(folder, rows, "generation.make_prompts"), "rl": "grpo", "trl": rewards}
+    return {**write_rows(folder, rows, "generation.make_prompts"), "rl": rl, "trl": rewards}
 
 
 # What trains on what, and which methods are refused with which part of a message.
@@ -94,6 +94,7 @@ TRAINERS = {
     "SimPO": (train_by_simpo, {}),
     "reward model": (lambda folder: preferences(folder, "reward"), REWARDED),
     "GRPO": (train_by_grpo, UNGENERATED),
+    "GDPO": (lambda folder: train_by_grpo(folder, "gdpo"), UNGENERATED),
 }
 
 
@@ -153,10 +154,23 @@ def test_every_method_chooses_in_a_run_with_a_trainer_and_rank_moves(name, train
     assert losses and torch.tensor(losses).isfinite().all()
     if name == "reward model":  # its head is new, and trains beside LoRA
         assert set(run.adapter()) - set(tensors) == {"base_model.model.score.weight"}
+        stock = compute_rewards(base_model, run.folder)
     else:
-        logits = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
-        assert logits.isfinite().all()
+        stock = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
+    trained = load_file(run.folder / "logits.safetensors")["logits"]
+    torch.testing.assert_close(stock, trained, atol=1e-5, rtol=1e-5)
     support.tested("trainer", name, L1RA)
+
+
+def compute_rewards(base_model: Path, adapter: Path) -> torch.Tensor:
+    """Return what stock PEFT makes of a reward model, on the tokens of the probe."""
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(base_model, num_labels=1, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        # A row at a time, for which it is not asked what fills rows up.
+        return torch.cat([model(input_ids=tokens[None]).logits for tokens in TOKENS])
 
 
 @pytest.mark.trains
@@ -165,3 +179,15 @@ def test_rank_moves_by_pressure_too_in_a_model_that_generates_what_it_trains_on(
     config = LayerselConfig(l1ra=L1RAConfig(rule="pressure", update_ratio=0.16))
     batch = {"input_ids": torch.arange(10, 30)[None]}
     check_rank_moves(trainer, config, make_small_llama(), tmp_path, batch)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-full"])
+def test_engines_generate_with_a_model_in_which_rank_moves(engine, train, tmp_path, base_model):
+    settings = {**train_by_grpo(tmp_path), "micro_batch_size": 2}
+    block = {"selection": {"method": "last"}, "l1ra": {"update_ratio": 0.16, "move_ratio": 0.3}}
+    run = train(engine, plugins=[name for name in PLUGINS if "Methods" not in name], layersel=block, **settings)
+    assert run.engine["engine"] == engine.partition("-")[0] and run.engine["processes"] == 2
+    assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) > 1, "no rank moved"
+    assert run.selected == [4, 5, 6, 7]
+    stock = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
+    torch.testing.assert_close(stock, load_file(run.folder / "logits.safetensors")["logits"], atol=1e-5, rtol=1e-5)

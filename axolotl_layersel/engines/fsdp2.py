@@ -79,6 +79,9 @@ class ShardedEngine(Engine):
         plugin.activation_checkpointing = False
         arguments.gradient_checkpointing = True
         arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        # Another trainer may be made with these arguments, in which both keys would contradict each other.
+        config: Any = arguments.fsdp_config  # a file was read
+        config.pop("activation_checkpointing", None)
         LOG.info(
             "layersel: fsdp_config.activation_checkpointing is done by gradient_checkpointing with use_reentrant: false"
         )

@@ -21,6 +21,8 @@ PARALLELISM = {
     "expert_parallel_size": "experts over devices in a way that this plugin is untested with; Axolotl's runs on GPUs "
     "alone",
 }
+# What FSDP2's own checkpointing of activations is called, as Axolotl reads it.
+CHECKPOINTING = ("activation_checkpointing", "fsdp_activation_checkpointing")
 # What the engines that split weights are called in messages, by their names.
 LABELS = {"zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
@@ -37,6 +39,12 @@ def check_engine(data: Mapping[str, Any]) -> None:
         version = data.get("fsdp_version") or fsdp_config.get("fsdp_version") or fsdp_config.get("version")
         if str(version) != "2":
             raise LayerselError(f"fsdp_version: {version!r} is not supported by the plugin. Set `fsdp_version: 2`.")
+        checkpoints = next((key for key in CHECKPOINTING if fsdp_config.get(key)), None)
+        if checkpoints and data.get("gradient_checkpointing"):
+            raise LayerselError(
+                f"fsdp_config.{checkpoints}: {fsdp_config[checkpoints]!r} and gradient_checkpointing: "
+                f"{data['gradient_checkpointing']!r} ask for the same. Remove one of them."
+            )
     check_disk(read_zero(data.get("deepspeed")), moves_state(as_mapping(data.get("layersel"))))
 
 

@@ -10,7 +10,7 @@ from axolotl_layersel.block import Block, as_mapping, as_number, as_whole, check
 from axolotl_layersel.engines.refusals import find_engine_name, writes_whole_state
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.allocation import BUDGETS
-from axolotl_layersel.plain_lora import check_gated_file, check_generation
+from axolotl_layersel.plain_lora import GENERATING_TRAINERS, check_gated_file, check_generation
 
 # No model has matrices with more rows and columns; room for such a rank would take all memory.
 HIGHEST_RANK = 2**16
@@ -230,12 +230,13 @@ def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:
     """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.l1ra``."""
     check_ranks(data, settings)
     check_gated_file(data, "layersel.l1ra")
-    if read_choice(data, "rl") == "ebft":
+    rl = read_choice(data, "rl")
+    if rl == "ebft":
         raise LayerselError(
             "rl: 'ebft' reads hidden states of the model beside training it, which layersel.l1ra was never run with. "
-            "Use `selection` alone with it."
+            "Use `selection` alone with it, by a saved `plan` or a method that reads no data."
         )
-    check_generation(bool(as_mapping(data.get("trl")).get("use_vllm")))
+    check_generation(rl in GENERATING_TRAINERS and as_mapping(data.get("trl")).get("use_vllm") is True)
     check_optimizer(read_choice(data, "optimizer"), find_engine_name(data), writes_whole_state(data))
 
 

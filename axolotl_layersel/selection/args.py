@@ -448,6 +448,14 @@ def describe_sharded_ranks(rank: str, engine: str) -> str:
     )
 
 
+def describe_generated(trainer: str, method: str) -> str:
+    """Return the message for a method that looks at answers, and a trainer that has none yet, called so."""
+    return (
+        f"{trainer} trains on prompts whose answers are yet to be generated, and layersel.selection.method: {method!r} "
+        f"looks at answers. Give a saved `plan`, or use one of the methods that need no data: {list_data_free()}."
+    )
+
+
 def check_dataset(data: Mapping[str, Any], selection: SelectionArgs) -> None:
     """Raise LayerselError where the method needs rows that cannot be drawn at random, or answers that no row has."""
     method = get_method(selection.method)
@@ -455,12 +463,8 @@ def check_dataset(data: Mapping[str, Any], selection: SelectionArgs) -> None:
         return
     rl = read_choice(data, "rl")
     strided = as_mapping(data.get("ebft")).get("mode") == "strided"  # on texts, not on prompts
-    if method.draws_rows and rl in GENERATING_TRAINERS and not strided:
-        raise LayerselError(
-            f"rl: {rl!r} trains on prompts whose answers are yet to be generated, and layersel.selection.method: "
-            f"{selection.method!r} scores layers on answers. Give a saved `plan`, or use one of the methods that need "
-            f"no data: {list_data_free()}."
-        )
+    if rl in GENERATING_TRAINERS and not strided:
+        raise LayerselError(describe_generated(f"rl: {rl!r}", method.name))
     if method.reads == LABELS and data.get("reward_model"):
         raise LayerselError(
             f"reward_model: {data['reward_model']} learns from pairs of answers and has no labels, of which "

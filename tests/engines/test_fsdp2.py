@@ -50,10 +50,15 @@ def test_layers_are_checkpointed_by_transformers_where_fsdp2_was_asked_to(asked)
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, activation_checkpointing=asked)
     trainer = describe_engine("FSDP", {"fsdp_plugin": plugin})
-    trainer.args = types.SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None)
+    trainer.args = types.SimpleNamespace(
+        gradient_checkpointing=False,
+        gradient_checkpointing_kwargs=None,
+        fsdp_config={"version": 2, "activation_checkpointing": asked},
+    )
     find_engine(trainer).take_over_checkpointing()
     assert plugin.activation_checkpointing is False
     assert trainer.args.gradient_checkpointing is asked
+    assert not trainer.args.fsdp_config.get("activation_checkpointing"), "a second trainer would have both"
     assert trainer.args.gradient_checkpointing_kwargs == ({"use_reentrant": False} if asked else None)
 
 

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from axolotl_layersel.block import Block, check_known, list_plugins, read_choice
+from axolotl_layersel.block import Block, check_known, list_plugins
 from axolotl_layersel.engines.refusals import LABELS, find_shards
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plain_lora import GENERATING_TRAINERS, check_gated_file
+from axolotl_layersel.plain_lora import check_gated_file
 
 SETTING = "layersel.selection.method: flexora"
 VALIDATION_SOURCES = ("train", "eval")
@@ -101,7 +101,6 @@ class FlexoraArgs(Block):
 def check_file(data: Mapping[str, Any], search: Search) -> None:
     """Raise LayerselError where a Flexora search cannot be made in this run."""
     check_gated_file(data, SETTING)
-    check_rows_are_there(generates=read_choice(data, "rl") in GENERATING_TRAINERS)
     if search.val_source == "eval" and not (data.get("val_set_size") or data.get("test_datasets")):
         raise LayerselError(describe_missing_eval_set())
     if search.hypergradient != "unrolled":
@@ -145,15 +144,6 @@ def check_attention(implementation: str) -> None:
         raise LayerselError(
             f"{FlexoraArgs.path}.hypergradient: 'unrolled' differentiates twice, which {implementation} does not "
             "support. Use `attn_implementation: sdpa` or `eager`, or `hypergradient: first_order`."
-        )
-
-
-def check_rows_are_there(generates: bool) -> None:
-    """Raise LayerselError for a trainer that generates the answers that it trains on."""
-    if generates:
-        raise LayerselError(
-            f"rl: grpo, gdpo and ebft generate the answers that they train on, and {SETTING} searches on answers that "
-            "are there. Give a saved `plan`, or use a method that reads no data, such as `last`."
         )
 
 

@@ -18,13 +18,13 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.layers import LayerStack, get_linears
 from axolotl_layersel.run import Run
+from axolotl_layersel.selection.args import describe_generated
 from axolotl_layersel.selection.calibration import check_indexable
 from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.methods.flexora.args import (
     SETTING,
     Search,
     check_attention,
-    check_rows_are_there,
     describe_sharded,
 )
 from axolotl_layersel.selection.methods.flexora.gating import find_alpha_gradient, find_multipliers
@@ -124,7 +124,8 @@ SOURCES = {"train": take_training_rows, "eval": take_eval_rows}
 def check_search(run: Run, settings: Search, modules: dict[str, LoraLayer]) -> None:
     """Raise LayerselError for a run in which no search can be made with gates on ``modules``."""
     adapters.check_plain_lora(run, modules, SETTING)
-    check_rows_are_there(trainers.generates(run.trainer))
+    if trainers.generates(run.trainer):
+        raise LayerselError(describe_generated(f"trainer: {type(run.trainer).__name__}", "flexora"))
     trainers.check_no_optimizer(run.trainer)
     if settings.hypergradient == "unrolled":
         if run.engine.is_streamed:
