@@ -74,10 +74,10 @@ def train_by_simpo(folder: Path) -> dict:
     return {**preferences(folder, "simpo"), "rl_beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.5}
 
 
-def train_by_grpo(folder: Path, rl: str = "grpo") -> dict:
+def train_by_grpo(folder: Path) -> dict:
     rows = [{"instruction": ask(i), "input": "", "output": ""} for i in range(24)]
     rewards = {"reward_funcs": ["generation.reward_variety"], "num_generations": 2, "max_completion_length": 8}
-    return {**write_rows(folder, rows, "generation.make_prompts"), "rl": rl, "trl": rewards}
+    return {**write_rows(folder, rows, "generation.make_prompts"), "rl": "grpo", "trl": rewards}
 
 
 # What trains on what, and which methods are refused with which part of a message.
@@ -94,7 +94,6 @@ TRAINERS = {
     "SimPO": (train_by_simpo, {}),
     "reward model": (lambda folder: preferences(folder, "reward"), REWARDED),
     "GRPO": (train_by_grpo, UNGENERATED),
-    "GDPO": (lambda folder: train_by_grpo(folder, "gdpo"), UNGENERATED),
 }
 
 
@@ -183,7 +182,7 @@ def test_rank_moves_by_pressure_too_in_a_model_that_generates_what_it_trains_on(
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-full"])
 def test_engines_generate_with_a_model_in_which_rank_moves(engine, train, tmp_path, base_model):
-    settings = {**train_by_grpo(tmp_path), "micro_batch_size": 2}
+    settings = {**train_by_grpo(tmp_path), "micro_batch_size": 4}
     block = {"selection": {"method": "last"}, "l1ra": {"update_ratio": 0.16, "move_ratio": 0.3}}
     run = train(engine, plugins=[name for name in PLUGINS if "Methods" not in name], layersel=block, **settings)
     assert run.engine["engine"] == engine.partition("-")[0] and run.engine["processes"] == 2
