@@ -18,7 +18,8 @@ TABLES = {
     "model": (
         "Models",
         "Small random models of each family, with a plain `transformers.Trainer` on one process. Of encoders the row "
-        f"says what they are trained for. {CHOSEN}",
+        f"says what they are trained for. {CHOSEN} In encoders `cka` has no score for the lowest layer, whose first "
+        "token is the same in all rows, and `gradient` need not tell layers apart: labels there follow from nothing.",
     ),
     "trainer": (
         "Trainers",
