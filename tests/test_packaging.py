@@ -23,8 +23,6 @@ pytestmark = pytest.mark.launches
 
 # What `axolotl-layersel show` needs of all that the package depends on.
 NEEDED_BY_SHOW = {"pydantic", "rich", "safetensors", "typer"}
-# What is not imported: processes are started by its command.
-STARTED_BY_NAME = {"accelerate"}
 PLAN = {
     "schema_version": 1,
     "method": "cka",
@@ -227,7 +225,7 @@ def test_everything_that_is_imported_is_declared(requirements):
             imported_at_once |= providers if at_once else set()
     assert {"torch", "matplotlib", "deepspeed"} <= imported, "imports within functions are seen too"
     assert imported_at_once <= required, "an extra may be imported only where it is used"
-    assert required - imported == STARTED_BY_NAME
+    assert required <= imported, "nothing is declared that is not imported"
 
 
 def test_what_is_installed_is_what_is_declared(requirements):
