@@ -59,6 +59,7 @@ class LayerSelectionPlugin(BasePlugin):
                 lora_r=cfg.lora_r,
                 scaling=find_scaling(cfg) if cfg.lora_model_dir and settings.l1ra else None,
                 repeat=self.repeat,
+                checked=True,
             )
         take_over_fsdp2_writer(trainer)
 

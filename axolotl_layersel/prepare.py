@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from pathlib import Path
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -39,6 +40,7 @@ def prepare_trainer(
     lora_r: int | None = None,
     scaling: float | None = None,
     repeat: int = 1,
+    checked: bool = False,
 ) -> Plan | None:
     """Make a trainer ready: choose the layers that keep LoRA, and let rank move while it trains.
 
@@ -71,6 +73,7 @@ def prepare_trainer(
         lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: with ``l1ra``, the scaling that all modules get; default: the adapter's.
         repeat: with ``selection``, choose with so many seeds, to say how far they agree; the first is the plan.
+        checked: ``resume_from`` was looked through before, as the plugin does before the model loads.
 
     Returns:
         The plan, where layers are selected, else None. It is printed, and written to
@@ -86,9 +89,11 @@ def prepare_trainer(
         )
     run = Run.of(trainer)
     check_trainers_alike(run, settings, resume_from, continues_adapter)
-    if resume_from:
+    if resume_from is not None and not checked:
+        if not isinstance(resume_from, str | os.PathLike) or not str(resume_from):
+            raise LayerselError(f"resume_from: {resume_from!r} is no path. Give the folder of a checkpoint, or None.")
         check_resumable(resume_from, settings, type(run.engine))
-    collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
+        collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
     run.engine.take_over_checkpointing()
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
     adapters.check_target_parameters(run)

@@ -155,6 +155,13 @@ def test_a_checkpoint_without_the_optimizers_state_is_refused_before_anything_is
         prepare_trainer(again, block, resume_from=str(checkpoint))
 
 
+@pytest.mark.parametrize("given", [True, ""])
+def test_what_is_no_path_is_not_resumed_from(given, tmp_path):
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path)
+    with pytest.raises(LayerselError, match=rf"^resume_from: {given!r} is no path. Give the folder of a checkpoint"):
+        prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="last")), resume_from=given)
+
+
 @pytest.mark.parametrize("engine", OPTIMIZER_STATES)
 def test_a_plain_trainer_searches_and_resumes_on_engines_and_all_ranks_miss_what_one_lacks(engine, zygote, tmp_path):
     base = make_small_llama(layers=4)
