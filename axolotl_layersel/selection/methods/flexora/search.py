@@ -21,12 +21,7 @@ from axolotl_layersel.run import Run
 from axolotl_layersel.selection.args import describe_generated
 from axolotl_layersel.selection.calibration import check_indexable
 from axolotl_layersel.selection.choosing import Selection
-from axolotl_layersel.selection.methods.flexora.args import (
-    SETTING,
-    Search,
-    check_attention,
-    describe_sharded,
-)
+from axolotl_layersel.selection.methods.flexora.args import SETTING, Search, check_attention, describe_sharded
 from axolotl_layersel.selection.methods.flexora.gating import find_alpha_gradient, find_multipliers
 from axolotl_layersel.selection.methods.flexora.records import GateHistory
 from axolotl_layersel.selection.methods.flexora.unrolled import InnerSteps
