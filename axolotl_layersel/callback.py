@@ -14,10 +14,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel import nodes, trainers
 from axolotl_layersel.engines import collectives
+from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.interrupt import WATCH, Interrupted, SharedSignal, leave
+from axolotl_layersel.leftovers import find_leftovers, find_surplus, remove
 from axolotl_layersel.run import Run
 from axolotl_layersel.writer import AdapterWriter
 
@@ -32,15 +35,25 @@ class RestoreCallback(TrainerCallback):
     Args:
         run: it may have been resumed.
         resume_from: the checkpoint that the run resumes from.
+        resumed_step: its step.
         restore: writes the LoRA weights of a checkpoint into the sharded model.
     """
 
-    def __init__(self, run: Run, resume_from: str | None, restore: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Run, resume_from: str | None, resumed_step: int | None, restore: Callable[[str], None]
+    ) -> None:
         self.run = run
         self.resume_from = resume_from
+        self.resumed_step = resumed_step
         self.restore = restore
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.resumed_step not in (None, state.global_step):
+            raise LayerselError(
+                f"resume_from_checkpoint: the trainer begins at step {state.global_step}, and was prepared to resume "
+                f"from {self.resume_from}, which is of step {self.resumed_step}. Give `trainer.train` the same "
+                "checkpoint as `prepare_trainer`."
+            )
         if state.global_step == 0:
             return
         callbacks = self.run.trainer.callback_handler.callbacks
@@ -68,17 +81,36 @@ class TidyCallback(TrainerCallback):
     """Removes what an earlier run has left in the folder, once nothing of this one can fail before it trains.
 
     Args:
+        run: its folder is not written by another run.
         paths: files that this run does not write.
+        resume_from: the checkpoint that the run resumes from.
+        is_complete: whether this process could resume from a checkpoint.
     """
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(
+        self, run: Run, paths: list[Path], resume_from: str | None, is_complete: Callable[[Path], bool]
+    ) -> None:
+        self.run = run
         self.paths = paths
+        self.resume_from = resume_from
+        self.is_complete = is_complete
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for path in self.paths if collectives.get_rank() == 0 else []:
-            if path.exists():
-                LOG.info("layersel: %s is an earlier run's, and is removed", path)
-                path.unlink()
+            if path.is_file():
+                remove(path, "is an earlier run's")
+        for path in find_leftovers(self.run.output_dir) if args.local_process_index == 0 else []:
+            remove(path, "is what a run was writing when it was killed")
+        if state.global_step > 0 and args.should_save:
+            self.keep_to_limit(args.save_total_limit, state)
+
+    def keep_to_limit(self, limit: int | None, state: TrainerState) -> None:
+        """Remove the checkpoints that a killed run has written, and had not deleted yet."""
+        best = [Path(state.best_model_checkpoint).name] if state.best_model_checkpoint else []
+        resumed = [Path(self.resume_from).name] if self.resume_from else []
+        protected = {f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", *resumed, *best}
+        for path in find_surplus(self.run.output_dir, limit, protected, self.is_complete):
+            remove(path, f"is one checkpoint more than save_total_limit: {limit}")
 
 
 class ShareCallback(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: one that holds everything that resuming reads."""
+"""Which checkpoint a run resumes from: one that holds everything that resuming reads, all of one step of one run."""
 
 import json
 import logging
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.contents import Record, find_mixture, find_other_file, list_recorded, read_record, record_path
 from axolotl_layersel.engines import collectives, find_launched_class, list_classes
 from axolotl_layersel.engines.base import Engine, name_random_state
 from axolotl_layersel.errors import LayerselError
@@ -24,7 +26,7 @@ from axolotl_layersel.files import FOLDER
 from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.l1ra.state import state_path
 from axolotl_layersel.plan import plan_path, read_plan
-from axolotl_layersel.trainers import OPTIONAL_STATE_FILES
+from axolotl_layersel.trainers import OPTIONAL_STATE_FILES, find_state_fault
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -62,13 +64,17 @@ def find_resumed_checkpoint(
     for name in sort_checkpoints(names):
         checkpoint = Path(output_dir) / name
         faults[name] = find_fault_anywhere(checkpoint, settings, kind)
+        what = "incomplete"
+        if faults[name] is None:
+            faults[name] = find_mixture_anywhere(checkpoint, settings, kind)
+            what = "not of one step of one run"
         if faults[name] is None:
             return str(checkpoint)
         if collectives.get_rank() == 0:
-            LOG.warning("layersel: %s is incomplete and is not resumed from: %s", checkpoint, faults[name])
-    ended = [name for name in faults if find_file_fault(Path(output_dir) / name, TRAINER_STATE_NAME) is None]
+            LOG.warning("layersel: %s is %s and is not resumed from: %s", checkpoint, what, faults[name])
+    ended = [name for name in faults if was_ended(Path(output_dir) / name)]
     written = collectives.gather_union(ended)
-    if written:  # the Trainer's own state comes last
+    if written:
         newest = sort_checkpoints(written)[0]
         raise LayerselError(
             f"auto_resume_from_checkpoints: {output_dir} has no complete checkpoint, and {newest} would be lost: "
@@ -83,6 +89,7 @@ def check_resumable(checkpoint: str, settings: LayerselBlock, kind: type[Engine]
     A collective call.
     """
     fault = find_fault_anywhere(Path(checkpoint), settings, kind)
+    fault = fault or find_mixture_anywhere(Path(checkpoint), settings, kind)
     if fault:
         raise LayerselError(
             f"resume_from_checkpoint: {checkpoint} cannot be resumed from: {fault}. Resume another checkpoint, or "
@@ -128,6 +135,63 @@ def find_fault_anywhere(checkpoint: Path, settings: LayerselBlock, kind: type[En
         for fault in view.faults.values():
             return f"{fault} ({name_process(rank, views)})" if rank else fault
     return None
+
+
+def find_mixture_anywhere(checkpoint: Path, settings: LayerselBlock, kind: type[Engine]) -> str | None:
+    """Return why the files of a complete ``checkpoint`` are not of one step of one run, or None; a collective call.
+
+    Rank 0 has the record of what belongs together, and each rank compares what it reads itself.
+    """
+    record, fault = collectives.decide_on_rank_zero(lambda: look_at_record(checkpoint))
+    if record is not None:
+        rank = collectives.get_rank()
+        names = list_recorded() if rank == 0 else list_own_files(settings, rank, kind)
+        try:
+            fault = fault or find_other_file(checkpoint, record, names)
+        except OSError as error:  # one rank's disk must not leave the others waiting
+            fault = f"it cannot be read ({error})"
+    faults = collectives.gather_from_all((socket.gethostname(), fault))
+    several = len({host for host, _ in faults}) > 1
+    for rank, (host, found) in enumerate(faults):
+        if found:
+            where = f" (process {rank}{f' on {host}' if several else ''})"
+            return f"{found}{where if rank else ''}"
+    return None
+
+
+def look_at_record(checkpoint: Path) -> tuple[Record | None, str | None]:
+    """Return the record of a checkpoint, and what contradicts it; without a record only that."""
+    try:
+        return read_record(checkpoint), find_mixture(checkpoint)
+    except OSError as error:
+        name = os.path.relpath(error.filename, checkpoint) if error.filename else checkpoint.name
+        return None, f"{name} cannot be read ({error.strerror or error})"
+    except (ValueError, RecursionError, SafetensorError) as error:
+        return None, f"its files are damaged ({error})"
+
+
+def check_best(checkpoint: str, settings: LayerselBlock, kind: type[Engine]) -> None:
+    """Raise LayerselError, on every rank, unless the files of the best checkpoint belong together; a collective call.
+
+    One that has nothing of this package's is a plain run's, which this one has taken up, and says nothing.
+
+    ``kind``: the class of the run's engine.
+    """
+    is_own = collectives.decide_on_rank_zero(lambda: os.path.lexists(Path(checkpoint) / FOLDER))
+    fault = find_mixture_anywhere(Path(checkpoint), settings, kind) if is_own else None
+    if fault:
+        raise LayerselError(
+            f"load_best_model_at_end: {checkpoint} cannot be loaded: {fault}. The checkpoints stay as they are: use "
+            "the adapter of another one, or resume with `load_best_model_at_end: false`."
+        )
+
+
+def was_ended(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written to its end: the Trainer's own state, which comes last, is JSON."""
+    try:
+        return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -276,6 +340,16 @@ def find_fault(checkpoint: Path, settings: LayerselBlock, rank: int, world: int)
     return next(iter(find_faults(checkpoint, settings, needed).values()), None)
 
 
+def is_resumable(checkpoint: Path, settings: LayerselBlock, kind: type[Engine]) -> bool:
+    """Return whether this rank's disk has all of ``checkpoint`` that it would read to resume on an engine of a kind.
+
+    Checkpoints that other processes wrote count too: their random states are not looked for.
+    """
+    rank, world = collectives.get_rank(), collectives.count_ranks()
+    needed = list_needed_files(checkpoint, settings, kind, rank, world, others=True)
+    return not find_faults(checkpoint, settings, needed)
+
+
 def find_faults(checkpoint: Path, settings: LayerselBlock, needed: list[str]) -> dict[str, str]:
     """Return what is wrong with the files of a checkpoint that are ``needed``, by file or pattern."""
     faults = {}
@@ -326,6 +400,7 @@ def list_own_files(settings: LayerselBlock, rank: int, kind: type[Engine]) -> li
     if rank == 0:
         needed += [plan_path("")] if settings.selection else []
         needed += [ranks_path("")] if settings.l1ra else []
+        needed += [record_path(""), Path(CONFIG_NAME)]
     return [str(path) for path in needed]
 
 
@@ -334,6 +409,8 @@ def explain_missing(checkpoint: Path, pattern: str, needed: list[str], settings:
 
     ``needed``: what is read, of which the engine's first file comes second.
     """
+    if pattern == str(record_path("")):
+        return ", which says what belongs together: it was lost, or an earlier axolotl-layersel wrote the checkpoint"
     if pattern.startswith(FOLDER):
         if settings.l1ra is None and state_path(checkpoint).exists():
             return "; the checkpoint is of a run with layersel.l1ra, without which its adapter does not fit"
@@ -355,10 +432,13 @@ def find_file_fault(checkpoint: Path, name: str) -> str | None:
             return f"{name} is empty"
         if path == plan_path(checkpoint):
             read_plan(path, "resume_from_checkpoint")
+        elif path == record_path(checkpoint):
+            read_record(checkpoint)
         elif path.name == TRAINER_STATE_NAME:
-            step = TrainerState.load_from_json(str(path)).global_step
-            if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-                return f"{name} is damaged (its global_step is {step!r})"
+            fault = find_state_fault(json.loads(path.read_bytes()))
+            if fault:
+                return f"{name} is damaged ({fault})"
+            TrainerState.load_from_json(str(path))
         elif path.suffix == ".json":
             json.loads(path.read_bytes())
         elif path.suffix == ".safetensors":

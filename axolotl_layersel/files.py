@@ -117,10 +117,11 @@ def check_output(folder: str | Path, names: Iterable[str]) -> None:
         LayerselError: naming what is in the way.
     """
     target = Path(folder).absolute() / FOLDER
-    existing = next(place for place in (target, *target.parents) if os.path.exists(place))
+    existing = next(place for place in (target, *target.parents) if os.path.lexists(place))
     if not existing.is_dir():
+        what = "a file" if existing.exists() else "a link that leads nowhere"
         raise LayerselError(
-            f"output_dir: {existing} is a file, where a folder is needed. Move it, or set another output_dir."
+            f"output_dir: {existing} is {what}, where a folder is needed. Move it, or set another output_dir."
         )
     for name in names:
         if (target / name).is_dir():

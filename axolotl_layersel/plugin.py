@@ -17,6 +17,7 @@ class LayerSelectionPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self.lock: RunLock | None = None
+        self.given: dict[str, Any] = {}  # the YAML file's settings of LoRA, before the model is loaded by them
         self.repeat = 1  # choices that `axolotl-layersel plan --repeat` asks for
 
     def register(self, cfg: dict[str, Any]) -> None:
@@ -36,9 +37,11 @@ class LayerSelectionPlugin(BasePlugin):
             return
         from axolotl.utils.distributed import init_distributed_state
 
+        from axolotl_layersel.contents import describe_yaml
         from axolotl_layersel.preflight import check_before_model
 
         init_distributed_state()
+        self.given = describe_yaml(cfg)
         check_before_model(cfg, self.take_lock)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
@@ -60,6 +63,7 @@ class LayerSelectionPlugin(BasePlugin):
                 scaling=find_scaling(cfg) if cfg.lora_model_dir and settings.l1ra else None,
                 repeat=self.repeat,
                 checked=True,
+                given=self.given,
             )
         take_over_fsdp2_writer(trainer)
 

@@ -10,18 +10,17 @@ import torch
 from axolotl_layersel.agreement import AGREEING_KEYS, check_started_alike
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.checkpoints import find_resumed_checkpoint
+from axolotl_layersel.contents import describe_yaml
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import check_output, read_json
 from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
-from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS
 from axolotl_layersel.layers import describe_missing_tower
-from axolotl_layersel.plan import check_lora_rank, plan_path
-from axolotl_layersel.prepare import check_resumed
+from axolotl_layersel.plan import check_lora_rank
+from axolotl_layersel.prepare import OUTPUT_FILES, check_resumed
 from axolotl_layersel.selection.args import DEFAULT_STACKS, DEFAULT_UNSELECTED
 from axolotl_layersel.selection.choosing import check_naming
-from axolotl_layersel.selection.methods.flexora.records import gates_path
 from axolotl_layersel.selection.select import check_continuing, find_plan
 from axolotl_layersel.trainers import CONFIG_ONLY_TRAINERS
 
@@ -42,9 +41,8 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
         LayerselError: on every rank, where something cannot be honoured.
     """
     settings = read_settings(cfg)
-    names = [path("").name for path in (plan_path, ranks_path, gates_path)]
     check_started_alike({"layersel": settings.model_dump(), **{key: cfg.get(key) for key in AGREEING_KEYS}})
-    decide_on_rank_zero(lambda: check_output(cfg.output_dir, names))
+    decide_on_rank_zero(lambda: check_output(cfg.output_dir, OUTPUT_FILES))
     decide_on_rank_zero(lambda: take_lock(cfg.output_dir))
     resume_from = find_resumed_checkpoint(
         settings, cfg.output_dir, cfg.resume_from_checkpoint, bool(cfg.auto_resume_from_checkpoints)
@@ -52,7 +50,7 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
     # Axolotl by itself would also resume from a checkpoint that a killed run left incomplete.
     cfg.resume_from_checkpoint = resume_from
     cfg.auto_resume_from_checkpoints = False
-    decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
+    decide_on_rank_zero(lambda: check_resumed(settings, resume_from, describe_yaml(cfg)))
     if cfg.lora_model_dir and cfg.rl in CONFIG_ONLY_TRAINERS:
         raise LayerselError(
             f"lora_model_dir: {cfg.lora_model_dir} is not loaded by Axolotl with rl: {cfg.rl.value}, "

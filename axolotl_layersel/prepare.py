@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
@@ -12,10 +13,12 @@ from axolotl_layersel import adapters, nodes, trainers
 from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
-from axolotl_layersel.checkpoints import check_resumable, holds
+from axolotl_layersel.checkpoints import check_best, check_resumable, holds, is_resumable
+from axolotl_layersel.contents import check_lora, describe_lora
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.refusals import moves_state
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import check_output
 from axolotl_layersel.interrupt import outlive_signals
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
@@ -30,6 +33,8 @@ from axolotl_layersel.selection.select import select_layers
 from axolotl_layersel.writer import AdapterWriter
 
 LOG = logging.getLogger("axolotl.layersel")
+# What a run writes into its folder.
+OUTPUT_FILES = [path("").name for path in (plan_path, ranks_path, gates_path)]
 
 
 def prepare_trainer(
@@ -41,6 +46,7 @@ def prepare_trainer(
     scaling: float | None = None,
     repeat: int = 1,
     checked: bool = False,
+    given: dict[str, Any] | None = None,
 ) -> Plan | None:
     """Make a trainer ready: choose the layers that keep LoRA, and let rank move while it trains.
 
@@ -73,7 +79,9 @@ def prepare_trainer(
         lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: with ``l1ra``, the scaling that all modules get; default: the adapter's.
         repeat: with ``selection``, choose with so many seeds, to say how far they agree; the first is the plan.
-        checked: ``resume_from`` was looked through before, as the plugin does before the model loads.
+        checked: ``output_dir`` and ``resume_from`` were looked through before, as the plugin does before the model
+            loads.
+        given: the settings of LoRA in the plugin's YAML file, which checkpoints remember.
 
     Returns:
         The plan, where layers are selected, else None. It is printed, and written to
@@ -88,12 +96,19 @@ def prepare_trainer(
             "the trainer anew to choose again."
         )
     run = Run.of(trainer)
+    lora = describe_lora(run.config)  # which changes below
     check_trainers_alike(run, settings, resume_from, continues_adapter)
+    if not checked:
+        collectives.decide_on_rank_zero(lambda: check_output(run.output_dir, OUTPUT_FILES))
     if resume_from is not None and not checked:
         if not isinstance(resume_from, str | os.PathLike) or not str(resume_from):
             raise LayerselError(f"resume_from: {resume_from!r} is no path. Give the folder of a checkpoint, or None.")
         check_resumable(resume_from, settings, type(run.engine))
         collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
+    resumed_step = None
+    if resume_from is not None:
+        has_plan = settings.selection is not None
+        resumed_step = collectives.decide_on_rank_zero(lambda: check_lora(resume_from, lora, "lora", has_plan))
     run.engine.take_over_checkpointing()
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
     adapters.check_target_parameters(run)
@@ -110,8 +125,9 @@ def prepare_trainer(
         plan = select_layers(run, settings.selection, resume_from, continues_adapter, repeat, capacity)
     ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
-    trainer.add_callback(RestoreCallback(run, resume_from, restore))
-    trainers.restore_best_model_by(trainer, functools.partial(holds, engine=run.engine), restore)
+    trainer.add_callback(RestoreCallback(run, resume_from, resumed_step, restore))
+    check = functools.partial(check_best, settings=settings, kind=type(run.engine))
+    trainers.restore_best_model_by(trainer, functools.partial(holds, engine=run.engine), restore, check)
     trainers.respect_stop_before_first_step(trainer)
     nodes.explain_lost_processes(trainer)
     if resume_from:
@@ -122,17 +138,22 @@ def prepare_trainer(
             ranks.check(resume_from, "resume_from_checkpoint")
         trainer.add_callback(RankCallback(ranks, resume_from))
     writer = AdapterWriter(run, ranks.fold if ranks else None)
-    trainer.add_callback(TidyCallback(list_foreign_files(settings, run.output_dir)))
+    is_complete = functools.partial(is_resumable, settings=settings, kind=type(run.engine))
+    trainer.add_callback(TidyCallback(run, list_foreign_files(settings, run.output_dir), resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))
-    vars(trainer)["save_adapter"] = complete_saves(run, writer, plan, ranks)
+    vars(trainer)["save_adapter"] = complete_saves(run, writer, plan, ranks, lora, given or {})
     return plan
 
 
-def check_resumed(settings: LayerselBlock, resume_from: str | None) -> None:
-    """Raise LayerselError unless a checkpoint's ranks can be restored, or there are none to restore."""
+def check_resumed(settings: LayerselBlock, resume_from: str | None, given: dict[str, Any] | None = None) -> None:
+    """Raise LayerselError unless a checkpoint's ranks can be restored, or there are none to restore.
+
+    ``given``: the settings of LoRA in the YAML file, with which the checkpoint must have been made.
+    """
     if resume_from is None:
         return
+    check_lora(resume_from, given or {}, "given", has_plan=settings.selection is not None)
     if settings.l1ra:
         read_state(resume_from, settings.l1ra, "resume_from_checkpoint")
     elif state_path(resume_from).exists():

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel import nodes
+from axolotl_layersel.contents import record_path, write_record
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
@@ -19,19 +20,28 @@ from axolotl_layersel.l1ra.state import state_path
 from axolotl_layersel.plan import Plan, plan_path, write_plan
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.methods.flexora.records import gates_path
-from axolotl_layersel.trainers import let_one_process_write, unwrap_model
+from axolotl_layersel.trainers import let_one_process_write, note_in_state, unwrap_model
 from axolotl_layersel.writer import AdapterWriter
 
 Save = Callable[[str | Path], None]
 ADAPTER_FILES = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME]
 
 
-def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: RankRedistribution | None) -> Save:
+def complete_saves(
+    run: Run,
+    writer: AdapterWriter,
+    plan: Plan | None,
+    ranks: RankRedistribution | None,
+    lora: dict[str, Any],
+    given: dict[str, Any],
+) -> Save:
     """Let ``writer`` write every adapter of the run, with the plan beside it and, in a checkpoint, what resuming needs.
 
     There are three ways to save. ``trainer.save_model`` writes checkpoints, the best model, and the end on ZeRO-3; it
     runs before a push to a hub, as ``on_save`` does not. The model's ``save_pretrained`` writes the end on one process,
     DDP and ZeRO-1/2, from one process alone. Writers that gather shards themselves call what is returned.
+
+    ``lora`` and ``given``: see ``contents.write_record``.
 
     Returns:
         What saves to a folder; every rank must call it.
@@ -48,16 +58,27 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
         # Upstream takes a checkpoint for the best one where its folder is there, which it must be on every node.
         nodes.make_folder(folder)
         weights = writer.save(folder)
-        collectives.decide_on_rank_zero(lambda: write_beside(folder, weights))
+        note = collectives.decide_on_rank_zero(lambda: write_beside(folder, weights))
+        if note:  # the Trainer's own state is written after this
+            note_in_state(trainer, note)
         if trainer.args.save_on_each_node or not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             nodes.share_files(run, folder, ADAPTER_FILES + list_records())
 
-    def write_beside(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    def write_beside(folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
         model.create_or_update_model_card(str(folder))
-        if ranks and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if is_checkpoint:
+            # An earlier run may have left a checkpoint of this step, which would seem to be one of this run.
+            for path in list_unwritten(folder):
+                path.unlink(missing_ok=True)
+        if ranks and is_checkpoint:
             ranks.save(folder, weights)
         if plan:
             write_plan(plan, plan_path(folder))
+        return write_record(folder, trainer.state.global_step, lora, given) if is_checkpoint else None
+
+    def list_unwritten(folder: Path) -> list[Path]:
+        return [*([] if plan else [plan_path(folder)]), *([] if ranks else [ranks_path(folder), state_path(folder)])]
 
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
         nonlocal silent
@@ -93,7 +114,7 @@ def complete_saves(run: Run, writer: AdapterWriter, plan: Plan | None, ranks: Ra
 
 def list_records() -> list[str]:
     """Return the files of this package that may lie in the folder of a run or of a checkpoint, as paths in it."""
-    return [str(path("")) for path in (plan_path, gates_path, ranks_path, state_path)]
+    return [str(path("")) for path in (plan_path, gates_path, ranks_path, state_path, record_path)]
 
 
 def take_over_fsdp2_writer(trainer: Any) -> None:

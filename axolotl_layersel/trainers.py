@@ -23,6 +23,9 @@ when one of them changes):
 * transformers 5.16.1, ``Trainer._save_checkpoint``: leaves ``state()`` of every ``ExportableState`` callback in
   ``stateful_callbacks``, of several of a class in a list that grows with every checkpoint; ``_load_callback_state``
   restores them only on request, by making the callbacks anew at the end of the list.
+* transformers 5.16.1, ``Trainer._save_checkpoint``: writes ``trainer_state.json`` after ``save_model`` has returned,
+  and leaves entries of ``stateful_callbacks`` that are of no callback as they are, as ``_load_callback_state`` does.
+* transformers 5.16.1: the types of ``TrainerState``'s fields, see ``STATE_TYPES``, when it was written by a Trainer.
 * transformers 5.16.1, ``Trainer.training_step``: ends with the backward pass of a micro-batch; gradients are clipped
   after it. ``sync_gradients`` is true in the last one of an optimizer step.
 * transformers 5.16.1, ``Trainer.set_initial_training_values``: ends in the planned number of optimizer steps.
@@ -50,7 +53,7 @@ when one of them changes):
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,23 @@ STEP_COUNTS = ("jagged_restart_steps", "jagged_restart_warmup_steps", "jagged_re
 # Of fp16's loss scaler, and Axolotl's count of tokens.
 OPTIONAL_STATE_FILES = ("scaler.pt", "tokens_state.json")
 CONFIG_ONLY_TRAINERS = ("dpo", "ipo", "kto")
+# The entry of this package in the Trainer's own state.
+NOTE = "axolotl_layersel"
+COUNTS = ("global_step", "max_steps", "train_batch_size")  # that a Trainer cannot do without
+NUMBER, NOTHING = (int, float), type(None)
+# The fields of TrainerState, and what each can be in a file: some are None until there is something to say.
+STATE_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(COUNTS, (int,)),
+    **dict.fromkeys(("epoch", "num_train_epochs", "num_input_tokens_seen", "total_flos"), NUMBER),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (*NUMBER, NOTHING)),
+    **dict.fromkeys(("is_local_process_zero", "is_world_process_zero", "is_hyper_param_search"), (bool,)),
+    "best_metric": (*NUMBER, NOTHING),
+    "best_global_step": (int, NOTHING),
+    **dict.fromkeys(("best_model_checkpoint", "trial_name"), (str, NOTHING)),
+    "trial_params": (dict, NOTHING),
+    "log_history": (list, NOTHING),
+    "stateful_callbacks": (dict, NOTHING),
+}
 
 
 def unwrap_model(trainer: Trainer) -> nn.Module:
@@ -138,6 +158,54 @@ def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState) -> 
         for callback, values in zip(same, saved[-len(same) :]):
             for name, value in values["attributes"].items():
                 setattr(callback, name, value)
+
+
+def note_in_state(trainer: Trainer, note: str) -> None:
+    """Let the trainer's state say ``note`` in the next checkpoint."""
+    stored: Any = trainer.state.stateful_callbacks
+    stored[NOTE] = {"args": {}, "attributes": {"note": note}}
+
+
+def find_note(state: Mapping[str, Any]) -> str | None:
+    """Return the note in the content of a ``trainer_state.json`` without faults; None where there is none."""
+    entry = (state.get("stateful_callbacks") or {}).get(NOTE)
+    return entry["attributes"].get("note") if isinstance(entry, dict) else None
+
+
+def find_state_fault(state: Any) -> str | None:
+    """Return what no Trainer writes in the content of a ``trainer_state.json``, or None.
+
+    What a Trainer reads of it as it resumes would fail far from here.
+    """
+    if not isinstance(state, dict):
+        return f"it is {state!r:.40}"
+    for name, kinds in STATE_TYPES.items():
+        value = state.get(name)
+        # In Python true is a number.
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        if wrong and (name in state or name in COUNTS):
+            return f"its {name} is {value!r:.40}"
+    low = next((name for name in COUNTS if state[name] < 1), None)
+    if low:
+        return f"its {low} is {state[low]}"
+    if not all(isinstance(entry, dict) for entry in state.get("log_history") or []):
+        return "its log_history holds other than entries by name"
+    return find_callback_fault(state.get("stateful_callbacks") or {})
+
+
+def find_callback_fault(stored: dict[str, Any]) -> str | None:
+    """Return what no callback leaves in the states of callbacks, or None."""
+    for name, entry in stored.items():
+        for state in entry if isinstance(entry, list) else [entry]:
+            if not isinstance(state, dict) or not all(isinstance(state.get(k), dict) for k in ("args", "attributes")):
+                return f"its {name} in stateful_callbacks is no state of a callback"
+            count = state["attributes"].get("early_stopping_patience_counter", 0)
+            if type(count) is not int:
+                return f"its early_stopping_patience_counter is {count!r:.40}"
+    control = stored.get("TrainerControl", {"args": {}})
+    if isinstance(control, list) or not all(isinstance(value, bool) for value in control["args"].values()):
+        return "its TrainerControl in stateful_callbacks holds other than true and false"
+    return None
 
 
 def initialize_loaders(trainer: Trainer, initialize: Callable[[int], None]) -> None:
@@ -215,7 +283,10 @@ def let_one_process_write(trainer: Trainer) -> None:
 
 
 def restore_best_model_by(
-    trainer: Trainer, is_complete: Callable[[Path], bool], restore: Callable[[str], None]
+    trainer: Trainer,
+    is_complete: Callable[[Path], bool],
+    restore: Callable[[str], None],
+    check: Callable[[str], None],
 ) -> None:
     """Let ``restore`` write the weights of the best checkpoint into the model where not every rank has it on its disk.
 
@@ -225,12 +296,14 @@ def restore_best_model_by(
         trainer: it may load the best model at the end.
         is_complete: whether this rank sees all of a checkpoint that upstream reads.
         restore: needs the checkpoint on rank 0's disk only; every rank calls it.
+        check: raises an error, on every rank, for a checkpoint that must not be loaded; every rank calls it.
     """
     upstream = trainer._load_best_model
 
     def load_best_model() -> None:
         best = trainer.state.best_model_checkpoint
         assert best is not None, "upstream calls this where there is one"
+        check(best)
         if not is_distributed() or all(gather_from_all(is_complete(Path(best)))):
             upstream()
         else:

@@ -44,6 +44,19 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path):
     assert [entry.name for entry in (tmp_path / "layersel").iterdir()] == ["plan.json"]
 
 
+@pytest.mark.parametrize("target", ["layersel", "nowhere"])
+def test_a_link_that_leads_nowhere_in_place_of_a_folder_is_named(tmp_path, target):
+    (tmp_path / "layersel").symlink_to(tmp_path / target)  # to itself: a loop
+    with pytest.raises(LayerselError, match=r"^output_dir: .*/layersel is a link that leads nowhere, where a folder"):
+        check_output(tmp_path, ("plan.json",))
+
+
+def test_a_link_to_a_folder_is_one(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "layersel").symlink_to(tmp_path / "elsewhere")
+    check_output(tmp_path, ("plan.json",))
+
+
 def test_looking_whether_a_run_can_write_leaves_no_trace(tmp_path):
     check_output(tmp_path / "new" / "run", ("plan.json",))
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,19 +19,22 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState
+from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 from typer.testing import CliRunner
 
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.checkpoints import find_resumed_checkpoint
 from axolotl_layersel.cli.main import app
+from axolotl_layersel.contents import read_record, record_path, write_record
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.layouts import export_adapter
 from axolotl_layersel.prepare import check_resumed, prepare_trainer
 from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
 from axolotl_layersel.selection.select import find_plan
+from axolotl_layersel.trainers import is_evaluation_due, note_in_state, restore_callbacks
 
 pytestmark = pytest.mark.trains
 
@@ -248,8 +252,11 @@ def test_a_damaged_checkpoint_is_refused_or_resumes_the_same(run, reference, nam
 
     @fuzz(60)
     def check(data):
-        with kept(checkpoint / name):
+        with kept(checkpoint / name), kept(record_path(checkpoint)), kept(checkpoint / TRAINER_STATE_NAME):
             damage(data, checkpoint / name, FILES[name])
+            # In most examples what is damaged goes with its digest, so that what reads it must find the fault.
+            if data.draw(st.integers(0, 3)):
+                renew_record(checkpoint)
             try:
                 state = resume(kind, checkpoint, folder / "scratch")
             except LayerselError as error:
@@ -261,10 +268,20 @@ def test_a_damaged_checkpoint_is_refused_or_resumes_the_same(run, reference, nam
     check()
 
 
+def renew_record(checkpoint: Path) -> None:
+    """Let the record of a checkpoint, and the Trainer's own state, say that its files belong together."""
+    record = read_record(checkpoint)
+    note = write_record(checkpoint, record.step, record.lora, record.given)
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    note_in_state(SimpleNamespace(state=state), note)
+    state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
 def test_a_damaged_state_of_the_trainer_is_refused_or_loads(run):
     kind, folder = run
     block = LayerselBlock.model_validate(BLOCKS[kind])
     checkpoint = folder / "checkpoint-3"
+    trainer = make_trainer(make_small_llama(2), folder / "scratch")
 
     @fuzz(60)
     def check(data):
@@ -275,7 +292,12 @@ def test_a_damaged_state_of_the_trainer_is_refused_or_loads(run):
             except LayerselError as error:
                 assert is_one_line(str(error))
                 return
-            assert TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step > 0
+            # What the Trainer and this package do with it at once.
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            compare_trainer_and_checkpoint_args(trainer.args, trainer.state)
+            restore_callbacks([EarlyStoppingCallback()], trainer.state)
+            assert is_evaluation_due(trainer) in (False, True)
+            assert trainer.state.global_step == 3 <= trainer.state.max_steps + trainer.state.epoch
 
     check()
 

@@ -310,7 +310,8 @@ def test_a_checkpoint_resumes_only_with_the_settings_and_the_block_that_made_it(
     run = train(**resumed, **{**SETTINGS, **selection("last")})
     assert "is of a run with layersel.l1ra, without which its adapter does not fit" in run.log
     run = train(**resumed, **SETTINGS, lora_r=8, lora_alpha=16)
-    assert "or with room for rank 8 in each, not 16" in run.log
+    assert "lora_r: 8 and lora_alpha: 16 contradict the checkpoint" in run.log
+    assert "Loading weights" not in run.log
 
 
 def test_a_module_whose_lora_something_else_computes_is_named(train):

@@ -19,7 +19,6 @@ TERMINATED = 143
 SETTINGS = BEST_IS_FIRST
 NOT_RESUMED_FROM = {
     "README.md",
-    "adapter_config.json",
     "shards.safetensors",  # of probe.py
     "tokenizer.json",
     "tokenizer_config.json",

@@ -1,6 +1,7 @@
 """What users combine with layer selection, in real runs of Axolotl; on one process unless it matters."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -226,12 +227,34 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(train):
     assert len(again.losses()) == 6
 
 
-def test_a_checkpoint_of_other_layers_is_refused_although_a_plan_lies_beside_it(train, make_plan, tmp_path):
-    other = train(output=tmp_path / "run", **selection("last", num_layers=2))
-    make_plan(output=tmp_path / "run")
-    shutil.copy(other.folder / "layersel" / "plan.json", other.folder / "checkpoint-6" / "layersel" / "plan.json")
-    resumed = train(output=other.folder, expect=1, auto_resume_from_checkpoints=True)
-    assert "checkpoint-6 is not of the plan beside it: they differ in model.layers." in resumed.log
+def test_a_checkpoint_with_the_plan_of_another_run_gives_way_to_the_one_before(train, computed, tmp_path):
+    shutil.copytree(computed.folder, tmp_path / "run")
+    place = tmp_path / "run" / "checkpoint-6"
+    other = json.loads((place / "layersel" / "plan.json").read_text())
+    (place / "layersel" / "plan.json").write_text(json.dumps({**other, "seed": 8}))
+    resumed = train(output=tmp_path / "run", auto_resume_from_checkpoints=True)
+    said = (
+        "is not of one step of one run and is not resumed from: layersel/plan.json is not the one that the checkpoint"
+    )
+    assert resumed.log.count(f"{place} {said}") == 1
+    assert (resumed.folder / "weights_at_4.safetensors").exists()
+    assert difference(resumed.adapter("checkpoint-6"), computed.adapter("checkpoint-6")) == 0
+
+
+def test_another_lora_than_the_checkpoints_is_refused_before_the_model_loads(train, computed, tmp_path):
+    shutil.copytree(computed.folder, tmp_path / "run")
+    resumed = {"output": tmp_path / "run", "expect": 1, "auto_resume_from_checkpoints": True}
+    for settings, said in (
+        ({"lora_r": 8, "lora_alpha": 16}, "lora_r: 8 and lora_alpha: 16 contradict the checkpoint"),
+        (
+            {"lora_target_modules": ["q_proj", "v_proj"], "peft_use_rslora": True},
+            "lora_target_modules: ['q_proj', 'v_proj'] and peft_use_rslora: True contradict the checkpoint",
+        ),
+    ):
+        run = train(**resumed, **settings)
+        messages = set(re.findall(r"LayerselError: (.*)", run.log))
+        assert [message for message in messages if said in message], messages
+        assert "Loading weights" not in run.log
 
 
 def test_a_resumed_run_that_asks_for_another_selection_is_refused(train, computed):

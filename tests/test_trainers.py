@@ -155,6 +155,63 @@ def test_what_a_trial_gives_back_is_where_the_libraries_keep_it():
     assert counts == set(trainers.STEP_COUNTS)
 
 
+def test_the_trainers_state_is_written_last_with_what_no_callback_has_put_there(tmp_path):
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert (
+        source.index("self.save_model(") < source.index("self.state.save_to_json(") < source.index("rotate_checkpoints")
+    )
+    trainer = make_trainer(make_lora(make_small_llama(2)), tmp_path)
+    trainer.state = TrainerState(global_step=1, max_steps=2, train_batch_size=4)
+    trainers.note_in_state(trainer, "first")
+    trainers.note_in_state(trainer, "second")
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert trainers.find_note(state) == "second" and trainers.find_state_fault(state) is None
+    trainer.state = TrainerState.load_from_json(str(tmp_path / "state.json"))
+    trainer.args.restore_callback_states_from_checkpoint = True
+    trainer._load_callback_state()
+    assert trainers.find_note(vars(trainer.state)) == "second"
+
+
+def test_the_fields_of_the_trainers_state_are_those_whose_types_are_known():
+    assert set(trainers.STATE_TYPES) == set(TrainerState.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"global_step": True}, "its global_step is True"),
+        ({"global_step": 2.0}, "its global_step is 2.0"),
+        ({"max_steps": "x"}, "its max_steps is 'x'"),
+        ({"max_steps": 0}, "its max_steps is 0"),
+        ({"train_batch_size": None}, "its train_batch_size is None"),
+        ({"train_batch_size": -4}, "its train_batch_size is -4"),
+        ({"epoch": "1"}, "its epoch is '1'"),
+        ({"total_flos": [1]}, "its total_flos is [1]"),
+        ({"log_history": 5}, "its log_history is 5"),
+        ({"log_history": [[1]]}, "its log_history holds other than entries by name"),
+        ({"best_metric": "low"}, "its best_metric is 'low'"),
+        ({"best_global_step": 1.5}, "its best_global_step is 1.5"),
+        ({"best_model_checkpoint": 6}, "its best_model_checkpoint is 6"),
+        ({"is_world_process_zero": 1}, "its is_world_process_zero is 1"),
+        ({"stateful_callbacks": []}, "its stateful_callbacks is []"),
+        ({"stateful_callbacks": {"Mine": 5}}, "its Mine in stateful_callbacks is no state of a callback"),
+        (
+            {"stateful_callbacks": {"TrainerControl": {"args": {"should_save": "x"}, "attributes": {}}}},
+            "its TrainerControl in stateful_callbacks holds other than true and false",
+        ),
+        (
+            {"stateful_callbacks": {"EarlyStoppingCallback": {"args": {}, "attributes": {COUNTER: "3"}}}},
+            "its early_stopping_patience_counter is '3'",
+        ),
+        ({"epoch": 1, "eval_steps": None, "save_steps": 0.5, "stateful_callbacks": None, "log_history": None}, None),
+    ],
+)
+def test_a_trainers_state_of_other_types_is_named_by_the_field(values, fault):
+    state = {**vars(TrainerState(global_step=1, max_steps=2, train_batch_size=4)), **values}
+    assert trainers.find_state_fault(state) == fault
+
+
 def test_a_gate_step_prepares_and_weighs_its_rows_as_the_trainer_does():
     from axolotl.core.trainers.mixins import ActivationOffloadingMixin
 

@@ -22,7 +22,7 @@ from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.report import print_ranks
 from axolotl_layersel.l1ra.rules import RULES, Rule
 from axolotl_layersel.l1ra.schedule import find_interval, find_update_steps
-from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, State, read_state, state_path, write_state
+from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, state_path, write_state
 from axolotl_layersel.layers import count_component_parameters, get_linears
 from axolotl_layersel.randomness import draw_row
 from axolotl_layersel.run import Run
@@ -348,6 +348,7 @@ class RankRedistribution:
     def save(self, checkpoint: str | Path, weights: dict[str, torch.Tensor]) -> None:
         """Write what resuming needs into ``checkpoint``, on rank 0. ``weights``: see ``AdapterWriter.save``."""
         metadata = {
+            STEP: str(self.run.trainer.state.global_step),
             "settings": self.settings.model_dump_json(),
             "max_rank": str(self.max_rank),
             "modules": json.dumps(list(self.modules)),

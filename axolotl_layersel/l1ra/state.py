@@ -15,6 +15,7 @@ from axolotl_layersel.tensors import load_tensors, save_tensors
 
 STATE_FILE = "state.safetensors"
 SCHEMA_VERSION = "1"
+STEP = "step"  # of the checkpoint, in the file's metadata
 # Names in the file: the weights in training, neither folded nor scaled, and the flat tensors of the gates.
 ADAPTER_PREFIX = "adapter/"
 GATE_PREFIX = "gates/"

@@ -14,7 +14,7 @@ from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.plan import plan_path, read_plan, write_plan
+from axolotl_layersel.plan import check_checkpoint, plan_path, read_plan, write_plan
 from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.randomness import draw_row
 from axolotl_layersel.selection.args import SelectionArgs
@@ -318,6 +318,8 @@ def test_a_plan_with_towers_needs_them_in_the_model_and_in_the_checkpoint(tmp_pa
     checkpoint = tmp_path / "other" / "checkpoint-2"
     write_plan(plan, plan_path(checkpoint))
     with pytest.raises(LayerselError, match=r"they differ in model\.vision_tower.* \(8 such modules\)"):
+        check_checkpoint(plan, checkpoint)
+    with pytest.raises(LayerselError, match=r"layersel/plan\.json is not the one that the checkpoint was written with"):
         select_with_towers(tmp_path / "again", resume=str(checkpoint))
     select_with_towers(tmp_path / "again", resume=str(tmp_path / "checkpoint-2"))
 
