@@ -1,15 +1,16 @@
 """LoRA weights and configuration of a model in training: initialise, remove, freeze, save, restore."""
 
+import functools
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.lora import LoraLayer, LoraModel, ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from axolotl_layersel.engines import collectives, edits
@@ -19,10 +20,13 @@ from axolotl_layersel.experts import describe_gated_experts
 from axolotl_layersel.files import refuse
 from axolotl_layersel.initialisation import RESTORED, SEEDED, changes_base, describe_rounding, normalise
 from axolotl_layersel.layers import (
+    TRAINED_ADAPTER,
     LayerStack,
+    carries,
     count_experts,
     find_key,
     find_lora_modules,
+    get_active_adapter,
     get_adapter_name,
     get_base_model,
     get_config,
@@ -112,7 +116,7 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
     """
     if get_initialisation(get_config(model)) not in SEEDED:
         return False
-    for name, module in find_lora_modules(get_base_model(model)).items():
+    for name, module in find_lora_modules(get_base_model(model), get_adapter_name(model)).items():
         initialize_module(model, name, module, seed)
     return True
 
@@ -159,14 +163,18 @@ def remove_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:
 def remove_modules(run: Run, removed: list[str]) -> None:
     """Put the base modules back in place of the LoRA modules named ``removed``.
 
-    The configuration then names exactly the LoRA modules that exist, so that stock PEFT rebuilds them. Call it before
-    LoRA has trained.
+    Where another adapter has LoRA in such a module, only that of the adapter in training is removed. The configuration
+    then names exactly the modules that carry the adapter, so that stock PEFT rebuilds them. Call it before LoRA has
+    trained.
 
     Raises:
-        LayerselError: if PEFT has changed the weight of such a module, and it cannot be what it was.
+        LayerselError: if PEFT has changed the weight of such a module, and it cannot be what it was, or another
+            adapter reads it.
     """
     base, lora = run.base, run.lora_modules
     restores, gone = changes_base(run.config.init_lora_weights), set(removed)
+    if restores and removed:
+        check_base_unshared(run)
     for name in removed:
         parent, _, child = name.rpartition(".")
         if child == "base_layer" and parent in lora:
@@ -174,12 +182,46 @@ def remove_modules(run: Run, removed: list[str]) -> None:
             continue  # it went with what was around it
         if restores:
             restore_base(run, name, lora[name])
-        setattr(base.get_submodule(parent), child, lora[name].get_base_layer())
-    keys = {find_key(name, lora[name]) for name in removed}
+        freeze_bias(run, lora[name])
+        if has_others(lora[name], run.adapter):
+            remove_adapter(lora[name], run.adapter)
+        else:
+            setattr(base.get_submodule(parent), child, lora[name].get_base_layer())
+    keys = {find_key(name, lora[name]) for name in removed if not has_others(lora[name], run.adapter)}
     tuner: Any = run.model.base_model
     tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in keys]
     tuner.targeted_parameter_names = [name for name in tuner.targeted_parameter_names if name not in keys]
-    name_exactly(run.config, base)
+    name_exactly(run.config, base, run.adapter)
+
+
+def has_others(module: LoraLayer, adapter: str) -> bool:
+    """Return whether another adapter than ``adapter`` has LoRA in a module."""
+    return any(name != adapter for name in module.r)
+
+
+def remove_adapter(module: LoraLayer, adapter: str) -> None:
+    """Remove the LoRA of ``adapter`` from a module in which others have LoRA; none of them becomes active by that."""
+    module.set_adapter([])
+    module.delete_adapter(adapter)
+    module.set_adapter([adapter])
+
+
+def check_base_unshared(run: Run) -> None:
+    """Raise LayerselError where base weights would be restored under another adapter, which reads them."""
+    others = [name for name in run.model.peft_config if name != run.adapter]
+    if others:
+        raise LayerselError(
+            f"layersel.selection.unselected: remove gives base weights back what {run.config.init_lora_weights!r} took "
+            f"out of them, and the adapter {others[0]!r} in the same model would then compute something else. Set "
+            "`unselected: freeze`, or delete that adapter first."
+        )
+
+
+def freeze_bias(run: Run, module: LoraLayer) -> None:
+    """Stop the bias under a LoRA module, which ``bias: lora_only`` lets train with its LoRA, from training."""
+    bias = getattr(module.get_base_layer(), "bias", None)
+    if run.config.bias == "lora_only" and isinstance(bias, nn.Parameter):
+        bias.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -209,14 +251,14 @@ def restore_base(run: Run, name: str, module: LoraLayer) -> None:
     run.engine.edit_weight(weight, edits.add(product))
 
 
-def name_exactly(config: LoraConfig, base: nn.Module) -> None:
-    """Make ``config`` name exactly the LoRA modules of ``base``.
+def name_exactly(config: LoraConfig, base: nn.Module, adapter: str | None = None) -> None:
+    """Make ``config`` name exactly the LoRA modules of ``base``, or those of ``adapter`` in it.
 
     The first of these that is exact is used: the ends of the names, such as ``q_proj``, with the numbers of the layers,
     which PEFT loads fastest; the full names; a regular expression. vLLM and SGLang read the ends of the names, and find
     the layers in the file's tensors. SGLang refuses regular expressions.
     """
-    lora, others = find_lora_modules(base), list_other_modules(base)
+    lora, others = find_lora_modules(base, adapter), list_other_modules(base, adapter)
     present = [name for name, module in lora.items() if not isinstance(module, ParamWrapper)]
     if len(present) < len(lora):
         config.target_parameters = sorted(find_key(name, lora[name]) for name in lora.keys() - set(present))
@@ -230,7 +272,7 @@ def name_exactly(config: LoraConfig, base: nn.Module) -> None:
         config.target_modules = sorted({name.rpartition(".")[2] for name in present})
         config.layers_to_transform = sorted({int(layer["number"]) for layer in layers})
         config.layers_pattern = sorted({layer["list"] for layer in layers})
-        if find_targets(config, base) == list(lora):
+        if find_targets(config, base, adapter) == list(lora):
             return
     config.target_modules = sorted(present)
     config.layers_to_transform = None
@@ -241,13 +283,15 @@ def name_exactly(config: LoraConfig, base: nn.Module) -> None:
         config.target_modules = "|".join(map(re.escape, sorted(present)))
 
 
-def list_other_modules(base: nn.Module) -> list[str]:
-    """Return the names of the modules of ``base`` that neither are nor lie in a LoRA module."""
+def list_other_modules(base: nn.Module, adapter: str | None = None) -> list[str]:
+    """Return the names of the modules of ``base`` that neither carry ``adapter``, by default any, nor lie in LoRA."""
     others, inside = [], "."
     for name, module in base.named_modules():
+        if name.startswith(inside):
+            continue
         if isinstance(module, LoraLayer):
-            inside = inside if name.startswith(inside) else f"{name}."
-        elif not name.startswith(inside):
+            inside = f"{name}."
+        if not isinstance(module, LoraLayer) or not carries(module, adapter):
             others.append(name)
     return others
 
@@ -270,12 +314,13 @@ def check_target_parameters(run: Run) -> None:
         )
 
 
-def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
+def find_targets(config: LoraConfig, base: nn.Module, adapter: str | None = None) -> list[str]:
     """Return the names of the modules that PEFT would put LoRA on if ``base`` had none; LoRA modules come first.
 
-    Where that would be on a parameter that has none, it is the parameter's name.
+    Those of ``adapter`` are meant, by default all. Where LoRA would be on a parameter that has none, it is the
+    parameter's name.
     """
-    lora, others = find_lora_modules(base), list_other_modules(base)
+    lora, others = find_lora_modules(base, adapter), list_other_modules(base, adapter)
     targets = set(config.target_parameters or [])
 
     def is_target(key: str) -> bool:
@@ -296,42 +341,98 @@ def find_targets(config: LoraConfig, base: nn.Module) -> list[str]:
 
 
 def freeze_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:
-    """Stop the LoRA weights of the layers from training, except the modules ``kept``; their values stay."""
+    """Stop the LoRA weights of the layers, and the biases under them, from training, except the modules ``kept``.
+
+    Their values stay.
+    """
+    lora = run.lora_modules
     for name in find_others(stack, kept):
-        for parameter in lora_parameters(run.base.get_submodule(name)):
+        bias = getattr(lora[name].get_base_layer(), "bias", None)  # trains too where the adapter's ``bias`` says so
+        for parameter in [*lora_parameters(run, name), *([bias] if isinstance(bias, nn.Parameter) else [])]:
             parameter.requires_grad_(False)
 
 
-def lora_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the adapter's own parameters of a LoRA module, without the base layer's."""
-    return [parameter for name, parameter in module.named_parameters() if not name.startswith("base_layer.")]
+def lora_parameters(run: Run, name: str) -> list[nn.Parameter]:
+    """Return the parameters that the run's adapter has of its own in the LoRA module ``name``."""
+    named = run.base.get_submodule(name).named_parameters()
+    return [each for key, each in named if not key.startswith("base_layer.") and run.adapter in key.split(".")]
 
 
 def keep_trained_alone(model: PeftModel) -> None:
-    """Make sure that what trains now is what trains after the adapter was switched off for a while.
+    """Make sure that what trains now is what trains whenever the adapter is active, whatever PEFT is asked to do.
 
-    PEFT makes every LoRA weight train when it switches the adapter on, frozen ones too. Trainers whose reference model
-    is the base, such as DPO's, switch it off in the middle of a loss.
+    PEFT 0.20.0 makes every LoRA weight of an adapter train when it switches the adapter on, frozen ones too, and stops
+    all of them when it loads another adapter. Trainers that compare with a reference switch adapters in every loss.
     """
     tuner: Any = model.base_model
+    vars(tuner)[TRAINED_ADAPTER] = get_active_adapter(model)
+    vars(tuner).pop(KEPT_WEIGHTS, None)  # of another adapter, which trained before
     # Methods, not closures: a deep copy of the model switches its own adapter off.
-    tuner.disable_adapter_layers = types.MethodType(disable_adapter_layers, tuner)
-    tuner.enable_adapter_layers = types.MethodType(enable_adapter_layers, tuner)
+    for name, method in KEEPING_METHODS.items():
+        setattr(tuner, name, types.MethodType(method, tuner))
 
 
-def disable_adapter_layers(tuner: BaseTuner) -> None:
-    """Switch the adapter off, and note what trains."""
-    vars(tuner)["layersel_trained"] = {name for name, parameter in tuner.named_parameters() if parameter.requires_grad}
-    type(tuner).disable_adapter_layers(tuner)
+def keep_through(name: str) -> Callable[..., Any]:
+    """Return what takes the place of a tuner's method ``name``, after which the same weights train as before.
+
+    Where the call leaves the adapter switched off or inactive, they train again once it is back.
+    """
+
+    @functools.wraps(getattr(LoraModel, name))
+    def method(tuner: BaseTuner, *args: Any, **options: Any) -> Any:
+        before = list_trained(tuner) if is_switched_on(tuner) else None
+        result = getattr(type(tuner), name)(tuner, *args, **options)
+        if is_switched_on(tuner):
+            let_train(tuner, before)
+        elif before is not None:
+            vars(tuner).setdefault(KEPT_WEIGHTS, before)
+        return result
+
+    return method
 
 
-def enable_adapter_layers(tuner: BaseTuner) -> None:
-    """Switch the adapter on again, and let train what did."""
-    type(tuner).enable_adapter_layers(tuner)
-    trained = vars(tuner).pop("layersel_trained", None)
-    if trained is not None:
-        for name, parameter in tuner.named_parameters():
-            parameter.requires_grad_(name in trained)
+@functools.wraps(LoraModel.set_requires_grad)
+def set_requires_grad(tuner: BaseTuner, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Let an adapter's weights train or not; of the adapter in training, only those train again that did."""
+    before = list_trained(tuner)
+    type(tuner).set_requires_grad(tuner, adapter_names, requires_grad)
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if vars(tuner)[TRAINED_ADAPTER] not in names or not is_switched_on(tuner):
+        return
+    if requires_grad:
+        let_train(tuner, before)
+    else:
+        vars(tuner).setdefault(KEPT_WEIGHTS, before)
+
+
+def is_switched_on(tuner: BaseTuner) -> bool:
+    """Return whether the adapter in training takes part in a forward pass."""
+    layers = (module for module in tuner.modules() if isinstance(module, BaseTunerLayer))
+    return tuner.active_adapters == [vars(tuner)[TRAINED_ADAPTER]] and not any(
+        layer.disable_adapters for layer in layers
+    )
+
+
+def list_trained(tuner: BaseTuner) -> set[str]:
+    """Return the names of the parameters that train."""
+    return {name for name, parameter in tuner.named_parameters() if parameter.requires_grad}
+
+
+def let_train(tuner: BaseTuner, before: set[str] | None) -> None:
+    """Let those parameters train that did when the adapter was switched off, or else those ``before``, and no other."""
+    names = vars(tuner).pop(KEPT_WEIGHTS, before)
+    for name, parameter in tuner.named_parameters() if names is not None else ():
+        if parameter.requires_grad != (name in names) and parameter.is_leaf:  # FSDP2 may have left other tensors
+            parameter.requires_grad_(name in names)
+
+
+KEPT_WEIGHTS = "layersel_trained"
+# By all of these methods of PEFT 0.20.0's tuners weights train that did not, or the other way round.
+SWITCHES = ("disable_adapter_layers", "enable_adapter_layers", "set_adapter", "inject_adapter", "delete_adapter")
+KEEPING_METHODS: dict[str, Callable[..., Any]] = {
+    **{name: keep_through(name) for name in SWITCHES},
+    "set_requires_grad": set_requires_grad,
+}
 
 
 def adapter_parameters(model: PeftModel, embeddings: bool | Literal["auto"] = False) -> dict[str, nn.Parameter]:
@@ -340,12 +441,13 @@ def adapter_parameters(model: PeftModel, embeddings: bool | Literal["auto"] = Fa
     ``embeddings``: whether base embeddings are among them; ``"auto"`` where PEFT would save them, after the
     vocabulary was resized, for which it may look the base's configuration up.
     """
-    return get_peft_model_state_dict(
-        model,
-        state_dict=dict(model.named_parameters(remove_duplicate=False)),
-        adapter_name=get_adapter_name(model),
-        save_embedding_layers=embeddings,
-    )
+    adapter, named = get_adapter_name(model), dict(model.named_parameters(remove_duplicate=False))
+    saved = get_peft_model_state_dict(model, state_dict=named, adapter_name=adapter, save_embedding_layers=embeddings)
+    if get_config(model, adapter).bias != "lora_only":
+        return saved
+    # PEFT 0.20.0 looks for these biases where they were before LoRA was put around them, and leaves them out.
+    under = (f"{name}.base_layer.bias" for name in find_lora_modules(model, adapter))
+    return {**saved, **{name: named[name] for name in under if name in named}}
 
 
 def find_adapter(run: Run) -> dict[str, nn.Parameter]:

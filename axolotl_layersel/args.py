@@ -10,7 +10,16 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from axolotl_layersel.block import SEEDS, Block, as_whole, describe_seeds, list_plugins, quote
+from axolotl_layersel.block import (
+    SEEDS,
+    Block,
+    as_mapping,
+    as_number,
+    as_whole,
+    describe_seeds,
+    list_plugins,
+    quote,
+)
 from axolotl_layersel.engines.refusals import check_engine
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.experts import check_expert_file
@@ -105,12 +114,23 @@ def check_adapter(data: Mapping[str, Any]) -> None:
         raise LayerselError(
             f"lora_r: {quote(data['lora_r'])} is no rank that LoRA can have. Set 1 or more, such as 16."
         )
+    block = as_mapping(data.get("layersel"))
+    if as_number(data.get("lora_alpha")) == 0 and (not data.get("lora_model_dir") or block.get("l1ra") is not None):
+        raise LayerselError(describe_unscaled(data["lora_alpha"]))
     if data.get("relora") or data.get("relora_steps"):
         key = "relora" if data.get("relora") else "relora_steps"
         raise LayerselError(
             f"{key}: {data[key]!r} merges and restarts the adapter, which the plugin does not support. Remove {key}."
         )
     check_expert_file(data)
+
+
+def describe_unscaled(alpha: Any) -> str:
+    """Return the message for a ``lora_alpha`` by which no LoRA weight would get a gradient."""
+    return (
+        f"lora_alpha: {quote(alpha)} scales what LoRA adds by 0, so no weight of it would train. Set another number, "
+        "such as 16."
+    )
 
 
 def check_seed(data: Mapping[str, Any]) -> None:

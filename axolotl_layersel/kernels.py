@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer
 
@@ -54,11 +55,14 @@ def give_gates_to_kernels() -> bool:
 def with_gates(read: Callable[[nn.Module], tuple]) -> Callable[[nn.Module], tuple]:
     """Return ``get_lora_parameters`` with diag(c)·A in place of A, or B·diag(c) in place of B, where a gate c is.
 
-    Both stand for B·diag(c)·A; the smaller matrix is taken, and rounded to its own type once.
+    Both stand for B·diag(c)·A; the smaller matrix is taken, and rounded to its own type once. A module in which no
+    active adapter has LoRA is read as its base layer, where upstream raises KeyError.
     """
 
     @functools.wraps(read)
     def read_gated(projection: Any) -> tuple:
+        if isinstance(projection, LoraLayer) and is_bare(projection):
+            return read(projection.get_base_layer())
         parameters = read(projection)
         downs = getattr(projection, "lora_A", {})
         adapter = next((name for name in getattr(projection, "active_adapters", ()) if name in downs), None)
@@ -72,6 +76,17 @@ def with_gates(read: Callable[[nn.Module], tuple]) -> Callable[[nn.Module], tupl
 
     setattr(read_gated, GIVES_GATES, True)
     return read_gated
+
+
+def is_bare(module: LoraLayer) -> bool:
+    """Return whether no active adapter has LoRA in a module, but an inactive one has."""
+    return not any(name in module.r for name in module.active_adapters)
+
+
+def let_kernels_pass_by(model: nn.Module) -> None:
+    """Let the kernels compute modules that only an inactive adapter has LoRA in."""
+    if any(isinstance(module, LoraLayer) and is_bare(module) for module in model.modules()):
+        give_gates_to_kernels()
 
 
 def exchange(parameters: tuple, old: torch.Tensor, new: torch.Tensor) -> tuple:

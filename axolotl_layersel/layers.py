@@ -94,8 +94,21 @@ class LayerStack:
         return [name for layer in layers for name in self.lora_modules[layer]]
 
 
+# Where a model's tuner notes the name of the adapter in training, which need not be active all the time.
+TRAINED_ADAPTER = "layersel_adapter"
+
+
 def get_adapter_name(model: PeftModel) -> str:
-    """Return the name of the adapter in training.
+    """Return the name of the adapter in training, once that was noted, and of the active one before.
+
+    Raises:
+        LayerselError: if several are active.
+    """
+    return vars(model.base_model).get(TRAINED_ADAPTER) or get_active_adapter(model)
+
+
+def get_active_adapter(model: PeftModel) -> str:
+    """Return the name of the active adapter.
 
     Raises:
         LayerselError: if there are several.
@@ -125,9 +138,21 @@ def get_base_model(model: PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model())
 
 
-def find_lora_modules(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return the LoRA modules of ``model`` by name, in the order of ``named_modules``."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+def find_lora_modules(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
+    """Return the LoRA modules of ``model`` by name, in the order of ``named_modules``.
+
+    ``adapter``: only those that carry it; default: all.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and carries(module, adapter)
+    }
+
+
+def carries(module: LoraLayer, adapter: str | None) -> bool:
+    """Return whether ``adapter`` has LoRA in a module, of which PEFT 0.20.0 notes the rank; None stands for any."""
+    return adapter is None or adapter in module.r
 
 
 def get_linears(module: LoraLayer, adapter: str) -> tuple[nn.Linear, nn.Linear]:
@@ -175,7 +200,7 @@ def find_layer_stack(model: PeftModel, stacks: str = "language") -> LayerStack:
     """
     base = get_base_model(model)
     check_layers_apart(base)
-    lora_names = list(find_lora_modules(base))
+    lora_names = list(find_lora_modules(base, get_adapter_name(model)))
     beside: list[Side] = []
     if VISION in STACKS[stacks]:
         sides = [find_vision_side(base, stacks), find_language_side(base, lora_names, LANGUAGE)]

@@ -46,7 +46,7 @@ class LayerSelectionPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         from axolotl_layersel.engines.collectives import decide_on_rank_zero
-        from axolotl_layersel.kernels import while_choosing
+        from axolotl_layersel.kernels import let_kernels_pass_by, while_choosing
         from axolotl_layersel.preflight import find_scaling, read_settings
         from axolotl_layersel.prepare import prepare_trainer
         from axolotl_layersel.saving import take_over_fsdp2_writer
@@ -65,6 +65,7 @@ class LayerSelectionPlugin(BasePlugin):
                 checked=True,
                 given=self.given,
             )
+        let_kernels_pass_by(trainer.model)
         take_over_fsdp2_writer(trainer)
 
     def post_train_unload(self, cfg: Any) -> None:

@@ -26,6 +26,7 @@ from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import read_state, state_path
 from axolotl_layersel.plan import Plan, plan_path
+from axolotl_layersel.readiness import Readiness, check_trains
 from axolotl_layersel.run import Run
 from axolotl_layersel.saving import complete_saves, list_records
 from axolotl_layersel.selection.methods.flexora.records import gates_path
@@ -114,6 +115,7 @@ def prepare_trainer(
     adapters.check_target_parameters(run)
     adapters.complete_config(run)
     adapters.keep_trained_alone(run.model)
+    check_trains(run)  # before minutes are spent on scores
     seeded = not continues_adapter and adapters.initialize_lora(run.model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
     check_weights_alike(run)
@@ -123,7 +125,10 @@ def prepare_trainer(
     plan = None
     if settings.selection:
         plan = select_layers(run, settings.selection, resume_from, continues_adapter, repeat, capacity)
+        check_trains(run)
     ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
+    readiness = Readiness(run)
+    trainers.call_before_training(trainer, readiness.check_start)
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
     trainer.add_callback(RestoreCallback(run, resume_from, resumed_step, restore))
     check = functools.partial(check_best, settings=settings, kind=type(run.engine))
@@ -137,7 +142,7 @@ def prepare_trainer(
         if resume_from:
             ranks.check(resume_from, "resume_from_checkpoint")
         trainer.add_callback(RankCallback(ranks, resume_from))
-    writer = AdapterWriter(run, ranks.fold if ranks else None)
+    writer = AdapterWriter(run, ranks.fold if ranks else None, readiness)
     is_complete = functools.partial(is_resumable, settings=settings, kind=type(run.engine))
     trainer.add_callback(TidyCallback(run, list_foreign_files(settings, run.output_dir), resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))

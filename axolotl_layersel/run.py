@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from axolotl_layersel.engines import find_engine
 from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config
+from axolotl_layersel.layers import find_lora_modules, get_active_adapter, get_base_model, get_config
 from axolotl_layersel.trainers import unwrap_model
 
 
@@ -45,7 +45,7 @@ class Run:
             raise LayerselError(
                 f"adapter: the trainer's model is a {type(model).__name__}, not a PEFT model with LoRA."
             )
-        return cls(trainer, engine, model, get_adapter_name(model))
+        return cls(trainer, engine, model, get_active_adapter(model))
 
     @property
     def config(self) -> LoraConfig:
@@ -59,8 +59,8 @@ class Run:
 
     @property
     def lora_modules(self) -> dict[str, LoraLayer]:
-        """The LoRA modules by their name in the base model."""
-        return find_lora_modules(self.base)
+        """The modules that carry the adapter by their name in the base model."""
+        return find_lora_modules(self.base, self.adapter)
 
     @property
     def device(self) -> torch.device:

@@ -1,13 +1,18 @@
 """What every checkpoint of a run holds, on every engine."""
 
+import functools
+import inspect
+import os
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -80,6 +85,7 @@ def complete_saves(
     def list_unwritten(folder: Path) -> list[Path]:
         return [*([] if plan else [plan_path(folder)]), *([] if ranks else [ranks_path(folder), state_path(folder)])]
 
+    @functools.wraps(upstream_save_model)
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
         nonlocal silent
         # Upstream writes everything but the adapter. Its adapter would ignore gates, lack frozen weights on ZeRO-3, and
@@ -93,23 +99,62 @@ def complete_saves(
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
-    def save_pretrained(self: PeftModel, save_directory: str, is_main_process: bool = True, **options: Any) -> None:
+    @functools.wraps(type(model).save_pretrained)
+    def save_pretrained(self: PeftModel, *args: Any, **options: Any) -> None:
+        given = find_arguments(type(self).save_pretrained, self, *args, **options)
+        selected = given["selected_adapters"]
+        selected = list(self.peft_config) if selected is None else list(selected)
+        # The caller may have gathered weights for another program, which generates text with them, or ask PEFT for
+        # other factors than those in training.
+        converts = given.get("state_dict") is not None or given["path_initial_model_for_weight_conversion"] is not None
         if self is not model:
-            type(self).save_pretrained(self, save_directory, is_main_process=is_main_process, **options)
-        elif options.get("state_dict") is not None and not silent:
-            # The caller has gathered these weights for another program, which generates text with them.
-            upstream_save_pretrained(save_directory, is_main_process=is_main_process, **options)
-        elif is_main_process and not silent:
-            writer.save_alone(save_directory)
-            model.create_or_update_model_card(str(save_directory))
+            type(self).save_pretrained(self, *args, **options)
+        elif silent:
+            return
+        elif converts or run.adapter not in selected:
+            upstream_save_pretrained(*args, **options)
+        else:
+            others = [name for name in selected if name != run.adapter]
+            if given["is_main_process"]:
+                write_alone(Path(given["save_directory"]), given["safe_serialization"], given["save_embedding_layers"])
+            if others:
+                del given["self"]
+                upstream_save_pretrained(**{**given, "selected_adapters": others})
+
+    def write_alone(folder: Path, as_safetensors: bool, embeddings: bool | Literal["auto"]) -> None:
+        if as_safetensors:
+            writer.save_alone(folder, embeddings)
+        else:
+            pickle_adapter(folder, lambda place: writer.save_alone(place, embeddings))
+        model.create_or_update_model_card(str(folder))
 
     let_one_process_write(trainer)
     trainer.save_model = save_model  # type: ignore[method-assign]  # of this trainer alone
     # A method, not a closure over the model: a deep copy of the model saves itself.
     model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]
     if ranks:
-        model.load_adapter = ranks.load_adapter(model.load_adapter)  # type: ignore[method-assign]
+        load_adapter = ranks.load_adapter(type(model).load_adapter)
+        model.load_adapter = types.MethodType(load_adapter, model)  # type: ignore[method-assign]
     return save
+
+
+def find_arguments(function: Callable, *args: Any, **options: Any) -> dict[str, Any]:
+    """Return the arguments of a call by the names of the function's parameters, with its defaults."""
+    bound = inspect.signature(function).bind(*args, **options)
+    bound.apply_defaults()
+    further = bound.arguments.pop("kwargs", {})
+    return {**bound.arguments, **further}
+
+
+def pickle_adapter(folder: Path, save: Callable[[Path], None]) -> None:
+    """Leave in ``folder``, in PEFT's older format, what ``save`` writes to a folder and checks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".layersel-") as place:
+        temporary = Path(place)
+        save(temporary)
+        torch.save(load_file(temporary / SAFETENSORS_WEIGHTS_NAME), temporary / WEIGHTS_NAME)
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(temporary / name, folder / name)
 
 
 def list_records() -> list[str]:
@@ -129,6 +174,7 @@ def take_over_fsdp2_writer(trainer: Any) -> None:
     # Preference training hands the base model over.
     ours = (model, model.get_base_model())
 
+    @functools.wraps(upstream)
     def save_fsdp2_lora_adapter(model: nn.Module, output_dir: str) -> bool:
         if not any(model is known for known in ours):
             return upstream(model, output_dir)

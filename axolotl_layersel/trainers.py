@@ -121,11 +121,24 @@ def respect_stop_before_first_step(trainer: Trainer) -> None:
     """Respect a callback that asks at ``on_train_begin`` for training to stop, before any step is made."""
     upstream = trainer._run_epoch
 
+    @functools.wraps(upstream)
     def run_epoch(*args: Any, **kwargs: Any) -> None:
         if not trainer.control.should_training_stop:
             upstream(*args, **kwargs)
 
     trainer._run_epoch = run_epoch  # type: ignore[method-assign]  # of this trainer alone
+
+
+def call_before_training(trainer: Trainer, function: Callable[[], None]) -> None:
+    """Call ``function`` whenever training is asked for, before the engine is built."""
+    upstream = trainer.train
+
+    @functools.wraps(upstream)
+    def train(*args: Any, **kwargs: Any) -> Any:
+        function()
+        return upstream(*args, **kwargs)
+
+    trainer.train = train  # type: ignore[method-assign]  # of this trainer alone
 
 
 def call_after_backward(trainer: Trainer, function: Callable[[], None]) -> None:
@@ -135,6 +148,7 @@ def call_after_backward(trainer: Trainer, function: Callable[[], None]) -> None:
     """
     upstream = trainer.training_step
 
+    @functools.wraps(upstream)
     def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss = upstream(*args, **kwargs)
         if trainer.accelerator.sync_gradients:
@@ -212,6 +226,7 @@ def initialize_loaders(trainer: Trainer, initialize: Callable[[int], None]) -> N
     """Let ``initialize`` run first in every process that loads data for ``trainer``, with that process's number."""
 
     def initializing(upstream: Callable) -> Callable:
+        @functools.wraps(upstream)
         def get_dataloader(*args: Any, **kwargs: Any) -> Any:
             prepared = upstream(*args, **kwargs)
             loader = getattr(prepared, "base_dataloader", prepared)
@@ -275,9 +290,10 @@ def let_one_process_write(trainer: Trainer) -> None:
     """Let what ``save_model`` writes itself be written where ``should_save`` is true, and by no other rank."""
     upstream = trainer._save
 
-    def save(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    @functools.wraps(upstream)
+    def save(*args: Any, **kwargs: Any) -> None:
         if trainer.args.should_save:
-            upstream(output_dir, state_dict)
+            upstream(*args, **kwargs)
 
     trainer._save = save  # type: ignore[method-assign]  # of this trainer alone
 
@@ -300,6 +316,7 @@ def restore_best_model_by(
     """
     upstream = trainer._load_best_model
 
+    @functools.wraps(upstream)
     def load_best_model() -> None:
         best = trainer.state.best_model_checkpoint
         assert best is not None, "upstream calls this where there is one"

@@ -1,5 +1,6 @@
 """Stop the backward pass at the lowest layer that trains, instead of at the embeddings."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -69,6 +70,7 @@ class TruncatedBackward:
         base: Any = get_base_model(self.model)
         enable = base.gradient_checkpointing_enable
 
+        @functools.wraps(enable)
         def enable_above(*args: Any, **kwargs: Any) -> None:
             enable(*args, **kwargs)
             self.leave_out()

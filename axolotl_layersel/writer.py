@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig
@@ -16,6 +17,7 @@ from axolotl_layersel.evaluation import precision
 from axolotl_layersel.gates import ATTRIBUTE as GATE
 from axolotl_layersel.layers import find_key
 from axolotl_layersel.layouts import find_scalings, split, write_adapter
+from axolotl_layersel.readiness import Readiness
 from axolotl_layersel.run import Run
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -32,11 +34,13 @@ class AdapterWriter:
     Args:
         run: whose model carries the adapter.
         fold: what makes a plain adapter of the tensors and the configuration in training.
+        readiness: what knows whether the adapter is the one that was prepared.
     """
 
-    def __init__(self, run: Run, fold: adapters.Fold | None = None) -> None:
+    def __init__(self, run: Run, fold: adapters.Fold | None = None, readiness: Readiness | None = None) -> None:
         self.run = run
         self.fold = fold
+        self.readiness = readiness
         self.computed = False  # whether logits have been compared
 
     def save(self, folder: str | Path) -> dict[str, torch.Tensor]:
@@ -48,14 +52,18 @@ class AdapterWriter:
         Raises:
             LayerselError: on every rank, naming file and fault, if what was written is not right; it is not kept.
         """
+        if self.readiness:
+            self.readiness.check()
         parameters = adapters.find_adapter(self.run)
         tensors = self.run.engine.gather_parameters(parameters)
         held = verification.fingerprint_parameters(self.run, parameters)
         collectives.decide_on_rank_zero(lambda: self.write(Path(folder), tensors, held))
         return tensors
 
-    def save_alone(self, folder: str | Path) -> None:
+    def save_alone(self, folder: str | Path, embeddings: bool | Literal["auto"] = "auto") -> None:
         """Write the adapter to ``folder`` from this process alone, whose weights are whole.
+
+        ``embeddings``: see ``adapters.adapter_parameters``.
 
         Raises:
             LayerselError: if they are not, or what was written is not right.
@@ -66,7 +74,10 @@ class AdapterWriter:
                 f"{folder}: the adapter cannot be saved by one process alone under "
                 f"{engine.name}, whose weights lie in shards. Call `trainer.save_model`."
             )
-        parameters = adapters.adapter_parameters(self.run.model, embeddings="auto")
+        fault = self.readiness.find_fault() if self.readiness else None
+        if fault:
+            raise LayerselError(fault)
+        parameters = adapters.adapter_parameters(self.run.model, embeddings)
         tensors = {name: engine.gather_parameter(parameter).contiguous() for name, parameter in parameters.items()}
         held = {name: verification.fingerprint(p.detach().flatten()).tolist() for name, p in parameters.items()}
         self.write(Path(folder), tensors, held)
@@ -89,7 +100,7 @@ class AdapterWriter:
         path, base = folder / SAFETENSORS_WEIGHTS_NAME, self.run.base
         modules, adapter = self.run.lora_modules, self.run.adapter
         if not self.computed:
-            for name in sorted({*adapters.find_targets(config, base)} ^ modules.keys()):
+            for name in sorted({*adapters.find_targets(config, base, adapter)} ^ modules.keys()):
                 makes = "no LoRA on" if name in modules else "LoRA on"
                 verification.fail(folder / CONFIG_NAME, f"PEFT would make {makes} {name} of it", verification.REPORT)
         for name in sorted(tensors.keys() ^ stored.keys()):

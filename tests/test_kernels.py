@@ -5,15 +5,24 @@ import torch
 from axolotl.kernels import lora
 from axolotl.monkeypatch import lora_kernels
 from axolotl.utils.dict import DictDefault
-from conftest import make_lora, make_small_llama, pressure, selection
+from conftest import make_lora, make_small_llama, make_trainer, pressure, selection
 from test_runs import KILLED, difference
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
-from axolotl_layersel.kernels import exchange, give_gates_to_kernels, is_fused, without_fused_lora
+from axolotl_layersel.kernels import (
+    exchange,
+    give_gates_to_kernels,
+    is_fused,
+    let_kernels_pass_by,
+    without_fused_lora,
+)
 from axolotl_layersel.plain_lora import LORA_KERNELS
 from axolotl_layersel.plugin import LayerSelectionPlugin
+from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.selection.args import SelectionArgs
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -276,3 +285,24 @@ def test_a_search_finds_the_same_gates_with_kernels_as_without_them(train):
     assert len({*scores[0]}) == 8
     # Adam's first steps are as large for a gradient of rounding as for any other, so gates may differ more than it.
     assert max(abs(one - other) for one, other in zip(*scores)) < 1e-4
+
+
+def test_kernels_compute_modules_in_which_only_another_adapter_has_lora(make_fused, tmp_path, monkeypatch):
+    read = lora.get_lora_parameters
+    monkeypatch.setattr(lora, "get_lora_parameters", getattr(read, "__wrapped__", read))
+    model = make_fused(TARGETS + MLP, ALL_ON)
+    model.add_adapter("ref", model.peft_config["default"])
+    for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+        torch.nn.init.normal_(parameter, std=0.1)
+    trainer = make_trainer(model, tmp_path)
+    prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="explicit", layers=[1])))
+    ids = torch.arange(3, 13)[None]
+    with pytest.raises(KeyError, match="default"):
+        model(ids)
+    let_kernels_pass_by(model)
+    for adapter in ("default", "ref"):
+        model.set_adapter(adapter)
+        with torch.no_grad():
+            found = model(ids).logits
+            with without_fused_lora(model):
+                torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)

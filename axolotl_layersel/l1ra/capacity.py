@@ -119,7 +119,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
         LayerselError: if a module uses more than ``max_rank``.
     """
     adapter = get_adapter_name(model)
-    modules = find_lora_modules(get_base_model(model))
+    modules = find_lora_modules(get_base_model(model), adapter)
     linears = {name: get_linears(module, adapter) for name, module in modules.items()}
 
     def find_components() -> dict[str, list[int]]:

@@ -1,5 +1,6 @@
 """Redistribute LoRA rank while a model trains: gates, updates, checkpoints and the plain adapter at the end."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 from axolotl_layersel import adapters, layouts, trainers
 from axolotl_layersel.engines import collectives, edits
@@ -397,12 +398,13 @@ class RankRedistribution:
         return state
 
     def load_adapter(self, upstream: Callable) -> Callable:
-        """Return what takes the place of the model's ``load_adapter``, for which ragged files have no fitting shape."""
+        """Return what takes the place of ``load_adapter`` of the model's class, which has no room for ragged files."""
 
-        def load_adapter(model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(upstream)
+        def load_adapter(model: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
             path = state_path(model_id)
-            if adapter_name != self.run.adapter or not path.exists():
-                return upstream(model_id, adapter_name, *args, **kwargs)
+            if model is not self.run.model or adapter_name != self.run.adapter or not path.exists():
+                return upstream(model, model_id, adapter_name, *args, **kwargs)
             adapters.restore_adapter(self.run, path, ADAPTER_PREFIX)
             return None
 

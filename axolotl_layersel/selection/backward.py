@@ -1,7 +1,9 @@
 """Backward passes of the rows' log-likelihood, and the gradients that arrive at the weights under LoRA on the way."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -47,9 +49,10 @@ def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[Cal
         # PEFT adds to the parameter what this returns, so the gradient by the one is that by the other.
         compute, calls = module.get_delta_weight, []
 
-        def get_delta_weight(adapter: str) -> torch.Tensor:
-            change = compute(adapter)
-            calls.append(adapter)
+        @functools.wraps(compute)
+        def get_delta_weight(*args: Any, **kwargs: Any) -> torch.Tensor:
+            change = compute(*args, **kwargs)
+            calls.append(change.shape)
             if torch.is_grad_enabled():
                 change = change.detach().requires_grad_()
                 change.register_hook(lambda gradient: look(place, [], [orient(module, gradient.detach())]))

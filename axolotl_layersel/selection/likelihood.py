@@ -7,6 +7,7 @@ model's own code.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,6 +62,7 @@ def replaying(body: nn.Module) -> Iterator[Replay]:
     """Let ``body`` run at the first call within the block only."""
     replay, original, own = Replay(), body.forward, body.__dict__.get("forward")
 
+    @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         replay.calls += 1
         if replay.output is None:

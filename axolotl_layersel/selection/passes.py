@@ -6,6 +6,7 @@ time is whole on the device.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -371,6 +372,7 @@ def run_layer_alone(run: Run, layer: nn.Module, gathers: bool, backward: bool) -
             state.enter_context(precision(run.trainer))
             yield
 
+    @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             with ready():

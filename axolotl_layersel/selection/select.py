@@ -327,7 +327,7 @@ def describe_towers(run: Run, stack: LayerStack) -> list[Tower]:
     lora = run.lora_modules
 
     def trains(name: str) -> bool:
-        return name in lora and any(p.requires_grad for p in adapters.lora_parameters(run.base.get_submodule(name)))
+        return name in lora and any(p.requires_grad for p in adapters.lora_parameters(run, name))
 
     return [Tower(place=place, modules=names, trained=sum(map(trains, names))) for place, names in stack.towers.items()]
 

@@ -1,6 +1,7 @@
 """The search: LoRA steps on training batches, gate steps on validation batches, in turn."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -205,6 +206,7 @@ class GateSearch:
         self.validation.follow(train_dataloader)
         upstream = self.trainer.training_step
 
+        @functools.wraps(upstream)
         def training_step(model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
             if self.inner:
                 self.inner.add(inputs, num_items_in_batch)
