@@ -31,6 +31,7 @@ from axolotl_layersel.layers import (
     get_base_model,
     get_config,
     get_linears,
+    list_linear,
 )
 from axolotl_layersel.layouts import list_ends, sort_sets
 from axolotl_layersel.plain_lora import check_gated_run
@@ -67,13 +68,16 @@ def complete_config(run: Run) -> None:
 def check_plain_lora(run: Run, modules: dict[str, LoraLayer], setting: str) -> None:
     """Raise LayerselError unless gates can be put on LoRA modules: each is B·A·x·scaling with linear A and B.
 
+    LoRA on the parameters of experts gets no gate, and is passed over.
+
     Args:
         run: whose adapter it is.
         modules: those that get gates, by name.
         setting: the YAML key that puts gates on them.
     """
-    adapter = run.adapter
-    if any(isinstance(module, ParamWrapper) for module in modules.values()):
+    adapter, everything = run.adapter, modules
+    modules = list_linear(everything)
+    if everything and not modules:
         raise LayerselError(describe_gated_experts(setting))
     check_gated_run(
         setting,

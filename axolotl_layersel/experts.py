@@ -6,7 +6,6 @@ Each refusal is one sentence, whether the fact comes from the YAML file or from 
 from collections.abc import Mapping
 from typing import Any
 
-from axolotl_layersel.block import as_mapping
 from axolotl_layersel.engines.refusals import find_engine_name
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.initialisation import PLAIN, normalise
@@ -22,12 +21,6 @@ def check_expert_file(data: Mapping[str, Any]) -> None:
         raise LayerselError(
             f"{KEY}: {data[KEY]!r} is one name, and PEFT takes a list of them. Set it to [{data[KEY]}]."
         )
-    block = as_mapping(data.get("layersel"))
-    if block.get("l1ra") is not None:
-        raise LayerselError(describe_gated_experts("layersel.l1ra"))
-    selection = as_mapping(block.get("selection"))
-    if selection.get("method") == "flexora" and selection.get("plan") is None:
-        raise LayerselError(describe_gated_experts("layersel.selection.method: flexora"))
     initial = data.get("peft_init_lora_weights")
     if normalise(initial) not in PLAIN:
         raise LayerselError(
@@ -35,15 +28,20 @@ def check_expert_file(data: Mapping[str, Any]) -> None:
             "it, or use `gaussian`."
         )
     if find_engine_name(data) == "zero3":
-        raise LayerselError(
-            f"{KEY}: PEFT cannot put LoRA on expert parameters under ZeRO-3, which has split them before PEFT sees "
-            "their shape. Use ZeRO-2 or FSDP2, or `lora_target_modules` without experts."
-        )
+        raise LayerselError(describe_sharded_experts(KEY))
 
 
 def describe_gated_experts(setting: str) -> str:
-    """Return the message for gates, which ``setting`` asks for, on LoRA on expert parameters."""
+    """Return the message for gates, which ``setting`` asks for, where all LoRA is on expert parameters."""
     return (
-        f"{KEY}: {setting} puts a gate on what LoRA computes of a module's input, and LoRA on expert parameters "
-        "changes their weights instead. Use `layersel.selection` with `method: gradient`, or `lora_target_modules`."
+        f"{KEY}: all LoRA is on the parameters of experts, and {setting} puts gates on linear modules only. Add some "
+        "to `lora_target_modules`, such as q_proj and v_proj, or use `layersel.selection` with `method: gradient`."
+    )
+
+
+def describe_sharded_experts(key: str) -> str:
+    """Return the message for LoRA on expert parameters, which ``key`` asks for, under ZeRO-3."""
+    return (
+        f"{key}: PEFT cannot put LoRA on expert parameters under ZeRO-3, which has split them before PEFT sees "
+        "their shape. Use ZeRO-2 or FSDP2, or `lora_target_modules` without experts."
     )

@@ -1,7 +1,7 @@
 """Find the layers of a model's language model, encoder and decoder, or vision tower, and the LoRA modules in them."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -11,7 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.facts import find_text_config, read_fact
 from axolotl_layersel.layer_names import ENCODER_DECODER, LANGUAGE, STACKS, VISION, LayerName, Place, name_layers
+
+# Under what names configurations say how many layers a decoder has beside an encoder.
+DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,11 @@ def count_experts(module: LoraLayer) -> int:
     return module.num_experts if isinstance(module, ParamWrapper) else 1
 
 
+def list_linear(modules: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Return the LoRA modules, by name, that are not on parameters such as those of experts."""
+    return {name: module for name, module in modules.items() if not isinstance(module, ParamWrapper)}
+
+
 def find_key(name: str, module: LoraLayer) -> str:
     """Return what PEFT's ``target_parameters``, ``rank_pattern`` and ``alpha_pattern`` call a LoRA module.
 
@@ -227,7 +236,7 @@ def find_layer_stack(model: PeftModel, stacks: str = "language") -> LayerStack:
 
 def find_both_sides(base: PreTrainedModel) -> list[Side]:
     """Return the encoder's and the decoder's layers of a model that has both; nothing of another model."""
-    if not getattr(base.config, "is_encoder_decoder", False):
+    if not read_fact(base.config, "is_encoder_decoder"):
         return []
     found = [find_lists(base, part) for part in (base.get_encoder(), base.get_decoder())]
     if [len(lists) for lists in found] != [1, 1] or found[0] == found[1]:
@@ -244,7 +253,7 @@ def find_vision_side(base: PreTrainedModel, stacks: str) -> Side:
         LayerselError: if there is no such tower, or it has no one list of layers.
     """
     tower, config = base.get_encoder("image"), base.config
-    if tower in (base, base.base_model) or getattr(config, "is_encoder_decoder", False):
+    if tower in (base, base.base_model) or read_fact(config, "is_encoder_decoder"):
         raise LayerselError(describe_missing_tower(stacks, type(base).__name__))
     expected = list_layer_counts(tower.config) if hasattr(tower, "config") else []
     paths = find_lists(base, tower, expected)
@@ -272,7 +281,7 @@ def count_read(base: PreTrainedModel, vision: Side) -> int:
     LLaVA and its like read the hidden states that ``vision_feature_layer`` says, of which 0 are the embeddings: by
     default not the last ones. What the layers above add is thrown away, and LoRA there gets no gradient.
     """
-    layers, read = len(vision.layers), getattr(base.config, "vision_feature_layer", None)
+    layers, read = len(vision.layers), read_fact(base.config, "vision_feature_layer")
     if read is None:
         return layers
     places = [read] if isinstance(read, int) else list(read)
@@ -313,7 +322,7 @@ def find_lists(
     """
     if expected is None:
         configs = [base.config, getattr(part, "config", base.config)]
-        expected = [count for config in configs for count in list_layer_counts(config.get_text_config())]
+        expected = [count for config in configs for count in list_layer_counts(find_text_config(config))]
     within = {id(module) for module in part.modules()}
     found = [
         name
@@ -335,7 +344,7 @@ def refuse(base: PreTrainedModel, problem: str) -> LayerselError:
     """Return the error for a model whose layers cannot be told."""
     found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
-    counts = " or ".join(map(str, list_layer_counts(base.config.get_text_config()))) or "no number of"
+    counts = " or ".join(map(str, list_layer_counts(find_text_config(base.config)))) or "no number of"
     return LayerselError(
         f"lora_target_modules: {problem} was found in {type(base).__name__}, whose configuration says {counts} "
         f"layers (lists of modules in it: {lists}). Target linear modules inside the language model's layers, such "
@@ -345,9 +354,9 @@ def refuse(base: PreTrainedModel, problem: str) -> LayerselError:
 
 def check_layers_apart(base: PreTrainedModel) -> None:
     """Raise LayerselError where layers share their weights, as in ALBERT."""
-    config = base.config.get_text_config()
-    groups, layers = getattr(config, "num_hidden_groups", None), config.num_hidden_layers
-    if groups is not None and groups < layers:
+    config = find_text_config(base.config)
+    groups, layers = read_fact(config, "num_hidden_groups"), read_fact(config, "num_hidden_layers")
+    if groups is not None and layers is not None and groups < layers:
         sets = "one set" if groups == 1 else f"{groups} sets"
         raise LayerselError(
             f"base_model: the {layers} layers of {type(base).__name__} share {sets} of weights, so LoRA there is in "
@@ -371,10 +380,36 @@ def list_layer_counts(config: PreTrainedConfig) -> list[int]:
     """Return how many layers the language model may have: those of a decoder may be others than those of an encoder.
 
     GPT-2 and others map their own name to ``num_hidden_layers``; T5 and BART have the next ones for their decoders, and
-    vision towers of Qwen-VL the last.
+    vision towers of Qwen-VL the next. LongCat counts the two attentions of each layer in the first, its layers in the
+    last.
     """
-    names = ("num_hidden_layers", "num_decoder_layers", "decoder_layers", "depth")
-    return list(dict.fromkeys(getattr(config, name) for name in names if getattr(config, name, None)))
+    counts = [read_fact(config, name) for name in ("num_hidden_layers", *DECODER_COUNTS, "depth", "num_layers")]
+    return list(dict.fromkeys(count for count in counts if isinstance(count, int) and count))
+
+
+def find_layer_counts(config: PreTrainedConfig, sides: Sequence[str]) -> dict[str, int] | None:
+    """Return how many layers a model of a configuration has on each of ``sides``; None where that is not known.
+
+    ``sides``: a value of ``STACKS``, or ``ENCODER_DECODER``.
+    """
+    found = {side: list_side_counts(config, side) for side in sides}
+    known = all(len(counts) == 1 for counts in found.values())
+    return {side: counts[0] for side, counts in found.items()} if known else None
+
+
+def list_side_counts(config: PreTrainedConfig, side: str) -> list[int]:
+    """Return how many layers one side of a model may have, as its configuration says."""
+    if side == VISION:
+        return list_layer_counts(config.vision_config) if read_fact(config, "vision_config") else []
+    if side in ENCODER_DECODER and read_fact(config, side):
+        return list_layer_counts(find_text_config(read_fact(config, side)))
+    text = find_text_config(config)
+    if not read_fact(config, "is_encoder_decoder"):
+        return list_layer_counts(text)
+    if side == ENCODER_DECODER[0]:  # of a composite model it is another part, such as one that reads images
+        return list_layer_counts(text)[:1] if text is config else []
+    own = [count for name in DECODER_COUNTS if (count := read_fact(text, name))]
+    return own or list_layer_counts(text)[:1]
 
 
 def find_tower(module: str, stacks: list[str]) -> str:

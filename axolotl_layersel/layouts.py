@@ -77,27 +77,38 @@ def split(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Factors], dict[st
     return factors, rest
 
 
+def join(factors: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter file that hold the factors of modules, by name in the base model."""
+    parts = {name: {DOWN: pair.down, UP: pair.up} for name, pair in factors.items()}
+    return {f"{PREFIX}{name}{part}": value for name, pair in parts.items() for part, value in pair.items()}
+
+
 def lay_out(
-    factors: dict[str, Factors], rest: dict[str, torch.Tensor], config: LoraConfig, layout: str
+    factors: dict[str, Factors],
+    rest: dict[str, torch.Tensor],
+    config: LoraConfig,
+    layout: str,
+    fixed: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """Return the tensors and the configuration of a plain adapter, from factors with scaling and gates folded in.
 
     ``ragged``: every module has its own rank, named in ``rank_pattern`` and, with the same number, in
     ``alpha_pattern``. ``uniform``: all are padded with zeros to the highest rank. In both, ``lora_alpha`` is
     ``r``, so that the scaling is 1 for every reader: of the patterns, of the top level, or of the tensors' own rank.
+
+    ``fixed``: the ranks of LoRA on parameters, whose tensors, with a scaling of 1 too, are in ``rest``, by the name
+    that PEFT's patterns have for each.
     """
     factors = {module: drop_unused(pair) for module, pair in factors.items()}
-    highest = max(pair.rank for pair in factors.values())
+    ranks = {**{module: pair.rank for module, pair in factors.items()}, **(fixed or {})}
+    highest = max(ranks.values())
     padded = {"ragged": None, "uniform": highest}[layout]
     if padded is not None:
         factors = {module: pad(pair, padded) for module, pair in factors.items()}
-    tensors = dict(rest)
-    for module, pair in factors.items():
-        tensors[f"{PREFIX}{module}{DOWN}"], tensors[f"{PREFIX}{module}{UP}"] = pair.down, pair.up
+    tensors = {**rest, **join(factors)}
     config = copy.copy(config)
     config.r = config.lora_alpha = highest
     config.use_rslora = False
-    ranks = {module: pair.rank for module, pair in factors.items()}
     config.rank_pattern = write_pattern(ranks) if padded is None else {}
     config.alpha_pattern = dict(config.rank_pattern)
     return tensors, config

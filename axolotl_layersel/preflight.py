@@ -1,7 +1,7 @@
 """The checks of a training run before its model loads. Of all commands, only ``train`` comes here."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,18 @@ from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.checkpoints import find_resumed_checkpoint
 from axolotl_layersel.contents import describe_yaml
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
+from axolotl_layersel.engines.refusals import find_engine_name
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.experts import describe_sharded_experts
+from axolotl_layersel.facts import read_fact
 from axolotl_layersel.files import check_output, read_json
 from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
-from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS
-from axolotl_layersel.layers import describe_missing_tower
+from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS, name_layers
+from axolotl_layersel.layers import describe_missing_tower, find_layer_counts
 from axolotl_layersel.plan import check_lora_rank
 from axolotl_layersel.prepare import OUTPUT_FILES, check_resumed
-from axolotl_layersel.selection.args import DEFAULT_STACKS, DEFAULT_UNSELECTED
-from axolotl_layersel.selection.choosing import check_naming
+from axolotl_layersel.selection.args import DEFAULT_STACKS, DEFAULT_UNSELECTED, SelectionArgs
+from axolotl_layersel.selection.choosing import check_naming, check_range, count_kept
 from axolotl_layersel.selection.select import check_continuing, find_plan
 from axolotl_layersel.trainers import CONFIG_ONLY_TRAINERS
 
@@ -56,6 +59,8 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
             f"lora_model_dir: {cfg.lora_model_dir} is not loaded by Axolotl with rl: {cfg.rl.value}, "
             "which starts from a new adapter. Remove lora_model_dir, or merge that adapter into the base first."
         )
+    if find_engine_name(cfg) == "zero3":
+        decide_on_rank_zero(lambda: check_fused_experts(cfg))
     selection = settings.selection
     if selection is None:
         return
@@ -67,21 +72,60 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
     stacks = selection.stacks or DEFAULT_STACKS
     if reused is None and stacks != DEFAULT_STACKS:
         decide_on_rank_zero(lambda: check_vision(cfg, stacks))
-    if reused is None and (selection.layers or selection.candidates):
+    if reused is None:
         has_decoder = decide_on_rank_zero(lambda: loads_encoder_decoder(cfg))
         sides = ENCODER_DECODER if has_decoder else STACKS[stacks]
         for key in ("layers", "candidates"):
             check_naming(key, getattr(selection, key) or [], sides, stacks, cfg.base_model)
+        decide_on_rank_zero(lambda: check_layers_exist(cfg, selection, sides))
     if (reused[0].unselected if reused else selection.unselected or DEFAULT_UNSELECTED) == "remove":
         check_base_weights(cfg)
+
+
+def check_fused_experts(cfg: Any) -> None:
+    """Raise LayerselError for target modules that PEFT makes expert parameters of, which ZeRO-3 has split.
+
+    Relied on in PEFT 0.20.0 (``tests/test_mixtures.py`` fails when it changes): the two tables by which it does that.
+    """
+    from axolotl.loaders.utils import load_model_config
+    from peft.utils import transformers_weight_conversion as peft
+
+    kind = peft._MODEL_TO_CONVERSION_PATTERN.get(load_model_config(cfg).model_type)
+    fused = peft._MOE_TARGET_MODULE_MAPPING.get(kind, {})
+    targets = cfg.lora_target_modules if isinstance(cfg.lora_target_modules, list) else []
+    found = next((target for target in targets if target.rpartition(".")[2] in fused), None)
+    if found is not None:
+        raise LayerselError(describe_sharded_experts(f"lora_target_modules: {found!r} is of a mixture's experts"))
 
 
 def check_vision(cfg: Any, stacks: str) -> None:
     """Raise LayerselError where ``stacks`` asks for a vision tower and the base model's configuration has none."""
     from axolotl.loaders.utils import load_model_config
 
-    if not hasattr(load_model_config(cfg), "vision_config"):
+    if not read_fact(load_model_config(cfg), "vision_config"):
         raise LayerselError(describe_missing_tower(stacks, cfg.base_model))
+
+
+def check_layers_exist(cfg: Any, selection: SelectionArgs, sides: Sequence[str]) -> None:
+    """Raise LayerselError for layers, or a number of them, that the base model's configuration says it has not.
+
+    Where that does not say how many layers there are, or LoRA is in some of them only, the model will.
+
+    Args:
+        cfg: Axolotl's configuration.
+        selection: the ``selection`` block.
+        sides: of the layers that are chosen among, see ``layers.find_layer_counts``.
+    """
+    from axolotl.loaders.utils import load_model_config
+
+    counts = find_layer_counts(load_model_config(cfg), sides)
+    if counts is None:
+        return
+    for key in ("layers", "candidates"):
+        check_range(key, getattr(selection, key) or [], counts)
+    settings = selection.resolve(run_seed=0)
+    if settings.granularity == "layer" and (settings.num_layers or settings.ratio):
+        count_kept(settings, len(settings.candidates or name_layers(counts)))
 
 
 def loads_encoder_decoder(cfg: Any) -> bool:
@@ -97,7 +141,7 @@ def loads_encoder_decoder(cfg: Any) -> bool:
         decoder_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not cfg.is_multimodal
     else:
         decoder_alone = cfg.type_of_model.endswith("ForCausalLM")
-    return bool(getattr(config, "is_encoder_decoder", False)) and not decoder_alone
+    return bool(read_fact(config, "is_encoder_decoder")) and not decoder_alone
 
 
 def check_base_weights(cfg: Any) -> None:

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.facts import read_fact
 
 IGNORED_LABEL = -100
 
@@ -58,7 +59,7 @@ def find_kind(model: nn.Module) -> str:
             "classifies tokens or rows, so it cannot be told which of its logits answers which label. Use "
             "`layersel.selection.method: cka` or `cosine`, which look at no labels, or another model class."
         )
-    encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    encoder_decoder = read_fact(getattr(base, "config", None), "is_encoder_decoder")
     return SAME_TOKEN if kind == NEXT_TOKEN and encoder_decoder else kind
 
 

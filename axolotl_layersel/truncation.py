@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from axolotl_layersel.facts import find_text_config
 from axolotl_layersel.layers import LayerStack, get_base_model
 from axolotl_layersel.trainers import needs_differentiable_inputs, remove_embedding_hooks
 
@@ -30,7 +31,7 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
     )
     inside = {id(parameter) for layer in stack.layers for parameter in layer.parameters()}
     after = {id(parameter) for head in find_heads(base) for parameter in head.parameters()}
-    after -= {id(parameter) for parameter in base.get_input_embeddings().parameters()}  # where the two are tied
+    after -= {id(parameter) for parameter in list_input_embeddings(base)}  # where the two are tied
     if stack.vision is not None and lowest < len(stack.vision.layers):
         tower = {id(parameter) for parameter in base.get_encoder("image").parameters()}
         after = {id(parameter) for parameter in base.parameters()} - tower
@@ -40,6 +41,15 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
     return min(lowest, len(stack.layers) - 1)
 
 
+def list_input_embeddings(base: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the weights of a model's embeddings of tokens; none where it has none, as CANINE reads characters."""
+    try:
+        embeddings = base.get_input_embeddings()
+    except NotImplementedError:
+        return []
+    return [] if embeddings is None else list(embeddings.parameters())
+
+
 def find_heads(base: PreTrainedModel) -> list[nn.Module]:
     """Return the parts of a model that run on what its body returns: output embeddings, or a classifier.
 
@@ -47,7 +57,7 @@ def find_heads(base: PreTrainedModel) -> list[nn.Module]:
     """
     output, body = base.get_output_embeddings(), base.base_model
     heads = [] if output is None else [output]
-    if body is not base and base.config.get_text_config() is base.config:
+    if body is not base and find_text_config(base.config) is base.config:
         heads += [part for part in base.children() if part is not body]
     return heads
 

@@ -18,6 +18,7 @@ from torch import nn
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.evaluation import evaluating
+from axolotl_layersel.facts import find_text_config, read_fact
 from axolotl_layersel.run import Run
 
 if TYPE_CHECKING:
@@ -234,9 +235,9 @@ def find_probe_tokens(run: Run) -> torch.Tensor | None:
     config = getattr(run.base, "config", None)
     if config is None or not hasattr(config, "get_text_config") or run.base.main_input_name != "input_ids":
         return None
-    vocabulary = getattr(config, "vocab_size", None)
+    vocabulary = read_fact(config, "vocab_size")
     # The text model of a multimodal one has a configuration of its own.
-    if not vocabulary or config.get_text_config() is not config:
+    if not vocabulary or find_text_config(config) is not config:
         return None
     data: Any = run.trainer.train_dataset
     ids = list(range(PROBE_TOKENS))
@@ -248,7 +249,7 @@ def find_probe_tokens(run: Run) -> torch.Tensor | None:
 @torch.no_grad()
 def compute_logits(model: PeftModel, tokens: torch.Tensor) -> torch.Tensor:
     """Return the model's output for ``tokens`` in fp32, without dropout; nothing of the model changes."""
-    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    has_decoder = read_fact(getattr(model, "config", None), "is_encoder_decoder")
     with evaluating(model):
         return model(input_ids=tokens, **({"decoder_input_ids": tokens} if has_decoder else {}))[0].float()
 

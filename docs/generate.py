@@ -34,6 +34,16 @@ TABLES = {
         f"A small random Llama with each kind of adapter, with a plain `transformers.Trainer` on one process. {CHOSEN}",
     ),
 }
+SURVEYED = (
+    "All classes of transformers that its mappings have for text, each built from the defaults of its configuration, "
+    "but with few layers, without memory for weights. In those found, the layers, the shape that a plan records and "
+    "the lowest layer that trains are found, with LoRA in each list of layers; nothing was trained or scored."
+)
+REFUSED = "Refused, in these sentences (without their details), where `it` is the class and `n` a number:"
+UNBUILT = (
+    "Not built: the defaults leave out what transformers itself needs, a library is missing, or PEFT has no linear "
+    "module in a list of modules to put LoRA on."
+)
 HEAD = """# What is known to work
 
 <!-- Made by docs/generate.py from docs/support.json, which `pytest --write-support` writes. -->
@@ -94,6 +104,25 @@ def make_support_table(entries: list[dict], kind: str) -> str:
     return "\n".join([*lines, "", *sentences]).rstrip()
 
 
+def make_survey(entries: list[dict]) -> str:
+    """Return in how many classes of transformers layers are found, and which are refused and why, in Markdown."""
+    lines = ["| classes | tried | layers found | refused | not built |", "|---|---|---|---|---|"]
+    reasons: dict[str, list[str]] = {}
+    unbuilt: set[str] = set()
+    for entry in entries:
+        refused, lacking = entry["refused"], entry["unbuilt"]
+        tried = entry["found"] + len(refused) + len(lacking)
+        lines.append(f"| {entry['row']} | {tried} | {entry['found']} | {len(refused)} | {len(lacking)} |")
+        for name, reason in refused.items():
+            reasons.setdefault(reason, []).append(name)
+        unbuilt |= set(lacking)
+    told = [
+        f"- {reason}: {', '.join(f'`{name}`' for name in dict.fromkeys(names))}" for reason, names in reasons.items()
+    ]
+    names = ", ".join(f"`{name}`" for name in sorted(unbuilt))
+    return "\n".join([*lines, "", REFUSED, "", *told, "", f"{UNBUILT} {names}."])
+
+
 def make_support() -> str:
     """Return docs/support.md as docs/support.json has it."""
     entries = [entry for shown in json.loads(SHOWN.read_text()).values() for entry in shown]
@@ -101,6 +130,8 @@ def make_support() -> str:
     for kind, (title, text) in TABLES.items():
         table = make_support_table([entry for entry in entries if entry["table"] == kind], kind)
         parts.append(f"## {title}\n\n{text}\n\n{table}\n")
+    survey = make_survey([entry for entry in entries if entry["table"] == "architecture"])
+    parts.append(f"## Architectures\n\n{SURVEYED}\n\n{survey}\n")
     return "\n".join(parts)
 
 

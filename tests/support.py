@@ -18,6 +18,7 @@ FILE = Path(__file__).parent.parent / "docs" / "support.json"
 L1RA = "l1ra"
 COLUMNS = [*METHODS, L1RA]
 TABLES = ("model", "trainer", "adapter")
+SURVEY = "architecture"
 # Layers of which the model reads nothing, and outside of the layers.
 IDLE = {"vision.3", None}
 
@@ -27,10 +28,12 @@ class Support:
 
     Attributes:
         entries: by table and row, the columns that were tested, and those that were refused with the message.
+        surveys: of architectures, see ``survey``.
     """
 
     def __init__(self) -> None:
         self.entries: dict[tuple[str, str], tuple[list[str], dict[str, str]]] = {}
+        self.surveys: list[dict] = []
 
     def find(self, table: str, row: str) -> tuple[list[str], dict[str, str]]:
         if table not in TABLES:
@@ -45,12 +48,18 @@ class Support:
         assert column in COLUMNS and message
         self.find(table, row)[1][column] = message
 
+    def survey(self, row: str, found: int, refused: dict[str, str], unbuilt: dict[str, str]) -> None:
+        """Say in how many classes of a kind layers were found, and by class why not in others, or what they lack."""
+        self.surveys.append(
+            {"table": SURVEY, "row": row, "found": found, "refused": refused, "unbuilt": dict(sorted(unbuilt.items()))}
+        )
+
     def describe(self) -> list[dict]:
         """Return it as docs/support.json has it."""
         return [
             {"table": table, "row": row, "tested": sorted(set(tested), key=COLUMNS.index), "refused": refused}
             for (table, row), (tested, refused) in self.entries.items()
-        ]
+        ] + self.surveys
 
 
 def read_file() -> dict[str, list[dict]]:

@@ -98,17 +98,9 @@ BEFORE_THE_MODEL = {
         {"fsdp_version": 1, "fsdp_config": {"offload_params": False}},
         "fsdp_version: 1 is not supported by the plugin. Set `fsdp_version: 2`.",
     ),
-    "gates on experts": (
-        {**EXPERTS, "lora_alpha": 8, **l1ra()},
-        "lora_target_parameters: layersel.l1ra puts a gate on what LoRA computes",
-    ),
     "experts not in a list": (
         {"lora_target_parameters": "mlp.experts.gate_up_proj"},
         "lora_target_parameters: 'mlp.experts.gate_up_proj' is one name, and PEFT takes a list of them",
-    ),
-    "a search with gates on experts": (
-        {**EXPERTS, **selection("flexora")},
-        "lora_target_parameters: layersel.selection.method: flexora puts a gate on what LoRA computes",
     ),
     "orthogonal experts": (
         {**EXPERTS, "peft_init_lora_weights": "orthogonal"},
@@ -118,6 +110,19 @@ BEFORE_THE_MODEL = {
         {**EXPERTS, "deepspeed": {"zero_optimization": {"stage": 3}}},
         "lora_target_parameters: PEFT cannot put LoRA on expert parameters under ZeRO-3",
     ),
+    "layers out of range": (
+        selection(method="explicit", layers=[1, 8]),
+        "layersel.selection.layers: [8] are out of range: the model's layers are 0 to 7.",
+    ),
+    "candidates out of range": (
+        selection(candidates=[99, 1]),
+        "layersel.selection.candidates: [99] are out of range: the model's layers are 0 to 7.",
+    ),
+    "more layers than there are": (
+        selection(num_layers=9),
+        "layersel.selection.num_layers: 9 is more than the 8 layers that can be chosen. Set it to at most 8.",
+    ),
+    "empty selection": (selection(ratio=0.1), "layersel.selection.ratio: 0.1 of 8 layers keeps none"),
     "streaming": ({"streaming": True}, "streaming: True cannot be sampled for layersel.selection.method: 'cka'"),
     "prompts without answers": (
         {"rl": "grpo", **selection(method="cka")},
@@ -266,13 +271,12 @@ AFTER_THE_MODEL = {
         {**l1ra(max_rank=6), "lora_rank_pattern": {"q_proj": 7}},
         "layersel.l1ra.max_rank: 6 is less than the rank 7 that model.layers.0.self_attn.q_proj has",
     ),
-    "layers out of range": (
-        selection(method="explicit", layers=[1, 8]),
-        "layersel.selection.layers: [8] are out of range: the model's layers are 0 to 7.",
-    ),
     "no stack": ({"lora_target_modules": ["lm_head"]}, "lora_target_modules: no stack of layers that carries LoRA"),
     "few samples": (selection(num_samples=128), "layersel.selection.num_samples: 128 is more than the 64 rows"),
-    "empty selection": (selection(ratio=0.1), "layersel.selection.ratio: 0.1 of 8 layers keeps none"),
+    "fewer layers with LoRA": (
+        {"lora_target_modules": r".*\.[0-3]\.self_attn\.q_proj", **selection("last", num_layers=5)},
+        "layersel.selection.num_layers: 5 is more than the 4 layers that can be chosen. Set it to at most 4.",
+    ),
 }
 
 

@@ -620,3 +620,10 @@ def test_layers_by_number_are_refused_before_the_model_loads(train, t5_settings)
     )
     assert message in run.log
     assert "Loading weights" not in run.log
+
+
+def test_layers_that_a_side_has_not_are_refused_before_the_model_loads(train, t5_settings):
+    run = train(**t5_settings, layersel={"selection": {"method": "explicit", "layers": ["decoder.99"]}}, expect=1)
+    message = "layersel.selection.layers: [decoder.99] are out of range: the model's layers are encoder.0 to encoder.2"
+    assert f"LayerselError: {message}" in run.log
+    assert "Loading weights" not in run.log

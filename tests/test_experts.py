@@ -212,22 +212,6 @@ def test_experts_that_something_else_computes_are_not_scored_as_if_they_gained_n
         prepare_trainer(make_trainer(model, tmp_path), settings)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"l1ra": {}}, "lora_target_parameters: layersel.l1ra puts a gate"),
-        (
-            {"selection": {"method": "flexora", "flexora": {"val_samples": 4}}},
-            "lora_target_parameters: layersel.selection.method: flexora puts a gate",
-        ),
-    ],
-)
-def test_gates_on_experts_are_refused(tmp_path, settings, message):
-    trainer = make_trainer(make_experts("Mixtral"), tmp_path)
-    with pytest.raises(LayerselError, match=message):
-        prepare_trainer(trainer, LayerselConfig(**settings))
-
-
 def test_a_misspelt_parameter_is_named_with_those_that_there_are(tmp_path):
     model = make_experts("Mixtral", target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_pro"])
     with pytest.raises(LayerselError, match=r"'mlp\.experts\.down_pro' .* mlp\.experts\.down_proj, mlp\.experts\.gate"):

@@ -582,6 +582,11 @@ def test_axolotl_scores_and_trains_both_stacks_of_gemma_3_too(train, tmp_path):
     [
         ({"stacks": "both", "layers": [0, 1]}, "layersel.selection.layers: [0, 1] is not how the layers of"),
         ({"layers": ["vision.1"]}, "layersel.selection.layers: [vision.1] is not how the layers of"),
+        (
+            {"stacks": "both", "layers": ["vision.99", "language.1"]},
+            "layersel.selection.layers: [vision.99] are out of range: the model's layers are vision.0 to vision.3 and "
+            "language.0 to language.3.",
+        ),
     ],
 )
 def test_layers_of_other_stacks_are_refused_before_the_model_loads(train, llava_settings, selection, message):

@@ -18,7 +18,6 @@ BATCH = {"input_ids": torch.arange(3, 23)[None]}
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
 NOT_PLAIN = {column: "is not plain LoRA (DoRA, aLoRA, lora_bias or the like)" for column in ("flexora", L1RA)}
 DORA = {column: "peft_use_dora: true. DoRA ties its magnitudes" for column in ("flexora", L1RA)}
-EXPERTS = {column: "lora_target_parameters" for column in ("flexora", L1RA)}
 CHANGED = {
     **{column: "whose gates need an adapter that starts from nothing" for column in ("flexora", L1RA)},
     "gradient": "does not go with layersel.selection.rank: score",
@@ -88,12 +87,12 @@ def test_every_method_chooses_with_a_kind_of_adapter_and_rank_moves(kind, tmp_pa
     try_every_method(support, "adapter", kind, make, lambda: base(tmp_path / "base"), tmp_path, BATCH, refused)
 
 
-def test_every_method_chooses_among_experts_and_gates_on_them_are_refused(tmp_path, support):
+def test_every_method_chooses_among_experts_and_rank_moves_beside_them(tmp_path, support):
     def make(folder, **arguments):
-        return make_trainer(make_experts("Mixtral"), folder, **arguments)
+        return make_trainer(make_experts("Mixtral", ["q_proj", "k_proj", "v_proj", "o_proj"]), folder, **arguments)
 
     row = "LoRA on experts (`target_parameters`)"
-    try_every_method(support, "adapter", row, make, lambda: make_base("Mixtral"), tmp_path, BATCH, EXPERTS)
+    try_every_method(support, "adapter", row, make, lambda: make_base("Mixtral"), tmp_path, BATCH)
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from axolotl_layersel import adapters
@@ -21,10 +22,17 @@ from axolotl_layersel.l1ra.args import (
     refuse_optimizer,
 )
 from axolotl_layersel.l1ra.schedule import check_run_length
-from axolotl_layersel.layers import find_lora_modules, get_adapter_name, get_base_model, get_config, get_linears
+from axolotl_layersel.layers import (
+    find_lora_modules,
+    get_adapter_name,
+    get_base_model,
+    get_config,
+    get_linears,
+    list_linear,
+)
 from axolotl_layersel.layouts import Factors, find_used
 from axolotl_layersel.plain_lora import check_generation
-from axolotl_layersel.resizing import check_trained_rank, describe_ranks, resize_linear
+from axolotl_layersel.resizing import check_trained_rank, describe_ranks, resize_linear, set_ranks
 from axolotl_layersel.run import Run
 from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps, uses_vllm
 
@@ -103,23 +111,25 @@ def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float |
 
 
 def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) -> dict[str, list[int]]:
-    """Give every LoRA module ``max_rank`` components, the new ones zero, without changing what it computes.
+    """Give every linear LoRA module ``max_rank`` components, the new ones zero, without changing what it computes.
 
-    Call it before the optimizer or an engine exists. Padding of an adapter that was loaded becomes room too.
+    Call it before the optimizer or an engine exists. Padding of an adapter that was loaded becomes room too. LoRA on
+    the parameters of experts keeps its rank.
 
     Args:
-        model: with plain linear LoRA modules, see ``adapters.check_plain_lora``.
+        model: with plain LoRA modules, see ``adapters.check_plain_lora``.
         max_rank: the capacity of a module.
         scaling: the scaling that all modules get, B being adapted; None: each keeps its own.
 
     Returns:
-        The slots in use of each module, by its name.
+        The slots in use of each linear module, by its name.
 
     Raises:
         LayerselError: if a module uses more than ``max_rank``.
     """
     adapter = get_adapter_name(model)
-    modules = find_lora_modules(get_base_model(model), adapter)
+    everything = find_lora_modules(get_base_model(model), adapter)
+    modules = list_linear(everything)
     linears = {name: get_linears(module, adapter) for name, module in modules.items()}
 
     def find_components() -> dict[str, list[int]]:
@@ -143,7 +153,10 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
         module.scaling[adapter] /= rescale
         module.r[adapter] = max_rank
         module.lora_alpha[adapter] = module.scaling[adapter] * max_rank
-    model.peft_config[adapter] = describe_ranks(get_config(model), modules, adapter)
+    if scaling is not None:
+        for name in everything.keys() - modules.keys():
+            rescale_experts(everything[name], adapter, scaling)
+    model.peft_config[adapter] = describe_ranks(get_config(model), everything, adapter)
     return {name: list(range(len(used))) for name, used in components.items()}
 
 
@@ -157,17 +170,31 @@ def grow_linear(linear: nn.Linear, dim: int, used: list[int], rank: int, factor:
 
 
 @torch.no_grad()
+def rescale_experts(module: LoraLayer, adapter: str, scaling: float) -> None:
+    """Give LoRA on the parameters of experts another scaling, B being adapted."""
+    _, up = get_linears(module, adapter)
+    up.weight.mul_(module.scaling[adapter] / scaling)
+    module.scaling[adapter] = scaling
+    module.lora_alpha[adapter] = scaling * module.r[adapter]
+
+
+@torch.no_grad()
 def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int, continues_adapter: bool) -> None:
-    """Let grown modules begin with ``ranks``, with new weights drawn from ``seed``.
+    """Let modules begin with ``ranks``, with new weights drawn from ``seed``; those that were not grown are resized.
 
     ``continues_adapter``: the weights are a trained adapter's, which must have these ranks, and stay.
 
     Raises:
         LayerselError: if there is no room for them, or a trained adapter has others.
     """
+    fixed = {name: rank for name, rank in ranks.items() if name not in capacity.slots}
+    set_ranks(run, fixed, seed, continues_adapter)
+    ranks = {name: rank for name, rank in ranks.items() if name in capacity.slots}
     if continues_adapter:
         for name, rank in ranks.items():
             check_trained_rank(name, len(capacity.slots[name]), rank)
+        return
+    if not ranks:
         return
     highest = max(ranks, key=lambda name: ranks[name])
     if ranks[highest] > capacity.max_rank:

@@ -15,6 +15,7 @@ from axolotl_layersel import adapters, layouts, trainers
 from axolotl_layersel.engines import collectives, edits
 from axolotl_layersel.engines.moments import LEAVES_IDLE
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.experts import describe_gated_experts
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.l1ra.allocation import BUDGETS, ModuleState, Moves
 from axolotl_layersel.l1ra.args import L1RAArgs
@@ -24,7 +25,7 @@ from axolotl_layersel.l1ra.report import print_ranks
 from axolotl_layersel.l1ra.rules import RULES, Rule
 from axolotl_layersel.l1ra.schedule import find_interval, find_update_steps
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, state_path, write_state
-from axolotl_layersel.layers import count_component_parameters, get_linears
+from axolotl_layersel.layers import count_component_parameters, find_key, get_linears, list_linear
 from axolotl_layersel.randomness import draw_row
 from axolotl_layersel.run import Run
 
@@ -42,7 +43,8 @@ class RankRedistribution:
     the same way on every rank, and leaves all others as they are.
 
     Attributes:
-        gates: of the modules that train, in the order of the model.
+        gates: of the linear modules that train, in the order of the model.
+        fixed: LoRA on the parameters of experts, by name, which trains at its rank.
         active: which components take part, (components of all modules,), bool.
         pool: what of the budget waits to be placed.
         history: ranks by step.
@@ -56,11 +58,15 @@ class RankRedistribution:
         self.run = run
         self.settings = settings
         self.lora_r, self.max_rank = capacity.lora_r, capacity.max_rank
-        self.modules = {
+        trained = {
             name: module
             for name, module in run.lora_modules.items()
             if get_linears(module, run.adapter)[0].weight.requires_grad
         }
+        self.modules = list_linear(trained)
+        self.fixed = {name: trained[name] for name in trained if name not in self.modules}
+        if self.fixed and not self.modules:
+            raise LayerselError(describe_gated_experts("layersel.l1ra"))
         self.linears = {name: get_linears(module, run.adapter) for name, module in self.modules.items()}
         self.parameters_per_component = {
             name: count_component_parameters(module, run.adapter) for name, module in self.modules.items()
@@ -111,7 +117,14 @@ class RankRedistribution:
     def count_parameters(self) -> tuple[int, int]:
         """Return the trainable LoRA parameters in use, and those that the modules have room for."""
         in_use = sum(rank * self.parameters_per_component[name] for name, rank in self.ranks().items())
-        return in_use, sum(self.max_rank * count for count in self.parameters_per_component.values())
+        room = sum(self.max_rank * count for count in self.parameters_per_component.values())
+        fixed = self.count_fixed_parameters()
+        return in_use + fixed, room + fixed
+
+    def count_fixed_parameters(self) -> int:
+        """Return the LoRA parameters on experts, whose rank stays."""
+        adapter = self.run.adapter
+        return sum(count_component_parameters(each, adapter) * each.r[adapter] for each in self.fixed.values())
 
     # --- Training -----------------------------------------------------------------------------------------------------
 
@@ -142,6 +155,12 @@ class RankRedistribution:
             f"{capacity:,}",
             self.max_rank,
         )
+        if self.fixed:
+            LOG.info(
+                "layersel: LoRA on experts, such as %s, stays at its rank: %s of these parameters",
+                next(iter(self.fixed)),
+                f"{self.count_fixed_parameters():,}",
+            )
 
     def read_gradient(self) -> None:
         """Let the gates have the gradient that gates of 1 would get if they were attached; every rank must call this.
@@ -193,6 +212,7 @@ class RankRedistribution:
         numbers = describe_update(
             ranks, self.parameters_per_component, self.pool, moves.count_pruned(), moves.count_added()
         )
+        numbers["layersel/trainable_parameters_in_use"] += self.count_fixed_parameters()
         # Logging clears the flag by which the Trainer would log the step's loss.
         trainer = self.run.trainer
         should_log = trainer.control.should_log
@@ -337,14 +357,20 @@ class RankRedistribution:
     def fold(self, tensors: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
         """Return the plain adapter that computes what the gated modules compute, see ``layouts.lay_out``."""
         factors, rest = layouts.split(tensors)
-        values = self.gates.values.cpu()
+        values, adapter = self.gates.values.cpu(), self.run.adapter
         modules = self.run.lora_modules
-        folded = {}
+        linear = list_linear(modules)
+        folded, fixed = {}, {}
         for name, pair in factors.items():
             part = self.gates.parts.get(name)
             gates = None if part is None else values[part]
-            folded[name] = layouts.fold(pair, modules[name].scaling[self.run.adapter], gates)
-        return layouts.lay_out(folded, rest, config, "ragged")
+            plain = layouts.fold(pair, modules[name].scaling[adapter], gates)
+            if name in linear:
+                folded[name] = plain
+            else:  # its components are those of all experts, which stay as they are
+                rest |= layouts.join({name: plain})
+                fixed[find_key(name, modules[name])] = modules[name].r[adapter]
+        return layouts.lay_out(folded, rest, config, "ragged", fixed)
 
     def save(self, checkpoint: str | Path, weights: dict[str, torch.Tensor]) -> None:
         """Write what resuming needs into ``checkpoint``, on rank 0. ``weights``: see ``AdapterWriter.save``."""

@@ -13,7 +13,7 @@ import torch
 
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS, LayerName, format_names, split_name
+from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS, LayerName, format_names, name_layers, split_name
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, Token, check_room
@@ -215,14 +215,7 @@ def find_candidates(settings: ResolvedSelection, stack: LayerStack) -> list[int]
     for key in ("layers", "candidates"):
         named: list[LayerName] = getattr(settings, key) or []
         check_naming(key, named, [side.name for side in stack.sides], settings.stacks, "this model")
-        outside = [name for name in named if name not in stack.names]
-        if outside:
-            firsts = [stack.side_of.index(side) for side in range(len(stack.sides))]
-            lasts = [first + len(side.layers) - 1 for first, side in zip(firsts, stack.sides)]
-            known = " and ".join(f"{stack.names[first]} to {stack.names[last]}" for first, last in zip(firsts, lasts))
-            raise LayerselError(
-                f"layersel.selection.{key}: {format_names(outside)} are out of range: the model's layers are {known}."
-            )
+        check_range(key, named, {side.name: len(side.layers) for side in stack.sides})
         idle = [name for name in named if stack.names.index(name) in stack.idle]
         if idle:
             raise LayerselError(
@@ -268,6 +261,17 @@ def check_naming(key: str, named: list[LayerName], sides: Sequence[str], stacks:
         f"layersel.selection.{key}: {format_names(named)} is not how the layers of {model} are named, which {kind}. "
         f"Name them {way}."
     )
+
+
+def check_range(key: str, named: list[LayerName], counts: Mapping[str, int]) -> None:
+    """Raise LayerselError for layers, named under ``key``, that a model with so many on each side does not have."""
+    names = [name_layers({side: count}) for side, count in counts.items()]
+    outside = [name for name in named if not any(name in side for side in names)]
+    if outside:
+        known = " and ".join(f"{side[0]} to {side[-1]}" for side in names)
+        raise LayerselError(
+            f"layersel.selection.{key}: {format_names(outside)} are out of range: the model's layers are {known}."
+        )
 
 
 def count_kept(settings: ResolvedSelection, candidates: int, what: str = "layers") -> int:

@@ -11,6 +11,7 @@ from typing import cast
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from axolotl_layersel.facts import read_fact
 from axolotl_layersel.layer_names import VISION
 from axolotl_layersel.selection.args import Token
 
@@ -20,7 +21,7 @@ MEANS = ("mean", "late")
 def is_encoder(base: PreTrainedModel) -> bool:
     """Return whether each token of a transformers model sees the whole row, so that the first one can stand for it."""
     config = base.config
-    turned = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    turned = read_fact(config, "is_decoder") or read_fact(config, "is_encoder_decoder")
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not turned
 
 
@@ -43,4 +44,4 @@ def find_token(base: PreTrainedModel, token: str, side: str = "") -> Token:
         return "mean"
     if not is_encoder(base):
         return "ending"
-    return "mean" if getattr(base.config, "classifier_pooling", None) in MEANS else "cls"
+    return "mean" if read_fact(base.config, "classifier_pooling") in MEANS else "cls"

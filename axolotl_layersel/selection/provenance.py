@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.facts import find_text_config, read_fact
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.selection.calibration import fingerprint, read_row
 from axolotl_layersel.selection.collated import Collate, read_collated
@@ -26,8 +27,8 @@ SHAPE = (
 
 def describe_shape(config: Any) -> dict[str, int | str]:
     """Return what the configuration of a model says of its language model's shape."""
-    text = config.get_text_config()
-    values: dict[str, Any] = {key: getattr(text, key, None) for key in SHAPE}
+    text = find_text_config(config)
+    values: dict[str, Any] = {key: read_fact(text, key) for key in SHAPE}
     return {key: value for key, value in values.items() if type(value) in (int, str)}
 
 

@@ -12,6 +12,7 @@ from axolotl_layersel import adapters, trainers
 from axolotl_layersel.agreement import find_version
 from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.facts import read_fact
 from axolotl_layersel.files import FOLDER
 from axolotl_layersel.initialisation import changes_base, check_redrawn, check_supported, describe_continued
 from axolotl_layersel.interrupt import ending_on_signal
@@ -78,7 +79,7 @@ def select_layers(
     base_model = run.config.base_model_name_or_path
     reused = decide_on_rank_zero(lambda: find_plan(settings, resume_from, base_model))
     stack = find_layer_stack(run.model, reused[0].stacks if reused else settings.stacks or DEFAULT_STACKS)
-    if reused is None and getattr(base.config, "is_encoder_decoder", False) and not stack.has_decoder:
+    if reused is None and read_fact(base.config, "is_encoder_decoder") and not stack.has_decoder:
         check_encoder_decoder(settings, type(base).__name__)
     if continues_adapter and reused is None:
         check_continuing(settings)

@@ -2,6 +2,8 @@
 
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.experts import KEY, describe_gated_experts
+from axolotl_layersel.layers import list_linear
 from axolotl_layersel.selection.calibration import fingerprint, has_tokens, read_sample
 from axolotl_layersel.selection.choosing import Choice, Selection, choose_highest, find_highest_by_layer
 from axolotl_layersel.selection.methods.flexora.gating import choose_positive
@@ -32,7 +34,7 @@ def choose(selection: Selection) -> Choice:
         highest = choose_highest(list(gates.values()), {}, list(range(len(names))), keep, selection.method)
         return [names[i] for i in highest]
 
-    result = search_gates(selection, search, {unit.name: unit.modules for unit in units}, choose_gates)
+    result = search_gates(selection, search, find_gated(selection), choose_gates)
     gates = result.history.final
     kept = set(decide_on_rank_zero(lambda: choose_gates(gates)))
     tokenised = all(has_tokens(row) for row in result.validation)
@@ -48,3 +50,24 @@ def choose(selection: Selection) -> Choice:
         fingerprint=fingerprint(samples) if tokenised else None,
         history=result.history,
     )
+
+
+def find_gated(selection: Selection) -> dict[str, list[str]]:
+    """Return the names of the LoRA modules under the gate of each unit, by its name: those that are linear.
+
+    Raises:
+        LayerselError: if a unit has none, as experts by themselves have not.
+    """
+    linear, settings = list_linear(selection.run.lora_modules), selection.settings
+    gated = {unit.name: [name for name in unit.modules if name in linear] for unit in selection.units}
+    bare = [name for name, modules in gated.items() if not modules]
+    if len(bare) == len(gated):
+        raise LayerselError(describe_gated_experts("layersel.selection.method: flexora"))
+    if bare:
+        way_out = "`granularity: layer`" if settings.granularity != "layer" else "`candidates` without it"
+        raise LayerselError(
+            f"layersel.selection.granularity: {settings.granularity!r} with method flexora needs a linear LoRA module "
+            f"in every {settings.granularity}, and {bare[0]} has LoRA on experts only, where no gate can be. Set "
+            f"{way_out}, or leave experts out of lora_target_modules and {KEY}."
+        )
+    return gated

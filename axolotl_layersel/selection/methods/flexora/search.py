@@ -17,7 +17,7 @@ from axolotl_layersel import adapters, trainers
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.gates import Gates
-from axolotl_layersel.layers import LayerStack, get_linears
+from axolotl_layersel.layers import LayerStack, get_linears, list_linear
 from axolotl_layersel.run import Run
 from axolotl_layersel.selection.args import describe_generated
 from axolotl_layersel.selection.calibration import check_indexable
@@ -90,6 +90,11 @@ def search_gates(
             settings.inner_steps,
             len(rows),
         )
+        if len(list_linear(lora)) < len(lora):
+            LOG.info(
+                "layersel: gates are on linear LoRA modules; LoRA on experts takes no part in the search, and is kept "
+                "or left out with what it is in"
+            )
     with leaving_out(run, selection.stack, modules), search.attached():
         run_trial(run, settings.steps, train_dataset, SearchCallback(search), seed)
     search.conclude()
