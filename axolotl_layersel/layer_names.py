@@ -15,7 +15,8 @@ VISION, LANGUAGE = "vision", "language"
 STACKS = {"language": ("",), "vision": (VISION,), "both": (VISION, LANGUAGE)}
 # In the order that they run.
 SIDES = (*ENCODER_DECODER, VISION, LANGUAGE)
-NAME = re.compile(rf"({'|'.join(SIDES)})\.(0|[1-9][0-9]{{0,8}})")
+NUMBER = re.compile("0|[1-9][0-9]{0,8}")
+NAME = re.compile(rf"({'|'.join(SIDES)})\.({NUMBER.pattern})")
 
 
 def name_layers(counts: Mapping[str, int]) -> list[LayerName]:
@@ -65,7 +66,7 @@ def find_layer(place: Place, module: str) -> LayerName | None:
     """Return the layer that a module is in, by its name in the base model, or None where it is in none."""
     for side, path in split_place(place).items():
         number, _, rest = module.removeprefix(f"{path}.").partition(".")
-        if module.startswith(f"{path}.") and number.isdecimal() and number.isascii() and rest:
+        if module.startswith(f"{path}.") and NUMBER.fullmatch(number) and rest:
             return f"{side}.{int(number)}" if side else int(number)
     return None
 

@@ -190,7 +190,8 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfi
         LayerselError: if there is none, or one of another kind.
     """
     folder = Path(folder)
-    missing = [name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME) if not (folder / name).is_file()]
+    # Unlike Path.is_file, this raises for no name, however long.
+    missing = [name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME) if not os.path.isfile(folder / name)]
     if missing:
         raise LayerselError(f"{folder} holds no {missing[0]}. Give the folder of a LoRA adapter.")
     config = read_config(folder / CONFIG_NAME)
@@ -204,6 +205,13 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfi
         )
     if config.use_dora:
         raise LayerselError(f"{folder}: use_dora: true. A DoRA adapter cannot be laid out anew. Give a LoRA adapter.")
+    foreign = [name for name in tensors if name.endswith((DOWN, UP)) and not name.startswith(PREFIX)]
+    if foreign:
+        raise LayerselError(
+            f"ADAPTER: {folder} has a tensor {min(foreign)}, and those of PEFT begin with {PREFIX} "
+            f"({len(foreign)} such tensors), without which PEFT would load none of it. Rename them, or give an adapter "
+            "that PEFT has saved."
+        )
     other = [name for name in tensors if ".lora_" in name and not name.endswith((DOWN, UP))]
     if other:
         raise LayerselError(f"{folder}: {min(other)} is not of a linear LoRA module, the only kind that is supported.")

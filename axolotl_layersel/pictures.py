@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -44,9 +45,9 @@ def check_picture(path: Path) -> None:
     if path.suffix[1:].lower() not in endings:
         what = f"{path.suffix!r} is no ending" if path.suffix else "there is no ending"
         raise LayerselError(f"--picture: {path}: {what} of a picture. Use one of {', '.join(endings)}.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise LayerselError(f"--picture: {path} is a folder. Give the path of a file, such as {path / 'run.png'}.")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise LayerselError(f"--picture: the folder {path.parent} does not exist. Make it, or give another path.")
 
 

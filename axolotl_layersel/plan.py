@@ -1,21 +1,29 @@
 """The plan: which layers were chosen, why, and on what. Read, checked and written here."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from axolotl_layersel.block import Block
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import FOLDER, read_json, refuse, write_atomically
-from axolotl_layersel.layer_names import STACKS, LayerName, Place, are_all, find_layer, split_place
-from axolotl_layersel.selection.args import DEFAULT_STACKS, SelectionArgs, Token, Towers, Unselected
+from axolotl_layersel.layer_names import LayerName, Place, find_layer
+from axolotl_layersel.plan_checks import enumerate_faults, list_contradictions, list_problems
+from axolotl_layersel.selection.args import (
+    DEFAULT_STACKS,
+    ResolvedSelection,
+    SelectionArgs,
+    Token,
+    Towers,
+    Unselected,
+)
 from axolotl_layersel.selection.methods import METHODS
 
 SCHEMA_VERSION: Final = 2
 FILE = "plan.json"
+# Parameters and ranks; a larger number is none of a model's.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 # Keys of JSON are text: those that are numbers are the layers of a model with one list of them.
 Layer = Annotated[LayerName, Field(union_mode="left_to_right")]
 
@@ -28,7 +36,7 @@ class LayerChoice(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     layer: Layer
-    score: float | None
+    score: FiniteFloat | None
     selected: bool
 
 
@@ -39,7 +47,7 @@ class Tower(BaseModel):
 
     place: str
     modules: list[str]
-    trained: int
+    trained: Count
 
 
 class Stability(BaseModel):
@@ -48,7 +56,9 @@ class Stability(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     selected: dict[int, list[Layer]] = Field(description="the layers chosen, by seed")
-    overlap: float = Field(description="mean Jaccard overlap of all pairs of choices of modules, weighted by rank")
+    overlap: FiniteFloat = Field(
+        ge=0, le=1, description="mean Jaccard overlap of all pairs of choices of modules, weighted by rank"
+    )
 
 
 class Budget(BaseModel):
@@ -56,11 +66,11 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    lora: int = Field(description="of LoRA with lora_r in all candidates")
-    even: int = Field(default=0, description="of what is spent, that which no gain above noise asked for; all alike")
-    lora_r: int | None = Field(default=None, description="of the run that made the plan; null in older plans")
-    allowed: int = Field(description="what the ranks could spend")
-    spent: int = Field(description="what they take")
+    lora: Count = Field(description="of LoRA with lora_r in all candidates")
+    even: Count = Field(default=0, description="of what is spent, that which no gain above noise asked for; all alike")
+    lora_r: Count | None = Field(default=None, description="of the run that made the plan; null in older plans")
+    allowed: Count = Field(description="what the ranks could spend")
+    spent: Count = Field(description="what they take")
 
 
 class Plan(BaseModel):
@@ -89,7 +99,7 @@ class Plan(BaseModel):
     budget: Budget | None = Field(default=None, description="where ranks were given by one")
     settings: dict[str, Any] = Field(description="the selection block that produced this plan")
     seed: int
-    module_scores: dict[str, float | None] = Field(
+    module_scores: dict[str, FiniteFloat | None] = Field(
         default_factory=dict,
         description="importance of the unit of every LoRA module, null where it has none, where units are not layers",
     )
@@ -114,8 +124,8 @@ class Plan(BaseModel):
     )
     versions: dict[str, str]
     engine: str
-    processes: int
-    seconds: float
+    processes: Count
+    seconds: FiniteFloat
 
     @property
     def selected(self) -> list[LayerName]:
@@ -125,7 +135,19 @@ class Plan(BaseModel):
     @property
     def stacks(self) -> str:
         """Whose layers were chosen among; plans from before there was a choice say nothing."""
-        return self.settings.get("stacks", DEFAULT_STACKS)
+        return self.settings.get("stacks") or DEFAULT_STACKS
+
+    def resolve_settings(self) -> ResolvedSelection:
+        """Return ``settings`` as they take effect; what is left out of them, or null, is at its default.
+
+        Raises:
+            ValidationError: if they are not what a ``selection`` block can hold.
+        """
+        given = {key: value for key, value in self.settings.items() if value is not None}
+        method = METHODS.get(str(given.get("method")))
+        if method is None or "seed" not in method.keys:
+            given.pop("seed", None)  # every plan has one, which such a block must not
+        return SelectionArgs.model_validate(given).resolve(run_seed=self.seed)
 
     @property
     def modules_outside(self) -> list[str]:
@@ -158,13 +180,11 @@ def read_plan(path: str | Path, key: str = "layersel.selection.plan") -> Plan:
         # As JSON, whose keys are text, and strictly: "yes" is no Boolean and 1.0 is no layer.
         plan = Plan.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        fault = f"is not a plan: {where}: {first['msg']} ({error.error_count()} problems)"
-        raise refuse(key, path, fault, way_out) from error
-    contradiction = find_contradiction(plan)
-    if contradiction:
-        raise refuse(key, path, contradiction, way_out)
+        raise refuse(key, path, f"is not a plan: {enumerate_faults(list_problems(error))}", way_out) from error
+    contradictions = list_contradictions(plan)
+    if contradictions:
+        way_out = "Undo what was edited by hand, or make the plan anew."
+        raise refuse(key, path, f"contradicts itself: {enumerate_faults(contradictions)}", way_out)
     return plan
 
 
@@ -177,86 +197,9 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "schema_version": SCHEMA_VERSION, "granularity": granularity, "settings": settings}
 
 
-def find_contradiction(plan: Plan) -> str | None:
-    """Return in what parts of ``plan`` contradict each other, or None where they do not."""
-    names = [choice.layer for choice in plan.layers]
-    if not plan.selected or not are_all(names, plan.stack):
-        return "does not list every layer once, or selects none"
-    if plan.method not in METHODS:
-        return f"is made by a method that is not known, {plan.method!r}"
-    if plan.stacks not in STACKS:
-        return f"is of stacks that are not known, {plan.stacks!r}"
-    if not set(plan.unscored) <= set(names):
-        return "says why layers are not scored that it does not list"
-    outside = [name for tower in plan.outside for name in tower.modules]
-    lists: dict[str, list[Any]] = {
-        "modules": plan.modules,
-        "calibration_rows": plan.calibration_rows,
-        "outside": outside,
-    }
-    for name, values in lists.items():
-        if len(set(values)) != len(values):
-            return f"lists something twice in {name}"
-    if any(find_layer(plan.stack, name) is not None for name in outside):
-        return "lists a module of the layers in outside"
-    if any(not 0 <= tower.trained <= len(tower.modules) for tower in plan.outside):
-        return "counts more modules that train in outside than it lists there"
-    if any(row < 0 for row in plan.calibration_rows):
-        return "lists a negative row in calibration_rows"
-    layers = [find_layer(plan.stack, module) for module in plan.modules]
-    if None in layers or set(layers) != set(plan.selected):
-        return f"does not keep modules of just the layers that it selects at {describe_place(plan.stack)}"
-    if plan.module_scores and not set(plan.modules) <= set(plan.module_scores):
-        return "keeps modules that module_scores does not list"
-    if plan.ranks and plan.ranks.keys() != set(plan.modules):
-        return "does not give just the modules that it keeps a rank"
-    if any(rank < 1 for rank in plan.ranks.values()):
-        return "gives a module that it keeps no rank"
-    return None
-
-
-def describe_place(place: Place) -> str:
-    """Return where layers are, for messages."""
-    return " and ".join(map(repr, split_place(place).values()))
-
-
 def write_plan(plan: Plan, path: str | Path) -> None:
     """Write ``plan`` to the file ``path``, which appears at once and complete."""
     write_atomically(path, (plan.model_dump_json(indent=2) + "\n").encode("utf-8"))
-
-
-def check_settings(plan: Plan, settings: SelectionArgs, source: str) -> None:
-    """Check that a plan that is reused is the one that the YAML block asks for; keys left out contradict nothing.
-
-    Raises:
-        LayerselError: naming the first key whose value differs.
-    """
-    asked = settings.resolve(run_seed=plan.seed)
-    for key in SelectionArgs.model_fields:
-        if key in ("plan", "plan_check") or getattr(settings, key) is None:
-            continue
-        given, made_with = getattr(settings, key), plan.stacks if key == "stacks" else plan.settings.get(key)
-        if isinstance(given, Block) and isinstance(made_with, dict):
-            parts = given.model_dump(exclude_none=True)
-            pairs = {f"{key}.{part}": (value, made_with.get(part)) for part, value in parts.items()}
-        else:
-            pairs = {key: (getattr(asked, key), made_with)}
-        for name, (value, other) in pairs.items():
-            if value != other:
-                raise LayerselError(
-                    f"layersel.selection.{name}: {value!r} contradicts the plan from {source}, which was made with "
-                    f"{other!r}. Restore the value, or make a new plan."
-                )
-
-
-def check_lora_rank(plan: Plan, lora_r: int | None, source: str) -> None:
-    """Raise LayerselError where a plan that is reused has ranks that were given for another ``lora_r``."""
-    made_with = plan.budget.lora_r if plan.budget else None
-    if made_with is not None and lora_r is not None and made_with != lora_r:
-        raise LayerselError(
-            f"lora_r: {lora_r} is not the {made_with} for which the plan from {source} gave its modules their ranks: "
-            f"they would stay, and only their scaling would change. Set `lora_r: {made_with}`, or make a new plan."
-        )
 
 
 def check_checkpoint(plan: Plan, checkpoint: str | Path) -> None:
@@ -314,56 +257,3 @@ def read_expert_modules(path: Path) -> set[str]:
     content = read_json("resume_from_checkpoint", path, "Resume another checkpoint.")
     parameters = content.get("target_parameters") if isinstance(content, dict) else None
     return {str(name).rpartition(".")[0] for name in parameters} if isinstance(parameters, list) else set()
-
-
-def check_model(
-    plan: Plan,
-    stack: Place,
-    names: Sequence[LayerName],
-    modules: Mapping[LayerName, list[str]],
-    outside: Collection[str],
-    source: str,
-) -> None:
-    """Check that ``plan`` fits a model.
-
-    Args:
-        plan: from ``source``.
-        stack: where the model's layers are.
-        names: of its layers.
-        modules: the LoRA modules of each layer that carries any, by its name.
-        outside: the LoRA modules outside of the layers.
-        source: of the plan, for messages.
-
-    Raises:
-        LayerselError: saying what differs.
-    """
-
-    def refuse(difference: str) -> None:
-        raise LayerselError(
-            f"layersel.selection.plan: the plan from {source} does not fit this model: {difference}. "
-            "Make a new plan for this model, or restore the model and `lora_target_modules` it was made for."
-        )
-
-    planned = [choice.layer for choice in plan.layers]
-    if len(planned) != len(names):
-        refuse(f"the plan has {len(planned)} layers, the model {len(names)}")
-    if plan.stack != stack:
-        refuse(f"the plan's layers are at {describe_place(plan.stack)}, the model's at {describe_place(stack)}")
-    if planned != list(names):
-        differing = next(name for name in planned if name not in names)
-        refuse(f"the plan has a layer {differing}, which the model has not")
-    # Where modules were chosen one by one, the model must have all that could have been.
-    known = set(plan.module_scores) or set(plan.modules)
-    scored = [choice.layer for choice in plan.layers if choice.score is not None]
-    layers = scored if plan.module_scores else plan.selected
-    present = {name for layer in layers for name in modules.get(layer, [])}
-    if plan.towers == "keep":
-        known |= set(plan.modules_outside)
-        present |= set(outside)
-    if plan.granularity != "layer" and not plan.module_scores:
-        known |= present  # chosen without a score, of which the plan lists those that are kept alone
-    missing, extra = sorted(known - present), sorted(present - known)
-    if missing:
-        refuse(f"the model has no LoRA on {missing[0]} ({len(missing)} such modules)")
-    if extra:
-        refuse(f"the model has LoRA on {extra[0]}, unknown to the plan ({len(extra)} such modules)")

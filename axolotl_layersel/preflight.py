@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from axolotl_layersel.agreement import AGREEING_KEYS, check_started_alike
 from axolotl_layersel.args import LayerselBlock
@@ -18,13 +19,15 @@ from axolotl_layersel.experts import describe_sharded_experts
 from axolotl_layersel.facts import read_fact
 from axolotl_layersel.files import check_output, read_json
 from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
+from axolotl_layersel.l1ra.args import find_max_rank
 from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS, name_layers
 from axolotl_layersel.layers import describe_missing_tower, find_layer_counts
-from axolotl_layersel.plan import check_lora_rank
+from axolotl_layersel.plan import Plan
 from axolotl_layersel.prepare import OUTPUT_FILES, check_resumed
 from axolotl_layersel.selection.args import DEFAULT_STACKS, DEFAULT_UNSELECTED, SelectionArgs
 from axolotl_layersel.selection.choosing import check_naming, check_range, count_kept
-from axolotl_layersel.selection.select import check_continuing, find_plan
+from axolotl_layersel.selection.provenance import describe_shape
+from axolotl_layersel.selection.select import KnownRun, check_continuing, find_plan
 from axolotl_layersel.trainers import CONFIG_ONLY_TRAINERS
 
 
@@ -64,9 +67,7 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
     selection = settings.selection
     if selection is None:
         return
-    reused = decide_on_rank_zero(lambda: find_plan(selection, resume_from, cfg.base_model))
-    if reused:
-        check_lora_rank(reused[0], cfg.lora_r, reused[1])
+    reused = decide_on_rank_zero(lambda: find_reused(cfg, settings, selection, resume_from))
     if cfg.lora_model_dir and reused is None:
         check_continuing(selection)
     stacks = selection.stacks or DEFAULT_STACKS
@@ -96,6 +97,31 @@ def check_fused_experts(cfg: Any) -> None:
     found = next((target for target in targets if target.rpartition(".")[2] in fused), None)
     if found is not None:
         raise LayerselError(describe_sharded_experts(f"lora_target_modules: {found!r} is of a mixture's experts"))
+
+
+def find_reused(
+    cfg: Any, settings: LayerselBlock, selection: SelectionArgs, resume_from: str | None
+) -> tuple[Plan, str] | None:
+    """Return the plan that a run reuses and where it is from, None where it reuses none.
+
+    Raises:
+        LayerselError: if it is missing or damaged, or not for what the YAML file and the model's configuration say.
+    """
+    from axolotl.loaders.utils import load_model_config
+
+    if resume_from is None and selection.plan is None:
+        return None
+    config = load_model_config(cfg)
+    # Such arguments may change the configuration as the model is built from it.
+    shaped = isinstance(config, PreTrainedConfig) and not cfg.overrides_of_model_kwargs
+    known = KnownRun(
+        base_model=cfg.base_model,
+        shape=describe_shape(config) if shaped else None,
+        lora_r=cfg.lora_r,
+        room=find_max_rank(settings.l1ra, cfg.lora_r) if settings.l1ra else None,
+        rank_pattern=cfg.lora_rank_pattern,
+    )
+    return find_plan(selection, resume_from, known)
 
 
 def check_vision(cfg: Any, stacks: str) -> None:

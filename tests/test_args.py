@@ -15,7 +15,8 @@ from axolotl_layersel.block import as_number, as_whole_list, quote
 from axolotl_layersel.engines.refusals import PARALLELISM
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.args import OPTIMIZERS, L1RAArgs
-from axolotl_layersel.plan import LayerChoice, Plan, check_settings
+from axolotl_layersel.plan import LayerChoice, Plan
+from axolotl_layersel.plan_checks import check_reuse, list_setting_differences
 from axolotl_layersel.selection.args import SelectionArgs
 from axolotl_layersel.selection.methods import METHODS
 from axolotl_layersel.selection.methods.flexora.args import FUSED_KEYS, FlexoraArgs, Search
@@ -388,8 +389,9 @@ def test_a_plan_of_another_search_is_refused_by_the_key_that_differs():
         dataset_fingerprint=None,
         **about,
     )
-    check_settings(plan, settings, "there")
+    assert list_setting_differences(plan, settings) == []
     for left_out in (None, {}, {"steps": 9}):
-        check_settings(plan, SelectionArgs(method="flexora", flexora=left_out), "there")
-    with pytest.raises(LayerselError, match=r"selection\.flexora\.steps: 8 contradicts the plan from there.* with 9\."):
-        check_settings(plan, SelectionArgs(method="flexora", flexora={"steps": 8}), "there")
+        assert list_setting_differences(plan, SelectionArgs(method="flexora", flexora=left_out)) == []
+    other = SelectionArgs(method="flexora", flexora={"steps": 8})
+    with pytest.raises(LayerselError, match=r"there does not .*: layersel\.selection\.flexora\.steps: 8 is not the 9 "):
+        check_reuse("there", False, [], list_setting_differences(plan, other))

@@ -321,9 +321,17 @@ def test_a_damaged_plan_ends_before_the_model_loads(train, tmp_path, content, me
 
 def test_a_plan_of_another_model_ends_before_the_model_loads(train, tmp_path):
     settings = asdict(SelectionArgs(method="cka", num_samples=15).resolve(run_seed=7))
-    write_plan(make_plan(settings=settings, base_model="meta-llama/Llama-3.1-8B"), tmp_path / "plan.json")
-    run = train(expect=1, **selection(plan=str(tmp_path / "plan.json")))
-    assert "plan.json was made for, meta-llama/Llama-3.1-8B. Make a new plan for this model" in run.log
+    other = {"base_model": "meta-llama/Llama-3.1-8B", "base_shape": {"model_type": "llama", "num_hidden_layers": 3}}
+    write_plan(make_plan(settings=settings, **other), tmp_path / "plan.json")
+    run = train(expect=1, **selection(plan=str(tmp_path / "plan.json"), num_samples=16))
+    told = (
+        "plan.json does not fit this run: (1) base_model: ",
+        " is not meta-llama/Llama-3.1-8B, which it was made for; (2) base_model: ",
+        " has num_hidden_layers: 8, and meta-llama/Llama-3.1-8B, which it was made for, has 3; (3) ",
+        "layersel.selection.num_samples: 16 is not the 15 that it was made with. Restore what",
+    )
+    places = [run.log.find(part) for part in told]
+    assert -1 not in places and places == sorted(places)
     assert MODEL_LOADS not in run.log
 
 

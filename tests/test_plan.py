@@ -13,12 +13,10 @@ from axolotl_layersel.plan import (
     LayerChoice,
     Plan,
     check_checkpoint,
-    check_lora_rank,
-    check_model,
-    check_settings,
     read_plan,
     write_plan,
 )
+from axolotl_layersel.plan_checks import ModelFacts, list_model_differences, list_setting_differences
 from axolotl_layersel.selection.args import SelectionArgs
 
 
@@ -60,7 +58,10 @@ def test_what_is_written_is_read_back(tmp_path_factory, scores):
         ('{"schema_version": 1, "meth', "not valid JSON, truncated or damaged"),
         ("[]", "schema_version None, this version of axolotl-layersel reads 1 to 2"),
         ('{"schema_version": 7}', "schema_version 7"),
-        ('{"schema_version": 1, "method": "cka"}', r"is not a plan: layers: Field required \(\d+ problems\)"),
+        (
+            '{"schema_version": 1, "method": "cka"}',
+            r"is not a plan: \(1\) layers: Field required; \(2\) unselected: Field required; .*; \(9\) \d more\.",
+        ),
     ],
 )
 def test_a_file_that_is_no_plan_is_an_error_that_names_the_key_and_the_file(tmp_path, content, message):
@@ -72,25 +73,29 @@ def test_a_file_that_is_no_plan_is_an_error_that_names_the_key_and_the_file(tmp_
 
 
 def test_a_plan_that_selects_nothing_or_skips_a_layer_is_refused(tmp_path):
-    for plan in (make_plan(selected=()), make_plan()):
-        plan.layers = plan.layers if not plan.selected else plan.layers[::2]
+    skipping = make_plan()
+    skipping.layers = skipping.layers[::2]
+    for plan, fault in (
+        (make_plan(selected=()), "`layers` selects none"),
+        (skipping, "`layers` does not list every layer at 'model.layers' once, in order"),
+    ):
         write_plan(plan, tmp_path / "plan.json")
-        with pytest.raises(LayerselError, match="does not list every layer once, or selects none"):
+        with pytest.raises(LayerselError, match=rf"plan\.json contradicts itself: {fault}\. Undo what was edited"):
             read_plan(tmp_path / "plan.json")
 
 
 def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():
     plan = make_plan()
-    check_settings(plan, SelectionArgs(method="cka"), "there")
-    check_settings(plan, SelectionArgs(method="cka", ratio=0.5, unselected="remove", num_samples=128), "there")
-    with pytest.raises(LayerselError, match=r"ratio: 0.25 contradicts the plan from there, which was made with 0.5"):
-        check_settings(plan, SelectionArgs(method="cka", ratio=0.25), "there")
-    with pytest.raises(LayerselError, match=r"num_samples: 64 contradicts .* made with 128"):
-        check_settings(plan, SelectionArgs(method="cka", num_samples=64), "there")
-    with pytest.raises(LayerselError, match=r"unselected: 'freeze' contradicts .* made with 'remove'"):
-        check_settings(plan, SelectionArgs(method="cka", unselected="freeze"), "there")
-    with pytest.raises(LayerselError, match=r"method: 'last' contradicts .* made with 'cka'"):
-        check_settings(plan, SelectionArgs(method="last"), "there")
+    assert list_setting_differences(plan, SelectionArgs(method="cka")) == []
+    same = SelectionArgs(method="cka", ratio=0.5, unselected="remove", num_samples=128)
+    assert list_setting_differences(plan, same) == []
+    other = SelectionArgs(method="cosine", num_layers=2, unselected="freeze", num_samples=64)
+    assert list_setting_differences(plan, other) == [
+        "layersel.selection.method: 'cosine' is not the 'cka' that it was made with",
+        "layersel.selection.num_layers: 2 is not in the settings that it was made with",
+        "layersel.selection.unselected: 'freeze' is not the 'remove' that it was made with",
+        "layersel.selection.num_samples: 64 is not the 128 that it was made with",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +113,7 @@ def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():
     ],
 )
 def test_a_plan_for_another_model_is_refused_with_the_difference(stack, layers, modules, difference):
-    with pytest.raises(LayerselError, match=difference):
-        check_model(make_plan(), stack, range(layers), modules, [], "there")
+    assert difference in "; ".join(list_model_differences(make_plan(), ModelFacts(stack, range(layers), modules)))
 
 
 @pytest.mark.parametrize("unselected", ["remove", "freeze"])
@@ -142,19 +146,28 @@ def test_a_checkpoint_must_hold_the_plans_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "fault"),
     [
-        ({"model.layers.1.self_attn.q_proj": 2}, "does not give just the modules that it keeps a rank"),
-        ({"model.layers.0.self_attn.q_proj": 0}, "gives a module that it keeps no rank"),
+        ({"model.layers.1.self_attn.q_proj": 2}, "`ranks` does not name just the modules that are in `modules`"),
+        ({"model.layers.0.self_attn.q_proj": 0}, "q_proj rank 0, less than 1, the lowest of its settings"),
     ],
 )
 def test_ranks_that_contradict_the_plan_are_found(tmp_path, ranks, fault):
-    write_plan(make_plan(ranks=ranks), tmp_path / "plan.json")
-    with pytest.raises(LayerselError, match=fault):
+    settings = asdict(SelectionArgs(method="cka", rank="score").resolve(run_seed=1))
+    budget = Budget(lora=80, lora_r=8, allowed=80, spent=80)
+    write_plan(make_plan(ranks=ranks, settings=settings, budget=budget), tmp_path / "plan.json")
+    with pytest.raises(LayerselError, match=rf"contradicts itself: .*{fault}"):
         read_plan(tmp_path / "plan.json")
+
+
+SEARCHED = {
+    "method": "flexora",
+    "settings": asdict(SelectionArgs(method="flexora").resolve(run_seed=1)),
+    "module_scores": {"model.layers.0.self_attn.q_proj": 0.5},
+}
 
 
 @pytest.mark.parametrize("search", [None, {"steps": 9, "granularity": "module"}])
 def test_a_plan_of_schema_1_is_still_read(tmp_path, search):
-    content = json.loads(make_plan().model_dump_json())
+    content = json.loads(make_plan(**({} if search is None else SEARCHED)).model_dump_json())
     for key in ("granularity", "ranks", "budget"):
         del content[key]
     for key in ("granularity", "rank", "budget", "min_rank", "max_rank"):
@@ -183,13 +196,11 @@ def test_layers_of_two_sides_keep_their_names_in_the_file(tmp_path):
     plan = make_sided_plan(SIDED, unscored={"decoder.0": "why"}, token={"encoder": "mean", "decoder": "ending"})
     write_plan(plan, tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == plan
-    check_model(plan, plan.stack, SIDED, {"encoder.1": plan.modules}, [], "there")
-    with pytest.raises(LayerselError, match=r"has a layer encoder\.1, which the model has not"):
-        check_model(plan, plan.stack, ["encoder.0", "decoder.0", "decoder.1"], {}, [], "there")
-    with pytest.raises(
-        LayerselError, match=r"layers are at 'encoder\.block' and 'decoder\.block', the model's at 'model'"
-    ):
-        check_model(plan, "model", range(3), {}, [], "there")
+    assert list_model_differences(plan, ModelFacts(plan.stack, SIDED, {"encoder.1": plan.modules})) == []
+    other = ModelFacts(plan.stack, ["encoder.0", "decoder.0", "decoder.1"], {"encoder.1": plan.modules})
+    assert list_model_differences(plan, other) == ["the plan has a layer encoder.1, which the model has not"]
+    (first, *_) = list_model_differences(plan, ModelFacts("model", range(3), {}))
+    assert first == "the plan's layers are at 'encoder.block' and 'decoder.block', the model's at 'model'"
 
 
 def test_layers_of_one_list_are_numbers_in_the_file_as_they_ever_were(tmp_path):
@@ -213,19 +224,18 @@ def test_layers_of_one_list_are_numbers_in_the_file_as_they_ever_were(tmp_path):
 )
 def test_names_that_are_not_those_of_all_layers_are_found(names, tmp_path):
     write_plan(make_sided_plan(names), tmp_path / "plan.json")
-    with pytest.raises(LayerselError, match="does not list every layer once, or selects none"):
+    with pytest.raises(LayerselError, match=r"`layers` does not list every layer at .* once, in order"):
         read_plan(tmp_path / "plan.json")
 
 
 def test_a_plan_for_this_model_is_accepted():
-    check_model(
-        make_plan(), "model.layers", range(3), {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}, [], "there"
-    )
+    modules = {0: ["model.layers.0.self_attn.q_proj"], 1: ["other"]}
+    assert list_model_differences(make_plan(), ModelFacts("model.layers", range(3), modules)) == []
 
 
 def test_a_plan_whose_ranks_were_given_for_another_lora_r_is_refused():
-    plan = make_plan(budget=Budget(lora=80, lora_r=8, allowed=80, spent=80))
-    check_lora_rank(plan, 8, "old/plan.json")
-    check_lora_rank(make_plan(), 16, "old/plan.json")
-    with pytest.raises(LayerselError, match=r"lora_r: 16 is not the 8 for which the plan from old/plan\.json gave"):
-        check_lora_rank(plan, 16, "old/plan.json")
+    plan, block = make_plan(budget=Budget(lora=80, lora_r=8, allowed=80, spent=80)), SelectionArgs(method="cka")
+    assert list_setting_differences(plan, block, lora_r=8) == []
+    assert list_setting_differences(make_plan(), block, lora_r=16) == []
+    (difference,) = list_setting_differences(plan, block, lora_r=16)
+    assert difference.startswith("lora_r: 16 is not the 8 for which it gave modules their ranks")

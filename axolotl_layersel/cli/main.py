@@ -1,5 +1,6 @@
 """The command ``axolotl-layersel``, which is also ``python -m axolotl_layersel`` and ``axolotl layersel``."""
 
+import os
 import subprocess
 import sys
 from enum import Enum
@@ -51,7 +52,7 @@ def plan(
     ] = 1,
 ) -> None:
     """Select layers and write the plan, without training. Arguments after -- go to the launcher."""
-    if not config.is_file():
+    if not os.path.isfile(config):
         fail(f"{config} does not exist. Give the path of an Axolotl YAML file.")
     commands = {
         Launcher.accelerate: ["accelerate", "launch", *context.args, "-m"],
@@ -80,15 +81,16 @@ def show(
     from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
     from axolotl_layersel.selection.report import print_plan
 
-    has_ranks = path.is_dir() and ranks_path(path).exists()
-    has_gates = path.is_dir() and gates_path(path).exists()
+    is_folder = os.path.isdir(path)  # which, unlike Path.is_dir, raises for no name, however long
+    has_ranks = is_folder and ranks_path(path).exists()
+    has_gates = is_folder and gates_path(path).exists()
     kept: list[str] = []
     modules: tuple[str, ...] = ()
     try:
         if picture:
             check_picture(picture)
         if not has_ranks or plan_path(path).exists():
-            plan = read_plan(plan_path(path) if path.is_dir() else path, key="PATH")
+            plan = read_plan(plan_path(path) if is_folder else path, key="PATH")
             modules = tuple(f"{name}." for name in plan.modules) if plan.module_scores else ()
             kept = [str(layer) for layer in plan.selected]
             print_plan(plan)
@@ -133,7 +135,8 @@ def export(
     from axolotl_layersel.layouts import export_adapter, find_vllm_rank
 
     # Not in a folder of the run, which would look like a checkpoint or an adapter of its own.
-    output = output or adapter.resolve().with_name(f"{layout.value}-{adapter.resolve().name}")
+    place = Path(os.path.realpath(adapter))  # which, unlike Path.resolve, raises for no loop of links
+    output = output or place.parent / f"{layout.value}-{place.name}"
     try:
         rank = export_adapter(adapter, layout.value, output)
     except LayerselError as error:

@@ -1,5 +1,6 @@
 """``layersel.selection``: its settings, and what in the rest of the YAML file contradicts them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast, get_args
@@ -428,6 +429,24 @@ def check_new_ranks(data: Mapping[str, Any], selection: SelectionArgs) -> None:
     check_redrawn(data.get("peft_init_lora_weights"), rank)
     if selection.method == "flexora" and shards:
         raise LayerselError(describe_sharded_ranks(rank, shards))
+
+
+def find_budget(asked: float | str, lora: int) -> int:
+    """Return the budget in parameters, rounded down.
+
+    Args:
+        asked: the setting: ``parameters``, a multiple of them, or a number of parameters.
+        lora: the parameters that LoRA with ``lora_r`` has in all candidates.
+    """
+    if asked == BUDGET:
+        return lora
+    assert not isinstance(asked, str), "settings are validated"
+    return int(asked * lora + 1e-9) if asked <= HIGHEST_FACTOR else int(asked)
+
+
+def count_share(ratio: float, number: int) -> int:
+    """Return how many of ``number`` a ratio keeps: floor(ratio × number + 1e-9), for 0.29 × 100 is 28.999…."""
+    return math.floor(ratio * number + 1e-9)
 
 
 def check_room(max_rank: int | None, room: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -16,7 +15,7 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS, LayerName, format_names, name_layers, split_name
 from axolotl_layersel.layers import LayerStack
 from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, Token, check_room
+from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, Token, check_room, count_share
 from axolotl_layersel.selection.calibration import Sample, fingerprint, read_samples
 from axolotl_layersel.selection.collated import read_collated
 from axolotl_layersel.selection.decoding import give_decoder_inputs
@@ -275,7 +274,7 @@ def check_range(key: str, named: list[LayerName], counts: Mapping[str, int]) -> 
 
 
 def count_kept(settings: ResolvedSelection, candidates: int, what: str = "layers") -> int:
-    """Return how many of ``what`` are kept: floor(ratio × candidates + 1e-9), for 0.29 × 100 is 28.999….
+    """Return how many of ``what`` are kept.
 
     Raises:
         LayerselError: if that is none, or more than there are.
@@ -290,7 +289,7 @@ def count_kept(settings: ResolvedSelection, candidates: int, what: str = "layers
         return number
     ratio = settings.ratio
     assert ratio is not None, "settings as they take effect say how much is kept"
-    keep = math.floor(ratio * candidates + 1e-9)
+    keep = count_share(ratio, candidates)
     if keep == 0:
         raise LayerselError(
             f"layersel.selection.ratio: {ratio} of {candidates} {what} keeps none. Set at least "

@@ -41,36 +41,27 @@ def shorten(base_model: str) -> str:
     return (cached[-1] if cached else Path(base_model).absolute().name).lower()
 
 
-def check_base_model(plan: Plan, base_model: str | None, shape: dict[str, int | str] | None, source: str) -> None:
-    """Check that a plan was made for this base model: one of the same name, wherever it lies, and the same shape.
+def list_base_differences(plan: Plan, base_model: str | None, shape: dict[str, int | str] | None) -> list[str]:
+    """Return where a run's base model is not the one that a plan was made for: one of the same name, wherever it lies,
+    and of the same shape.
 
     Args:
         plan: what is reused.
         base_model: the run's, as a path or a hub's name; None or nothing where it is not known.
-        shape: see ``describe_shape``; None where it is not known yet.
-        source: where the plan is from.
-
-    Raises:
-        LayerselError: naming both.
+        shape: see ``describe_shape``; None where it is not known.
     """
-    way_out = (
-        "Make a new plan for this model, or restore the model; if they are the same, set "
-        "`layersel.selection.plan_check: ignore`."
-    )
+    differences = []
     if plan.base_model and base_model and shorten(plan.base_model) != shorten(base_model):
-        raise LayerselError(
-            f"base_model: {base_model} is not the one that the plan from {source} was made for, {plan.base_model}. "
-            f"{way_out}"
-        )
-    if plan.base_shape is None or shape is None:
-        return
-    for key in SHAPE:
-        now, then = shape.get(key), plan.base_shape.get(key)
-        if now != then:
-            raise LayerselError(
-                f"base_model: {base_model} has {key}: {now!r}, and the one that the plan from {source} was made for, "
-                f"{plan.base_model}, has {then!r}. {way_out}"
-            )
+        differences.append(f"base_model: {base_model} is not {plan.base_model}, which it was made for")
+    if plan.base_shape is not None and shape is not None:
+        pairs = {key: (shape.get(key), plan.base_shape.get(key)) for key in SHAPE}
+        made_for = f"{plan.base_model}, which it was made for," if plan.base_model else "the one that it was made for"
+        differences += [
+            f"base_model: {base_model or 'this model'} has {key}: {now!r}, and {made_for} has {then!r}"
+            for key, (now, then) in pairs.items()
+            if now != then
+        ]
+    return differences
 
 
 def compare_data(plan: Plan, train_dataset: Any, eval_dataset: Any, collate: Collate | None = None) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import count_component_parameters
 from axolotl_layersel.plan import Budget
-from axolotl_layersel.selection.args import BUDGET, HIGHEST_FACTOR
+from axolotl_layersel.selection.args import find_budget
 from axolotl_layersel.selection.choosing import Choice, Selection
 from axolotl_layersel.units import Unit
 
@@ -78,19 +78,6 @@ def get_score(choice: Choice, unit: Unit) -> float:
     score = choice.module_scores[unit.modules[0]] if choice.module_scores else choice.scores[unit.layer]
     assert score is not None, "what is kept is scored"
     return score
-
-
-def find_budget(asked: float | str, lora: int) -> int:
-    """Return the budget in parameters, rounded down.
-
-    Args:
-        asked: the setting: ``parameters``, a multiple of them, or a number of parameters.
-        lora: the parameters that LoRA with ``lora_r`` has in all candidates.
-    """
-    if asked == BUDGET:
-        return lora
-    assert not isinstance(asked, str), "settings are validated"
-    return int(asked * lora + 1e-9) if asked <= HIGHEST_FACTOR else int(asked)
 
 
 def spend_by_gain(

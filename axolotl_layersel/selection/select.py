@@ -17,19 +17,23 @@ from axolotl_layersel.files import FOLDER
 from axolotl_layersel.initialisation import changes_base, check_redrawn, check_supported, describe_continued
 from axolotl_layersel.interrupt import ending_on_signal
 from axolotl_layersel.l1ra.capacity import Capacity, start_from
-from axolotl_layersel.layers import LayerStack, find_layer_stack
+from axolotl_layersel.layers import LayerStack, count_component_parameters, find_layer_stack
 from axolotl_layersel.plan import (
     LayerChoice,
     Plan,
     Stability,
     Tower,
     check_checkpoint,
-    check_lora_rank,
-    check_model,
-    check_settings,
     plan_path,
     read_plan,
     write_plan,
+)
+from axolotl_layersel.plan_checks import (
+    ModelFacts,
+    check_reuse,
+    find_plan_cost,
+    list_model_differences,
+    list_setting_differences,
 )
 from axolotl_layersel.resizing import set_ranks
 from axolotl_layersel.run import Run
@@ -44,9 +48,10 @@ from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Selection, find_mean_overlap
 from axolotl_layersel.selection.methods import get_method, list_data_free
 from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
-from axolotl_layersel.selection.provenance import check_base_model, compare_data, describe_shape
+from axolotl_layersel.selection.provenance import compare_data, describe_shape, list_base_differences
 from axolotl_layersel.selection.ranks import allocate_ranks
 from axolotl_layersel.selection.report import print_plan
+from axolotl_layersel.units import find_units
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -77,8 +82,17 @@ def select_layers(
     """
     trainer, base = run.trainer, run.base
     base_model = run.config.base_model_name_or_path
-    reused = decide_on_rank_zero(lambda: find_plan(settings, resume_from, base_model))
+    reused = decide_on_rank_zero(lambda: read_reused(settings, resume_from))
     stack = find_layer_stack(run.model, reused[0].stacks if reused else settings.stacks or DEFAULT_STACKS)
+    if reused is not None:
+        facts = find_facts(run, stack, reused[0], continues_adapter)
+        known = KnownRun(
+            base_model,
+            describe_shape(base.config),
+            capacity.lora_r if capacity else run.config.r,
+            capacity.max_rank if capacity else None,
+        )
+        decide_on_rank_zero(lambda: check_reused(reused, settings, resume_from, known, facts))
     if reused is None and read_fact(base.config, "is_encoder_decoder") and not stack.has_decoder:
         check_encoder_decoder(settings, type(base).__name__)
     if continues_adapter and reused is None:
@@ -107,12 +121,7 @@ def select_layers(
             decide_on_rank_zero(lambda: write_choice(plan, history, output))
     else:
         plan, source = reused
-        outside = [name for names in stack.towers.values() for name in names]
-        modules = {stack.names[layer]: names for layer, names in stack.lora_modules.items()}
-        check_model(plan, stack.place, stack.names, modules, outside, source)
-        check_lora_rank(plan, capacity.lora_r if capacity else run.config.r, source)
-        if settings.plan_check != "ignore":
-            check_base_model(plan, base_model, describe_shape(base.config), source)
+        correct_spending(plan, facts, source)
         report_data(plan, trainer, source)
         remove_towers(run, stack, plan.towers)
         plan.outside = describe_towers(run, stack)
@@ -217,16 +226,46 @@ def report_data(plan: Plan, trainer: Trainer, source: str) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class KnownRun:
+    """What is known of a run, beside its ``selection`` block, that a plan may contradict; None where it is not known.
+
+    Attributes:
+        base_model: the path or the hub's name of its base model.
+        shape: of that, see ``describe_shape``.
+        lora_r: the rank that LoRA has without a selection.
+        room: with ``l1ra``, the highest rank that modules have room for.
+        rank_pattern: ranks that a YAML file gives modules.
+    """
+
+    base_model: str | None = None
+    shape: dict[str, int | str] | None = None
+    lora_r: int | None = None
+    room: int | None = None
+    rank_pattern: dict[str, int] | None = None
+
+
 def find_plan(
-    settings: SelectionArgs, resume_from: str | None, base_model: str | None = None
+    settings: SelectionArgs, resume_from: str | None, known: KnownRun | None = None
 ) -> tuple[Plan, str] | None:
     """Return the plan that the run must use and where it is from, or None where layers are to be selected.
+
+    Raises:
+        LayerselError: if it is missing or damaged, or not for what is ``known`` of this run before its model is there.
+    """
+    reused = read_reused(settings, resume_from)
+    if reused is not None:
+        check_reused(reused, settings, resume_from, known or KnownRun())
+    return reused
+
+
+def read_reused(settings: SelectionArgs, resume_from: str | None) -> tuple[Plan, str] | None:
+    """Return the plan that a run reuses and where it is from, None where it reuses none.
 
     A resumed run uses the plan of its checkpoint; else ``settings.plan`` is used.
 
     Raises:
-        LayerselError: if that plan is missing or damaged, was made for another model than ``base_model``, or the YAML
-            block asks for another.
+        LayerselError: if that plan is missing or damaged.
     """
     if resume_from is not None:
         places = [plan_path(resume_from), plan_path(Path(resume_from).parent)]
@@ -241,13 +280,73 @@ def find_plan(
         source, key = Path(settings.plan), "layersel.selection.plan"
     else:
         return None
-    plan = read_plan(source, key)
-    check_settings(plan, settings, str(source))
+    return read_plan(source, key), str(source)
+
+
+def check_reused(
+    reused: tuple[Plan, str],
+    settings: SelectionArgs,
+    resume_from: str | None,
+    known: KnownRun,
+    facts: ModelFacts | None = None,
+) -> None:
+    """Check that a plan is for this run: its base model, its layers and LoRA modules, and what its YAML block says.
+
+    Args:
+        reused: the plan, and where it is from.
+        settings: the ``selection`` block.
+        resume_from: the checkpoint that the run resumes from.
+        known: of the run.
+        facts: of its model, None before that is loaded.
+
+    Raises:
+        LayerselError: with all differences, or if the checkpoint's adapter is not of its plan.
+    """
+    plan, source = reused
+    of_base = []
     if settings.plan_check != "ignore":
-        check_base_model(plan, base_model, None, str(source))
+        of_base = list_base_differences(plan, known.base_model, known.shape)
+    others = list_model_differences(plan, facts, settings) if facts else []
+    others += list_setting_differences(plan, settings, known.lora_r, known.room, known.rank_pattern)
+    check_reuse(source, resume_from is not None, of_base, others)
     if resume_from is not None:
         check_checkpoint(plan, resume_from)
-    return plan, str(source)
+
+
+def find_facts(run: Run, stack: LayerStack, plan: Plan, continues_adapter: bool) -> ModelFacts:
+    """Return what of a run's model ``plan`` speaks of.
+
+    ``continues_adapter``: its LoRA is a trained adapter's, which has none where a selection removed it.
+    """
+    lora, settings = run.lora_modules, plan.resolve_settings()
+    ranked = {name: lora[name] for name in plan.ranks if name in lora}
+    adapters.check_linear(run, ranked, "layersel.selection.rank")
+    names = stack.names if settings.candidates is None else settings.candidates
+    carrying = [layer for layer in sorted(stack.lora_modules) if layer not in stack.idle]
+    candidates = [layer for layer in carrying if stack.names[layer] in set(names)]
+    whole = not continues_adapter
+    return ModelFacts(
+        place=stack.place,
+        names=stack.names,
+        modules={stack.names[layer]: modules for layer, modules in stack.lora_modules.items()},
+        outside=[name for names in stack.towers.values() for name in names],
+        units=[unit.modules for unit in find_units(stack, plan.granularity, candidates)] if whole else None,
+        costs={name: count_component_parameters(module, run.adapter) for name, module in ranked.items()},
+    )
+
+
+def correct_spending(plan: Plan, facts: ModelFacts, source: str) -> None:
+    """Let a plan whose ranks were edited by hand say what they take of its budget."""
+    cost = find_plan_cost(plan, facts.costs)
+    if plan.budget is not None and cost is not None and cost != plan.budget.spent:
+        LOG.warning(
+            "layersel: the ranks in %s take %s parameters, and it says that %s are spent: they were edited by hand. "
+            "They are applied as they are.",
+            source,
+            f"{cost:,}",
+            f"{plan.budget.spent:,}",
+        )
+        plan.budget.spent, plan.budget.even = cost, min(cost, plan.budget.even)
 
 
 def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
@@ -342,7 +441,7 @@ def apply_plan(run: Run, stack: LayerStack, plan: Plan) -> None:
 def apply_ranks(run: Run, plan: Plan, capacity: Capacity | None, continues_adapter: bool) -> None:
     """Give the modules that ``plan`` keeps their ranks."""
     if not continues_adapter:
-        check_redrawn(run.config.init_lora_weights, str(plan.settings["rank"]))
+        check_redrawn(run.config.init_lora_weights, plan.resolve_settings().rank)
     modules = run.lora_modules
     adapters.check_linear(run, {name: modules[name] for name in plan.ranks}, "layersel.selection.rank")
     trainers.check_no_optimizer(run.trainer)

@@ -11,7 +11,7 @@ from test_plan import make_plan
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.provenance import check_base_model, compare_data, shorten
+from axolotl_layersel.selection.provenance import compare_data, list_base_differences, shorten
 
 OTHER_DATA = "was made on other data than this run's"
 
@@ -51,7 +51,10 @@ def test_a_model_is_known_by_its_name_wherever_it_lies(name, short):
 def test_a_plan_of_another_model_is_refused_unless_that_is_ignored(plan, tmp_path):
     prepare(tmp_path / "again", plan=plan)
     prepare(tmp_path / "moved", base="/elsewhere/base-1b/", plan=plan)
-    message = r"^base_model: org/Other-1B is not the one that the plan from .*plan.json was made for, org/Base-1B. Make"
+    message = (
+        r"^layersel\.selection\.plan: the plan from .*plan\.json does not fit this run: base_model: org/Other-1B is "
+        r"not org/Base-1B, which it was made for\. .*set `layersel\.selection\.plan_check: ignore`\.$"
+    )
     with pytest.raises(LayerselError, match=message):
         prepare(tmp_path / "other", base="org/Other-1B", plan=plan)
     made, _ = prepare(tmp_path / "ignored", base="org/Other-1B", plan=plan, plan_check="ignore")
@@ -60,7 +63,7 @@ def test_a_plan_of_another_model_is_refused_unless_that_is_ignored(plan, tmp_pat
 
 def test_a_model_of_the_same_name_and_another_shape_is_refused(plan, tmp_path):
     other = make_small_llama(intermediate_size=64)
-    with pytest.raises(LayerselError, match=r"has intermediate_size: 64, and the one that the plan .* has 48"):
+    with pytest.raises(LayerselError, match=r"has intermediate_size: 64, and org/Base-1B, which .* has 48\."):
         prepare(tmp_path / "other", model=other, plan=plan)
 
 
@@ -69,11 +72,11 @@ def test_a_plan_that_was_written_before_shapes_were_is_known_by_its_name(plan, t
     assert content.pop("base_shape")["hidden_size"] == 32
     (tmp_path / "old.json").write_text(json.dumps(content))
     prepare(tmp_path / "same", plan=str(tmp_path / "old.json"))
-    with pytest.raises(LayerselError, match="base_model: x/y is not the one"):
+    with pytest.raises(LayerselError, match="base_model: x/y is not org/Base-1B"):
         prepare(tmp_path / "other", base="x/y", plan=str(tmp_path / "old.json"))
     # Models that were built in memory have no name.
-    check_base_model(make_plan(base_model=None), "x/y", None, "there")
-    check_base_model(make_plan(), "", {}, "there")
+    assert list_base_differences(make_plan(base_model=None), "x/y", None) == []
+    assert list_base_differences(make_plan(), "", {}) == []
 
 
 @pytest.mark.trains
@@ -81,7 +84,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     _, trainer = prepare(tmp_path / "run")
     trainer.train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
-    with pytest.raises(LayerselError, match=r"base_model: x/y is not the one that the plan from .*checkpoint-2"):
+    with pytest.raises(
+        LayerselError, match=r"^resume_from_checkpoint: the plan .*checkpoint-2.* base_model: x/y is not"
+    ):
         prepare(tmp_path / "other", base="x/y", resume_from=checkpoint)
     prepare(tmp_path / "same", resume_from=checkpoint)
 

@@ -70,6 +70,8 @@ class GateHistory:
         history = cls(header[len(LEADING) :])
         if header[: len(LEADING)] != LEADING or not history.names or len(set(history.names)) != len(history.names):
             raise ValueError(f"its first line is not {','.join(LEADING)} and the names of different gates")
+        if not rows:
+            raise ValueError("it has no step below its first line")
         for step, row in enumerate(rows, start=1):
             if len(row) != len(header) or parse_count(row[0]) != step:
                 raise ValueError(f"line {step + 1} is not that of step {step} with {len(header)} fields")

@@ -263,10 +263,10 @@ def test_modules_can_be_chosen_one_by_one(tmp_path):
     prepare_trainer(given, LayerselBlock(selection=SelectionArgs(method="flexora", plan=path)))
     assert train(given) == [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     fewer = make(tmp_path / "fewer", make_lora(make_small_llama(), ["q_proj", "v_proj"]))
-    with pytest.raises(LayerselError, match=r"does not fit this model: the model has no LoRA on .*down_proj"):
+    with pytest.raises(LayerselError, match=r"does not fit this run: the model has no LoRA on .*down_proj"):
         prepare_trainer(fewer, LayerselBlock(selection=SelectionArgs(method="flexora", plan=path)))
     more = make(tmp_path / "more", make_lora(make_small_llama(), ["q_proj", "v_proj", "down_proj", "up_proj"]))
-    with pytest.raises(LayerselError, match=r"does not fit this model: the model has LoRA on .*up_proj, unknown"):
+    with pytest.raises(LayerselError, match=r"does not fit this run: the model has LoRA on .*up_proj, unknown"):
         prepare_trainer(more, LayerselBlock(selection=SelectionArgs(method="flexora", plan=path)))
 
 
