@@ -3,31 +3,40 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
 
-from axolotl_layersel import adapters
 from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.block import quote
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.initialisation import changes_base
 from axolotl_layersel.run import Run
+
+LOG = logging.getLogger("axolotl.layersel")
 
 PACKAGES = ("axolotl-layersel", "axolotl", "torch", "transformers", "peft", "accelerate", "deepspeed")
 # Ranks reach the first check within seconds of each other. This is how long they wait for one that does not.
 PATIENCE = 600
 SAMPLED_ROWS = 32
+# Of a weight that does not train, at each end, where a resized vocabulary has its new rows, and in between.
+SAMPLED_VALUES = 2**16
+# The weight of a layer that LoRA is put on; a head or an embedding has no number.
+LAYER_WEIGHT = re.compile(r"\.\d+\..*\.base_layer\.")
 # By the name of a fact, what to do about ranks that differ in it.
 WAYS_OUT = {
     "settings": "Start all ranks from the same YAML file and with the same options.",
     "versions": "Install the same versions on all nodes.",
     "rows": "Give all nodes the same files, and delete what `dataset_prepared_path` holds of others.",
     "weights": "Give all nodes the same base model and the same adapter.",
+    "base model": "Scores would mix two models: give all nodes the same base model.",
 }
 # The keys that decide how a run goes, and so must be the same on all ranks. Paths of what is read may differ from node
 # to node, so their contents are compared instead; checkpoints name paths below output_dir.
@@ -109,17 +118,86 @@ def check_trainers_alike(run: Run, settings: LayerselBlock, resume_from: str | N
 
 
 @torch.no_grad()
-def check_weights_alike(run: Run) -> None:
-    """Raise LayerselError, on every rank, unless the ranks that hold whole LoRA weights start from the same ones."""
+def share_new_weights(run: Run, continues_adapter: bool) -> None:
+    """Let all ranks start from the same weights: those that are new in each process become rank 0's, as on stock DDP.
+
+    New are heads, embeddings of a resized vocabulary and LoRA that no seed has drawn. Before the engine is built every
+    rank must call this. A rank that holds no weights, or a part of them only, has no say.
+
+    Args:
+        run: whose model it is.
+        continues_adapter: the LoRA weights are a trained adapter's, and not new.
+
+    Raises:
+        LayerselError: on every rank, where weights differ that were read from files.
+    """
     if not collectives.is_distributed():
         return
-    digests = None
+    weights, digests = find_weights(run), None
     if run.engine.has_weights():
-        parameters = adapters.adapter_parameters(run.model)
-        whole = {name: p for name, p in parameters.items() if run.engine.holds_whole(p)}
-        digests = {name: digest(parameter) for name, parameter in whole.items()}
-    if collectives.find_differing_ranks(None if digests is None else repr(digests).encode()):
-        check_same({"weights": None if digests is None else {"initial LoRA weights": digests}})
+        digests = {name: digest(weight, whole=weight.requires_grad) for name, weight in weights.items()}
+    if not collectives.find_differing_ranks(None if digests is None else repr(digests).encode()):
+        return
+    everyone = [theirs for theirs in collectives.gather_from_all(digests) if theirs is not None]
+    differing = [name for name in everyone[0] if any(theirs.get(name) != everyone[0][name] for theirs in everyone)]
+    lora, given = sort_weights(run, differing)
+    check_same({"weights": {"initial LoRA weights": pick(digests, lora if continues_adapter else {})}})
+    check_same({"base model": {"base weights": pick(digests, given)}})
+    # What cannot be copied from one rank to another.
+    check_same({"weights": {"shape of weights": {name: str(list(weight.shape)) for name, weight in weights.items()}}})
+    for name in differing:
+        share(run, weights[name])
+    if collectives.get_rank() == 0:
+        LOG.info(
+            "layersel: %d weights were new in each process, such as %s; all take those of the first process",
+            len(differing),
+            differing[0],
+        )
+
+
+def find_weights(run: Run) -> dict[str, torch.Tensor]:
+    """Return the weights by name that this rank holds whole, without those of tensor subclasses that do not train."""
+    return {
+        name: parameter
+        for name, parameter in run.model.named_parameters()
+        if run.engine.holds_whole(parameter)
+        and not parameter.is_meta
+        and (parameter.requires_grad or type(parameter.data) is torch.Tensor)
+    }
+
+
+def sort_weights(run: Run, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return which of ``names`` are LoRA weights, and which were read from the files of the base model.
+
+    These are the weights of layers that LoRA is put on, unless its initialisation has changed them, and quantised ones.
+    Both by the name under which messages know a weight.
+    """
+    lora = {shorten(name, run.adapter): name for name in names if ".lora_" in name}
+    computed = changes_base(run.config.init_lora_weights)
+    parameters = dict(run.model.named_parameters())
+    given = {
+        shorten(name, run.adapter): name
+        for name in names
+        if (LAYER_WEIGHT.search(name) and not computed) or not parameters[name].is_floating_point()
+    }
+    return lora, given
+
+
+def shorten(name: str, adapter: str) -> str:
+    """Return the name of a weight as an adapter's file has it."""
+    return name.replace(f".{adapter}.", ".").replace(".base_layer.", ".")
+
+
+def pick(digests: dict[str, str] | None, names: Mapping[str, str]) -> dict[str, str] | None:
+    """Return some of a rank's digests, by the names that messages know them under; None where it has none."""
+    return None if digests is None else {shown: digests[name] for shown, name in names.items()}
+
+
+def share(run: Run, weight: torch.Tensor) -> None:
+    """Give every rank rank 0's values of ``weight``, in place; a collective call."""
+    values = weight.detach().contiguous().flatten().view(torch.uint8).to(run.device)
+    collectives.broadcast(values)
+    weight.data.copy_(values.to(weight.device).view(weight.dtype).view(weight.shape))
 
 
 def check_same(facts: Mapping[str, Mapping[str, Any] | None]) -> None:
@@ -194,7 +272,11 @@ def describe_rows(dataset: Any, seed: int) -> Any:
     return {"number of rows": count, "hash of some rows": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
-def digest(parameter: torch.Tensor) -> str:
-    """Return a hash of the bytes of a whole tensor."""
-    raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+def digest(weight: torch.Tensor, whole: bool = True) -> str:
+    """Return a hash of the bytes of a tensor; of a large one, unless ``whole``, of its ends and of some in between."""
+    values = weight.detach().flatten()
+    if not whole and len(values) > 3 * SAMPLED_VALUES:
+        between = values[:: len(values) // SAMPLED_VALUES]
+        values = torch.cat([values[:SAMPLED_VALUES], between, values[-SAMPLED_VALUES:]])
+    raw = values.cpu().contiguous().view(torch.uint8)
     return hashlib.blake2b(raw.numpy().data, digest_size=8).hexdigest()

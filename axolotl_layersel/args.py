@@ -51,6 +51,17 @@ class LayerselBlock(Block):
         return self
 
 
+def describe_unread(settings: LayerselBlock) -> str | None:
+    """Return one sentence on the keys that were written and nothing reads, or None where there are none."""
+    groups: dict[str, list[str]] = {}
+    for key, why in settings.list_unread().items():
+        groups.setdefault(why, []).append(key)
+    if not groups:
+        return None
+    shown = "; ".join(f"{', '.join(keys)} (with {why})" for why, keys in groups.items())
+    return f"these keys are not read, and the run goes on without them: {shown}"
+
+
 class LayerselArgs(BaseModel):
     """What Axolotl's schema gains when the plugin is listed."""
 
@@ -73,18 +84,31 @@ class LayerselArgs(BaseModel):
         check_engine(data)
         check_seed(data)
         try:
-            block = LayerselBlock.model_validate(data["layersel"])
+            block = LayerselBlock.model_validate(data["layersel"]).drop_unread()
         except ValidationError:
             return data  # the field itself will say it
         if block.l1ra:
             l1ra.check_file(data, block.l1ra)
         if block.selection:
             selection.check_file(data, block.selection)
-        if block.selection and block.l1ra:
-            lora_r = as_whole(data.get("lora_r"))
-            assert lora_r is not None, "l1ra has checked it"
-            selection.check_room(block.selection.max_rank, l1ra.find_max_rank(block.l1ra, lora_r))
+        if block.l1ra:
+            check_ranks(data, block, block.l1ra)
+        elif block.selection:
+            selection.check_even_ranks(data, block.selection, None)
         return data
+
+
+def check_ranks(data: Mapping[str, Any], block: LayerselBlock, moving: L1RAArgs) -> None:
+    """Raise LayerselError where a selection has no room for its ranks, or none of a file's ranks could move."""
+    chosen, lora_r = block.selection, as_whole(data.get("lora_r"))
+    assert lora_r is not None, "l1ra has checked it"
+    most = l1ra.find_max_rank(moving, lora_r, (chosen and chosen.max_rank) or 0)
+    if chosen:
+        selection.check_room(chosen.max_rank, most)
+        selection.check_even_ranks(data, chosen, most)
+    ranked = chosen and (chosen.plan or chosen.resolve(run_seed=0).rank != "same")
+    if not (ranked or data.get("lora_rank_pattern") or data.get("lora_model_dir")):
+        l1ra.check_movable(moving, [lora_r], most)
 
 
 # Axolotl refuses values of a wrong type in most of the keys that are read below: those pass here.

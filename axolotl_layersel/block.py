@@ -3,12 +3,15 @@
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from axolotl_layersel.errors import suggest
 from axolotl_layersel.layer_names import NAME, LayerName
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 LAYER_LIST = (
     "a list of whole numbers, such as [0, 1, 5], or for a model with an encoder and a decoder one such as "
@@ -48,6 +51,32 @@ class Block(BaseModel):
         assert info.field_name is not None, "only fields are validated"
         field = cls.model_fields[info.field_name]
         return read(f"{cls.path}.{info.field_name}", value, field.annotation, field.description)
+
+    def find_unread(self) -> dict[str, str]:
+        """Return the keys that were written and that nothing reads, each with the setting under which it is so."""
+        return {}
+
+    def drop_unread(self) -> "Self":
+        """Return a copy without the keys that nothing reads, in the blocks inside of this one too."""
+        update: dict[str, Any] = {name: value.drop_unread() for name, value in self if isinstance(value, Block)}
+        return self.model_copy(update={**update, **dict.fromkeys(self.find_unread())})
+
+    def list_unread(self) -> dict[str, str]:
+        """Return what ``find_unread`` does, with each key as it is found from the top of the YAML file, and its value.
+
+        The blocks inside of this one that are read are looked through too.
+        """
+        unread = self.find_unread()
+        found = {f"{self.path}.{name}{show(getattr(self, name))}": why for name, why in unread.items()}
+        for name, value in self:
+            if isinstance(value, Block) and name not in unread:
+                found |= value.list_unread()
+        return found
+
+
+def show(value: Any) -> str:
+    """Return a value as it follows its key in a message; a block has too many to list."""
+    return "" if isinstance(value, Block) else f": {quote(value)}"
 
 
 def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:

@@ -19,11 +19,10 @@ from axolotl_layersel.experts import describe_sharded_experts
 from axolotl_layersel.facts import read_fact
 from axolotl_layersel.files import check_output, read_json
 from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
-from axolotl_layersel.l1ra.args import find_max_rank
 from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS, name_layers
 from axolotl_layersel.layers import describe_missing_tower, find_layer_counts
 from axolotl_layersel.plan import Plan
-from axolotl_layersel.prepare import OUTPUT_FILES, check_resumed
+from axolotl_layersel.prepare import OUTPUT_FILES, check_resumed, pass_over_unread
 from axolotl_layersel.selection.args import DEFAULT_STACKS, DEFAULT_UNSELECTED, SelectionArgs
 from axolotl_layersel.selection.choosing import check_naming, check_range, count_kept
 from axolotl_layersel.selection.provenance import describe_shape
@@ -46,7 +45,7 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
     Raises:
         LayerselError: on every rank, where something cannot be honoured.
     """
-    settings = read_settings(cfg)
+    settings = pass_over_unread(read_settings(cfg))
     check_started_alike({"layersel": settings.model_dump(), **{key: cfg.get(key) for key in AGREEING_KEYS}})
     decide_on_rank_zero(lambda: check_output(cfg.output_dir, OUTPUT_FILES))
     decide_on_rank_zero(lambda: take_lock(cfg.output_dir))
@@ -118,7 +117,7 @@ def find_reused(
         base_model=cfg.base_model,
         shape=describe_shape(config) if shaped else None,
         lora_r=cfg.lora_r,
-        room=find_max_rank(settings.l1ra, cfg.lora_r) if settings.l1ra else None,
+        room=settings.l1ra.max_rank if settings.l1ra else None,
         rank_pattern=cfg.lora_rank_pattern,
     )
     return find_plan(selection, resume_from, known)

@@ -10,8 +10,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
 from axolotl_layersel import adapters, nodes, trainers
-from axolotl_layersel.agreement import check_trainers_alike, check_weights_alike
-from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.agreement import check_trainers_alike, share_new_weights
+from axolotl_layersel.args import LayerselBlock, describe_unread
 from axolotl_layersel.callback import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
 from axolotl_layersel.checkpoints import check_best, check_resumable, holds, is_resumable
 from axolotl_layersel.contents import check_lora, describe_lora
@@ -20,6 +20,7 @@ from axolotl_layersel.engines.refusals import moves_state
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.files import check_output
 from axolotl_layersel.interrupt import outlive_signals
+from axolotl_layersel.l1ra.args import find_room
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.records import ranks_path
@@ -30,7 +31,7 @@ from axolotl_layersel.readiness import Readiness, check_trains
 from axolotl_layersel.run import Run
 from axolotl_layersel.saving import complete_saves, list_records
 from axolotl_layersel.selection.methods.flexora.records import gates_path
-from axolotl_layersel.selection.select import select_layers
+from axolotl_layersel.selection.select import read_reused, select_layers
 from axolotl_layersel.writer import AdapterWriter
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -80,8 +81,8 @@ def prepare_trainer(
         lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: with ``l1ra``, the scaling that all modules get; default: the adapter's.
         repeat: with ``selection``, choose with so many seeds, to say how far they agree; the first is the plan.
-        checked: ``output_dir`` and ``resume_from`` were looked through before, as the plugin does before the model
-            loads.
+        checked: ``output_dir`` and ``resume_from`` were looked through before, and keys that are not read were named,
+            as the plugin does before the model loads.
         given: the settings of LoRA in the plugin's YAML file, which checkpoints remember.
 
     Returns:
@@ -98,6 +99,7 @@ def prepare_trainer(
         )
     run = Run.of(trainer)
     lora = describe_lora(run.config)  # which changes below
+    settings = settings.drop_unread() if checked else pass_over_unread(settings)
     check_trainers_alike(run, settings, resume_from, continues_adapter)
     if not checked:
         collectives.decide_on_rank_zero(lambda: check_output(run.output_dir, OUTPUT_FILES))
@@ -118,15 +120,18 @@ def prepare_trainer(
     check_trains(run)  # before minutes are spent on scores
     seeded = not continues_adapter and adapters.initialize_lora(run.model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
-    check_weights_alike(run)
+    share_new_weights(run, continues_adapter)
     # This comes first, because the weights may lie in shards after a search.
-    capacity = make_room(run, settings.l1ra, lora_r, scaling) if settings.l1ra else None
+    least = find_planned_room(settings, resume_from)
+    capacity = make_room(run, settings.l1ra, lora_r, scaling, least) if settings.l1ra else None
     trainers.initialize_loaders(trainer, outlive_signals)
     plan = None
     if settings.selection:
         plan = select_layers(run, settings.selection, resume_from, continues_adapter, repeat, capacity)
         check_trains(run)
     ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
+    if ranks and resume_from is None:
+        ranks.check_movable()
     readiness = Readiness(run)
     trainers.call_before_training(trainer, readiness.check_start)
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
@@ -151,6 +156,14 @@ def prepare_trainer(
     return plan
 
 
+def pass_over_unread(settings: LayerselBlock) -> LayerselBlock:
+    """Return the settings without the keys that nothing reads, and log a warning that lists them, on rank 0."""
+    unread = describe_unread(settings)
+    if unread and collectives.get_rank() == 0:
+        LOG.warning("layersel: %s", unread)
+    return settings.drop_unread()
+
+
 def check_resumed(settings: LayerselBlock, resume_from: str | None, given: dict[str, Any] | None = None) -> None:
     """Raise LayerselError unless a checkpoint's ranks can be restored, or there are none to restore.
 
@@ -166,6 +179,15 @@ def check_resumed(settings: LayerselBlock, resume_from: str | None, given: dict[
             f"resume_from_checkpoint: {resume_from} is of a run with layersel.l1ra, without which its adapter does not "
             "fit. Restore the l1ra block, or start from the adapter with lora_model_dir."
         )
+
+
+def find_planned_room(settings: LayerselBlock, resume_from: str | None) -> int:
+    """Return the rank that a plan or ``selection.max_rank`` needs room for, 0 where none does; a collective call."""
+    selection = settings.selection
+    if selection is None or settings.l1ra is None:
+        return 0
+    reused = collectives.decide_on_rank_zero(lambda: read_reused(selection, resume_from))
+    return find_room(reused[0].ranks.values()) if reused else selection.max_rank or 0
 
 
 def list_foreign_files(settings: LayerselBlock, output_dir: Path) -> list[Path]:

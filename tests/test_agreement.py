@@ -72,10 +72,12 @@ def test_a_rank_with_another_adapter_ends_all(train, plain_runs, engine, tmp_pat
 # --- Without Axolotl, two processes -------------------------------------------------------------------------------
 
 
-def prepare(folder: Path, rows: list[dict], moved: float = 0, **arguments) -> None:
-    """Prepare a trainer whose adapter is continued; one of its weights is ``moved``."""
+def prepare(folder: Path, rows: list[dict], moved: float = 0, moved_below: float = 0, **arguments) -> None:
+    """Prepare a trainer whose adapter is continued; a weight of it is ``moved``, and one of its base."""
     model = make_lora(make_small_llama())
-    model.base_model.model.model.layers[2].self_attn.q_proj.lora_B["default"].weight.data[0, 0] += moved
+    projection = model.base_model.model.model.layers[2].self_attn.q_proj
+    projection.lora_B["default"].weight.data[0, 0] += moved
+    projection.base_layer.weight.data[0, 0] += moved_below
     trainer = make_trainer(model, folder, rows, **arguments)
     assert find_engine(trainer).name == "ddp"
     block = LayerselBlock(selection={"method": "last", "unselected": "freeze"})
@@ -96,6 +98,7 @@ def be_a_rank(rank: int, folder: str) -> None:
         "rows": {"rows": [*rows[1:], rows[0]]},
         "the number of rows": {"rows": rows[:-1]},
         "a weight": {"moved": 0.1},
+        "a base weight": {"moved_below": 0.1},
     }
     for name, difference in differences.items():
         torch.manual_seed(1)
@@ -138,6 +141,8 @@ def test_trainers_that_were_prepared_differently_are_refused_by_rank_and_key(zyg
     assert first["rows"].startswith("datasets.hash of some rows: '")
     assert first["the number of rows"].startswith("datasets.number of rows: 23 on rank 1, 24 on rank 0. Give all nodes")
     assert first["a weight"].startswith(f"initial LoRA weights.{UP}: '")
+    assert first["a base weight"].startswith(f"base weights.{UP.replace('.lora_B', '')}: '")
+    assert first["a base weight"].endswith("Scores would mix two models: give all nodes the same base model.")
     assert (
         first["a package"]
         == "version of peft: '9.9' on rank 1, '0.20.0' on rank 0. Install the same versions on all nodes."

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict
 
 import hypothesis
@@ -10,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from axolotl_layersel.args import LayerselArgs
+from axolotl_layersel.args import LayerselArgs, LayerselBlock, describe_unread
 from axolotl_layersel.block import as_number, as_whole_list, quote
 from axolotl_layersel.engines.refusals import PARALLELISM
 from axolotl_layersel.errors import LayerselError
@@ -37,10 +38,14 @@ def check(search: dict | None = None, **values) -> None:
     ("settings", "message"),
     [
         ({"method": "flexora", "keep": "positive", "ratio": 0.5}, "keep: positive and ratio: 0.5 both say how much"),
-        ({"method": "cka", "keep": "positive"}, "selection.keep: positive has no effect with method cka"),
-        ({"method": "cka", "flexora": {"steps": 3}}, "selection.flexora: the block has no effect with method cka"),
-        ({"method": "flexora", "num_samples": 9}, "selection.num_samples: 9 has no effect with method flexora"),
-        ({"method": "flexora", "token": "last"}, "selection.token: last has no effect with method flexora"),
+        (
+            {"method": "cka", "keep": "positive"},
+            "selection.keep: positive asks for gates, and method cka has none. Say how much is kept by `ratio`",
+        ),
+        (
+            {"method": "random", "layers": [1, 4]},
+            r"selection.layers: \[1, 4\] has no effect with method random. Set `method: explicit`, or `num_layers: 2`",
+        ),
         (
             {"method": "cka", "num_samples": 2},
             "selection.num_samples: 2 is too few to compare rows by cka. Set 3",
@@ -80,8 +85,15 @@ def check(search: dict | None = None, **values) -> None:
         ),
         ({"method": "random", "rank": "score"}, "rank: 'score' needs scores, and method random gives none"),
         ({"method": "cka", "rank": "most"}, "rank: 'most' is not known"),
-        ({"method": "cka", "budget": 0.5}, "budget: 0.5 has no effect with rank: same"),
-        ({"method": "cka", "rank": "match", "min_rank": 2}, "min_rank: 2 has no effect with rank: match"),
+        ({"method": "cka", "budget": 0.5}, "budget: 0.5 has no effect with rank: same, the default of method cka. Set"),
+        (
+            {"method": "cka", "rank": "same", "budget": 0.5},
+            "budget: 0.5 has no effect with rank: same. Set `rank: match`",
+        ),
+        (
+            {"method": "random", "max_rank": 9},
+            "max_rank: 9 has no effect with rank: same, the default of method random",
+        ),
         ({"method": "gradient", "min_rank": 9, "max_rank": 8}, "min_rank: 9 is more than max_rank: 8"),
         ({"method": "gradient", "max_rank": 0}, "max_rank: 0 is outside 1 to 1024"),
         ({"method": "gradient", "budget": "parameter"}, "budget: 'parameter' is neither `parameters`, nor a multiple"),
@@ -96,6 +108,68 @@ def check(search: dict | None = None, **values) -> None:
 def test_a_block_that_contradicts_itself_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         SelectionArgs(**settings)
+
+
+def list_unread(**block) -> list[str]:
+    return [key.partition(":")[0] for key in LayerselBlock(**block).list_unread()]
+
+
+SEARCH = {"steps": 4, "val_samples": 4}
+CHOOSE = "layersel.selection"
+
+
+@pytest.mark.parametrize(
+    ("block", "unread"),
+    [
+        ({"method": "random", "num_samples": 1, "token": "last"}, ["num_samples", "token"]),
+        ({"method": "first", "num_samples": 9, "token": "mean", "flexora": SEARCH, "seed": 3}, None),
+        ({"method": "last", "seed": 3}, ["seed"]),
+        ({"method": "explicit", "layers": [1], "flexora": {"gate_lr": 0}}, ["flexora"]),
+        ({"method": "cosine", "token": "mean"}, ["token"]),
+        ({"method": "cka", "flexora": SEARCH}, ["flexora"]),
+        ({"method": "cka", "rank": "match", "min_rank": 2}, ["min_rank"]),
+        ({"method": "cka", "rank": "same", "min_rank": 2, "max_rank": 8}, ["max_rank", "min_rank"]),
+        ({"method": "flexora", "num_samples": 9, "token": "last"}, ["num_samples", "token"]),
+        ({"method": "random", "stacks": "vision", "token": "cls"}, ["token"]),
+        ({"method": "flexora", "flexora": {"steps": 9, "inner_steps": 2, "patience": 3}}, ["flexora.patience"]),
+        ({"method": "flexora", "flexora": {"steps": 9, "inner_steps": 2, "patience": 2}}, []),
+        ({"method": "cka", "num_samples": 9, "token": "mean", "seed": 3}, []),
+    ],
+)
+def test_a_key_that_a_method_does_not_read_is_passed_over_and_named(block, unread):
+    unread = ["flexora", "num_samples", "seed", "token"] if unread is None else unread
+    assert list_unread(selection=block) == [f"{CHOOSE}.{key}" for key in unread]
+    left = SelectionArgs(**block).drop_unread()
+    assert list_unread(selection=left.model_dump()) == []
+    for path in unread:
+        *outer, key = path.split(".")
+        assert getattr(getattr(left, outer[0]) if outer else left, key) is None
+    kept = {key: value for key, value in block.items() if key not in unread}
+    assert left == SelectionArgs(**kept).drop_unread()
+
+
+@pytest.mark.parametrize(
+    ("block", "unread"),
+    [
+        ({"rule": "saliency", "l1_lambda": 0.5, "gate_lr": 0, "reassign": False}, ["gate_lr", "l1_lambda", "reassign"]),
+        ({"rule": "pressure", "move_ratio": 0.2}, ["move_ratio"]),
+        ({"rule": "pressure", "l1_lambda": 0.5}, []),
+        ({}, []),
+    ],
+)
+def test_the_key_of_another_rule_is_passed_over_where_the_rule_is_written(block, unread):
+    assert list_unread(l1ra=block) == [f"layersel.l1ra.{key}" for key in unread]
+    assert all(getattr(L1RAArgs(**block).drop_unread(), key) is None for key in unread)
+
+
+def test_all_keys_that_are_not_read_are_named_in_one_sentence():
+    chosen = {"method": "first", "num_samples": 9, "seed": 3}
+    settings = LayerselBlock(selection=chosen, l1ra={"rule": "saliency", "l1_lambda": 0.5})
+    assert describe_unread(settings) == (
+        "these keys are not read, and the run goes on without them: layersel.selection.num_samples: 9, "
+        "layersel.selection.seed: 3 (with method: first); layersel.l1ra.l1_lambda: 0.5 (with rule: saliency)"
+    )
+    assert describe_unread(settings.drop_unread()) is None
 
 
 @pytest.mark.parametrize(
@@ -141,6 +215,65 @@ def test_other_keys_of_the_file_that_are_read_are_refused_by_name(run, message):
             LayerselArgs.model_validate({**RUN, "layersel": block, **run})
 
 
+MOVES = "so no rank could move"
+EQUAL = "so all ranks would be equal, whatever the scores of"
+
+
+@pytest.mark.parametrize(
+    ("block", "run", "message"),
+    [
+        ({"l1ra": {}}, {"lora_r": 1}, f"lora_r: modules start with rank 1, and layersel.l1ra.min_rank: 1 is .*{MOVES}"),
+        ({"l1ra": {"min_rank": 4}}, {}, f"lora_r: modules start with rank 4, .*min_rank: 4 .*{MOVES}.* lower min_rank"),
+        ({"l1ra": {"rule": "pressure"}}, {"lora_r": 1}, f"lora_r: modules start with rank 1, .*{MOVES}"),
+        ({"l1ra": {"max_rank": 4}}, {}, r"l1ra.max_rank: 4 is the rank that all modules start with"),
+        ({"l1ra": {"max_rank": 4}, "selection": {"method": "first"}}, {}, r"l1ra.max_rank: 4 is the rank that all"),
+        ({"l1ra": {"max_rank": 4, "rule": "pressure"}}, {}, None),
+        ({"l1ra": {}}, {"lora_r": 1, "lora_rank_pattern": {"q_proj": 4}}, None),
+        ({"l1ra": {}}, {"lora_r": 1, "lora_model_dir": "adapter"}, None),
+        ({"l1ra": {}, "selection": {"method": "gradient"}}, {"lora_r": 1}, None),
+        (
+            {"l1ra": {}},
+            {"max_steps": 2},
+            r"update_ratio: 0.1 \(warmup_ratio: 0.0\) leaves 1 .* of max_steps: 2 optimizer",
+        ),
+        ({"l1ra": {"update_ratio": 0.3}}, {"max_steps": 4}, r"update_ratio: 0.3 .* leaves 1 .* of max_steps: 4"),
+        ({"l1ra": {"update_ratio": 0.34}}, {}, r"update_ratio: 0.34 leaves fewer than two updates in a run of any"),
+        ({"l1ra": {"update_ratio": 1 / 3}}, {}, None),
+        ({"l1ra": {}}, {"max_steps": 3}, None),
+        (
+            {"selection": {"method": "gradient", "max_rank": 4}},
+            {},
+            f"budget: it pays for rank 4 .*max_rank: 4 .*{EQUAL}",
+        ),
+        (
+            {"selection": {"method": "gradient", "budget": 4}},
+            {},
+            f"budget: it pays for rank 16 .*max_rank: 16 .*{EQUAL}",
+        ),
+        ({"selection": {"method": "gradient", "budget": 3.9}}, {}, None),
+        ({"selection": {"method": "gradient", "budget": 1e6}}, {}, None),
+        ({"selection": {"method": "gradient", "budget": 4, "ratio": 0.5}}, {}, None),
+        (
+            {"selection": {"method": "cka", "rank": "score", "min_rank": 4}},
+            {},
+            f"min_rank: 4 everywhere takes .*{EQUAL}",
+        ),
+        ({"selection": {"method": "cka", "rank": "score", "min_rank": 3}}, {}, None),
+        ({"selection": {"method": "gradient"}, "l1ra": {"max_rank": 4}}, {}, f"max_rank: 4 or more, {EQUAL}"),
+        ({"selection": {"method": "gradient", "max_rank": 20}, "l1ra": {}}, {}, None),
+        (
+            {"selection": {"method": "gradient", "max_rank": 20}, "l1ra": {"max_rank": 19}},
+            {},
+            "max_rank: 20 is more than",
+        ),
+    ],
+)
+def test_what_can_do_nothing_is_refused_as_far_as_the_file_shows_it(block, run, message):
+    errors = collect_errors({**RUN, "layersel": block, **run})
+    assert len(errors) == (message is not None), errors
+    assert all(re.search(message, error) for error in errors), errors
+
+
 # What a YAML file can hold.
 SCALARS = st.one_of(
     st.none(),
@@ -169,7 +302,7 @@ READ_BY_US = (
     *("fsdp", "fsdp_config", "fsdp_version", "deepspeed", "peft", "peft_use_dora", "peft_init_lora_weights", "fp16"),
     *("auto_find_batch_size", "rl", "trl", "optimizer", "val_set_size", "test_datasets", "attn_implementation"),
     *("sample_packing", "sdpa_varlen", "loraplus_lr_ratio", "lr_groups", "peft_layers_to_transform", "streaming"),
-    *("pretraining_dataset", "layersel", *PARALLELISM, *FUSED_KEYS),
+    *("pretraining_dataset", "layersel", "max_steps", *PARALLELISM, *FUSED_KEYS),
 )
 
 

@@ -61,13 +61,9 @@ BEFORE_THE_MODEL = {
     ),
     "a seed that NumPy does not take": ({"seed": 2**32}, "seed: 4294967296 is outside of 0 to 4294967295"),
     "a list for a mapping": ({"fsdp_config": [1]}, "fsdp_config: [1] is not a mapping. Write its keys on lines"),
-    "token without cka": (
-        selection(method="cosine", token="mean"),
-        "layersel.selection.token: mean has no effect with method cosine. Remove the key.",
-    ),
-    "samples without scores": (
-        selection(method="first", num_samples=7),
-        "layersel.selection.num_samples: 7 has no effect with method first. Remove the key.",
+    "gates without a search": (
+        selection(method="random", keep="positive"),
+        "layersel.selection.keep: positive asks for gates, and method random has none.",
     ),
     "missing plan": (selection(plan="nowhere/plan.json"), "layersel.selection.plan: nowhere/plan.json cannot be read"),
     "contradicting layers_to_transform": (
@@ -162,14 +158,13 @@ BEFORE_THE_MODEL = {
         "layersel.l1ra.gate_lr: 0 holds the gates where they are, whatever l1_lambda: 0.5 is",
     ),
     "l1ra: no threshold": (l1ra(prune_threshold=0), "layersel.l1ra.prune_threshold: 0.0 is outside (0, 1)"),
-    "l1ra: another rule's key": (l1ra(l1_lambda=0.5), "layersel.l1ra.l1_lambda: 0.5 has no effect with rule: saliency"),
-    "l1ra: share of no rank": (l1ra(move_ratio=0), "layersel.l1ra.move_ratio: 0.0 is outside (0, 1]"),
-    "l1ra: moves by pressure": (
-        pressure(move_ratio=0.1),
-        "layersel.l1ra.move_ratio: 0.1 has no effect with rule: pressu",
+    "l1ra: another rule's key": (
+        l1ra(l1_lambda=0.5),
+        "layersel.l1ra.l1_lambda: 0.5 has no effect with rule: saliency, the default. Set `rule: pressure`",
     ),
+    "l1ra: share of no rank": (l1ra(move_ratio=0), "layersel.l1ra.move_ratio: 0.0 is outside (0, 1]"),
     "l1ra: ends before it begins": (
-        l1ra(warmup_ratio=0.6),
+        l1ra(warmup_ratio=0.6, last_update=0.5),
         "layersel.l1ra.last_update: 0.5 comes before the first update, after warmup_ratio: 0.6",
     ),
     "l1ra: unknown rule": (
@@ -195,6 +190,22 @@ BEFORE_THE_MODEL = {
     ),
     "l1ra: hidden states beside": ({**l1ra(), "rl": "ebft"}, "rl: 'ebft' reads hidden states of the model beside"),
     "l1ra: no interval": (l1ra(update_ratio=0), "layersel.l1ra.update_ratio: 0.0 is outside (0, 1]"),
+    "l1ra: two updates in no run": (
+        l1ra(update_ratio=0.4),
+        "layersel.l1ra.update_ratio: 0.4 leaves fewer than two updates in a run of any length",
+    ),
+    "l1ra: a run known to be too short": (
+        {**l1ra(), "max_steps": 2},
+        "leaves 1 rank updates in a run of max_steps: 2 optimizer steps; it takes two or more for rank to move.",
+    ),
+    "l1ra: no rank to move": (
+        {**l1ra(), "lora_r": 1},
+        "lora_r: modules start with rank 1, and layersel.l1ra.min_rank: 1 is what each of them keeps",
+    ),
+    "gradient: equal ranks": (
+        selection("gradient", max_rank=4),
+        "layersel.selection.budget: it pays for rank 4 everywhere, which is max_rank: 4 or more",
+    ),
     "l1ra: interval beyond the run": (l1ra(update_ratio=1.5), "layersel.l1ra.update_ratio: 1.5 is outside (0, 1]"),
     "l1ra: endless warmup": (l1ra(warmup_ratio=1), "layersel.l1ra.warmup_ratio: 1.0 is outside [0, 1)"),
     "l1ra: unknown budget": (l1ra(budget="ranks"), "layersel.l1ra.budget: 'ranks' is not known: did you mean 'rank'?"),
@@ -257,11 +268,12 @@ BEFORE_THE_MODEL = {
 AFTER_THE_MODEL = {
     "flexora: no training rows left": (
         flexora(val_samples=63),
-        "layersel.selection.flexora.val_samples: 63 of the 64 training rows leaves no training rows for the search",
+        "layersel.selection.flexora.val_samples: 63 of the 64 training rows leaves 1 to train on, and the search needs "
+        "2 or more. Set it to 21, which leaves most of them to train on, or use `val_source: eval`.",
     ),
     "l1ra: a run too short": (
-        l1ra(update_ratio=0.4),
-        "layersel.l1ra.update_ratio: 0.4 (warmup_ratio: 0.0, last_update: 0.5) leaves 1 rank updates",
+        {**l1ra(update_ratio=0.33), "max_steps": None},
+        "layersel.l1ra.update_ratio: 0.33 (warmup_ratio: 0.0) leaves 1 rank updates in a run of 32 optimizer steps",
     ),
     "l1ra: embeddings": (
         {**l1ra(), "lora_target_modules": ["q_proj", "embed_tokens"]},

@@ -92,8 +92,16 @@ REFUSALS = {
         {"init_lora_weights": "pissa"},
         leave,
     ),
+    "no room for more rank": ({"l1ra": {"max_rank": 4}}, {}, {}, leave),
+    "ranks that are equal by force": ({"selection": {"method": "gradient", "max_rank": 4}}, {}, {}, leave),
+    "a floor that takes the whole budget": (
+        {"selection": {"method": "cosine", "rank": "score", "min_rank": 4, "num_samples": 9}},
+        {},
+        {},
+        leave,
+    ),
     "more rank than l1ra has room for": (
-        {"selection": {"method": "gradient", "max_rank": 9}, "l1ra": {}},
+        {"selection": {"method": "gradient", "max_rank": 9}, "l1ra": {"max_rank": 8}},
         {},
         {},
         leave,

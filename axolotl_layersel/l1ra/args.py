@@ -1,7 +1,9 @@
 """``layersel.l1ra``: its settings, and what in the rest of the YAML file contradicts them."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
@@ -90,7 +92,9 @@ class L1RAArgs(Block):
         "are worth more; `pressure`: the L1RA paper's rule, by which a pressure shrinks gates until some are 0.",
     )
     max_rank: int | None = Field(
-        default=None, description="The highest rank that a module can reach. Default: 2 × lora_r."
+        default=None,
+        description="The highest rank that a module can reach. Default: 2 × lora_r, or the rank that "
+        "`selection.max_rank`, a plan or a continued adapter asks for, where that is more.",
     )
     min_rank: int = Field(default=1, description="The rank that pruning leaves every module.")
     budget: str = Field(
@@ -99,7 +103,8 @@ class L1RAArgs(Block):
     )
     move_ratio: float | None = Field(
         default=None,
-        description="With `rule: saliency`: share of the rank in use that an update moves at most. Default 0.1.",
+        description="With `rule: saliency`: share of the rank in use that an update moves at most. Default 0.1, and in "
+        "small adapters what it takes for one component to move.",
     )
     l1_lambda: float | str | None = Field(
         default=None,
@@ -116,7 +121,7 @@ class L1RAArgs(Block):
     last_update: float | None = Field(
         default=None,
         description="Share of the optimizer steps after which rank stays where it is. Default 0.5 with "
-        "`rule: saliency`, 1 with `rule: pressure`.",
+        "`rule: saliency`, or as late as the second update of a short run or a long warmup; 1 with `rule: pressure`.",
     )
     prune_threshold: float | None = Field(
         default=None,
@@ -175,6 +180,16 @@ class L1RAArgs(Block):
             raise ValueError(f"{cls.path}.{info.field_name}: {value} is outside (0, 1]. Set a share such as 0.1.")
         return value
 
+    @field_validator("update_ratio")
+    @classmethod
+    def check_updates(cls, value: float) -> float:
+        if 3 * Fraction(str(value)) > 1:
+            raise ValueError(
+                f"{cls.path}.update_ratio: {value} leaves fewer than two updates in a run of any length, for there is "
+                "none in the last such share of it. Set 0.33 or less."
+            )
+        return value
+
     @field_validator("warmup_ratio")
     @classmethod
     def check_warmup_ratio(cls, value: float) -> float:
@@ -194,26 +209,29 @@ class L1RAArgs(Block):
 
     @model_validator(mode="after")
     def check_keys_of_rule(self) -> "L1RAArgs":
-        for rule, keys in RULE_DEFAULTS.items():
-            for key in sorted(keys.keys() - RULE_DEFAULTS[self.rule].keys()):
-                if getattr(self, key) is not None:
-                    raise ValueError(
-                        f"{self.path}.{key}: {getattr(self, key)} has no effect with rule: {self.rule}. Remove the "
-                        f"key, or set `rule: {rule}`."
-                    )
+        # Who writes the key of a rule and no rule wants that one.
+        for key in () if "rule" in self.model_fields_set else self.find_unread():
+            rule = next(rule for rule, keys in RULE_DEFAULTS.items() if key in keys)
+            raise ValueError(
+                f"{self.path}.{key}: {getattr(self, key)} has no effect with rule: {self.rule}, the default. Set "
+                f"`rule: {rule}`, or remove the key."
+            )
         return self
+
+    def find_unread(self) -> dict[str, str]:
+        keys = {key for keys in RULE_DEFAULTS.values() for key in keys} - RULE_DEFAULTS[self.rule].keys()
+        return {key: f"rule: {self.rule}" for key in sorted(keys) if getattr(self, key) is not None}
 
     @model_validator(mode="after")
     def check_ranks_and_gates(self) -> "L1RAArgs":
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}.")
-        last = self.get("last_update")
-        if last <= self.warmup_ratio:
+        if self.last_update is not None and self.last_update <= self.warmup_ratio:
             raise ValueError(
-                f"{self.path}.last_update: {last} comes before the first update, after warmup_ratio: "
+                f"{self.path}.last_update: {self.last_update} comes before the first update, after warmup_ratio: "
                 f"{self.warmup_ratio}. Raise it."
             )
-        if self.gate_lr == 0 and self.get("l1_lambda") != 0:
+        if self.drop_unread().gate_lr == 0 and self.get("l1_lambda") != 0:
             raise ValueError(
                 f"{self.path}.gate_lr: 0 holds the gates where they are, whatever l1_lambda: {self.get('l1_lambda')} "
                 "is. Set a gate_lr above 0; or, to train plain LoRA on purpose, `l1_lambda: 0` too."
@@ -229,6 +247,7 @@ class L1RAArgs(Block):
 def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:
     """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.l1ra``."""
     check_ranks(data, settings)
+    check_length(data, settings)
     check_gated_file(data, "layersel.l1ra")
     rl = read_choice(data, "rl")
     if rl == "ebft":
@@ -253,9 +272,69 @@ def check_ranks(data: Mapping[str, Any], settings: L1RAArgs) -> None:
     check_bounds(settings, rank)
 
 
-def find_max_rank(settings: L1RAArgs, lora_r: int) -> int:
-    """Return the highest rank that a module can reach."""
-    return settings.max_rank or 2 * lora_r
+def check_length(data: Mapping[str, Any], settings: L1RAArgs) -> None:
+    """Raise LayerselError where ``max_steps`` leaves no room for updates of rank."""
+    from axolotl_layersel.l1ra.schedule import check_run_length
+
+    steps = as_whole(data.get("max_steps"))
+    if steps is not None and steps > 0:
+        check_run_length(steps, settings, "max_steps: ")
+
+
+def check_movable(settings: L1RAArgs, ranks: Collection[int], max_rank: int, many: bool = True) -> None:
+    """Raise LayerselError where no rank could ever move, and modules would be built for more in vain.
+
+    Args:
+        settings: the ``l1ra`` block.
+        ranks: that modules start with, all that there are.
+        max_rank: the rank that each has room for.
+        many: whether there are two modules or more.
+    """
+    way_out = f"Modules would take the memory of rank {max_rank} in vain"
+    if max(ranks) <= settings.min_rank:
+        raise LayerselError(
+            f"lora_r: modules start with rank {max(ranks)}, and layersel.l1ra.min_rank: {settings.min_rank} is what "
+            f"each of them keeps, so no rank could move. {way_out}: raise lora_r"
+            f"{', lower min_rank,' if settings.min_rank > 1 else ''} or remove the l1ra block."
+        )
+    if settings.rule != "saliency":
+        return  # a pressure takes rank out where none is placed again, too
+    if min(ranks) >= max_rank:
+        raise LayerselError(
+            f"layersel.l1ra.max_rank: {max_rank} is the rank that all modules start with, so none has room for more "
+            "and no rank could move. Raise it, leave it out, or remove the l1ra block."
+        )
+    if not many:
+        raise LayerselError(
+            "layersel.l1ra: one LoRA module trains, and rank moves between modules, so none could move. "
+            f"{way_out}: put LoRA on more modules, select more of them, or remove the l1ra block."
+        )
+
+
+def check_share(settings: L1RAArgs, budget: int, cheapest: int) -> None:
+    """Raise LayerselError where ``move_ratio`` of the rank in use is less than one component.
+
+    Args:
+        settings: the ``l1ra`` block.
+        budget: what of it is in use.
+        cheapest: what the cheapest component takes of it.
+    """
+    if settings.move_ratio is not None and settings.move_ratio * budget < cheapest:
+        raise LayerselError(
+            f"layersel.l1ra.move_ratio: {settings.move_ratio} of the rank in use is less than one component, so no "
+            f"rank could move. Set {math.ceil(1000 * cheapest / budget) / 1000} or more, or leave it out."
+        )
+
+
+def find_max_rank(settings: L1RAArgs, lora_r: int, least: int = 0) -> int:
+    """Return the highest rank that a module can reach. ``least``: what the default must have room for."""
+    return settings.max_rank or max(2 * lora_r, least)
+
+
+def find_room(ranks: Collection[int]) -> int:
+    """Return the rank that there must be room for where modules start with ``ranks``, so that some of them can gain."""
+    highest = max(ranks, default=0)
+    return highest if len(set(ranks)) > 1 else 2 * highest
 
 
 def check_bounds(settings: L1RAArgs, lora_r: int) -> None:

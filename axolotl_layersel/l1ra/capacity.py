@@ -19,6 +19,7 @@ from axolotl_layersel.l1ra.args import (
     check_library,
     check_optimizer,
     find_max_rank,
+    find_room,
     refuse_optimizer,
 )
 from axolotl_layersel.l1ra.schedule import check_run_length
@@ -55,7 +56,7 @@ def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> str:
         library = check_optimizer_class(chosen[0], run.engine.name, run.engine.writes_whole_state())
     run.engine.check_optimizer()
     steps = count_optimizer_steps(run.trainer)
-    check_run_length(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
+    check_run_length(steps, settings)
     return library
 
 
@@ -90,7 +91,7 @@ class Capacity:
     library: str
 
 
-def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float | None) -> Capacity:
+def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float | None, least: int = 0) -> Capacity:
     """Check that rank can move in this run, and grow its LoRA modules, see ``grow_modules``.
 
     Args:
@@ -98,6 +99,7 @@ def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float |
         settings: the ``l1ra`` block.
         lora_r: the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: see ``grow_modules``.
+        least: the rank that there must be room for by default.
 
     Raises:
         LayerselError: if rank cannot move.
@@ -106,7 +108,8 @@ def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float |
     check_generation(uses_vllm(run.trainer))
     lora_r = lora_r or run.config.r
     library = check_trainer(run, settings, lora_r)
-    max_rank = find_max_rank(settings, lora_r)
+    used = [len(slots) for slots in find_components(run.model).values()]
+    max_rank = find_max_rank(settings, lora_r, max(least, find_room(used)))
     return Capacity(lora_r, max_rank, grow_modules(run.model, max_rank, scaling), library)
 
 
@@ -132,14 +135,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
     modules = list_linear(everything)
     linears = {name: get_linears(module, adapter) for name, module in modules.items()}
 
-    def find_components() -> dict[str, list[int]]:
-        components = {
-            name: find_used(Factors(down.weight, up.weight)).nonzero() for name, (down, up) in linears.items()
-        }
-        return {name: found.flatten().tolist() for name, found in components.items()}
-
-    # With FSDP's cpu_ram_efficient_loading the other ranks hold no weights.
-    components = collectives.decide_on_rank_zero(find_components)
+    components = find_components(model)
     for name, module in modules.items():
         used = components[name]
         if len(used) > max_rank:
@@ -158,6 +154,21 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
             rescale_experts(everything[name], adapter, scaling)
     model.peft_config[adapter] = describe_ranks(get_config(model), everything, adapter)
     return {name: list(range(len(used))) for name, used in components.items()}
+
+
+def find_components(model: PeftModel) -> dict[str, list[int]]:
+    """Return the components in use of each LoRA module, by its name; every rank must call this."""
+    adapter = get_adapter_name(model)
+    linears = {name: get_linears(module, adapter) for name, module in find_lora_modules(get_base_model(model)).items()}
+
+    def find() -> dict[str, list[int]]:
+        components = {
+            name: find_used(Factors(down.weight, up.weight)).nonzero() for name, (down, up) in linears.items()
+        }
+        return {name: found.flatten().tolist() for name, found in components.items()}
+
+    # With FSDP's cpu_ram_efficient_loading the other ranks hold no weights.
+    return collectives.decide_on_rank_zero(find)
 
 
 @torch.no_grad()

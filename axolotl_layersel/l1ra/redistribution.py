@@ -18,12 +18,12 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.experts import describe_gated_experts
 from axolotl_layersel.gates import Gates
 from axolotl_layersel.l1ra.allocation import BUDGETS, ModuleState, Moves
-from axolotl_layersel.l1ra.args import L1RAArgs
+from axolotl_layersel.l1ra.args import L1RAArgs, check_movable, check_share
 from axolotl_layersel.l1ra.capacity import Capacity
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.report import print_ranks
 from axolotl_layersel.l1ra.rules import RULES, Rule
-from axolotl_layersel.l1ra.schedule import find_interval, find_update_steps
+from axolotl_layersel.l1ra.schedule import find_interval, plan_updates
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, state_path, write_state
 from axolotl_layersel.layers import count_component_parameters, find_key, get_linears, list_linear
 from axolotl_layersel.randomness import draw_row
@@ -126,13 +126,20 @@ class RankRedistribution:
         adapter = self.run.adapter
         return sum(count_component_parameters(each, adapter) * each.r[adapter] for each in self.fixed.values())
 
+    def check_movable(self) -> None:
+        """Raise LayerselError where no rank could ever move."""
+        ranks, costs = self.ranks(), self.list_costs()
+        if not ranks:
+            raise LayerselError("layersel.l1ra: no LoRA module trains, so there is no rank to move. Let some train.")
+        check_movable(self.settings, ranks.values(), self.max_rank, len(ranks) > 1)
+        check_share(self.settings, sum(rank * costs[name] for name, rank in ranks.items()), min(costs.values()))
+
     # --- Training -----------------------------------------------------------------------------------------------------
 
     def start(self, steps: int) -> None:
         """Settle when rank moves in a run of ``steps`` optimizer steps, and say so."""
         settings = self.settings
-        schedule = (settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
-        self.update_steps = set(find_update_steps(steps, *schedule))
+        self.update_steps = set(plan_updates(steps, settings))
         self.interval = find_interval(steps, settings.update_ratio)
         self.rule = RULES[settings.rule](settings, steps)
         if collectives.get_rank() == 0:
@@ -149,6 +156,12 @@ class RankRedistribution:
             steps,
             self.rule.describe(),
         )
+        if self.settings.last_update is None and max(self.update_steps) > self.settings.get("last_update") * steps:
+            LOG.info(
+                "layersel: last_update is %.3g in place of %.3g by default, so that there are two updates of rank",
+                max(self.update_steps) / steps,
+                self.settings.get("last_update"),
+            )
         LOG.info(
             "layersel: %s trainable LoRA parameters in use; %s counts the room for rank %d in every module",
             f"{in_use:,}",

@@ -62,7 +62,9 @@ class Saliency:
             old = {i - part.start: worth[i] / costs[name] for i in used if counts[i] >= grown}
             young = frozenset(i - part.start for i in used if counts[i] < grown)
             modules[name] = ModuleWorth(old, young, costs[name], ranks.max_rank)
-        return saliency.move_rank(modules, ranks.pool, self.settings.get("move_ratio"), self.settings.min_rank)
+        # Components that pay for one of another cost take less than both together.
+        least = 2 * max(costs.values()) - 1 if self.settings.move_ratio is None else 0
+        return saliency.move_rank(modules, ranks.pool, self.settings.get("move_ratio"), self.settings.min_rank, least)
 
     def decide_last(self, ranks: RankRedistribution) -> Moves:
         return Moves({}, {}, ranks.pool)

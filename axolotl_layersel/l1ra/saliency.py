@@ -63,7 +63,7 @@ def find_saliency(squares: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return squares.double() / (1 - BETA ** steps.clamp(min=1).double())
 
 
-def move_rank(modules: Mapping[str, ModuleWorth], pool: int, move_ratio: float, min_rank: int) -> Moves:
+def move_rank(modules: Mapping[str, ModuleWorth], pool: int, move_ratio: float, min_rank: int, least: int = 0) -> Moves:
     """Return the moves of one update: components worth little give their rank to modules in which all are worth much.
 
     Modules gain one component at most, those whose weakest component is worth most first. What it costs is paid from
@@ -76,6 +76,7 @@ def move_rank(modules: Mapping[str, ModuleWorth], pool: int, move_ratio: float, 
         pool: what of the budget waits from earlier updates.
         move_ratio: share of the budget in use that is taken out at most.
         min_rank: what every module keeps.
+        least: of the budget, may be taken out whatever its share is.
     """
     weakest = {name: min(module.worth.values()) for name, module in modules.items() if module.worth}
     gaining = sorted(
@@ -83,7 +84,7 @@ def move_rank(modules: Mapping[str, ModuleWorth], pool: int, move_ratio: float, 
         key=lambda name: (-weakest[name], modules[name].rank, name),
     )
     losing = sorted((worth, name, slot) for name, module in modules.items() for slot, worth in module.worth.items())
-    allowed = move_ratio * sum(module.rank * module.cost for module in modules.values())
+    allowed = max(move_ratio * sum(module.rank * module.cost for module in modules.values()), least)
     pruned: dict[str, list[int]] = {}
     added: dict[str, tuple[int, ...]] = {}
     taken = 0

@@ -4,7 +4,7 @@ import math
 from fractions import Fraction
 
 from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import DEFAULT_GATE_LR, SHORT_RUN
+from axolotl_layersel.l1ra.args import DEFAULT_GATE_LR, SHORT_RUN, L1RAArgs
 
 AUTO_LAMBDA = 3.0
 
@@ -28,14 +28,27 @@ def find_update_steps(steps: int, update_ratio: float, warmup_ratio: float, last
     return [step for step in range(interval, steps - interval + 1, interval) if warmup <= step <= end]
 
 
-def check_run_length(steps: int, update_ratio: float, warmup_ratio: float, last_update: float = 1.0) -> None:
-    """Raise LayerselError unless a run of ``steps`` optimizer steps has two updates."""
-    updates = find_update_steps(steps, update_ratio, warmup_ratio, last_update)
+def plan_updates(steps: int, settings: L1RAArgs) -> list[int]:
+    """Return the optimizer steps after which rank moves in a run of ``steps``, ascending.
+
+    Where ``last_update`` is not written and its default leaves fewer than two, the first two that the run has room for.
+    """
+    possible = find_update_steps(steps, settings.update_ratio, settings.warmup_ratio)
+    updates = find_update_steps(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
+    return possible[:2] if settings.last_update is None and len(updates) < 2 else updates
+
+
+def check_run_length(steps: int, settings: L1RAArgs, key: str = "") -> None:
+    """Raise LayerselError unless a run of ``steps`` optimizer steps, by ``key`` of the file, has two updates."""
+    updates = plan_updates(steps, settings)
     if len(updates) < 2:
+        written, raised = "", ""
+        if settings.last_update is not None:
+            written, raised = f", last_update: {settings.last_update}", ", or raise last_update"
         raise LayerselError(
-            f"layersel.l1ra.update_ratio: {update_ratio} (warmup_ratio: {warmup_ratio}, last_update: {last_update}) "
-            f"leaves {len(updates)} rank updates in a run of {steps} optimizer steps; it takes two or more for rank to "
-            "move. Train longer, lower update_ratio or warmup_ratio, or raise last_update."
+            f"layersel.l1ra.update_ratio: {settings.update_ratio} (warmup_ratio: {settings.warmup_ratio}{written}) "
+            f"leaves {len(updates)} rank updates in a run of {key}{steps} optimizer steps; it takes two or more for "
+            f"rank to move. Train longer, lower update_ratio or warmup_ratio{raised}."
         )
 
 

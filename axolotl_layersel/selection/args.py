@@ -12,6 +12,7 @@ from axolotl_layersel.block import (
     Block,
     as_mapping,
     as_number,
+    as_whole,
     as_whole_list,
     check_known,
     describe_seeds,
@@ -49,6 +50,8 @@ BUDGET = "parameters"
 HIGHEST_FACTOR = 64
 MAX_RANK_FACTOR = 4
 HIGHEST_RANK = 1024
+# The bounds that nothing reads, by the value of `rank`.
+IDLE_BOUNDS: dict[str | None, tuple[str, ...]] = {"same": ("max_rank", "min_rank"), "match": ("min_rank",)}
 
 
 class SelectionArgs(Block):
@@ -59,8 +62,8 @@ class SelectionArgs(Block):
     method: str = Field(description=f"How layers are chosen: {', '.join(METHODS)}.")
     ratio: float | None = Field(
         default=None,
-        description=f"Share of the candidate layers that is kept, in (0, 1]. Default {DEFAULT_RATIO}, "
-        "unless `num_layers` or `layers` is given; with flexora see `keep`.",
+        description=f"Share of the candidate layers that is kept, in (0, 1]. Default {DEFAULT_RATIO}, of a lone "
+        "candidate 1, unless `num_layers` or `layers` is given; with flexora see `keep`.",
     )
     num_layers: int | None = Field(default=None, description="Number of layers kept, instead of `ratio`.")
     num_units: int | None = Field(
@@ -122,7 +125,9 @@ class SelectionArgs(Block):
         "`vision`: the vision tower's, and the language model is one of the `towers`; `both`.",
     )
     num_samples: int | None = Field(
-        default=None, description=f"Training rows that the scores are computed from. Default {DEFAULT_NUM_SAMPLES}."
+        default=None,
+        description=f"Training rows that the scores are computed from. Default {DEFAULT_NUM_SAMPLES}, or all rows of a "
+        "smaller training set.",
     )
     token: str | None = Field(
         default=None,
@@ -238,20 +243,21 @@ class SelectionArgs(Block):
         if self.method != "explicit" and self.layers is not None:
             raise ValueError(
                 f"{self.path}.layers: {self.layers} has no effect with method {self.method}. "
-                "Set `method: explicit`, or use `candidates` to limit the choice."
+                f"Set `method: explicit`, or `num_layers: {len(self.layers)}` to keep as many, or use `candidates` to "
+                "limit the choice."
             )
-        method = get_method(self.method)
-        for key in sorted({key for each in METHODS.values() for key in each.keys} - {*method.keys, "layers"}):
-            value = getattr(self, key)
-            if value is not None:
-                shown = "the block" if isinstance(value, Block) else value
-                raise ValueError(f"{self.path}.{key}: {shown} has no effect with method {self.method}. Remove the key.")
-        if self.stacks == "vision" and self.token in ("last", "cls"):
+        method, read = get_method(self.method), self.drop_unread()
+        if self.keep is not None and "keep" not in method.keys:
+            raise ValueError(
+                f"{self.path}.keep: {self.keep} asks for gates, and method {self.method} has none. Say how much is "
+                "kept by `ratio` or `num_layers`, or set `method: flexora`."
+            )
+        if read.stacks == "vision" and read.token in ("last", "cls"):
             raise ValueError(
                 f"{self.path}.token: {self.token!r} has no effect with stacks: vision, where the mean of a row's "
                 "patches stands for it. Remove the key, or set `token: mean`."
             )
-        if self.num_samples is not None and self.num_samples < method.fewest_samples:
+        if read.num_samples is not None and read.num_samples < method.fewest_samples:
             raise ValueError(
                 f"{self.path}.num_samples: {self.num_samples} is too few to compare rows by {self.method}. "
                 f"Set {method.fewest_samples} or more."
@@ -262,7 +268,7 @@ class SelectionArgs(Block):
         if len(given) > 1:
             shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
             raise ValueError(f"{self.path}: {shown} both say how much is kept. Keep one of them.")
-        if self.flexora is not None and self.flexora.gate_lr == 0 and self.ratio != 1:
+        if read.flexora is not None and read.flexora.gate_lr == 0 and self.ratio != 1:
             raise ValueError(
                 f"{FlexoraArgs.path}.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by. Set it "
                 "above 0, or keep everything with `ratio: 1`."
@@ -310,14 +316,24 @@ class SelectionArgs(Block):
             raise ValueError(
                 f"{self.path}.rank: 'score' needs scores, and method {self.method} gives none. Use `match` or `same`."
             )
-        idle = {"same": ("budget", "min_rank", "max_rank"), "match": ("min_rank",), "score": ()}[rank]
-        for key in idle:
-            if getattr(self, key) is not None:
+        for key in ("budget", *(IDLE_BOUNDS["same"] if self.rank is None else ())):
+            if rank == "same" and getattr(self, key) is not None:
+                asked = f"rank: {rank}" if self.rank else f"rank: {rank}, the default of method {self.method}"
+                way_out = "`rank: match` or `score`" if method.needs_data else "`rank: match`"
                 raise ValueError(
-                    f"{self.path}.{key}: {getattr(self, key)} has no effect with rank: {rank}. Remove the key."
+                    f"{self.path}.{key}: {getattr(self, key)} has no effect with {asked}. Set {way_out}, or remove the "
+                    "key."
                 )
         if (self.min_rank or 0) > (self.max_rank or HIGHEST_RANK):
             raise ValueError(f"{self.path}.min_rank: {self.min_rank} is more than max_rank: {self.max_rank}.")
+
+    def find_unread(self) -> dict[str, str]:
+        # Not those that say how much is kept: without them another share would be.
+        keys = {key for method in METHODS.values() for key in method.keys} - {"layers", "keep"}
+        unread = {key: f"method: {self.method}" for key in sorted(keys - {*get_method(self.method).keys})}
+        # Where the rank is not written, a bound is taken for a wish for different ranks, and refused.
+        unread |= {key: f"rank: {self.rank}" for key in IDLE_BOUNDS.get(self.rank, ())}
+        return {key: why for key, why in unread.items() if getattr(self, key) is not None}
 
     def resolve(self, run_seed: int) -> "ResolvedSelection":
         """Return the settings as they take effect; ``run_seed``: the seed where the block gives none."""
@@ -447,6 +463,45 @@ def find_budget(asked: float | str, lora: int) -> int:
 def count_share(ratio: float, number: int) -> int:
     """Return how many of ``number`` a ratio keeps: floor(ratio × number + 1e-9), for 0.29 × 100 is 28.999…."""
     return math.floor(ratio * number + 1e-9)
+
+
+def check_even_ranks(data: Mapping[str, Any], selection: SelectionArgs, room: int | None) -> None:
+    """Raise LayerselError where ranks that are to follow scores are all equal, as the file alone shows.
+
+    ``room``: the highest rank that ``layersel.l1ra`` has room for, None without it.
+    """
+    settings, lora_r = selection.resolve(run_seed=0), as_whole(data.get("lora_r"))
+    factor = 1.0 if settings.budget == BUDGET else as_number(settings.budget)
+    if settings.rank != "score" or settings.ratio != 1 or selection.plan is not None or lora_r is None:
+        return
+    if factor is not None and factor <= HIGHEST_FACTOR:
+        most = settings.max_rank or room or MAX_RANK_FACTOR * lora_r
+        check_forced(get_method(settings.method), factor * lora_r, settings.min_rank or 0, most)
+
+
+def check_forced(method: Method, paid: float, least: int, most: int, step: float = 1e-9) -> None:
+    """Raise LayerselError where the ranks that ``method`` gives are equal by force, whatever its scores are.
+
+    Args:
+        method: by whose scores ranks are given to all candidates.
+        paid: the rank that the budget pays for in all of them.
+        least: the rank that each gets.
+        most: the highest rank.
+        step: the share of a rank in all of them that the cheapest component takes.
+    """
+    way_out = f"so all ranks would be equal, whatever the scores of {method.name} are"
+    # Other methods leave out what has the score 0.
+    if method.rank == "score" and paid >= most:
+        raise LayerselError(
+            f"layersel.selection.budget: it pays for rank {paid:.4g} everywhere, which is max_rank: {most} or more, "
+            f"{way_out}. "
+            "Lower budget, raise max_rank, or use `rank: match`."
+        )
+    if least and paid - least < step:
+        raise LayerselError(
+            f"layersel.selection.min_rank: {least} everywhere takes the whole budget, which pays for rank {paid:.4g}, "
+            f"{way_out}. Lower min_rank, raise budget, or use `rank: match`."
+        )
 
 
 def check_room(max_rank: int | None, room: int) -> None:

@@ -61,7 +61,7 @@ def draw_rows(num_rows: int, num_samples: int, seed: int) -> list[int]:
     if num_rows < num_samples:
         raise LayerselError(
             f"layersel.selection.num_samples: {num_samples} is more than the {num_rows} rows of the training set. "
-            f"Set it to at most {num_rows}, or give more data."
+            f"Set it to at most {num_rows}, or leave it out: by default all rows of a small set are scored."
         )
     return random.Random(seed).sample(range(num_rows), num_samples)
 

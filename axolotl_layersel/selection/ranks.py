@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.layers import count_component_parameters
 from axolotl_layersel.plan import Budget
-from axolotl_layersel.selection.args import find_budget
+from axolotl_layersel.selection.args import check_forced, find_budget
 from axolotl_layersel.selection.choosing import Choice, Selection
 from axolotl_layersel.units import Unit
 
@@ -34,11 +34,7 @@ def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int]
         return {}, None
     kept = set(choice.modules)
     units = [unit for unit in selection.units if kept.issuperset(unit.modules)]
-    lora_modules, adapter = selection.run.lora_modules, selection.run.adapter
-    prices = {
-        unit.name: sum(count_component_parameters(lora_modules[name], adapter) for name in unit.modules)
-        for unit in selection.units
-    }
+    prices = find_prices(selection)
     assert settings.budget is not None, "settings as they take effect have one"
     lora = selection.lora_r * sum(prices.values())
     budget = find_budget(settings.budget, lora)
@@ -71,6 +67,25 @@ def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int]
     return by_module, Budget(
         lora=lora, lora_r=selection.lora_r, allowed=budget, spent=find_cost(ranks, costs), even=even
     )
+
+
+def find_prices(selection: Selection) -> dict[str, int]:
+    """Return the parameters of one rank of each unit that may be chosen, by its name."""
+    lora_modules, adapter = selection.run.lora_modules, selection.run.adapter
+    return {
+        unit.name: sum(count_component_parameters(lora_modules[name], adapter) for name in unit.modules)
+        for unit in selection.units
+    }
+
+
+def check_spread(selection: Selection) -> None:
+    """Raise LayerselError where all units are kept and the budget leaves scores nothing to decide."""
+    settings, prices = selection.settings, find_prices(selection)
+    assert settings.budget is not None, "ranks that follow scores have one"
+    total, least = sum(prices.values()), settings.min_rank or 0
+    budget = find_budget(settings.budget, selection.lora_r * total)
+    check_floor(prices, budget, least)
+    check_forced(selection.method, budget / total, least, selection.highest_rank, min(prices.values()) / total)
 
 
 def get_score(choice: Choice, unit: Unit) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Sized
 from pathlib import Path
 
 from transformers import Trainer
@@ -46,10 +47,11 @@ from axolotl_layersel.selection.args import (
 )
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Selection, find_mean_overlap
+from axolotl_layersel.selection.fitting import fit_to_data, fit_to_units
 from axolotl_layersel.selection.methods import get_method, list_data_free
 from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
 from axolotl_layersel.selection.provenance import compare_data, describe_shape, list_base_differences
-from axolotl_layersel.selection.ranks import allocate_ranks
+from axolotl_layersel.selection.ranks import allocate_ranks, check_spread
 from axolotl_layersel.selection.report import print_plan
 from axolotl_layersel.units import find_units
 
@@ -106,12 +108,16 @@ def select_layers(
     output = run.output_dir
     if reused is None:
         # This comes before anything is scored or searched, so that what the run will not have takes no part in it.
-        resolved = settings.resolve(trainer.args.seed)
+        resolved = fit_to_data(run, settings, settings.resolve(trainer.args.seed))
         check_ranks(run, stack, resolved, continues_adapter)
         remove_towers(run, stack, resolved.towers)
         selection = Selection.of(
             run, stack, resolved, capacity.lora_r if capacity else None, capacity.max_rank if capacity else None
         )
+        selection = fit_to_units(settings, selection)
+        report_idle(selection)
+        if repeat > 1:
+            check_repeat(selection, repeat)
         with ending_on_signal(run.device, "interrupted; no layers are chosen yet, and no plan is written"):
             plan, history = make_plan(selection)
         decide_on_rank_zero(lambda: write_choice(plan, history, output))
@@ -135,6 +141,28 @@ def select_layers(
         print_plan(plan)
     trainer.add_callback(LayerSelectionCallback(run, stack, plan))
     return plan
+
+
+def report_idle(selection: Selection) -> None:
+    """Log a warning, on rank 0, where scores, or freezing, decide nothing; every rank must call this.
+
+    Raises:
+        LayerselError: on every rank, where ranks that follow scores are the same by force.
+    """
+    settings, units, unit = selection.settings, selection.units, selection.settings.granularity
+    if settings.keep is not None or settings.layers is not None or selection.count_kept() < len(units):
+        return
+    said: list[str] = []
+    count, method = f"{len(units)} × {unit}", settings.method
+    everywhere = len(selection.candidates) == len(selection.stack.lora_modules)
+    if settings.rank == "score" and len(units) > 1:
+        decide_on_rank_zero(lambda: check_spread(selection))
+    elif selection.method.needs_data:
+        said.append(f"all that may be chosen is kept ({count}), so the scores of {method} decide nothing")
+    if settings.unselected == "freeze" and settings.rank != "score" and everywhere:
+        said.append("`unselected: freeze` freezes nothing, for LoRA is kept in all layers")
+    if said and get_rank() == 0:
+        LOG.warning("layersel: %s", "; ".join(said))
 
 
 def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
@@ -395,8 +423,8 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
     return decide_on_rank_zero(lambda: plan), choice.history
 
 
-def measure_stability(selection: Selection, plan: Plan, repeat: int) -> Stability:
-    """Choose again with the seeds after the plan's, ``repeat`` choices in all, and return how far they agree.
+def check_repeat(selection: Selection, repeat: int) -> None:
+    """Log a warning, on rank 0, where all seeds draw the same rows.
 
     Raises:
         LayerselError: if the method draws nothing by its seed.
@@ -406,6 +434,17 @@ def measure_stability(selection: Selection, plan: Plan, repeat: int) -> Stabilit
             f"--repeat: {repeat} choices by method {selection.method.name} would say nothing: it does not look at the "
             "data. Remove --repeat."
         )
+    samples, dataset = selection.settings.num_samples, selection.run.trainer.train_dataset
+    if samples is not None and isinstance(dataset, Sized) and samples >= len(dataset) and get_rank() == 0:
+        LOG.warning(
+            "layersel: --repeat: every seed draws all %d training rows, so that the choices agree says little. Set "
+            "num_samples to half of them or fewer.",
+            samples,
+        )
+
+
+def measure_stability(selection: Selection, plan: Plan, repeat: int) -> Stability:
+    """Choose again with the seeds after the plan's, ``repeat`` choices in all, and return how far they agree."""
     plans = [plan]
     for seed in range(plan.seed + 1, plan.seed + repeat):
         again = dataclasses.replace(selection, settings=dataclasses.replace(selection.settings, seed=seed))

@@ -16,7 +16,7 @@ def modules(draw):
         capacity = draw(st.integers(1, 8))
         used = draw(st.sets(st.integers(0, capacity - 1), min_size=1))
         young = frozenset(draw(st.sets(st.sampled_from(sorted(used)))))
-        worth = {slot: draw(st.floats(0, 10)) for slot in sorted(used - young)}
+        worth = {slot: draw(st.floats(0, 10, allow_subnormal=False)) for slot in sorted(used - young)}
         found[f"module {index}"] = ModuleWorth(worth, young, draw(st.integers(1, 5)), capacity)
     return found
 

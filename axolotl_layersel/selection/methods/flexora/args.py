@@ -52,7 +52,9 @@ class FlexoraArgs(Block):
         "on; `eval`: the run's own eval set.",
     )
     val_samples: int | None = Field(
-        default=None, description="Validation rows. Of a smaller eval set all are taken. Default 200."
+        default=None,
+        description="Validation rows. Of a smaller eval set all are taken. Default 200, and of training rows at "
+        "most a third of the rows that have a label to learn.",
     )
     hypergradient: str | None = Field(
         default=None,
@@ -92,6 +94,12 @@ class FlexoraArgs(Block):
                 f"ever move. Set it to at most {search.steps}, or raise steps."
             )
         return self
+
+    def find_unread(self) -> dict[str, str]:
+        gate_steps = self.resolve().steps // self.resolve().inner_steps
+        # What is kept can have stayed the same from the first gate step on, and after the last one the search ends.
+        never = self.patience is not None and self.patience >= gate_steps - 1
+        return {"patience": f"{gate_steps} gate steps in all"} if never else {}
 
     def resolve(self) -> Search:
         """Return the settings as they take effect, defaults filled in."""

@@ -30,6 +30,7 @@ from axolotl_layersel.selection.methods.flexora.validation import (
     ValidationBatches,
     count_targets,
     find_eval_rows,
+    find_least,
     hold_out,
     take_rows,
 )
@@ -109,12 +110,9 @@ def take_eval_rows(run: Run, settings: Search, seed: int, kind: str) -> tuple[An
 
 def take_training_rows(run: Run, settings: Search, seed: int, kind: str) -> tuple[Any, list[int], Any]:
     """Return the training set, its rows to validate on, and the rest of it."""
-    arguments = run.trainer.args
     source: Any = run.trainer.train_dataset
     check_indexable(source, "datasets")
-    train_rows, rows = hold_out(
-        source, settings.val_samples, arguments.train_batch_size * arguments.world_size, seed, kind
-    )
+    train_rows, rows = hold_out(source, settings.val_samples, find_least(run.trainer), seed, kind)
     return source, rows, take_rows(source, train_rows)
 
 

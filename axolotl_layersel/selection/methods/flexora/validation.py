@@ -1,6 +1,7 @@
 """The rows that the gates learn from: which ones, and how they become micro-batches."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int, kind: 
     Args:
         dataset: tokenised rows; of those with labels only such as have a label to learn are validated on.
         samples: number of validation rows.
-        least: rows that must be left to train on, a batch.
+        least: rows that must be left to train on, see ``find_least``.
         seed: what draws.
         kind: which labels the model's logits answer.
 
@@ -32,12 +33,13 @@ def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int, kind: 
         LayerselError: if too few rows are left.
     """
     key = "layersel.selection.flexora.val_samples"
-    most = len(dataset) - least
-    if samples > most:
-        way_out = f"Set it to at most {most}, or use" if most > 0 else "Give more data, or use"
+    left, most = len(dataset) - samples, len(dataset) - least
+    if left < least:
+        third = max(min(len(dataset) // 3, most), 1)
+        way_out = f"Set it to {third}, which leaves most of them to train on," if most > 0 else "Give more data,"
         raise LayerselError(
-            f"{key}: {samples} of the {len(dataset)} training rows leaves no training rows for the search, which needs "
-            f"{least} for a batch. {way_out} `val_source: eval`."
+            f"{key}: {samples} of the {len(dataset)} training rows leaves {max(left, 0)} to train on, and the search "
+            f"needs {least} or more. {way_out} or use `val_source: eval`."
         )
     validation = draw_labelled(dataset, samples, seed, kind)
     if len(validation) < samples:
@@ -49,15 +51,27 @@ def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int, kind: 
     return [row for row in range(len(dataset)) if row not in held], validation
 
 
+def find_least(trainer: Trainer) -> int:
+    """Return how many training rows a search needs: a batch of all processes, and half of a set that has not two.
+
+    A loader that drops incomplete batches needs a whole one.
+    """
+    dataset: Any = trainer.train_dataset
+    batch = trainer.args.train_batch_size * trainer.args.world_size
+    return batch if trainer.args.dataloader_drop_last else min(batch, math.ceil(len(dataset) / 2))
+
+
 def draw_labelled(dataset: Sequence[Row], samples: int, seed: int, kind: str) -> list[int]:
     """Return up to ``samples`` different rows with a label to learn, in an order drawn by ``seed``."""
     count = len(dataset)
-    # Few of a large set are enough, where most rows have labels.
+    # Few of a large set are enough, where most rows have labels, and of those no more are read than it takes.
     drawn = min(count, 4 * samples)
-    rows = [row for row in random.Random(seed).sample(range(count), drawn) if has_target(dataset[row], kind)]
-    if len(rows) < samples and drawn < count:
-        rows = [row for row in random.Random(seed).sample(range(count), count) if has_target(dataset[row], kind)]
-    return rows[:samples]
+    rows: list[int] = []
+    for number in dict.fromkeys((drawn, count)):
+        if len(rows) < samples:
+            order = random.Random(seed).sample(range(count), number)
+            rows = list(itertools.islice((row for row in order if has_target(dataset[row], kind)), samples))
+    return rows
 
 
 def has_target(row: Row, kind: str) -> bool:

@@ -314,7 +314,7 @@ def test_a_method_that_draws_nothing_cannot_be_repeated(tmp_path):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({}, {"search": {"val_samples": 38}}, "val_samples: 38 of the 40 training rows leaves no training rows"),
+        ({}, {"search": {"val_samples": 38}}, "val_samples: 38 of the 40 training rows leaves 2 to train on"),
         ({}, {"search": {"val_source": "eval"}}, "val_source: 'eval' needs an eval set, and this run has none"),
         ({}, {"keep": "positive", "candidates": [3]}, "keep: 'positive' needs two or more gates to compare, and there"),
         ({}, {"ratio": 0.01}, "ratio: 0.01 of 6 layers keeps none. Set at least 0.167, or `num_layers: 1`"),

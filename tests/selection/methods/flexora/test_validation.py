@@ -53,8 +53,8 @@ def test_rows_without_a_label_to_learn_are_not_validated_on():
 @pytest.mark.parametrize(
     ("rows", "samples", "message"),
     [
-        (10, 7, "val_samples: 7 of the 10 training rows leaves no training rows for .*Set it to at most 6, or use"),
-        (3, 200, "val_samples: 200 of the 3 training rows leaves no training rows.*Give more data, or use"),
+        (10, 7, "val_samples: 7 of the 10 training rows leaves 3 to train on, .* needs 4 or more. Set it to 3, which"),
+        (3, 200, "val_samples: 200 of the 3 training rows leaves 0 to train on.*Give more data, or use"),
     ],
 )
 def test_too_few_rows_to_train_on_is_an_error(rows, samples, message):

@@ -1,0 +1,90 @@
+"""Defaults that follow the data: what the settings leave open is chosen so that small sets can be used too."""
+
+import dataclasses
+import logging
+from typing import Any
+
+from transformers import Trainer
+
+from axolotl_layersel.engines.collectives import get_rank
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.run import Run
+from axolotl_layersel.selection.args import ResolvedSelection, SelectionArgs
+from axolotl_layersel.selection.calibration import check_indexable
+from axolotl_layersel.selection.choosing import Selection
+from axolotl_layersel.selection.methods import get_method, list_data_free
+from axolotl_layersel.selection.methods.flexora.validation import draw_labelled, find_least
+from axolotl_layersel.targets import find_kind
+
+LOG = logging.getLogger("axolotl.layersel")
+
+
+def fit_to_data(run: Run, settings: SelectionArgs, resolved: ResolvedSelection) -> ResolvedSelection:
+    """Return the settings as they take effect, with the defaults of ``settings`` made to fit the training set.
+
+    What was written stays. The plan records what is returned.
+
+    Raises:
+        LayerselError: on every rank, if the set cannot be indexed, or has too few rows whatever the defaults are.
+    """
+    trainer, search = run.trainer, resolved.flexora
+    if resolved.num_samples is not None and settings.num_samples is None:
+        samples = fit_samples(trainer.train_dataset, resolved.method, resolved.num_samples)
+        return dataclasses.replace(resolved, num_samples=samples)
+    if search is not None and search.val_source == "train" and getattr(settings.flexora, "val_samples", None) is None:
+        rows = fit_validation(trainer, search.val_samples, resolved.seed, find_kind(run.model))
+        return dataclasses.replace(resolved, flexora=dataclasses.replace(search, val_samples=rows))
+    return resolved
+
+
+def fit_samples(dataset: Any, method: str, default: int) -> int:
+    """Return how many rows are scored by default: ``default``, and all of a smaller training set.
+
+    Raises:
+        LayerselError: if these are fewer than the method needs.
+    """
+    check_indexable(dataset, "datasets")
+    rows, fewest = len(dataset), get_method(method).fewest_samples
+    if rows < fewest:
+        raise LayerselError(
+            f"datasets: the training set has too few rows to be compared by {method}: {rows} where it needs {fewest}. "
+            f"Give more data, or use a method that needs none: {list_data_free()}."
+        )
+    if rows < default:
+        report("num_samples", default, rows, "all rows of the training set")
+    return min(default, rows)
+
+
+def fit_validation(trainer: Trainer, default: int, seed: int, kind: str) -> int:
+    """Return how many rows are held out by default: ``default``, and at most a third of those with a label to learn.
+
+    Raises:
+        LayerselError: if the training set cannot be parted.
+    """
+    dataset: Any = trainer.train_dataset
+    check_indexable(dataset, "datasets")
+    most = len(dataset) - find_least(trainer)
+    if most < 1:
+        raise LayerselError(
+            f"datasets: the training set has too few rows, {len(dataset)}, to be parted into rows to train on and to "
+            "validate on by method flexora. Give more data or smaller batches, or use `val_source: eval`."
+        )
+    labelled = len(draw_labelled(dataset, 3 * default, seed, kind))
+    rows = min(default, most, max(labelled // 3, 1))
+    if rows < default:
+        report("flexora.val_samples", default, rows, f"a third of the {labelled} training rows with a label to learn")
+    return rows
+
+
+def fit_to_units(settings: SelectionArgs, selection: Selection) -> Selection:
+    """Return a choice that keeps the only candidate where the settings do not say how much is kept."""
+    written = (settings.ratio, settings.num_layers, settings.num_units, settings.keep)
+    if len(selection.units) > 1 or selection.settings.ratio is None or any(value is not None for value in written):
+        return selection
+    return dataclasses.replace(selection, settings=dataclasses.replace(selection.settings, ratio=1.0))
+
+
+def report(key: str, default: int, value: int, what: str) -> None:
+    """Log, on rank 0, that a default has another value in this run."""
+    if get_rank() == 0:
+        LOG.info("layersel: %s is %d in place of %d by default: %s", key, value, default, what)
