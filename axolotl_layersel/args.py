@@ -79,7 +79,7 @@ class LayerselArgs(BaseModel):
         if not isinstance(data, Mapping) or not any("axolotl_layersel" in name for name in list_plugins(data)):
             return data
         if data.get("layersel") is None:
-            raise ValueError(missing_block(data))
+            raise LayerselError(missing_block(data))
         check_adapter(data)
         check_engine(data)
         check_seed(data)
@@ -120,9 +120,9 @@ def missing_block(data: Mapping[str, Any]) -> str:
     if near:
         return f"{near[0]}: is not a setting, and the plugin finds no `layersel` block. Rename the key to `layersel`."
     return (
-        "layersel: the plugin is listed but its block is missing or empty, so it would do nothing. Add\n"
-        "layersel:\n  selection:\n    method: cka\n    ratio: 0.5\nor `l1ra: {}`, "
-        "or remove axolotl_layersel from `plugins`."
+        "layersel: the plugin is listed but its block is missing or empty, so it would do nothing. Add "
+        "`layersel: {selection: {method: cka, ratio: 0.5}}` or `layersel: {l1ra: {}}`, or remove axolotl_layersel "
+        "from `plugins`."
     )
 
 

@@ -20,6 +20,8 @@ from axolotl_layersel.errors import LayerselError
 
 # Of a run and of each of its checkpoints: where all files of this package lie.
 FOLDER = "layersel"
+# Longer paths are cut in the message for one that cannot be made.
+LONG = 200
 
 T = TypeVar("T")
 
@@ -117,11 +119,10 @@ def check_output(folder: str | Path, names: Iterable[str]) -> None:
         LayerselError: naming what is in the way.
     """
     target = Path(folder).absolute() / FOLDER
-    existing = next(place for place in (target, *target.parents) if os.path.lexists(place))
+    existing = find_existing(target)
     if not existing.is_dir():
-        what = "a file" if existing.exists() else "a link that leads nowhere"
         raise LayerselError(
-            f"output_dir: {existing} is {what}, where a folder is needed. Move it, or set another output_dir."
+            f"output_dir: {existing} is a file, where a folder is needed. Move it, or set another output_dir."
         )
     for name in names:
         if (target / name).is_dir():
@@ -138,6 +139,34 @@ def check_output(folder: str | Path, names: Iterable[str]) -> None:
             f"output_dir: nothing can be written into {existing} ({error.strerror}). Let this process write there, "
             "free some space, or set another output_dir."
         ) from error
+
+
+def find_existing(target: Path) -> Path:
+    """Return the lowest of a folder and its parents that exists.
+
+    Raises:
+        LayerselError: if the folder cannot be made below that, because of its name or of a link in its path.
+    """
+    for place in (target, *target.parents):
+        try:
+            os.stat(place)
+        except (FileNotFoundError, NotADirectoryError):
+            if not place.is_symlink():
+                continue
+            fault = f"the link {place} leads to nothing that is there"
+        except (OSError, ValueError) as error:  # a null character in a name is a ValueError
+            fault = (error.strerror if isinstance(error, OSError) else str(error)) or "it cannot be looked at"
+        else:
+            return place
+        folder = target if place == target else target.parent
+        raise LayerselError(f"output_dir: {shorten(folder)} cannot be made ({fault}). Set another output_dir.")
+    raise AssertionError("the root of a file system exists")
+
+
+def shorten(path: Path) -> str:
+    """Return a path as it may stand in a message: of a long one its ends."""
+    text = str(path)
+    return text if len(text) <= LONG else f"{text[: LONG // 2]}…{text[-LONG // 2 :]}"
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------

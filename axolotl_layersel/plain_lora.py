@@ -14,6 +14,8 @@ from axolotl_layersel.initialisation import PLAIN, check_loftq, normalise
 LOG = logging.getLogger("axolotl.layersel")
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+# Written in Triton (axolotl 0.19.0), which computes on GPUs only; the others run on a CPU too.
+GPU_KERNELS = ("lora_mlp_kernel",)
 # Trainers that generate the answers that they train on.
 GENERATING_TRAINERS = ("grpo", "gdpo", "ebft")
 
@@ -89,3 +91,24 @@ def switch_off_kernels(data: dict[str, Any]) -> None:
             )
         data[key] = False
     LOG.info("layersel: l1ra switches off the fused LoRA kernels: %s", ", ".join(LORA_KERNELS))
+
+
+def keep_kernels_off(data: dict[str, Any]) -> None:
+    """Keep Axolotl from switching on its fused LoRA kernels by itself where there is no GPU to run them.
+
+    Args:
+        data: the YAML file's content as the user wrote it, which is changed where it names none of them.
+    """
+    if data.get("adapter") in ("lora", "qlora") and all(data.get(key) is None for key in LORA_KERNELS):
+        data.update(dict.fromkeys(LORA_KERNELS, False))
+        LOG.info("layersel: there is no GPU, so Axolotl's fused LoRA kernels stay off: %s", ", ".join(LORA_KERNELS))
+
+
+def check_kernels(data: Mapping[str, Any]) -> None:
+    """Raise LayerselError for a fused LoRA kernel that needs a GPU and is on; called where there is none."""
+    for key in GPU_KERNELS:
+        if data.get(key):
+            raise LayerselError(
+                f"{key}: {data[key]} needs a GPU, and this process sees none, so training would fail after the layers "
+                f"are chosen. Remove {key}, or set it to false."
+            )

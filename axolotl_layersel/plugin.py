@@ -1,11 +1,19 @@
 """The Axolotl plugin. Its hooks only delegate, and show which part of the package runs when."""
 
+import logging
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
+from axolotl_layersel import __version__
 from axolotl_layersel.args import check_blank_blocks
+from axolotl_layersel.block import as_mapping
 from axolotl_layersel.lock import RunLock
+from axolotl_layersel.textual import check_folder
+
+LOG = logging.getLogger("axolotl.layersel")
 
 
 class LayerSelectionPlugin(BasePlugin):
@@ -22,15 +30,16 @@ class LayerSelectionPlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         """See the YAML file as the user wrote it: only here can the user's own LoRA kernels be told from Axolotl's."""
+        from axolotl_layersel.ending import end_in_sentences
+
+        end_in_sentences()
         block = cfg.get("layersel")
         if isinstance(block, dict):
             check_blank_blocks(block)
-            if block.get("l1ra") is not None:
-                from axolotl_layersel.kernels import give_gates_to_kernels
-                from axolotl_layersel.plain_lora import switch_off_kernels
-
-                if not give_gates_to_kernels():
-                    switch_off_kernels(cfg)
+            check_folder(cfg)
+            settle_kernels(cfg, block)
+        if os.environ.get("RANK", "0") == "0":
+            LOG.info("layersel: %s", describe_plugin(block))
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         if preprocess:
@@ -82,3 +91,33 @@ class LayerSelectionPlugin(BasePlugin):
         """Raise LayerselError if another run has got the folder; on rank 0."""
         if self.lock is not None:
             self.lock.confirm()
+
+
+def settle_kernels(cfg: dict[str, Any], block: Mapping[str, Any]) -> None:
+    """Let Axolotl's fused LoRA kernels compute with gates where there are any, or keep them off where they cannot run.
+
+    Args:
+        cfg: the YAML file's content as the user wrote it, which is changed.
+        block: its ``layersel`` block.
+
+    Raises:
+        LayerselError: for a kernel that the user switched on and that cannot be given gates.
+    """
+    import torch
+
+    from axolotl_layersel.kernels import give_gates_to_kernels
+    from axolotl_layersel.plain_lora import keep_kernels_off, switch_off_kernels
+
+    # Of Ray, the process that reads the file first has no GPU, and those that train read it again.
+    if not torch.accelerator.is_available() and not cfg.get("use_ray"):
+        keep_kernels_off(cfg)
+    if block.get("l1ra") is not None and not give_gates_to_kernels():
+        switch_off_kernels(cfg)
+
+
+def describe_plugin(block: object) -> str:
+    """Return what the log says when Axolotl has loaded the plugin; its absence means that there is none."""
+    parts = [key for key in ("selection", "l1ra") if key in as_mapping(block)]
+    method = as_mapping(as_mapping(block).get("selection")).get("method")
+    asked = ", ".join(f"{part} by {method}" if part == "selection" else part for part in parts)
+    return f"plugin {__version__} is loaded, and the file asks for {asked or 'nothing'}"

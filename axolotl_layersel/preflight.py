@@ -21,6 +21,7 @@ from axolotl_layersel.files import check_output, read_json
 from axolotl_layersel.initialisation import changes_base, describe_continued, describe_rounding
 from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS, name_layers
 from axolotl_layersel.layers import describe_missing_tower, find_layer_counts
+from axolotl_layersel.plain_lora import check_kernels
 from axolotl_layersel.plan import Plan
 from axolotl_layersel.prepare import OUTPUT_FILES, check_resumed, pass_over_unread
 from axolotl_layersel.selection.args import DEFAULT_STACKS, DEFAULT_UNSELECTED, SelectionArgs
@@ -46,6 +47,8 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
         LayerselError: on every rank, where something cannot be honoured.
     """
     settings = pass_over_unread(read_settings(cfg))
+    if not torch.accelerator.is_available():
+        check_kernels(cfg)
     check_started_alike({"layersel": settings.model_dump(), **{key: cfg.get(key) for key in AGREEING_KEYS}})
     decide_on_rank_zero(lambda: check_output(cfg.output_dir, OUTPUT_FILES))
     decide_on_rank_zero(lambda: take_lock(cfg.output_dir))

@@ -47,7 +47,10 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path):
 @pytest.mark.parametrize("target", ["layersel", "nowhere"])
 def test_a_link_that_leads_nowhere_in_place_of_a_folder_is_named(tmp_path, target):
     (tmp_path / "layersel").symlink_to(tmp_path / target)  # to itself: a loop
-    with pytest.raises(LayerselError, match=r"^output_dir: .*/layersel is a link that leads nowhere, where a folder"):
+    with pytest.raises(
+        LayerselError,
+        match=r"^output_dir: .*/layersel cannot be made \((the link .*/layersel leads to noth|Too many lev)",
+    ):
         check_output(tmp_path, ("plan.json",))
 
 
@@ -55,6 +58,33 @@ def test_a_link_to_a_folder_is_one(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "layersel").symlink_to(tmp_path / "elsewhere")
     check_output(tmp_path, ("plan.json",))
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("loop/run", "cannot be made (Too many levels of symbolic links). Set another output_dir."),
+        ("loop", "cannot be made (Too many levels of symbolic links)"),
+        ("dangling/run", "dangling leads to nothing that is there"),
+        ("x" * 300, "cannot be made (File name too long)"),
+        ("/".join(["x" * 200] * 30), "cannot be made (File name too long)"),
+        ("a\0b", "cannot be made (embedded null byte)"),
+        ("/proc/nowhere/run", "nothing can be written into /proc"),
+        ("file/run", "is a file, where a folder is needed"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_it_is_needed(tmp_path, folder, message):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises((OSError, ValueError)):
+        os.makedirs(tmp_path / folder)
+    with pytest.raises(LayerselError, match=r"^output_dir: ") as refused:
+        check_output(tmp_path / folder, ("plan.json",))
+    assert message in str(refused.value)
+    assert len(str(refused.value)) < 500
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_looking_whether_a_run_can_write_leaves_no_trace(tmp_path):

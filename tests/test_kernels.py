@@ -1,5 +1,6 @@
 """Axolotl's fused LoRA kernels: those for attention, which run on a CPU too."""
 
+import contextlib
 import pytest
 import torch
 from axolotl.kernels import lora
@@ -19,7 +20,7 @@ from axolotl_layersel.kernels import (
     let_kernels_pass_by,
     without_fused_lora,
 )
-from axolotl_layersel.plain_lora import LORA_KERNELS
+from axolotl_layersel.plain_lora import GPU_KERNELS, LORA_KERNELS
 from axolotl_layersel.plugin import LayerSelectionPlugin
 from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.selection.args import SelectionArgs
@@ -306,3 +307,11 @@ def test_kernels_compute_modules_in_which_only_another_adapter_has_lora(make_fus
             found = model(ids).logits
             with without_fused_lora(model):
                 torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernels_that_need_a_gpu_are_known():
+    model = make_lora(make_small_llama(layers=1), MLP, task_type="CAUSAL_LM")
+    lora_kernels.apply_lora_kernel_patches(model, DictDefault(dict.fromkeys(GPU_KERNELS, True)))
+    fails = pytest.raises((RuntimeError, ValueError), match=r"(?i)driver|triton|cpu")
+    with contextlib.nullcontext() if torch.accelerator.is_available() else fails:
+        model(input_ids=torch.arange(8)[None])

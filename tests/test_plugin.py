@@ -1,9 +1,11 @@
 """What the plugin sees of a YAML file before Axolotl has checked it."""
 
 import dataclasses
+import logging
 
 import hypothesis
 import pytest
+import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from hypothesis import example, given
@@ -12,8 +14,10 @@ from peft import LoraConfig
 from test_args import VALUES
 from transformers import BartConfig, BertConfig, LlamaConfig, T5Config, TrainingArguments
 
+from axolotl_layersel import __version__
 from axolotl_layersel.agreement import ADAPTER_SETTINGS, AGREEING_KEYS, ARGUMENTS
 from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.plain_lora import GPU_KERNELS, LORA_KERNELS, check_kernels
 from axolotl_layersel.plugin import LayerSelectionPlugin
 from axolotl_layersel.preflight import loads_encoder_decoder
 
@@ -54,3 +58,48 @@ def test_a_model_with_an_encoder_and_a_decoder_is_known_before_it_loads(tmp_path
     make().save_pretrained(tmp_path)
     cfg = DictDefault({"base_model": str(tmp_path), "type_of_model": model_type})
     assert loads_encoder_decoder(cfg) is loads
+
+
+def register(**values) -> DictDefault:
+    """Return a YAML file's content after the plugin has seen it."""
+    cfg = DictDefault({"adapter": "lora", "layersel": {"selection": {"method": "cka"}}, **values})
+    LayerSelectionPlugin().register(cfg)
+    return cfg
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU, the kernels stay on")
+def test_without_a_gpu_axolotl_does_not_switch_its_kernels_on(caplog):
+    caplog.set_level(logging.INFO, "axolotl.layersel")
+    assert {register()[key] for key in LORA_KERNELS} == {False}
+    assert "there is no GPU, so Axolotl's fused LoRA kernels stay off: lora_mlp_kernel, " in caplog.text
+    for chosen in ({"lora_qkv_kernel": True}, {"lora_o_kernel": False}, {"adapter": None}, {"use_ray": True}):
+        cfg = register(**chosen)
+        assert {key: cfg[key] for key in LORA_KERNELS if cfg[key] is not None} == {
+            key: value for key, value in chosen.items() if key in LORA_KERNELS
+        }
+    assert register(layersel=None)["lora_mlp_kernel"] is None
+
+
+@pytest.mark.parametrize("key", LORA_KERNELS)
+def test_a_kernel_that_needs_a_gpu_is_refused_without_one(key):
+    check_kernels({key: False})
+    if key not in GPU_KERNELS:
+        return check_kernels({key: True})
+    with pytest.raises(LayerselError, match=rf"^{key}: True needs a GPU, and this process sees none"):
+        check_kernels({key: True})
+
+
+def test_a_plugin_that_is_loaded_says_so(caplog):
+    caplog.set_level(logging.INFO, "axolotl.layersel")
+    register(layersel={"selection": {"method": "cka"}, "l1ra": {}})
+    assert f"layersel: plugin {__version__} is loaded, and the file asks for selection by cka, l1ra" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["debug.log", "layersel"])
+def test_a_folder_that_axolotl_cannot_log_into_is_refused_before_it_tries(tmp_path, name):
+    (tmp_path / "debug.log").mkdir()
+    (tmp_path / "layersel").write_text("")
+    if name == "debug.log":
+        (tmp_path / "layersel").unlink()
+    with pytest.raises(LayerselError, match=rf"^output_dir: {tmp_path / name} is a "):
+        register(output_dir=str(tmp_path))

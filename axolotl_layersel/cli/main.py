@@ -3,15 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from axolotl_layersel import __version__
-from axolotl_layersel.block import quote
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.terminal import clean, make_encodable, say
 
@@ -46,21 +45,63 @@ class Launcher(str, Enum):
 def plan(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")],
-    launcher: Annotated[Launcher, typer.Option(help="What starts the processes.")] = Launcher.accelerate,
+    launcher: Annotated[
+        Launcher | None,
+        typer.Option(help="What starts the processes. Default: accelerate, if there are several."),
+    ] = None,
     repeat: Annotated[
         int, typer.Option(min=1, help="Choose with so many seeds, and say how far the choices agree.")
     ] = 1,
 ) -> None:
     """Select layers and write the plan, without training. Arguments after -- go to the launcher."""
-    if not os.path.isfile(config):
-        fail(f"{config} does not exist. Give the path of an Axolotl YAML file.")
+    from axolotl_layersel.cli.starting import find_launcher
+    from axolotl_layersel.textual import check_file
+
+    check_early(config, check_file)
+
     commands = {
         Launcher.accelerate: ["accelerate", "launch", *context.args, "-m"],
         Launcher.torchrun: ["torchrun", *context.args, "-m"],
         Launcher.python: [sys.executable, *context.args, "-m"],
     }
+    launcher = launcher or Launcher(find_launcher(config, context.args))
+    if launcher is Launcher.python and not context.args:
+        from axolotl_layersel.cli.worker import main
+
+        return main(str(config), repeat)
     command = [*commands[launcher], "axolotl_layersel.cli.worker", str(config), str(repeat)]
     raise typer.Exit(subprocess.run(command).returncode)
+
+
+@app.command()
+def check(config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")]) -> None:
+    """Say what is wrong with a YAML file, as far as it can be known without the model and the data."""
+    from axolotl_layersel.cli.checking import check_config
+    from axolotl_layersel.textual import check_plugin
+
+    check_early(config, check_plugin)
+    say(check_config(config))
+
+
+def check_early(config: Path, check: Callable[[Path], None]) -> None:
+    """Leave with a sentence for what a YAML file says by itself, and see to how this command ends.
+
+    Args:
+        config: the YAML file.
+        check: raises ValueError for what is wrong.
+
+    Raises:
+        typer.Exit: where the file cannot be honoured.
+    """
+    from axolotl_layersel.ending import collect, describe_error
+
+    if not os.path.isfile(config):
+        fail(f"{config} does not exist. Give the path of an Axolotl YAML file.")
+    try:
+        check(config)
+    except ValueError as error:
+        fail(describe_error(error))
+    collect()
 
 
 @app.command()
@@ -147,23 +188,10 @@ def export(
 
 
 def fail(message: str) -> None:
-    """Print one message and leave with exit code 1."""
-    print(make_encodable(f"axolotl-layersel: {clean(message)}", sys.stderr.encoding), file=sys.stderr)
+    """Print a message, each line by itself, and leave with exit code 1."""
+    for line in message.splitlines():
+        print(make_encodable(f"axolotl-layersel: {clean(line)}", sys.stderr.encoding), file=sys.stderr)
     raise typer.Exit(1)
-
-
-def describe_error(error: Exception) -> str:
-    """Return an error as sentences for a person: ours as they are, pydantic's with the key and the value."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] not in ("value_error", "missing"):
-            message = f"{quote(problem['input'])} is refused. {message}"
-        lines.append(message if problem["type"] == "value_error" or not where else f"{where}: {message}")
-    return "\n".join(dict.fromkeys(lines))
 
 
 # The same command without the options that install shell completion, which complete the script ``axolotl-layersel``

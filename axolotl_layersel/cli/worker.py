@@ -1,4 +1,4 @@
-"""Selection alone, in the processes that ``axolotl-layersel plan`` launches."""
+"""Selection alone, in the processes that ``axolotl-layersel plan`` launches, or in its own."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from axolotl_layersel.cli.main import describe_error
+from axolotl_layersel.ending import describe_error, end_in_sentences, tell
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plan import plan_path
 from axolotl_layersel.terminal import say
@@ -45,15 +45,14 @@ def plan_alone(config: str, repeat: int = 1) -> Path:
 
 
 def main(config: str, repeat: int = 1) -> None:
-    """Make the plan and print where it is, or the error's sentence alone."""
-    main_process = os.environ.get("RANK", "0") == "0"
+    """Make the plan and print where it is, or only the sentences of what is refused."""
+    end_in_sentences()
     try:
         path = plan_alone(config, repeat)
     except (LayerselError, ValidationError) as error:
-        if main_process:
-            print(f"axolotl-layersel: {describe_error(error)}", file=sys.stderr)
+        tell(describe_error(error).splitlines())
         raise SystemExit(1) from None
-    if main_process:
+    if os.environ.get("RANK", "0") == "0":
         say(f"plan: {path}")
 
 

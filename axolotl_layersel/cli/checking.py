@@ -1,0 +1,91 @@
+"""The whole check of a YAML file without its model and its data, for ``axolotl-layersel check``.
+
+Relied on in axolotl 0.19.0 (``tests/test_checking.py`` fails when it changes): the steps of
+``axolotl.cli.config.load_cfg``, here without its log in the output folder, its telemetry and what it tells trackers.
+"""
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.block import list_plugins, quote
+from axolotl_layersel.ending import describe_error
+from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.files import read_json
+from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.textual import read_yaml
+
+
+def check_config(path: Path) -> str:
+    """Validate a YAML file as Axolotl does and look at what this package finds before the model loads.
+
+    Returns:
+        what will be done, in a sentence.
+
+    Raises:
+        SystemExit: where something is refused, after it was told.
+    """
+    from axolotl_layersel.ending import tell
+
+    try:
+        settings = load_settings(path)
+    except (LayerselError, ValidationError) as error:
+        tell(describe_error(error).splitlines())
+        raise SystemExit(1) from None
+    return f"{path}: no fault was found. {describe_settings(settings)}"
+
+
+def load_settings(path: Path) -> LayerselBlock:
+    """Return the validated ``layersel`` block of a YAML file.
+
+    Raises:
+        LayerselError: for what cannot be honoured.
+        ValidationError: for what Axolotl or this package refuses of the file.
+    """
+    from axolotl.cli import config
+    from axolotl.utils.dict import DictDefault
+
+    from axolotl_layersel.preflight import check_before_model, read_settings
+
+    data = read_yaml(path) or {}
+    if isinstance(data.get("deepspeed"), str):
+        read_json("deepspeed", data["deepspeed"], "Give the path of a DeepSpeed file.")
+    cfg = DictDefault(data)
+    cfg.axolotl_config_path = str(path)
+    config.prepare_plugins(cfg)
+    capabilities, environment = config.gpu_capabilities()
+    cfg = config.validate_config(cfg, capabilities=capabilities, env_capabilities=environment)
+    config.normalize_config(cfg)
+    if cfg.layersel is None:
+        raise LayerselError(f"plugins: {quote(list_plugins(data))} did not load axolotl-layersel, as the log says.")
+    check_before_model(cfg, lambda folder: None)
+    return read_settings(cfg)
+
+
+def describe_settings(settings: LayerselBlock) -> str:
+    """Return what a ``layersel`` block asks for, in a sentence."""
+    parts = []
+    if settings.selection is not None:
+        parts.append(describe_selection(settings.selection))
+    if settings.l1ra is not None:
+        parts.append(f"l1ra moves rank while the model trains, by rule {settings.l1ra.rule}")
+    return f"The run will go as follows: {', and '.join(parts)}."
+
+
+def describe_selection(selection: SelectionArgs) -> str:
+    """Return what a selection does and how much it keeps, as a clause."""
+    if selection.plan is not None:
+        return f"selection applies the plan {selection.plan}"
+    settings = selection.resolve(run_seed=0)
+    units = f"{settings.granularity}s"
+    if settings.layers is not None:
+        kept = f"the layers {', '.join(map(str, settings.layers))}"
+    elif settings.num_layers is not None or settings.num_units is not None:
+        kept = f"{settings.num_layers or settings.num_units} {units}"
+    elif settings.keep is not None:
+        kept = f"the {units} whose gate is above 0"
+    else:
+        kept = f"a share of {settings.ratio} of the {units}"
+    rank = "with lora_r each" if settings.rank == "same" else f"with ranks by rank: {settings.rank}"
+    return f"selection by {settings.method} keeps LoRA in {kept}, {rank}"
