@@ -113,6 +113,7 @@ def prepare_trainer(
         has_plan = settings.selection is not None
         resumed_step = collectives.decide_on_rank_zero(lambda: check_lora(resume_from, lora, "lora", has_plan))
     run.engine.take_over_checkpointing()
+    trainers.report_lost_gradients(trainer, run.base)
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
     adapters.check_target_parameters(run)
     adapters.complete_config(run)

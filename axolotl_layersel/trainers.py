@@ -44,6 +44,8 @@ when one of them changes):
 * transformers 5.16.1, ``PreTrainedModel.gradient_checkpointing_enable``: modules that checkpoint have
   ``gradient_checkpointing`` and ``_gradient_checkpointing_func``, a partial call of ``checkpoint``, in whose place
   axolotl 0.19.0 may put functions of its own.
+* transformers 5.16.1: layers that share keys and values are counted by ``num_kv_shared_layers`` of the language
+  model's configuration, and exchange them in a dictionary, whose tensors PyTorch's reentrant checkpointing detaches.
 * trl 1.9.0, ``disable_gradient_checkpointing``: around generating, and around what the reference model computes, it
   switches checkpointing off and then on again by the model's own ``gradient_checkpointing_enable``.
 * trl 1.9.0: trainers that generate the answers that they train on have ``_generate_and_score_completions``, and
@@ -53,6 +55,7 @@ when one of them changes):
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,11 +63,13 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from axolotl_layersel.engines.collectives import gather_from_all, is_distributed
+from axolotl_layersel.engines.collectives import gather_from_all, get_rank, is_distributed
 from axolotl_layersel.errors import LayerselError
+
+LOG = logging.getLogger("axolotl.layersel")
 
 FORWARD_ATTRIBUTES = {"forward", "_original_forward", "_is_accelerate_prepared"}
 METRIC_ATTRIBUTES = {"_stored_metrics", "_metrics"}
@@ -279,6 +284,21 @@ def needs_differentiable_inputs(model: nn.Module) -> bool:
 
     modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     return not all(finds_weights(getattr(module, "_gradient_checkpointing_func", None)) for module in modules)
+
+
+def report_lost_gradients(trainer: Trainer, base: PreTrainedModel) -> None:
+    """Log a warning where reentrant checkpointing keeps gradients from keys and values that layers share."""
+    options = trainer.args.gradient_checkpointing_kwargs or {}
+    reentrant = trainer.args.gradient_checkpointing and options.get("use_reentrant")
+    sharing = getattr(base.config.get_text_config(), "num_kv_shared_layers", None)
+    if reentrant and sharing and get_rank() == 0:
+        LOG.warning(
+            "layersel: gradient_checkpointing_kwargs: use_reentrant: true loses gradients in %s, whose %d highest "
+            "layers read keys and values of lower ones: LoRA in these trains as if nothing read them, with or without "
+            "layersel. Set `use_reentrant: false`.",
+            type(base).__name__,
+            sharing,
+        )
 
 
 def save_checkpoint(trainer: Trainer) -> None:

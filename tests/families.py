@@ -26,6 +26,13 @@ STATES = {
     **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     **{"num_experts": 2, "num_experts_per_tok": 1},
 }
+# Upper layers read keys and values of lower ones, and each reads embeddings of its own.
+SHARED = {
+    **{"head_dim": 8, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    **{"sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
+}
+# Four predictions of each token's hidden state, one of which the layers read.
+PREDICTIONS = {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0], "laurel_rank": 4}
 ATTENTION = ["q_proj", "v_proj"]
 # By the names of transformers' classes: what their configuration needs beyond the size, and what gets LoRA.
 FAMILIES = {
@@ -36,6 +43,8 @@ FAMILIES = {
     "SmolLM3": ({}, ATTENTION),
     "Gemma2": ({"head_dim": 8}, ATTENTION),
     "Gemma3": ({"head_dim": 8}, ATTENTION),
+    "Gemma3n": ({**SHARED, **PREDICTIONS}, [*ATTENTION, "k_proj"]),
+    "Gemma4": ({**SHARED, "global_head_dim": 8, "use_double_wide_mlp": True}, [*ATTENTION, "k_proj"]),
     "Phi3": ({}, ["qkv_proj", "o_proj"]),
     "Olmo2": ({}, ATTENTION),
     "Cohere": ({}, ATTENTION),
@@ -57,7 +66,8 @@ FAMILIES = {
 @functools.cache
 def make_base(family: str):
     settings, _ = FAMILIES[family]
-    kind = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
+    text = "Text" if family in ("Gemma3", "Gemma3n", "Gemma4") else ""  # the others have a configuration for text only
+    kind = getattr(transformers, f"{family}{text}Config")
     # Weights so large that layers differ.
     config = kind(**{**SIZE, "initializer_range": 0.1, **settings})
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Axolotl's fused LoRA kernels: those for attention, which run on a CPU too."""
 
 import contextlib
+
 import pytest
 import torch
 from axolotl.kernels import lora

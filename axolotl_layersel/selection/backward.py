@@ -16,6 +16,7 @@ from axolotl_layersel.selection import passes
 from axolotl_layersel.selection.calibration import Sample, cut_sample
 from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.likelihood import count_tokens_at_a_time, differentiate
+from axolotl_layersel.selection.recomputation import find_impure
 from axolotl_layersel.targets import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
 
 # Tokens of a forward pass that shows how a model works.
@@ -30,18 +31,20 @@ def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[Cal
     """Call ``look(place, given, gradients)`` in every backward pass through the base layer of each of ``modules``.
 
     It is called when the gradients of all calls of the module have arrived, so that no more than what one layer
-    computes is held. Most modules are called once. DeBERTa also puts its relative positions through those of its
+    computes is held, and of a module that several layers share what it is given in all of them. Most modules are called
+    once. DeBERTa also puts its relative positions through those of its
     attention, which depend on nothing that requires a gradient: there their output is made to.
 
     Yields:
         What looks at modules of which one call had no gradient, as nothing was made of its output; call it after each
         backward pass.
     """
-    waiting = [0] * len(modules)
+    # Calls in layers that are computed again later, and calls of which gradients are to arrive.
+    announced, waiting = [0] * len(modules), [0] * len(modules)
     seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in modules]
 
     def finish(place: int) -> None:
-        calls, waiting[place], seen[place] = seen[place], 0, []
+        calls, announced[place], waiting[place], seen[place] = seen[place], 0, 0, []
         look(place, [given for given, _ in calls], [gradient for _, gradient in calls])
 
     @contextlib.contextmanager
@@ -77,13 +80,14 @@ def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[Cal
     def watch(place: int, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
         def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
             if not torch.is_grad_enabled():
+                announced[place] += 1
                 return None
             given, watched = args[0].detach(), output if output.requires_grad else output.detach().requires_grad_()
             waiting[place] += 1
 
             def receive(gradient: torch.Tensor) -> None:
                 seen[place].append((given, gradient.detach()))
-                if len(seen[place]) == waiting[place]:
+                if len(seen[place]) == max(announced[place], waiting[place]):
                     finish(place)
 
             watched.register_hook(receive)
@@ -95,7 +99,7 @@ def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[Cal
         for place, calls in enumerate(seen):
             if calls:
                 finish(place)
-            waiting[place] = 0
+            announced[place] = waiting[place] = 0
 
     with contextlib.ExitStack() as hooks:
         for place, module in enumerate(modules):
@@ -175,17 +179,23 @@ def split_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
     return values if values.dim() > 2 else values.view(rows, -1, values.shape[-1])
 
 
-def prepare_backward(selection: Selection, samples: list[Sample]) -> Callable[[list[Sample]], None]:
+def prepare_backward(
+    selection: Selection, samples: list[Sample], keeps_activations: bool = False
+) -> Callable[[list[Sample]], None]:
     """Return what sends the gradient of a batch's summed log-likelihood through the model, see ``likelihood``.
 
-    Call it, and what it returns, within ``passes.scoring``. ``samples``: those that batches are made of.
+    Call it, and what it returns, within ``passes.scoring``; every rank must call this. ``samples``: those that batches
+    are made of. ``keeps_activations``: as it is given to ``passes.scoring``.
 
     Raises:
-        LayerselError: if the rows have no labels of the kind that the model's logits answer.
+        LayerselError: if the rows have no labels of the kind that the model's logits answer, or layers cannot be
+            computed again one at a time.
     """
     run = selection.run
     kind, at_a_time = find_kind(run.model), None
     check_labels(samples, kind, selection.method.name)
+    if run.engine.is_streamed or not keeps_activations:
+        check_layers_pure(selection, samples)
     if kind != ROW and run.engine.has_weights():
         probe = [cut_probe(samples)]
         at_a_time = count_tokens_at_a_time(run.base, lambda: compute_logits(run, probe)[0])
@@ -208,6 +218,22 @@ def prepare_backward(selection: Selection, samples: list[Sample]) -> Callable[[l
             (backward_rows if kind == ROW else backward_tokens)(batch)
 
     return backward
+
+
+def check_layers_pure(selection: Selection, samples: list[Sample]) -> None:
+    """Raise LayerselError on every rank where a layer reads what it is not given; every rank must call this."""
+    run, stack, found = selection.run, selection.stack, None
+    if run.engine.has_weights():
+        probe = [cut_probe(samples)]
+        layers = [layer for side in (*stack.sides, *stack.beside) for layer in side.layers]
+        found = find_impure(layers, lambda: compute_logits(run, probe))
+    name = collectives.decide_on_rank_zero(lambda: found)
+    if name is not None:
+        raise LayerselError(
+            f"layersel.selection.method: {selection.method.name} computes layers again one at a time, and {name} reads "
+            "of other layers what it is not given, through which no gradient would reach them. Use method cka or "
+            "cosine, or on one process or DDP method gradient without `gradient_checkpointing`."
+        )
 
 
 def check_labels(samples: list[Sample], kind: str, method: str) -> None:

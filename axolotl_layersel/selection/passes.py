@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import nn
+from transformers import PreTrainedModel
 
 from axolotl_layersel import trainers
 from axolotl_layersel.engines import collectives
+from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.evaluation import evaluating, precision
 from axolotl_layersel.interrupt import stop_if_signalled
 from axolotl_layersel.layer_names import VISION
@@ -27,6 +29,7 @@ from axolotl_layersel.run import Run
 from axolotl_layersel.selection.branches import watch_branches
 from axolotl_layersel.selection.calibration import Sample, collate
 from axolotl_layersel.selection.choosing import Scores, Selection, conclude, find_highest_by_layer
+from axolotl_layersel.selection.recomputation import get_hidden, recompute
 
 # Tokens of a forward pass that gathers or copies each layer's weights: at 70B the activations of one layer
 # take some 5 GB, and the copy is hidden behind enough work.
@@ -77,8 +80,8 @@ def measure_token_sums(selection: Selection, samples: list[Sample], compare: Com
         sums = torch.zeros(len(indices), len(sides), 2, dtype=torch.float64)
 
         def record(place: int, before: torch.Tensor, after: torch.Tensor) -> None:
-            before, mask = arrange_tokens(before, inputs, sides[place])
-            after, _ = arrange_tokens(after.to(before.device), inputs, sides[place])
+            before, mask = arrange_tokens(selection, before, inputs, sides[place])
+            after, _ = arrange_tokens(selection, after.to(before.device), inputs, sides[place])
             # Images and videos of one row go through a vision tower one after the other.
             sums[:, place] += torch.stack([compare(before, after, mask), mask.sum(dim=1)], dim=1).double().cpu()
 
@@ -224,17 +227,37 @@ def get_mask(inputs: dict[str, Any], side: Side) -> torch.Tensor:
 
 
 def arrange_tokens(
-    hidden: torch.Tensor, inputs: dict[str, torch.Tensor], side: Side
+    selection: Selection, hidden: torch.Tensor, inputs: dict[str, torch.Tensor], side: Side
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return hidden states of one side of a model as (samples, tokens, width), and their mask, (samples, tokens).
 
     A vision tower has patches for tokens, all images of the batch's only row in one or one after the other.
+
+    Raises:
+        LayerselError: if it cannot be told which of the hidden states are whose.
     """
     if side.name == VISION:
         hidden = hidden.flatten(0, -2)[None]
         return hidden, torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     mask = get_mask(inputs, side).to(hidden.device)
-    return cut_to(hidden, mask), mask
+    read = take_active(selection.run.base, hidden)
+    if read.dim() != 3 or len(read) != len(mask) or read.shape[1] < mask.shape[1]:
+        raise LayerselError(
+            f"layersel.selection.method: {selection.method.name} compares hidden states of rows × tokens × width, and "
+            f"in {type(side.owner).__name__} those of {' × '.join(map(str, mask.shape))} tokens are "
+            f"{' × '.join(map(str, hidden.shape))}. Use method gradient or fisher, which compare none."
+        )
+    return cut_to(read, mask), mask
+
+
+def take_active(base: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states that the layers of a model read: of several predictions of them the active one.
+
+    Gemma 3n has four predictions of each token's hidden state (AltUp, arXiv 2301.13310), (4, samples, tokens, width).
+    Attention and MLP of each layer read and write the active one, by which the layer corrects the others.
+    """
+    active = getattr(base.config.get_text_config(), "altup_active_idx", None)
+    return hidden[active] if active is not None and hidden.dim() == 4 else hidden
 
 
 def cut_to(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -252,13 +275,8 @@ def call(run: Run, inputs: dict[str, Any], logits_to_keep: int = 1) -> Any:
     return base(**others, **{key: value for key, value in options.items() if key in known})
 
 
-def get_hidden(args: tuple, kwargs: dict) -> torch.Tensor:
-    """Return the hidden states that a layer was called with, (samples, tokens, width)."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
 def get_output(output: Any) -> torch.Tensor:
-    """Return the hidden states that a layer or a stack of layers returned, (samples, tokens, width)."""
+    """Return the hidden states that a layer or a stack of layers returned, usually (samples, tokens, width)."""
     if isinstance(output, torch.Tensor):
         return output
     return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
@@ -377,26 +395,8 @@ def run_layer_alone(run: Run, layer: nn.Module, gathers: bool, backward: bool) -
         if not torch.is_grad_enabled():
             with ready():
                 return original(*args, **kwargs)
-        others: list[tuple] = []  # what the layer returns beside its hidden states, if that is anything
         named = {**kwargs, **{key: None for key in CACHES if key in kwargs}}
-        given: dict[int | str, Any] = dict([*enumerate(args), *named.items()])
-        # What a decoder reads of its encoder has a gradient too.
-        differentiable = {
-            key: value for key, value in given.items() if isinstance(value, torch.Tensor) and value.requires_grad
-        }
-        if not get_hidden(args, kwargs).requires_grad:
-            differentiable[0 if args else "hidden_states"] = get_hidden(args, kwargs).detach().requires_grad_()
-
-        def compute(*tensors: torch.Tensor) -> torch.Tensor:
-            values = {**given, **dict(zip(differentiable, tensors))}
-            output = original(*(values[place] for place in range(len(args))), **{name: values[name] for name in named})
-            if isinstance(output, tuple):
-                others[:] = [output[1:]]
-                return output[0]
-            return output
-
-        output = RecomputedLayer.apply(compute, ready, *differentiable.values())
-        return (output, *others[0]) if others else output
+        return recompute(original, ready, args, named)
 
     layer.forward = forward
     try:
@@ -405,21 +405,3 @@ def run_layer_alone(run: Run, layer: nn.Module, gathers: bool, backward: bool) -
         del layer.forward
         if own is not None:
             layer.forward = own
-
-
-class RecomputedLayer(torch.autograd.Function):
-    """A layer that is run without a graph, and once more in the backward pass, with its weights whole both times."""
-
-    @staticmethod
-    def forward(ctx: Any, compute: Callable, ready: Callable, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.compute, ctx.ready = compute, ready
-        ctx.save_for_backward(*tensors)
-        with ready():
-            return compute(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        with torch.enable_grad(), ctx.ready():
-            tensors = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-            torch.autograd.backward(ctx.compute(*tensors), gradient)
-        return (None, None, *(tensor.grad for tensor in tensors))

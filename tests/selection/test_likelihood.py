@@ -132,8 +132,8 @@ def test_only_answered_tokens_reach_the_head_and_few_at_a_time(tmp_path):
         handle = head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
         measure(model, tmp_path)
         handle.remove()
-    probe, replayed, both_rows, *rest = seen
-    assert (probe, replayed, both_rows) == (16, 9, 16)
+    plain, turned, probe, replayed, both_rows, *rest = seen
+    assert (plain, turned, probe, replayed, both_rows) == (16, 16, 16, 9, 16)
     assert max(rest) == 4
     answered = [len(row["labels"]) - 3 for i, row in enumerate(make_rows(8)) if i != 3]
     assert sum(rest) == sum(answered)

@@ -130,7 +130,8 @@ def measure_token_states(
     """Return the hidden states of one token of each sample, fp32 on the CPU.
 
     Of layers they are those of Hugging Face's ``hidden_states``, (samples, layers + 1, width): the embeddings, then
-    each layer's output, the last after the final norm; of an encoder and then of its decoder, which has embeddings of
+    each layer's output, the last after the final norm; of several predictions of them the active one, see
+    ``passes.take_active``; of an encoder and then of its decoder, which has embeddings of
     its own, (samples, layers + 2, width). Of branches they are those before and after each of them,
     (samples, 2 × branches, width), the last before the final norm. Only the rows asked for are kept of each output.
     Those of a vision tower are the means of each row's patches. Where the width of the sides differs, the narrower ones
@@ -155,10 +156,11 @@ def measure_token_states(
         def keep(place: int, hidden: torch.Tensor, side: int) -> None:
             placed = positions[side]
             if stack.sides[side].name == VISION:
-                patches.setdefault(place, []).append(passes.arrange_tokens(hidden, inputs, stack.sides[side])[0])
+                seen, _ = passes.arrange_tokens(selection, hidden, inputs, stack.sides[side])
+                patches.setdefault(place, []).append(seen)
                 return
+            hidden, mask = passes.arrange_tokens(selection, hidden, inputs, stack.sides[side])
             if placed is None:
-                hidden, mask = passes.arrange_tokens(hidden, inputs, stack.sides[side])
                 kept = (hidden.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
             else:
                 kept = hidden[torch.arange(len(indices)), [placed[i] for i in indices]]

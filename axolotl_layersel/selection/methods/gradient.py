@@ -159,8 +159,9 @@ def measure_sketches(
         return [row.clone() for row in sums]
 
     share = passes.find_share(run, len(samples))
-    with passes.scoring(selection, keeps_activations=not run.trainer.args.gradient_checkpointing):
-        backward = prepare_backward(selection, samples)
+    keeps_activations = not run.trainer.args.gradient_checkpointing
+    with passes.scoring(selection, keeps_activations):
+        backward = prepare_backward(selection, samples, keeps_activations)
         size = find_batch_size(run, samples, watched)
         with watching_gradients(watched, add) as finish:
             measured = passes.over_samples(run, samples, measure, size)
