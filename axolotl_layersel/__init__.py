@@ -5,6 +5,7 @@
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,7 +44,15 @@ def __getattr__(name: str) -> Any:
     if name not in SOURCES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = SOURCES[name]
-    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    except ImportError as error:
+        if name != "LayerSelectionPlugin" or "axolotl.integrations.base" not in sys.modules:
+            raise
+        # Axolotl passes over a plugin with an ImportError, and would train plain LoRA.
+        raise RuntimeError(
+            f"plugins: {__name__}.{name} cannot be loaded: {error}. Install axolotl-layersel again."
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -20,7 +20,7 @@ from axolotl_layersel import nodes, trainers
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.interrupt import WATCH, Interrupted, SharedSignal, leave
-from axolotl_layersel.leftovers import find_leftovers, find_surplus, remove
+from axolotl_layersel.leftovers import find_surplus, remove
 from axolotl_layersel.run import Run
 from axolotl_layersel.writer import AdapterWriter
 
@@ -99,8 +99,6 @@ class TidyCallback(TrainerCallback):
         for path in self.paths if collectives.get_rank() == 0 else []:
             if path.is_file():
                 remove(path, "is an earlier run's")
-        for path in find_leftovers(self.run.output_dir) if args.local_process_index == 0 else []:
-            remove(path, "is what a run was writing when it was killed")
         if state.global_step > 0 and args.should_save:
             self.keep_to_limit(args.save_total_limit, state)
 

@@ -74,12 +74,15 @@ def tell(sentences: list[str]) -> None:
     if path is None:
         show(sentences)
         return
-    # In one write, so that processes do not mix their lines.
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    text = "".join(f"{clean(sentence)}\n" for sentence in sentences)
     try:
-        os.write(handle, "".join(f"{clean(sentence)}\n" for sentence in sentences).encode("utf-8", "backslashreplace"))
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(handle, text.encode("utf-8", "backslashreplace"))  # at once, so that processes mix no lines
+        finally:
+            os.close(handle)
+    except OSError:  # no room for temporary files
+        show(sentences)
 
 
 def show(sentences: list[str]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from axolotl_layersel.checkpoints import list_checkpoints
 from axolotl_layersel.contents import list_recorded, record_path
+from axolotl_layersel.engines import collectives
 from axolotl_layersel.files import FOLDER
+from axolotl_layersel.run import Run
 from axolotl_layersel.selection.methods.flexora.records import gates_path
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -34,6 +36,16 @@ def find_leftovers(output_dir: Path) -> list[Path]:
                 own = [Path(name).name for name in names if (folder / name).parent == place]
                 found += [Path(entry.path) for entry in scan(place) if is_leftover(entry, own)]
     return found
+
+
+def remove_leftovers(run: Run) -> None:
+    """Remove what an earlier run was writing when it was killed, on every node; every rank must call this.
+
+    Call it before the trainer resumes: it would take the adapter in such a folder for another one of the checkpoint's.
+    """
+    for path in find_leftovers(run.output_dir) if run.trainer.args.local_process_index == 0 else []:
+        remove(path, "is what a run was writing when it was killed")
+    collectives.wait_for_everyone()
 
 
 def scan(folder: Path) -> Iterator[os.DirEntry]:

@@ -93,8 +93,8 @@ def check_fused_experts(cfg: Any) -> None:
     from axolotl.loaders.utils import load_model_config
     from peft.utils import transformers_weight_conversion as peft
 
-    kind = peft._MODEL_TO_CONVERSION_PATTERN.get(load_model_config(cfg).model_type)
-    fused = peft._MOE_TARGET_MODULE_MAPPING.get(kind or "", {})
+    kind = peft._MODEL_TO_CONVERSION_PATTERN.get(load_model_config(cfg).model_type, "")
+    fused = peft._MOE_TARGET_MODULE_MAPPING.get(kind, {})
     targets = cfg.lora_target_modules if isinstance(cfg.lora_target_modules, list) else []
     found = next((target for target in targets if target.rpartition(".")[2] in fused), None)
     if found is not None:

@@ -26,6 +26,7 @@ from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.records import ranks_path
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import read_state, state_path
+from axolotl_layersel.leftovers import remove_leftovers
 from axolotl_layersel.plan import Plan, plan_path
 from axolotl_layersel.readiness import Readiness, check_trains
 from axolotl_layersel.run import Run
@@ -154,6 +155,7 @@ def prepare_trainer(
     trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))
     vars(trainer)["save_adapter"] = complete_saves(run, writer, plan, ranks, lora, given or {})
+    remove_leftovers(run)
     return plan
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from axolotl_layersel import adapters
@@ -36,7 +37,8 @@ def check_trains(run: Run) -> None:
 
     Every process must call this, before the engine is built or as training begins.
     """
-    refuse_together(find_idle_fault(run) or find_scaling_fault(run.adapter, run.lora_modules))
+    fault = find_idle_fault(run) or find_scaling_fault(run.adapter, run.lora_modules) or find_buffer_fault(run)
+    refuse_together(fault)
     unsaved = find_unsaved(run, adapters.adapter_parameters(run.model).values())
     if any(collectives.gather_from_all(unsaved)):
         refuse_together(describe_unsaved(find_unsaved(run, adapters.find_adapter(run).values())))
@@ -71,6 +73,21 @@ def find_scaling_fault(adapter: str, modules: dict[str, LoraLayer]) -> str | Non
             return (
                 f"lora_alpha: LoRA on {name} has the scaling {scaling}, so it cannot train. Mend `lora_alpha` or its "
                 "pattern, or leave the module out of lora_target_modules."
+            )
+    return None
+
+
+def find_buffer_fault(run: Run) -> str | None:
+    """Return which module of ``modules_to_save`` has more than parameters to save, None where none has."""
+    for name, wrapper in run.model.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or run.adapter not in wrapper.modules_to_save:
+            continue
+        module = wrapper.modules_to_save[run.adapter]
+        buffers = sorted(module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys())
+        if buffers:
+            return (
+                f"modules_to_save: {name.removeprefix('base_model.model.')} has {buffers[0]}, a buffer that may "
+                "change as it trains, and only parameters are written. Name modules without buffers."
             )
     return None
 

@@ -13,6 +13,7 @@ Relied on, as seen in these versions (``tests/test_ending.py`` fails when one of
   ``-m axolotl.cli.NAME CONFIG`` by a launcher, which takes its place (``exec``) or for which it waits.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -36,7 +37,7 @@ def watch() -> None:
     Raises:
         SystemExit: where the file cannot be honoured.
     """
-    command = find_command(sys.argv, sys.orig_argv)
+    command = find_command(getattr(sys, "argv", []), sys.orig_argv)  # programs with Python inside may have none
     path = None if command is None else find_file(command[1])
     if command is None or path is None or not speaks_of_layersel(path):
         return
@@ -79,9 +80,10 @@ def find_file(arguments: Sequence[str]) -> Path | None:
         if previous in OTHER_FILES or word.startswith("-"):
             continue
         path = Path(word)
-        if path.suffix in YAML and path.is_file():
+        # These take every text, such as one that is too long for a path.
+        if path.suffix in YAML and os.path.isfile(word):
             return path
-        found = [file for file in path.glob("*") if file.suffix in YAML] if path.is_dir() else []
+        found = [file for file in path.glob("*") if file.suffix in YAML] if os.path.isdir(word) else []
         if len(found) == 1:
             return found[0]
     return None

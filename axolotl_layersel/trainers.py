@@ -288,7 +288,7 @@ def needs_differentiable_inputs(model: nn.Module) -> bool:
 
 def report_lost_gradients(trainer: Trainer, base: PreTrainedModel) -> None:
     """Log a warning where reentrant checkpointing keeps gradients from keys and values that layers share."""
-    options = trainer.args.gradient_checkpointing_kwargs or {}
+    options: Any = trainer.args.gradient_checkpointing_kwargs or {}  # a text was parsed when they were made
     reentrant = trainer.args.gradient_checkpointing and options.get("use_reentrant")
     sharing = getattr(base.config.get_text_config(), "num_kv_shared_layers", None)
     if reentrant and sharing and get_rank() == 0:

@@ -91,7 +91,9 @@ def test_plan_on_one_process_starts_none_and_ends_in_the_sentence(make_config):
 @pytest.mark.launches
 def test_other_errors_and_signals_end_as_ever(tmp_path):
     code = (
-        "import os, signal, sys, time; from axolotl_layersel.ending import collect; collect();"
+        "import os, signal, sys; from axolotl_layersel.ending import collect; collect();"
+        # A shell that starts the tests in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "sys.argv[1] == 'term' and os.kill(os.getpid(), signal.SIGTERM); sys.argv[1] == 'int' and "
         "signal.raise_signal(signal.SIGINT); raise ValueError('of another package')"
     )
@@ -168,7 +170,14 @@ def test_the_file_is_found_among_the_arguments(tmp_path, monkeypatch):
         Path(name).write_text("layersel: 1")
     assert find_file(["--sweep", "sweep.yml", "--launcher", "python", "a.yml"]) == Path("a.yml")
     assert find_file(["--deepspeed=a.json", "one"]) == Path("one/b.yaml")
-    for arguments in (["two"], ["none.yml"], ["https://example.org/a.yml"], ["--", "a.yml"], []):
+    for arguments in (
+        ["two"],
+        ["none.yml"],
+        ["x" * 5000, "x" * 5000 + ".yml"],
+        ["https://example.org/a.yml"],
+        ["--", "a.yml"],
+        [],
+    ):
         assert find_file(arguments) is None
     assert startup.speaks_of_layersel(Path("a.yml")) and not startup.speaks_of_layersel(Path("none.yml"))
 
@@ -259,7 +268,7 @@ def test_the_hook_keeps_to_errors_of_its_own(monkeypatch, capsys):
     assert capsys.readouterr().err == f"{PREFIX}a: \\x1b[2J\\nb\n"
 
 
-def test_a_collector_that_is_gone_or_elsewhere_collects_nothing(monkeypatch, tmp_path):
+def test_a_collector_that_is_gone_or_elsewhere_collects_nothing(monkeypatch, tmp_path, capsys):
     child = subprocess.Popen(["true"])
     child.wait()
     for value in ("", "x", f"{child.pid}:{os.uname().nodename}:{tmp_path / 'x'}", f"{os.getpid()}:elsewhere:/tmp/x"):
@@ -270,6 +279,9 @@ def test_a_collector_that_is_gone_or_elsewhere_collects_nothing(monkeypatch, tmp
     ending.tell(["b: c", "a: b"])
     ending.tell(["b: c"])
     assert ending.read_collection() == ["b: c", "a: b"]
+    monkeypatch.setenv(COLLECTOR, f"{os.getpid()}:{os.uname().nodename}:{tmp_path / 'nowhere' / 'x'}")
+    ending.tell(["c: d"])
+    assert capsys.readouterr().err == f"{PREFIX}c: d\n", "it is not lost where it cannot be collected"
 
 
 def test_the_block_itself_stays_a_plain_error_for_a_script():

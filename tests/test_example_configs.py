@@ -129,7 +129,8 @@ def test_a_deepspeed_file_is_of_the_stage_that_the_name_says(path):
         assert zero.stage == int(named[1])
 
 
-def test_the_kernels_that_axolotl_switches_on_by_itself_stay_on():
+def test_the_kernels_that_axolotl_switches_on_by_itself_stay_on_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     for name in ("llama-3.1-8b-lora", "llama-3.1-8b-l1ra", "llama-3.1-8b-flexora"):
         cfg = validate(read(ROOT / "example_configs" / f"{name}.yml"))
         assert [bool(cfg[key]) for key in LORA_KERNELS] == [True] * 4

@@ -77,7 +77,7 @@ def test_what_a_kill_leaves_is_gone_after_the_next_run(whole, tmp_path, name, le
     prepare(tmp_path, checkpoint).train(resume_from_checkpoint=checkpoint)
     assert [path for path in list_names(tmp_path) if "/." in path or path.startswith(".")] == []
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
-    for file in ("adapter_model.safetensors", "layersel/checkpoint.json"):
+    for file in ("adapter_model.safetensors", "layersel/state.safetensors"):
         again, before = (folder / "checkpoint-8" / file for folder in (tmp_path, whole))
         assert again.read_bytes() == before.read_bytes()
 

@@ -585,7 +585,7 @@ def test_axolotl_scores_and_trains_both_stacks_of_gemma_3_too(train, tmp_path):
         (
             {"stacks": "both", "layers": ["vision.99", "language.1"]},
             "layersel.selection.layers: [vision.99] are out of range: the model's layers are vision.0 to vision.3 and "
-            "language.0 to language.3.",
+            "language.0 to language.2.",
         ),
     ],
 )

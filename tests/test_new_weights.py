@@ -160,7 +160,7 @@ def test_the_example_of_the_readme_runs_under_torchrun(bert, tmp_path):  # noqa:
     encoder = {name: value for name, value in weights.items() if not name.startswith("classifier")}
     save_file(encoder, base / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "script.py").write_text(f"import logging\nlogging.basicConfig(level=logging.INFO)\n{example}")
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "script.py"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
     done = subprocess.run(
         [sys.executable, *command],
         cwd=tmp_path,

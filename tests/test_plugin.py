@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
+import sys
 
 import hypothesis
 import pytest
 import torch
+from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from hypothesis import example, given
@@ -20,6 +22,7 @@ from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.plain_lora import GPU_KERNELS, LORA_KERNELS, check_kernels
 from axolotl_layersel.plugin import LayerSelectionPlugin
 from axolotl_layersel.preflight import loads_encoder_decoder
+from axolotl_layersel.textual import PLUGIN
 
 
 @hypothesis.settings(max_examples=200, deadline=None)
@@ -103,3 +106,10 @@ def test_a_folder_that_axolotl_cannot_log_into_is_refused_before_it_tries(tmp_pa
         (tmp_path / "layersel").unlink()
     with pytest.raises(LayerselError, match=rf"^output_dir: {tmp_path / name} is a "):
         register(output_dir=str(tmp_path))
+
+
+def test_a_plugin_that_cannot_be_imported_ends_the_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "axolotl_layersel.plugin", None)
+    monkeypatch.setattr(PluginManager.get_instance(), "plugins", {})
+    with pytest.raises(RuntimeError, match=r"^plugins: axolotl_layersel.LayerSelectionPlugin cannot be loaded: "):
+        PluginManager.get_instance().register(PLUGIN)

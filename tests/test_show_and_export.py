@@ -43,7 +43,7 @@ def adapter(tmp_path) -> Path:
 
 def test_an_adapter_whose_names_are_not_those_of_peft_is_refused_by_name(adapter, tmp_path):
     file = adapter / "adapter_model.safetensors"
-    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(file).items()}
+    tensors = {name.removeprefix("base_model.model."): tensor + 1 for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     line = call("export", adapter, "--layout", "ragged", "--output", tmp_path / "out")
     assert "has a tensor model.layers.0.mlp.down_proj.lora_A.weight, and those of PEFT begin with base_model." in line
@@ -51,12 +51,7 @@ def test_an_adapter_whose_names_are_not_those_of_peft_is_refused_by_name(adapter
     assert not (tmp_path / "out").exists()
     # What the sentence says: PEFT loads none of them.
     loaded = PeftModel.from_pretrained(make_small_llama(2), str(adapter)).state_dict()
-    assert all(not tensor.any() for name, tensor in loaded.items() if "lora_B" in name)
-    assert not any(
-        tensor.equal(tensors[f"{name.removeprefix('base_model.model.').partition('.default')[0]}.weight"])
-        for name, tensor in loaded.items()
-        if "lora_A" in name
-    )
+    assert [bool(tensor.any()) for name, tensor in loaded.items() if "lora_B" in name] == [False] * 6
 
 
 @pytest.mark.parametrize("output", [[], ["--output", "out"]])
@@ -113,7 +108,7 @@ def test_a_search_without_a_step_has_no_picture(searched, tmp_path):
 def test_a_damaged_history_is_drawn_or_refused_in_one_sentence(searched, tmp_path, path):
     picture = tmp_path / "run.svg"
 
-    @fuzz(15)
+    @fuzz(8)
     def check(data):
         with kept(path(searched)):
             path(searched).write_bytes(edit_csv(data, path(searched)))
@@ -129,7 +124,7 @@ def test_a_damaged_history_is_drawn_or_refused_in_one_sentence(searched, tmp_pat
 
 
 @pytest.mark.parametrize("losses", [(float("inf"), None), (float("nan"), 1e308), (-1e308, 0.0)])
-@pytest.mark.parametrize("gates", [[0.0, 0.0], [1e308, -1e308], [5e-324, 0.0]])
+@pytest.mark.parametrize("gates", [[0.0, 0.0], [1e29, -1e29], [5e-324, 0.0]])
 def test_a_search_of_any_numbers_is_drawn(searched, tmp_path, losses, gates):
     history = make_search(["0", "2"], steps=1)
     history.add(*losses, gates)
@@ -137,3 +132,12 @@ def test_a_search_of_any_numbers_is_drawn(searched, tmp_path, losses, gates):
     result = CliRunner().invoke(app, ["show", str(searched), "--picture", str(tmp_path / "run.svg")])
     assert result.exit_code == 0, repr(result.exception)
     assert (tmp_path / "run-gates.svg").exists()
+
+
+def test_a_gate_beyond_measure_is_damage(searched, tmp_path):
+    history = make_search(["0", "2"], steps=1)
+    history.add(1.0, None, [1e308, -1e308])
+    history.write(searched)
+    result = CliRunner().invoke(app, ["show", str(searched), "--picture", str(tmp_path / "run.svg")])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "gates.csv is damaged (ValueError: line 3 has a gate of 1e+308" in result.output.splitlines()[-1]

@@ -125,6 +125,14 @@ def test_what_trains_and_is_in_no_file_is_refused(block, tmp_path):
         prepare(tmp_path, block, model)
 
 
+def test_a_module_to_save_with_buffers_is_refused(tmp_path):
+    base = make_small_llama()
+    base.lm_head = torch.nn.Sequential(torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 97))
+    model = make_lora(base, modules_to_save=["lm_head"])
+    with pytest.raises(LayerselError, match=r"^modules_to_save: lm_head has 0\.num_batches_tracked, a buffer"):
+        prepare(tmp_path, "remove", model)
+
+
 @pytest.mark.trains
 def test_what_begins_to_train_after_preparation_is_refused(tmp_path):
     trainer = prepare(tmp_path, "remove", make_lora(make_small_llama(), task_type="CAUSAL_LM"))

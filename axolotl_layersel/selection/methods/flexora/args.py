@@ -54,7 +54,7 @@ class FlexoraArgs(Block):
     val_samples: int | None = Field(
         default=None,
         description="Validation rows. Of a smaller eval set all are taken. Default 200, and of training rows at "
-        "most a third of the rows that have a label to learn.",
+        "most a third of those that have a label to learn.",
     )
     hypergradient: str | None = Field(
         default=None,

@@ -15,6 +15,7 @@ from axolotl_layersel.files import (
 )
 
 FILE = "gates.csv"
+HIGHEST_GATE = 1e30  # larger numbers than a plot can show are of no search
 LEADING = ["step", "train_loss", "validation_loss"]
 
 
@@ -78,7 +79,10 @@ class GateHistory:
             _, train_loss, validation_loss, *gates = row
             # A search that is over can have met a loss that is not finite, but no such gate.
             seen = parse_number(validation_loss) if validation_loss else None
-            history.add(float(train_loss), seen, map(parse_number, gates))
+            values = list(map(parse_number, gates))
+            if max(map(abs, values)) > HIGHEST_GATE:
+                raise ValueError(f"line {step + 1} has a gate of {max(map(abs, values))}, which no search comes to")
+            history.add(float(train_loss), seen, values)
         return history
 
     @classmethod
