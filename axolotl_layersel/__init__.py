@@ -9,13 +9,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from axolotl_layersel.args import LayerselBlock as LayerselConfig
-    from axolotl_layersel.errors import LayerselError
-    from axolotl_layersel.l1ra.args import L1RAArgs as L1RAConfig
+    from axolotl_layersel.common.errors import LayerselError
+    from axolotl_layersel.config.flexora import FlexoraArgs as FlexoraConfig
+    from axolotl_layersel.config.l1ra import L1RAArgs as L1RAConfig
+    from axolotl_layersel.config.root import LayerselBlock as LayerselConfig
+    from axolotl_layersel.config.selection import SelectionArgs as SelectionConfig
     from axolotl_layersel.plugin import LayerSelectionPlugin
-    from axolotl_layersel.prepare import prepare_trainer
-    from axolotl_layersel.selection.args import SelectionArgs as SelectionConfig
-    from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs as FlexoraConfig
+    from axolotl_layersel.training.prepare import prepare_trainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,13 +30,13 @@ __all__ = [
 
 # Where each public name is, and what it is called there: the settings are those of the YAML file.
 SOURCES = {
-    "FlexoraConfig": ("selection.methods.flexora.args", "FlexoraArgs"),
-    "L1RAConfig": ("l1ra.args", "L1RAArgs"),
+    "FlexoraConfig": ("config.flexora", "FlexoraArgs"),
+    "L1RAConfig": ("config.l1ra", "L1RAArgs"),
     "LayerSelectionPlugin": ("plugin", "LayerSelectionPlugin"),
-    "LayerselConfig": ("args", "LayerselBlock"),
-    "LayerselError": ("errors", "LayerselError"),
-    "SelectionConfig": ("selection.args", "SelectionArgs"),
-    "prepare_trainer": ("prepare", "prepare_trainer"),
+    "LayerselConfig": ("config.root", "LayerselBlock"),
+    "LayerselError": ("common.errors", "LayerselError"),
+    "SelectionConfig": ("config.selection", "SelectionArgs"),
+    "prepare_trainer": ("training.prepare", "prepare_trainer"),
 }
 
 

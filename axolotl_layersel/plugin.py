@@ -8,10 +8,10 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 
 from axolotl_layersel import __version__
-from axolotl_layersel.args import check_blank_blocks
-from axolotl_layersel.block import as_mapping
-from axolotl_layersel.lock import RunLock
-from axolotl_layersel.textual import check_folder
+from axolotl_layersel.config.root import check_blank_blocks
+from axolotl_layersel.config.strict_block import as_mapping
+from axolotl_layersel.config.textual import check_folder
+from axolotl_layersel.training.lock import RunLock
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -20,7 +20,7 @@ class LayerSelectionPlugin(BasePlugin):
     """Chooses the layers that LoRA trains before the run's engine is built, and moves rank while it trains."""
 
     def get_input_args(self) -> str:
-        return "axolotl_layersel.args.LayerselArgs"
+        return "axolotl_layersel.config.root.LayerselArgs"
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class LayerSelectionPlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         """See the YAML file as the user wrote it: only here can the user's own LoRA kernels be told from Axolotl's."""
-        from axolotl_layersel.ending import end_in_sentences
+        from axolotl_layersel.training.ending import end_in_sentences
 
         end_in_sentences()
         block = cfg.get("layersel")
@@ -46,8 +46,8 @@ class LayerSelectionPlugin(BasePlugin):
             return
         from axolotl.utils.distributed import init_distributed_state
 
-        from axolotl_layersel.contents import describe_yaml
-        from axolotl_layersel.preflight import check_before_model
+        from axolotl_layersel.training.contents import describe_yaml
+        from axolotl_layersel.training.preflight import check_before_model
 
         init_distributed_state()
         self.given = describe_yaml(cfg)
@@ -55,10 +55,10 @@ class LayerSelectionPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         from axolotl_layersel.engines.collectives import decide_on_rank_zero
-        from axolotl_layersel.kernels import let_kernels_pass_by, while_choosing
-        from axolotl_layersel.preflight import find_scaling, read_settings
-        from axolotl_layersel.prepare import prepare_trainer
-        from axolotl_layersel.saving import take_over_fsdp2_writer
+        from axolotl_layersel.lora.kernels import let_kernels_pass_by, while_choosing
+        from axolotl_layersel.training.preflight import find_scaling, read_settings
+        from axolotl_layersel.training.prepare import prepare_trainer
+        from axolotl_layersel.training.saving import take_over_fsdp2_writer
 
         settings = read_settings(cfg)
         decide_on_rank_zero(self.confirm_lock)
@@ -105,8 +105,8 @@ def settle_kernels(cfg: dict[str, Any], block: Mapping[str, Any]) -> None:
     """
     import torch
 
-    from axolotl_layersel.kernels import give_gates_to_kernels
-    from axolotl_layersel.plain_lora import keep_kernels_off, switch_off_kernels
+    from axolotl_layersel.config.gate_requirements import keep_kernels_off, switch_off_kernels
+    from axolotl_layersel.lora.kernels import give_gates_to_kernels
 
     # Of Ray, the process that reads the file first has no GPU, and those that train read it again.
     if not torch.accelerator.is_available() and not cfg.get("use_ray"):

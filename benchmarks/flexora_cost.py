@@ -39,10 +39,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
 from axolotl_layersel.selection.methods.flexora import search
+from axolotl_layersel.training.prepare import prepare_trainer
 
 PLAIN, UNROLLED = "lora", "unrolled, 1"
 SEARCHES = {"1": 1, "2": 2, "4": 4, UNROLLED: 1}

@@ -16,8 +16,8 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_layersel.engines.base import Engine
-from axolotl_layersel.gates import Gates
-from axolotl_layersel.layers import find_lora_modules
+from axolotl_layersel.lora.gates import Gates
+from axolotl_layersel.lora.modules import find_lora_modules
 
 PLAIN, GATED, READ = "plain LoRA", "with gates", "gradients read"
 WAYS = (PLAIN, GATED, READ)

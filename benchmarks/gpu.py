@@ -27,14 +27,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.config.root import LayerselBlock
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.moments import find_moments, unwrap_optimizer
-from axolotl_layersel.gates import Gates
-from axolotl_layersel.kernels import give_gates_to_kernels, while_choosing, without_fused_lora
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.lora.gates import Gates
+from axolotl_layersel.lora.kernels import give_gates_to_kernels, while_choosing, without_fused_lora
+from axolotl_layersel.training.prepare import prepare_trainer
 
 KERNELS = {"lora_qkv_kernel": True, "lora_o_kernel": True, "lora_mlp_kernel": True}
 WARMUP_STEPS = 3
@@ -206,7 +206,7 @@ def run_arm(arguments: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         with PeakMemory(arguments.device) as training:
             trainer.train()
     mine = {name: p.detach().float().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    mine |= {name: rank for ranks in redistributions for name, rank in ranks.ranks().items()}
+    mine |= {name: rank for ranks in redistributions for name, rank in ranks.components.ranks().items()}
     return {
         "seconds": timer.seconds[WARMUP_STEPS:],
         "choosing_peak_bytes": choosing.bytes,

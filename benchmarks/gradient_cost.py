@@ -31,11 +31,11 @@ from measuring import (
 from rich.console import Console
 from transformers import Trainer
 
-from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.selection.calibration import read_samples
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.choosing import Selection
+from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.methods import gradient
 
 PLAIN, OURS = "plain", "gradient"

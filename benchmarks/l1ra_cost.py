@@ -54,12 +54,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.l1ra.args import L1RAArgs
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.schedule import find_update_steps
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
-from axolotl_layersel.l1ra.schedule import find_update_steps
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.training.prepare import prepare_trainer
 
 LOW, HIGH, OURS, PRESSED, ADALORA = "lora r", "lora max_rank", "l1ra", "l1ra pressure", "adalora"
 ARMS = (LOW, HIGH, OURS, PRESSED, ADALORA)
@@ -142,11 +142,11 @@ class Allocation(TrainerCallback):
 
 def close_gates(ranks: RankRedistribution, share: float, step: int) -> None:
     """Close ``share`` of the gates in use: half of a module's, in modules drawn at random."""
-    due = round(share * int(ranks.active.sum()))
+    due = round(share * int(ranks.components.active.sum()))
     names = list(ranks.gates.parts)
     for name in random.Random(step).sample(names, len(names)):
         part = ranks.gates.parts[name]
-        slots = ranks.active[part].nonzero().flatten()[1::2][:due]
+        slots = ranks.components.active[part].nonzero().flatten()[1::2][:due]
         ranks.gates.values[part][slots] = 0.0
         due -= len(slots)
 

@@ -41,8 +41,8 @@ from transformers import (
     logging,
 )
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.training.prepare import prepare_trainer
 
 DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ENCODER_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]

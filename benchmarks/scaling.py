@@ -35,11 +35,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.config.methods import METHODS
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.choosing import Selection
-from axolotl_layersel.selection.methods import METHODS
 from axolotl_layersel.selection.methods.gradient import OVERSAMPLING
 
 SCORING = ("cka", "cosine", "relative", "fisher", "gradient")

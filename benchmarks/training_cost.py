@@ -45,8 +45,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.select import select_layers
 
 ALL, OURS, STOCK = "all", "layersel", "stock"

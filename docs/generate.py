@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from axolotl_layersel.selection.methods import METHODS
+from axolotl_layersel.config.methods import METHODS
 
 DOCS = Path(__file__).parent
 README, SUPPORT, SHOWN = DOCS.parent / "README.md", DOCS / "support.md", DOCS / "support.json"

@@ -25,7 +25,7 @@ import yaml
 from safetensors.torch import load_file
 from support import Support, read_file, write_file
 
-from axolotl_layersel.selection.methods import METHODS
+from axolotl_layersel.config.methods import METHODS
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -81,9 +81,9 @@ def make_rows(count: int = 24, seed: int = 0, longest: int = 20) -> list[dict]:
 
 def make_selection(trainer, method: str = "cka", **settings):
     """Return what is to be chosen by ``method`` in a trainer's run."""
-    from axolotl_layersel.layers import find_layer_stack
-    from axolotl_layersel.run import Run
-    from axolotl_layersel.selection.args import SelectionArgs
+    from axolotl_layersel.config.selection import SelectionArgs
+    from axolotl_layersel.lora.layers import find_layer_stack
+    from axolotl_layersel.lora.run import Run
     from axolotl_layersel.selection.choosing import Selection
 
     run = Run.of(trainer)

@@ -37,18 +37,18 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torchao.quantization import Float8Tensor
 from transformers import TrainerCallback
 
-from axolotl_layersel import adapters
 from axolotl_layersel.engines import collectives, find_engine, list_classes
 from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.engines.moments import unwrap_optimizer
-from axolotl_layersel.kernels import is_fused
 from axolotl_layersel.l1ra.callback import RankCallback
-from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection import passes
+from axolotl_layersel.lora import adapters
+from axolotl_layersel.lora.kernels import is_fused
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.methods.flexora import search
 from axolotl_layersel.selection.methods.flexora.search import GateSearch
+from axolotl_layersel.selection.passes import forward
 from axolotl_layersel.selection.select import make_plan
 
 TOKENS = torch.arange(40).reshape(2, 20) + 300
@@ -214,7 +214,7 @@ def watch_scoring() -> None:
     name, _, fatal = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
     if name not in ("SCOREINT", "SCORETERM"):
         return
-    upstream, rounds = passes.stop_if_signalled, []
+    upstream, rounds = forward.stop_if_signalled, []
 
     def stop_if_signalled(device):
         rounds.append(device)
@@ -222,7 +222,7 @@ def watch_scoring() -> None:
             os.kill(os.getpid(), getattr(signal, name.replace("SCORE", "SIG")))
         upstream(device)
 
-    passes.stop_if_signalled = stop_if_signalled
+    forward.stop_if_signalled = stop_if_signalled
 
 
 def refer_to_engine(trainer) -> dict[str, weakref.ref]:
@@ -372,7 +372,9 @@ class RankProbe(TrainerCallback):
     def apply(self, moves, step, training=True):
         if not training:
             return self.upstream_apply(moves, step, training)
-        self.gates[step] = {name: list(module.gates.values()) for name, module in self.ranks.describe_modules().items()}
+        self.gates[step] = {
+            name: list(module.gates.values()) for name, module in self.ranks.components.describe_modules().items()
+        }
         before = self.collect()
         with CommDebugMode() as communication:
             self.upstream_apply(moves, step, training)
@@ -380,7 +382,7 @@ class RankProbe(TrainerCallback):
         after = self.collect()
         for (name, side, kind), value in after.items():
             changed = sorted({*moves.pruned.get(name, ()), *moves.added.get(name, ())})
-            kept = [i for i in range(self.ranks.max_rank) if i not in changed]
+            kept = [i for i in range(self.ranks.components.max_rank) if i not in changed]
             difference = (by_component(value, side)[kept] - by_component(before[name, side, kind], side)[kept]).abs()
             self.survivors = max(self.survivors, float(difference.max()))
             if changed:

@@ -10,8 +10,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from axolotl_layersel.plan import Plan, plan_path, read_plan
-from axolotl_layersel.run import Run
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.selection.plan import Plan
+from axolotl_layersel.selection.plan_file import read_plan
 
 # What each engine's trainer is told.
 ENGINE_ARGUMENTS = {

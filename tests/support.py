@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
+from axolotl_layersel.config.layer_names import find_layer
+from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.layer_names import find_layer
-from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.methods import METHODS
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.lora.run import Run
 
 FILE = Path(__file__).parent.parent / "docs" / "support.json"
 L1RA = "l1ra"

@@ -16,10 +16,10 @@ from peft.tuners.lora import LoraModel
 from test_support_trainers import train_by_grpo
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
-from axolotl_layersel.adapters import KEEPING_METHODS
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.adapters import KEEPING_METHODS
+from axolotl_layersel.training.prepare import prepare_trainer
 
 FROZEN = LayerselBlock(selection=SelectionArgs(method="explicit", layers=[3, 5], unselected="freeze"))
 PROMPTS = [{"prompt": f"{i} 8 9"} for i in range(10, 22)]

@@ -9,12 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from axolotl_layersel import adapters, layouts
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.initialisation import RESTORED, SEEDED
-from axolotl_layersel.layers import find_layer_stack, find_lora_modules, get_config
-from axolotl_layersel.run import Run
-from axolotl_layersel.writer import AdapterWriter
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.initialisation import RESTORED, SEEDED
+from axolotl_layersel.lora import adapters, layouts
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.modules import find_lora_modules, get_config
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.writer import AdapterWriter
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

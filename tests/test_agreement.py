@@ -9,11 +9,11 @@ import pytest
 from conftest import l1ra, make_lora, make_rows, make_small_llama, make_trainer, selection
 from safetensors.torch import load_file, save_file
 
-from axolotl_layersel import agreement
-from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.root import LayerselBlock
 from axolotl_layersel.engines import collectives, find_engine
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.training import process_agreement
+from axolotl_layersel.training.prepare import prepare_trainer
 
 MODEL_LOADS = "Loading weights"
 SECONDS = 120  # an agreed run takes less, on a busy machine too
@@ -113,10 +113,10 @@ def be_a_rank(rank: int, folder: str) -> None:
         (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9\n")
         sys.path.insert(0, str(other.parent))
     try:
-        agreement.check_started_alike({"seed": 1})
+        process_agreement.check_started_alike({"seed": 1})
     except LayerselError as error:
         said["a package"] = str(error)
-    agreement.PATIENCE = 3
+    process_agreement.PATIENCE = 3
     if rank == 0:
         started = time.monotonic()
         assert collectives.find_absent_ranks("elsewhere", 1) == [1]
@@ -151,10 +151,10 @@ def test_trainers_that_were_prepared_differently_are_refused_by_rank_and_key(zyg
 
 def test_the_first_difference_is_found_however_deep_it_lies():
     ours = {"layersel": {"selection": {"method": "cka", "seed": None}, "l1ra": None}, "seed": 1}
-    assert agreement.find_difference(ours, json.loads(json.dumps(ours))) is None
+    assert process_agreement.find_difference(ours, json.loads(json.dumps(ours))) is None
     theirs = {"layersel": {"selection": {"method": "cka", "seed": 3}, "l1ra": None}, "seed": 1}
-    assert agreement.find_difference(ours, theirs) == ("layersel.selection.seed", None, 3)
-    assert agreement.find_difference(ours, {**ours, "extra": 1}) == ("extra", None, 1)
+    assert process_agreement.find_difference(ours, theirs) == ("layersel.selection.seed", None, 3)
+    assert process_agreement.find_difference(ours, {**ours, "extra": 1}) == ("extra", None, 1)
 
 
 def test_a_dataset_is_described_alike_whatever_form_it_gives_its_rows(tmp_path):
@@ -162,9 +162,9 @@ def test_a_dataset_is_described_alike_whatever_form_it_gives_its_rows(tmp_path):
 
     rows = make_rows()
     dataset = Dataset.from_list(rows)
-    described = agreement.describe_rows(dataset, seed=3)
+    described = process_agreement.describe_rows(dataset, seed=3)
     assert described["number of rows"] == len(rows)
-    assert agreement.describe_rows(dataset.with_format("torch"), seed=3) == described
-    assert agreement.describe_rows(Dataset.from_list(rows[::-1]), seed=3) != described
-    assert agreement.describe_rows(dataset.to_iterable_dataset(), seed=3) is None
-    assert agreement.describe_rows({"a": rows}, seed=3) == {"a": {"number of rows": len(rows)}}
+    assert process_agreement.describe_rows(dataset.with_format("torch"), seed=3) == described
+    assert process_agreement.describe_rows(Dataset.from_list(rows[::-1]), seed=3) != described
+    assert process_agreement.describe_rows(dataset.to_iterable_dataset(), seed=3) is None
+    assert process_agreement.describe_rows({"a": rows}, seed=3) == {"a": {"number of rows": len(rows)}}

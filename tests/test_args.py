@@ -11,16 +11,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from axolotl_layersel.args import LayerselArgs, LayerselBlock, describe_unread
-from axolotl_layersel.block import as_number, as_whole_list, quote
-from axolotl_layersel.engines.refusals import PARALLELISM
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import OPTIMIZERS, L1RAArgs
-from axolotl_layersel.plan import LayerChoice, Plan
-from axolotl_layersel.plan_checks import check_reuse, list_setting_differences
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.selection.methods import METHODS
-from axolotl_layersel.selection.methods.flexora.args import FUSED_KEYS, FlexoraArgs, Search
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.engines import PARALLELISM
+from axolotl_layersel.config.flexora import FUSED_KEYS, FlexoraArgs, Search
+from axolotl_layersel.config.l1ra import OPTIMIZERS, L1RAArgs
+from axolotl_layersel.config.methods import METHODS
+from axolotl_layersel.config.root import LayerselArgs, LayerselBlock, describe_unread
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.strict_block import as_number, as_whole_list, quote
+from axolotl_layersel.selection.plan import LayerChoice, Plan
+from axolotl_layersel.selection.plan_checks import check_reuse, list_setting_differences
 
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
 FSDP2 = {"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}}

@@ -10,9 +10,9 @@ from conftest import l1ra, pressure, selection
 from safetensors.torch import load_file, save_file
 from test_plan import make_plan
 
-from axolotl_layersel.lock import FILE, RunLock
-from axolotl_layersel.plan import write_plan
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.selection.plan_file import write_plan
+from axolotl_layersel.training.lock import FILE, RunLock
 
 MODEL_LOADS = "Loading weights"
 

@@ -12,13 +12,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from typer.testing import CliRunner
 
-from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.cli.main import app
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.interrupt import WATCH
-from axolotl_layersel.l1ra.args import L1RAArgs
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.engines.signals import WATCH
+from axolotl_layersel.training.prepare import prepare_trainer
 
 BLOCKS = {
     "selection": LayerselBlock(selection=SelectionArgs(method="first", num_layers=3)),

@@ -6,19 +6,19 @@ from axolotl.integrations.base import PluginManager
 from conftest import l1ra, make_small_llama, selection
 from typer.testing import CliRunner
 
-from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.cli.checking import describe_settings
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.cli.starting import find_launcher
-from axolotl_layersel.ending import COLLECTOR
-from axolotl_layersel.textual import PLUGIN
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.textual import PLUGIN
+from axolotl_layersel.training.ending import COLLECTOR
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """No plugin of another file, and no process that collects what is refused."""
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", {})
-    monkeypatch.setattr("axolotl_layersel.ending.collect", lambda: None)
+    monkeypatch.setattr("axolotl_layersel.training.ending.collect", lambda: None)
     monkeypatch.delenv(COLLECTOR, raising=False)
 
 

@@ -8,12 +8,18 @@ import pytest
 from conftest import make_lora, make_small_llama, make_trainer
 from transformers import TrainerState
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.checkpoints import View, describe_copies, find_fault, find_resumed_checkpoint, list_checkpoints
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.training.checkpoints import (
+    View,
+    describe_copies,
+    find_fault,
+    find_resumed_checkpoint,
+    list_checkpoints,
+)
+from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 

@@ -12,7 +12,7 @@ from conftest import ENVIRONMENT, ROOT
 from test_runs import load_merged, load_with_stock_peft
 
 from axolotl_layersel import __version__
-from axolotl_layersel.lock import RunLock
+from axolotl_layersel.training.lock import RunLock
 
 pytestmark = pytest.mark.launches
 
@@ -96,7 +96,7 @@ def test_show_says_what_is_wrong_with_a_file(tmp_path):
 
 def test_show_imports_neither_axolotl_nor_torch():
     code = (
-        "import sys; import axolotl_layersel.cli.main, axolotl_layersel.plan, axolotl_layersel.selection.report;"
+        "import sys; import axolotl_layersel.cli.main; from axolotl_layersel.selection import plan_file, report;"
         "print([name for name in ('axolotl', 'torch', 'transformers') if name in sys.modules])"
     )
     assert call(sys.executable, "-c", code) == "[]\n"

@@ -11,15 +11,16 @@ from peft import PeftModel
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.facts import read_fact
-from axolotl_layersel.layers import LayerStack, find_layer_counts, find_layer_stack, get_base_model
-from axolotl_layersel.plan import plan_path
-from axolotl_layersel.selection.pooling import find_token
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.config.facts import read_fact
+from axolotl_layersel.lora.layers import LayerStack, find_layer_counts, find_layer_stack
+from axolotl_layersel.lora.modules import get_base_model
+from axolotl_layersel.selection.backward_cut import find_lowest_trained
+from axolotl_layersel.selection.data.label_alignment import find_kind
+from axolotl_layersel.selection.data.row_token import find_token
 from axolotl_layersel.selection.provenance import describe_shape
-from axolotl_layersel.targets import find_kind
-from axolotl_layersel.truncation import find_lowest_trained
-from axolotl_layersel.units import find_units
+from axolotl_layersel.selection.units import find_units
 
 
 def generalise(message: str, name: str) -> str:

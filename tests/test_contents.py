@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.checkpoints import find_resumed_checkpoint
-from axolotl_layersel.contents import find_mixture, list_recorded, read_record, record_path
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.training.checkpoints import find_resumed_checkpoint
+from axolotl_layersel.training.contents import find_mixture, list_recorded, read_record, record_path
+from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 
@@ -237,8 +237,8 @@ def test_a_run_killed_before_any_file_of_a_checkpoint_ends_as_if_it_had_not_been
     """The writes of checkpoint-6 end one file earlier each time, over a checkpoint-6 of another seed."""
     from transformers import Trainer, TrainerState
 
-    from axolotl_layersel import saving
-    from axolotl_layersel.writer import AdapterWriter
+    from axolotl_layersel.lora.writer import AdapterWriter
+    from axolotl_layersel.training import saving
 
     places = {
         "adapter": (AdapterWriter, "save"),

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from conftest import l1ra, make_lora, make_rows, make_small_llama, make_trainer, selection
 
-from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.config.root import LayerselBlock
 from axolotl_layersel.engines import find_engine
-from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.plan import plan_path, read_plan
-from axolotl_layersel.prepare import prepare_trainer
 from axolotl_layersel.selection import select
+from axolotl_layersel.selection.plan_file import read_plan
+from axolotl_layersel.training.prepare import prepare_trainer
 
 UNREAD = "these keys are not read, and the run goes on without them: "
 

@@ -7,8 +7,8 @@ import pytest
 from conftest import COLLECTED, ROOT
 from support import COLUMNS, TABLES, read_file
 
-from axolotl_layersel.l1ra.args import OPTIMIZERS
-from axolotl_layersel.selection.methods import METHODS
+from axolotl_layersel.config.l1ra import OPTIMIZERS
+from axolotl_layersel.config.methods import METHODS
 
 
 @pytest.fixture(scope="module")

@@ -31,19 +31,22 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
+from axolotl_layersel.cli.pictures import draw_gates
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.config.layer_names import find_layer
+from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.layer_names import find_layer
-from axolotl_layersel.layers import find_layer_stack, find_lora_modules
-from axolotl_layersel.pictures import draw_gates
-from axolotl_layersel.plan import plan_path, read_plan
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.calibration import Sample, read_sample, read_samples
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Selection
-from axolotl_layersel.selection.decoding import give_decoder_inputs
-from axolotl_layersel.selection.methods import METHODS, cka, cosine, fisher, gradient
-from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.selection.data.calibration import Sample, read_sample, read_samples
+from axolotl_layersel.selection.data.decoder_inputs import give_decoder_inputs
+from axolotl_layersel.selection.gate_history import GateHistory
+from axolotl_layersel.selection.methods import cka, cosine, fisher, gradient
+from axolotl_layersel.selection.passes import forward
+from axolotl_layersel.selection.plan_file import read_plan
 from axolotl_layersel.selection.report import print_plan
 
 CHEAP = [name for name, method in METHODS.items() if method.reads != "batches"]
@@ -313,7 +316,7 @@ def test_models_of_other_make_are_measured_as_they_compute(name, tmp_path):
         return Selection.of(run, stack, SelectionConfig(method=method, num_samples=5).resolve(0))
 
     squares = fisher.measure_squared_gradients(select("fisher"), samples, modules)
-    turns = passes.measure_token_sums(select("cosine"), samples, cosine.sum_turns)[..., 0]
+    turns = forward.measure_token_sums(select("cosine"), samples, cosine.sum_turns)[..., 0]
     base = run.base.eval()
     weights = [run.lora_modules[module].base_layer.weight.requires_grad_() for module in modules]
     for i, sample in enumerate(samples):

@@ -12,14 +12,16 @@ from peft import PeftModel
 from test_layers import make_bart_decoder, make_gpt2
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
+from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.layers import find_layer_stack, find_lora_modules
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.calibration import read_samples
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.selection.backward_cut import TruncatedBackward, find_lowest_trained
 from axolotl_layersel.selection.choosing import Selection
-from axolotl_layersel.selection.methods import METHODS, cka, fisher, gradient
-from axolotl_layersel.selection.pooling import find_token, is_encoder
-from axolotl_layersel.truncation import TruncatedBackward, find_lowest_trained
+from axolotl_layersel.selection.data.calibration import read_samples
+from axolotl_layersel.selection.data.row_token import find_token, is_encoder
+from axolotl_layersel.selection.methods import cka, fisher, gradient
 
 CHEAP = [name for name, method in METHODS.items() if method.reads != "batches"]
 MODELS = [*itertools.product(ARCHITECTURES, TASKS)]

@@ -16,12 +16,12 @@ from conftest import ENVIRONMENT, ROOT, selection
 from pydantic import BaseModel, ValidationError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from axolotl_layersel import ending, startup
-from axolotl_layersel.args import LayerselArgs, LayerselBlock
-from axolotl_layersel.ending import COLLECTOR, Ending, describe_error, find_sentences
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.startup import find_command, find_file
-from axolotl_layersel.textual import DEFAULT_OUTPUT, LOG_FILE, PLUGIN, check_text
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.root import LayerselArgs, LayerselBlock
+from axolotl_layersel.config.textual import DEFAULT_OUTPUT, LOG_FILE, PLUGIN, check_text
+from axolotl_layersel.training import ending, startup
+from axolotl_layersel.training.ending import COLLECTOR, Ending, describe_error, find_sentences
+from axolotl_layersel.training.startup import find_command, find_file
 
 PREFIX = "axolotl-layersel: "
 GOOD = {"plugins": [PLUGIN], **selection()}
@@ -91,7 +91,7 @@ def test_plan_on_one_process_starts_none_and_ends_in_the_sentence(make_config):
 @pytest.mark.launches
 def test_other_errors_and_signals_end_as_ever(tmp_path):
     code = (
-        "import os, signal, sys; from axolotl_layersel.ending import collect; collect();"
+        "import os, signal, sys; from axolotl_layersel.training.ending import collect; collect();"
         # A shell that starts the tests in the background has them ignore it.
         "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "sys.argv[1] == 'term' and os.kill(os.getpid(), signal.SIGTERM); sys.argv[1] == 'int' and "
@@ -106,9 +106,11 @@ def test_other_errors_and_signals_end_as_ever(tmp_path):
 
 @pytest.mark.launches
 def test_the_process_that_waits_prints_what_its_processes_refuse(tmp_path):
-    child = "from axolotl_layersel.ending import *; end_in_sentences(); raise LayerselError('a: ä ' + '☃' * 99)"
+    child = (
+        "from axolotl_layersel.training.ending import *; end_in_sentences(); raise LayerselError('a: ä ' + '☃' * 99)"
+    )
     code = (
-        "import subprocess, sys; from axolotl_layersel.ending import collect; collect();"
+        "import subprocess, sys; from axolotl_layersel.training.ending import collect; collect();"
         f"[subprocess.run([sys.executable, '-c', {child!r}]) for _ in range(2)];"
         "raise subprocess.CalledProcessError(1, ['python'])"
     )
@@ -119,7 +121,7 @@ def test_the_process_that_waits_prints_what_its_processes_refuse(tmp_path):
 @pytest.mark.launches
 def test_a_hook_that_a_tracker_puts_over_ours_hides_no_sentence():
     code = (
-        "import sys; from axolotl_layersel.ending import *; collect();"
+        "import sys; from axolotl_layersel.training.ending import *; collect();"
         "sys.excepthook = lambda *error: print('a tracker says'); raise LayerselError('a: b')"
     )
     assert end(sys.executable, "-c", code) == (1, ["a tracker says", f"{PREFIX}a: b"])

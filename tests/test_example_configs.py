@@ -13,11 +13,11 @@ import yaml
 from conftest import ROOT
 from pydantic import ValidationError
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.l1ra.args import L1RAArgs
-from axolotl_layersel.plain_lora import LORA_KERNELS
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs
+from axolotl_layersel.config.flexora import FlexoraArgs
+from axolotl_layersel.config.gate_requirements import LORA_KERNELS
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
 
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"

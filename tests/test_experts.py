@@ -9,13 +9,14 @@ from conftest import engine_settings, make_rows, make_selection, make_trainer, s
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_key, find_lora_modules
-from axolotl_layersel.layouts import read_adapter
-from axolotl_layersel.plan import read_plan
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.calibration import read_samples
-from axolotl_layersel.selection.methods import fisher, get_method, gradient
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.methods import get_method
+from axolotl_layersel.lora.layouts import read_adapter
+from axolotl_layersel.lora.modules import find_key, find_lora_modules
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.selection.data.calibration import read_samples
+from axolotl_layersel.selection.methods import fisher, gradient
+from axolotl_layersel.selection.plan_file import read_plan
 
 SIZE = {
     **{"vocab_size": 97, "num_hidden_layers": 3, "attn_implementation": "eager"},

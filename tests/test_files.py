@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.files import check_output, read_json, write_atomically
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.files import check_output, read_json, write_atomically
 
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_a_limit_on_the_size_of_files_is_said_in_bytes(tmp_path):
     # In a process of its own: the limit stays.
     code = f"""if True:
         import resource, signal
-        from axolotl_layersel.files import write_atomically
+        from axolotl_layersel.common.files import write_atomically
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         write_atomically({str(tmp_path / "plan.json")!r}, b"x" * 2000)

@@ -7,7 +7,7 @@ from conftest import ENGINES, Run, RunsByEngine, selection
 from safetensors.torch import load_file
 from test_runs import difference
 
-from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.selection.gate_history import GateHistory
 
 # Gates move three times, the last one sees two micro-batches. Reentrant, for ZeRO-3 fails with the other kind.
 SEARCH = {"steps": 6, "inner_steps": 2, "val_samples": 13, "val_batches": 2, "gate_lr": 0.05}

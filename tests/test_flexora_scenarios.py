@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
 
-from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.selection.gate_history import GateHistory
 
 PLAN_ONLY = "axolotl_layersel.cli.worker:main"
 SEARCH = {"steps": 4, "inner_steps": 2, "val_samples": 13, "gate_lr": 0.05}

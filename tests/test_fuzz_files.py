@@ -24,17 +24,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 from typer.testing import CliRunner
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.checkpoints import find_resumed_checkpoint
 from axolotl_layersel.cli.main import app
-from axolotl_layersel.contents import read_record, record_path, write_record
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import gates_path
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.engines.trainers import is_evaluation_due, note_in_state, restore_callbacks
 from axolotl_layersel.l1ra.callback import RankCallback
-from axolotl_layersel.layouts import export_adapter
-from axolotl_layersel.prepare import check_resumed, prepare_trainer
-from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
+from axolotl_layersel.lora.export import export_adapter
+from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.select import find_plan
-from axolotl_layersel.trainers import is_evaluation_due, note_in_state, restore_callbacks
+from axolotl_layersel.training.checkpoints import find_resumed_checkpoint
+from axolotl_layersel.training.contents import read_record, record_path, write_record
+from axolotl_layersel.training.prepare import check_resumed, prepare_trainer
 
 pytestmark = pytest.mark.trains
 
@@ -75,8 +76,8 @@ def resume(kind: str, checkpoint: Path, scratch: Path) -> dict[str, object]:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RankCallback):
             callback.ranks.restore(checkpoint)
-            state |= {name: (None, tensor.clone()) for name, tensor in callback.ranks.gate_tensors().items()}
-            state |= {"pool": callback.ranks.pool, "history": callback.ranks.history}
+            state |= {name: (None, tensor.clone()) for name, tensor in callback.ranks.components.list_tensors().items()}
+            state |= {"pool": callback.ranks.components.pool, "history": callback.ranks.history}
     return state
 
 

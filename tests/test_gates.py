@@ -3,8 +3,8 @@ import torch
 from conftest import CHECKPOINTING, make_lora, make_small_llama
 
 from axolotl_layersel.engines.base import Engine
-from axolotl_layersel.gates import Gates
-from axolotl_layersel.layers import find_lora_modules
+from axolotl_layersel.lora.gates import Gates
+from axolotl_layersel.lora.modules import find_lora_modules
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 

@@ -6,10 +6,10 @@ from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from peft import LoraConfig
 from peft.tuners.lora import layer
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.initialisation import REFUSED, RESTORED, SEEDED, changes_base, check_supported, normalise
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.initialisation import REFUSED, RESTORED, SEEDED, changes_base, check_supported, normalise
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.training.prepare import prepare_trainer
 
 
 def explain_refusal(value: object) -> str | None:

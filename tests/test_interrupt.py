@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from axolotl_layersel.interrupt import (
+from axolotl_layersel.engines.signals import (
     SPACING,
     WATCH,
     Interrupted,

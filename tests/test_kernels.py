@@ -11,20 +11,20 @@ from conftest import make_lora, make_small_llama, make_trainer, pressure, select
 from test_runs import KILLED, difference
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.gates import Gates
-from axolotl_layersel.kernels import (
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.gate_requirements import GPU_KERNELS, LORA_KERNELS
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.gates import Gates
+from axolotl_layersel.lora.kernels import (
     exchange,
     give_gates_to_kernels,
     is_fused,
     let_kernels_pass_by,
     without_fused_lora,
 )
-from axolotl_layersel.plain_lora import GPU_KERNELS, LORA_KERNELS
 from axolotl_layersel.plugin import LayerSelectionPlugin
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.training.prepare import prepare_trainer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

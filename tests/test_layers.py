@@ -3,8 +3,9 @@ import torch
 from conftest import make_lora, make_small_bert, make_small_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_layer_stack, find_lora_modules
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.modules import find_lora_modules
 
 SIDE = {"ffn_dim": 48, "attention_heads": 4}
 
@@ -146,8 +147,8 @@ def test_lora_outside_of_the_layers_is_counted_by_place(make, targets, name, tow
 def test_other_architectures_run_through_the_same_passes(make, tmp_path):
     from conftest import make_trainer
 
-    from axolotl_layersel.run import Run
-    from axolotl_layersel.selection.args import SelectionArgs
+    from axolotl_layersel.config.selection import SelectionArgs
+    from axolotl_layersel.lora.run import Run
     from axolotl_layersel.selection.select import select_layers
 
     targets = ["query", "value"] if make is make_bert else ["c_attn"]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import make_lora, make_small_llama, make_trainer
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.leftovers import find_leftovers, find_surplus
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.training.leftovers import find_leftovers, find_surplus
+from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 from conftest import ENVIRONMENT
 
-from axolotl_layersel import lock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.lock import FILE, Owner, RunLock
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.training import lock
+from axolotl_layersel.training.lock import FILE, Owner, RunLock
 
 HOLD = """
 import sys

@@ -15,11 +15,11 @@ from test_experts import make_base as make_without_lora
 from test_experts import make_experts
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, SelectionConfig, prepare_trainer
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.layers import find_lora_modules, list_linear
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.lora.modules import find_lora_modules, list_linear
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.selection.gate_history import GateHistory
 
 pytestmark = pytest.mark.trains
 

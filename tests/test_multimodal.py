@@ -28,15 +28,17 @@ from ranks import check_same_choices, launch_ranks
 from safetensors.torch import load_file
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.config.layer_names import find_layer
+from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.layer_names import find_layer
-from axolotl_layersel.layers import find_layer_stack, find_lora_modules
-from axolotl_layersel.plan import plan_path, read_plan
-from axolotl_layersel.run import Run
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.selection.backward_cut import find_lowest_trained
 from axolotl_layersel.selection.callback import LayerSelectionCallback
-from axolotl_layersel.selection.methods import METHODS
 from axolotl_layersel.selection.methods.cka import linear_cka
-from axolotl_layersel.truncation import find_lowest_trained
+from axolotl_layersel.selection.plan_file import read_plan
 
 CHEAP = [name for name, method in METHODS.items() if method.reads != "batches"]
 # Of LLaVA's tower nothing reads what the last layer returns.

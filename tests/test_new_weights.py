@@ -15,8 +15,8 @@ from test_plain_trainer import bert, check_adapter  # noqa: F401  # a fixture
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-from axolotl_layersel.agreement import SAMPLED_VALUES, digest
-from axolotl_layersel.run import Run
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.training.process_agreement import SAMPLED_VALUES, digest
 
 SAID = "weights were new in each process, such as "
 NEW = ("score", "embed_tokens", "lm_head")

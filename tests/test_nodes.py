@@ -26,9 +26,9 @@ from conftest import (
 from nodes import INTERFACE, Node, make_nodes
 from test_runs import difference
 
-from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.config.root import LayerselBlock
 from axolotl_layersel.engines import collectives, find_engine
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.training.prepare import prepare_trainer
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 # Updates after steps 2 and 4.

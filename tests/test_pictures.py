@@ -11,9 +11,7 @@ from test_plan import make_plan
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.pictures import (
+from axolotl_layersel.cli.pictures import (
     MOST_NAMES,
     OUTERMOST,
     check_picture,
@@ -23,8 +21,11 @@ from axolotl_layersel.pictures import (
     make_figure,
     spread_out,
 )
-from axolotl_layersel.plan import plan_path, write_plan
-from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.selection.gate_history import GateHistory
+from axolotl_layersel.selection.plan_file import write_plan
 
 TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
 

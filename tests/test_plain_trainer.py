@@ -17,10 +17,11 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 import axolotl_layersel
 from axolotl_layersel import FlexoraConfig, L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
-from axolotl_layersel.agreement import find_version
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.common.versions import find_version
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.plan import plan_path, read_plan
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.selection.plan_file import read_plan
 
 WORDS = ["a", "bad", "good", "film", "play", "story", "with", "fine", "actors"]
 
@@ -106,10 +107,13 @@ def test_the_public_names_are_those_of_the_package():
 
 
 def test_the_plugin_prepares_a_trainer_by_the_public_function():
-    from axolotl_layersel import prepare
+    from axolotl_layersel.training import prepare
 
     assert prepare_trainer is prepare.prepare_trainer
-    assert "from axolotl_layersel.prepare import prepare_trainer" in (ROOT / "axolotl_layersel/plugin.py").read_text()
+    assert (
+        "from axolotl_layersel.training.prepare import prepare_trainer"
+        in (ROOT / "axolotl_layersel/plugin.py").read_text()
+    )
 
 
 def test_settings_are_given_in_parts_or_as_a_yaml_file_holds_them():

@@ -7,17 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plan import (
-    Budget,
-    LayerChoice,
-    Plan,
-    check_checkpoint,
-    read_plan,
-    write_plan,
-)
-from axolotl_layersel.plan_checks import ModelFacts, list_model_differences, list_setting_differences
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.selection.plan import Budget, LayerChoice, Plan
+from axolotl_layersel.selection.plan_checks import ModelFacts, list_model_differences, list_setting_differences
+from axolotl_layersel.selection.plan_file import check_checkpoint, read_plan, write_plan
 
 
 def make_plan(scores: list[float | None] = (0.5, None, 0.1), selected: tuple[int, ...] = (0,), **values) -> Plan:

@@ -14,14 +14,16 @@ from test_fuzz_files import JUNK, is_one_line, list_places
 from test_layers import make_llava, make_t5
 from typer.testing import CliRunner
 
-from axolotl_layersel.args import LayerselBlock
 from axolotl_layersel.cli.main import app
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.plan import Plan, plan_path, read_plan
-from axolotl_layersel.plan_checks import KEYS, list_setting_differences
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.selection.plan import Plan
+from axolotl_layersel.selection.plan_checks import KEYS, list_setting_differences
+from axolotl_layersel.selection.plan_file import read_plan
+from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 

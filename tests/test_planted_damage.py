@@ -5,11 +5,11 @@ import torch
 from conftest import make_trainer
 from peft import LoraConfig, get_peft_model
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.l1ra.args import L1RAArgs
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
 from axolotl_layersel.l1ra.callback import RankCallback
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.training.prepare import prepare_trainer
 from benchmarks.planted import (
     LAYERS,
     LINEARS,

@@ -17,12 +17,12 @@ from test_args import VALUES
 from transformers import BartConfig, BertConfig, LlamaConfig, T5Config, TrainingArguments
 
 from axolotl_layersel import __version__
-from axolotl_layersel.agreement import ADAPTER_SETTINGS, AGREEING_KEYS, ARGUMENTS
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plain_lora import GPU_KERNELS, LORA_KERNELS, check_kernels
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.gate_requirements import GPU_KERNELS, LORA_KERNELS, check_kernels
+from axolotl_layersel.config.textual import PLUGIN
 from axolotl_layersel.plugin import LayerSelectionPlugin
-from axolotl_layersel.preflight import loads_encoder_decoder
-from axolotl_layersel.textual import PLUGIN
+from axolotl_layersel.training.preflight import loads_encoder_decoder
+from axolotl_layersel.training.process_agreement import ADAPTER_SETTINGS, AGREEING_KEYS, ARGUMENTS
 
 
 @hypothesis.settings(max_examples=200, deadline=None)

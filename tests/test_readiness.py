@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from test_adapter_switches import make_dpo, make_trained_lora
 from test_refusals import FILE, say_by_file
 
-from axolotl_layersel.args import LayerselArgs, LayerselBlock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselArgs, LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.training.prepare import prepare_trainer
 
 BLOCKS = {
     "selection": LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5)),

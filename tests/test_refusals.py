@@ -10,12 +10,12 @@ from generation import make_generating_trainer
 from pydantic import ValidationError
 from transformers import Trainer
 
-from axolotl_layersel.args import LayerselArgs, LayerselBlock
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.flexora import FlexoraArgs
+from axolotl_layersel.config.root import LayerselArgs, LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
 from axolotl_layersel.engines import load_class
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs
+from axolotl_layersel.training.prepare import prepare_trainer
 
 FILE = {"plugins": ["axolotl_layersel.LayerSelectionPlugin"], "adapter": "lora", "lora_r": 4, "lora_alpha": 8}
 FLEXORA = {"selection": {"method": "flexora", "flexora": {"steps": 4, "val_samples": 4}}}

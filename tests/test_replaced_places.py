@@ -15,15 +15,16 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 import axolotl_layersel
-from axolotl_layersel import kernels, saving
-from axolotl_layersel.adapters import KEEPING_METHODS
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.l1ra.args import L1RAArgs
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.selection.likelihood import replaying
-from axolotl_layersel.selection.passes import scoring
-from axolotl_layersel.truncation import TruncatedBackward
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora import kernels
+from axolotl_layersel.lora.adapters import KEEPING_METHODS
+from axolotl_layersel.selection.backward_cut import TruncatedBackward
+from axolotl_layersel.selection.passes.forward import scoring
+from axolotl_layersel.selection.passes.likelihood import replaying
+from axolotl_layersel.training import saving
+from axolotl_layersel.training.prepare import prepare_trainer
 
 PACKAGE = str(Path(axolotl_layersel.__file__).parent)
 FREEZE = LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5, unselected="freeze"))

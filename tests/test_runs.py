@@ -10,8 +10,8 @@ import torch
 from conftest import BEST_IS_FIRST, ENGINES, ENVIRONMENT, ROOT, Run, RunsByEngine, selection
 from safetensors.torch import load_file
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.checkpoints import find_fault
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.training.checkpoints import find_fault
 
 KILLED = -9
 INTERRUPTED = 130

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runs import KILLED, difference, load_with_stock_peft
 
-from axolotl_layersel.lock import FILE
+from axolotl_layersel.training.lock import FILE
 
 
 @pytest.fixture(scope="module")

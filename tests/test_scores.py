@@ -23,7 +23,7 @@ from test_experts import make_base as make_mixture
 from test_experts import make_experts
 
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-from axolotl_layersel.layers import find_key
+from axolotl_layersel.lora.modules import find_key
 from axolotl_layersel.selection.choosing import Scores, choose_by_score
 from axolotl_layersel.selection.methods import fisher, gradient
 

@@ -9,13 +9,13 @@ from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from peft import PeftModel
 from test_adapter_switches import make_dpo, make_trained_lora
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs
-from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.selection.methods.flexora.args import FlexoraArgs
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.flexora import FlexoraArgs
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.training.prepare import prepare_trainer
 
 TOKENS = torch.arange(3, 33)[None]
 MOVING = L1RAArgs(update_ratio=0.2, move_ratio=0.3)

@@ -12,9 +12,9 @@ from test_plan import make_plan
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
-from axolotl_layersel.l1ra.records import RankHistory, ranks_path
-from axolotl_layersel.plan import plan_path, write_plan
-from axolotl_layersel.selection.methods.flexora.records import gates_path
+from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path
+from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.selection.plan_file import write_plan
 
 TOO_LONG = "n" * 5000
 

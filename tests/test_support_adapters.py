@@ -11,7 +11,7 @@ from conftest import make_lora, make_small_llama, make_trainer
 from support import COLUMNS, L1RA, try_every_method
 from test_experts import make_base, make_experts
 
-from axolotl_layersel.initialisation import REFUSED
+from axolotl_layersel.config.initialisation import REFUSED
 
 BATCH = {"input_ids": torch.arange(3, 23)[None]}
 # As wide as bitsandbytes' blocks.

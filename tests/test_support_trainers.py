@@ -15,8 +15,8 @@ from test_refusals import FILE, say_by_file
 from test_runs import load_with_stock_peft
 
 from axolotl_layersel import L1RAConfig, LayerselConfig
-from axolotl_layersel.args import LayerselArgs
-from axolotl_layersel.selection.methods import METHODS
+from axolotl_layersel.config.methods import METHODS
+from axolotl_layersel.config.root import LayerselArgs
 
 PLUGINS = [
     "cpu_engines.CpuEnginesPlugin",

@@ -3,8 +3,8 @@ import torch
 import transformers
 from conftest import make_lora, make_small_bert, make_small_llama
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.targets import (
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.selection.data.label_alignment import (
     NEXT_TOKEN,
     ROW,
     SAME_TOKEN,

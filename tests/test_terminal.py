@@ -11,11 +11,12 @@ from test_plan import make_plan
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.common.terminal import make_console
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.plan import plan_path, write_plan
+from axolotl_layersel.selection.plan_file import write_plan
 from axolotl_layersel.selection.report import print_plan
-from axolotl_layersel.terminal import make_console
 
 MODULE = "model.layers.0.self_attn.q_proj"
 SHOW = "import sys; from axolotl_layersel.cli.main import app; app(['show', sys.argv[1]])"
@@ -23,8 +24,8 @@ TRAIN = """
 import sys
 from pathlib import Path
 from conftest import make_lora, make_small_llama, make_trainer
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.training.prepare import prepare_trainer
 block = {"selection": {"method": "cka", "num_samples": 8}, "l1ra": {"update_ratio": 0.2}}
 trainer = make_trainer(make_lora(make_small_llama(2)), Path(sys.argv[1]), max_steps=12)
 prepare_trainer(trainer, LayerselBlock.model_validate(block))

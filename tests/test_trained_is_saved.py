@@ -7,11 +7,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.training.prepare import prepare_trainer
 
 TOKENS = torch.arange(3, 33)[None]
 BLOCKS = {

@@ -23,10 +23,10 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from axolotl_layersel import trainers
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.engines import trainers
+from axolotl_layersel.training.prepare import prepare_trainer
 
 COUNTER = "early_stopping_patience_counter"
 # What Axolotl pins, and what else was looked at, see docs/compatibility.md.

@@ -10,8 +10,8 @@ from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from axolotl_layersel.run import Run
-from axolotl_layersel.trial import compress_steps, run_trial
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.selection.methods.flexora.trial_training import compress_steps, run_trial
 
 pytestmark = pytest.mark.trains
 

@@ -4,12 +4,12 @@ from conftest import CHECKPOINTING, make_lora, make_rows, make_small_llama, make
 from first_step import FirstGradients, train_first_step
 from generation import make_generating_trainer
 
-from axolotl_layersel.adapters import initialize_lora
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.truncation import find_lowest_trained
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.adapters import initialize_lora
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.selection.backward_cut import find_lowest_trained
+from axolotl_layersel.training.prepare import prepare_trainer
 
 
 def train_one_step(folder, checkpointing: str, truncate: bool) -> FirstGradients:

@@ -4,8 +4,8 @@ import pytest
 from conftest import make_lora, make_small_bert, make_small_llama
 from test_layers import make_gpt2, make_mixtral
 
-from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.units import UNITS, find_units
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.selection.units import UNITS, find_units
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

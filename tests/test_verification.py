@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from axolotl_layersel import layouts, verification
-from axolotl_layersel import tensors as tensors_file
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layouts import Factors
+from axolotl_layersel.common import tensors as tensors_file
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.lora import layouts, verification
+from axolotl_layersel.lora.factors import Factors, fold
 
 NAME = "base_model.model.layer.proj.lora_B.weight"
 
@@ -145,13 +145,13 @@ def test_rounding_alone_is_allowed_in_what_a_module_adds(rank, seed, scaling, dt
         torch.randn(rank, 40, generator=generator).to(dtype), torch.randn(30, rank, generator=generator).to(dtype)
     )
     gates = torch.rand(rank, generator=generator) / 2  # far from 1, which they would be left out as
-    stored = layouts.fold(live, scaling, gates)
+    stored = fold(live, scaling, gates)
     path = Path("file")
     verification.check_update(path, "proj", live, scaling, gates, stored, 1.0)
     verification.check_update(path, "proj", live, scaling, None, live, scaling)
     for wrong, factor in [
         (stored, 1.05),
-        (layouts.fold(live, scaling), 1.0),
+        (fold(live, scaling), 1.0),
         (Factors(live.down.roll(1, 1), stored.up), 1),
     ]:
         with pytest.raises(LayerselError, match=r"LoRA on proj adds up to .* where rounding explains"):

@@ -100,7 +100,7 @@ def test_no_checkpoint_is_written_from_a_gate_that_is_no_number(tmp_path):
     trainer = make_trainer(make_lora(make_small_llama(2)), tmp_path, max_steps=10)
     prepare_trainer(trainer, LayerselConfig(l1ra=L1RAConfig()))
     (ranks,) = (each.ranks for each in trainer.callback_handler.callbacks if isinstance(each, RankCallback))
-    ranks.exp_avg_sq[3] = torch.nan
+    ranks.components.exp_avg_sq[3] = torch.nan
     with pytest.raises(LayerselError, match=r"model\.layers\.0\.self_attn\.q_proj is NaN or infinite"):
         trainer.save_adapter(tmp_path / "checkpoint-1")
     assert not (tmp_path / "checkpoint-1").exists()

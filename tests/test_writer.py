@@ -14,16 +14,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_verification import leave_one_out, round_one, spoil_one, zero_one
 
-from axolotl_layersel import adapters, layouts
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
 from axolotl_layersel.l1ra.callback import RankCallback
-from axolotl_layersel.layers import find_lora_modules, get_config
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.writer import AdapterWriter
+from axolotl_layersel.lora import adapters, layouts
+from axolotl_layersel.lora.modules import find_lora_modules, get_config
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.writer import AdapterWriter
+from axolotl_layersel.training.prepare import prepare_trainer
 
 MOVING = LayerselBlock(l1ra=L1RAArgs(update_ratio=0.2, last_update=1.0))
 CHOSEN = LayerselBlock(selection=SelectionArgs(method="explicit", layers=[1, 4]))
@@ -222,7 +222,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_writer import BLOCKS, prepare
-from axolotl_layersel.layouts import export_adapter
+from axolotl_layersel.lora.export import export_adapter
 
 for name, block in BLOCKS.items():
     folder = Path(sys.argv[2]) / name

@@ -1,1 +1,1 @@
-"""The command line: ``main`` is what a user calls, ``worker`` runs in the processes that ``plan`` launches."""
+"""The command ``axolotl-layersel``, and the pictures that it draws."""

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.block import list_plugins, quote
-from axolotl_layersel.ending import describe_error
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.files import read_json
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.textual import read_yaml
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.files import read_json
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.strict_block import list_plugins, quote
+from axolotl_layersel.config.textual import read_yaml
+from axolotl_layersel.training.ending import describe_error
 
 
 def check_config(path: Path) -> str:
@@ -26,7 +26,7 @@ def check_config(path: Path) -> str:
     Raises:
         SystemExit: where something is refused, after it was told.
     """
-    from axolotl_layersel.ending import tell
+    from axolotl_layersel.training.ending import tell
 
     try:
         settings = load_settings(path)
@@ -46,7 +46,7 @@ def load_settings(path: Path) -> LayerselBlock:
     from axolotl.cli import config
     from axolotl.utils.dict import DictDefault
 
-    from axolotl_layersel.preflight import check_before_model, read_settings
+    from axolotl_layersel.training.preflight import check_before_model, read_settings
 
     data = read_yaml(path) or {}
     if isinstance(data.get("deepspeed"), str):

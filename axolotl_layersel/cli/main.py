@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from axolotl_layersel import __version__
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.terminal import clean, make_encodable, say
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.terminal import clean, make_encodable, say
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -55,7 +55,7 @@ def plan(
 ) -> None:
     """Select layers and write the plan, without training. Arguments after -- go to the launcher."""
     from axolotl_layersel.cli.starting import find_launcher
-    from axolotl_layersel.textual import check_file
+    from axolotl_layersel.config.textual import check_file
 
     check_early(config, check_file)
 
@@ -77,7 +77,7 @@ def plan(
 def check(config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")]) -> None:
     """Say what is wrong with a YAML file, as far as it can be known without the model and the data."""
     from axolotl_layersel.cli.checking import check_config
-    from axolotl_layersel.textual import check_plugin
+    from axolotl_layersel.config.textual import check_plugin
 
     check_early(config, check_plugin)
     say(check_config(config))
@@ -93,7 +93,7 @@ def check_early(config: Path, check: Callable[[Path], None]) -> None:
     Raises:
         typer.Exit: where the file cannot be honoured.
     """
-    from axolotl_layersel.ending import collect, describe_error
+    from axolotl_layersel.training.ending import collect, describe_error
 
     if not os.path.isfile(config):
         fail(f"{config} does not exist. Give the path of an Axolotl YAML file.")
@@ -115,11 +115,12 @@ def show(
 
     Of a run with both ranks and a search, the picture of the gates has -gates in its name.
     """
-    from axolotl_layersel.l1ra.records import RankHistory, ranks_path
+    from axolotl_layersel.cli.pictures import check_picture, draw_gates, draw_ranks
+    from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path
+    from axolotl_layersel.l1ra.records import RankHistory
     from axolotl_layersel.l1ra.report import print_ranks
-    from axolotl_layersel.pictures import check_picture, draw_gates, draw_ranks
-    from axolotl_layersel.plan import plan_path, read_plan
-    from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
+    from axolotl_layersel.selection.gate_history import GateHistory
+    from axolotl_layersel.selection.plan_file import read_plan
     from axolotl_layersel.selection.report import print_plan
 
     is_folder = os.path.isdir(path)  # which, unlike Path.is_dir, raises for no name, however long
@@ -173,7 +174,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a LoRA adapter in a layout that other programs read, with the same result."""
-    from axolotl_layersel.layouts import export_adapter, find_vllm_rank
+    from axolotl_layersel.lora.export import export_adapter, find_vllm_rank
 
     # Not in a folder of the run, which would look like a checkpoint or an adapter of its own.
     place = Path(os.path.realpath(adapter))  # which, unlike Path.resolve, raises for no loop of links

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from axolotl_layersel.engines.refusals import find_engine_name
-from axolotl_layersel.textual import read_yaml
+from axolotl_layersel.config.engines import find_engine_name
+from axolotl_layersel.config.textual import read_yaml
 
 
 def find_launcher(config: Path, arguments: Sequence[str]) -> str:

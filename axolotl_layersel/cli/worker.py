@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from axolotl_layersel.ending import describe_error, end_in_sentences, tell
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.plan import plan_path
-from axolotl_layersel.terminal import say
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.common.terminal import say
+from axolotl_layersel.training.ending import describe_error, end_in_sentences, tell
 
 
 def plan_alone(config: str, repeat: int = 1) -> Path:

@@ -9,8 +9,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-from axolotl_layersel.engines.refusals import check_parallelism
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.engines import check_parallelism
 
 if TYPE_CHECKING:
     from transformers import Trainer

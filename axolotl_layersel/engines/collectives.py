@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
 
 T = TypeVar("T")
 

@@ -31,11 +31,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines.base import Engine, multiply_rows, name_random_state
 from axolotl_layersel.engines.collectives import add_up, count_ranks
 from axolotl_layersel.engines.edits import Edit, edit_data
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.trainers import get_model
+from axolotl_layersel.engines.trainers import get_model
 
 LOG = logging.getLogger("axolotl.layersel")
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_config
 
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.engines import check_disk
 from axolotl_layersel.engines.base import Engine, move, name_random_state
 from axolotl_layersel.engines.collectives import get_rank
 from axolotl_layersel.engines.edits import Edit, fill
 from axolotl_layersel.engines.moments import NAMES, find_maps, find_moments, unwrap_optimizer
-from axolotl_layersel.engines.refusals import check_disk
-from axolotl_layersel.errors import LayerselError
 
 
 class DeepSpeedEngine(Engine):

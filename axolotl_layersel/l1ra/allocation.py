@@ -1,13 +1,7 @@
 """Which rank components a round prunes and where the freed rank goes (L1RA, section 3.2); no tensors, no processes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-# What one component of each module takes of the budget, by the kind of budget, from its number of parameters.
-BUDGETS: dict[str, Callable[[Mapping[str, int]], dict[str, int]]] = {
-    "rank": lambda parameters: dict.fromkeys(parameters, 1),
-    "parameters": dict,
-}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from axolotl_layersel import adapters
-from axolotl_layersel.engines import collectives
-from axolotl_layersel.engines.moments import find_library
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import (
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.gate_requirements import check_generation
+from axolotl_layersel.config.l1ra import (
     OPTIMIZERS,
     L1RAArgs,
     check_bounds,
@@ -22,8 +20,13 @@ from axolotl_layersel.l1ra.args import (
     find_room,
     refuse_optimizer,
 )
-from axolotl_layersel.l1ra.schedule import check_run_length
-from axolotl_layersel.layers import (
+from axolotl_layersel.config.schedule import check_run_length
+from axolotl_layersel.engines import collectives
+from axolotl_layersel.engines.moments import find_library
+from axolotl_layersel.engines.trainers import check_no_optimizer, count_optimizer_steps, uses_vllm
+from axolotl_layersel.lora import adapters
+from axolotl_layersel.lora.factors import Factors, find_used
+from axolotl_layersel.lora.modules import (
     find_lora_modules,
     get_adapter_name,
     get_base_model,
@@ -31,11 +34,8 @@ from axolotl_layersel.layers import (
     get_linears,
     list_linear,
 )
-from axolotl_layersel.layouts import Factors, find_used
-from axolotl_layersel.plain_lora import check_generation
-from axolotl_layersel.resizing import check_trained_rank, describe_ranks, resize_linear, set_ranks
-from axolotl_layersel.run import Run
-from axolotl_layersel.trainers import check_no_optimizer, count_optimizer_steps, uses_vllm
+from axolotl_layersel.lora.resizing import check_trained_rank, describe_ranks, resize_linear, set_ranks
+from axolotl_layersel.lora.run import Run
 
 
 def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> str:

@@ -5,15 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from axolotl_layersel.files import FOLDER, format_csv, parse_count, parse_csv, read_parsed, write_atomically
+from axolotl_layersel.common.files import format_csv, parse_count, parse_csv, read_parsed, write_atomically
+from axolotl_layersel.common.paths import ranks_path
 
 FILE = "ranks.csv"
 HEADER = ["step", "module", "rank"]
-
-
-def ranks_path(folder: str | Path) -> Path:
-    """Return where the history of a run or checkpoint in ``folder`` lies."""
-    return Path(folder) / FOLDER / FILE
 
 
 @dataclass

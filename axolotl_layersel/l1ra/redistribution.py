@@ -11,23 +11,26 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from axolotl_layersel import adapters, layouts, trainers
-from axolotl_layersel.engines import collectives, edits
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import state_path
+from axolotl_layersel.common.randomness import draw_row
+from axolotl_layersel.config.experts import describe_gated_experts
+from axolotl_layersel.config.l1ra import BUDGETS, L1RAArgs, check_movable, check_share
+from axolotl_layersel.config.schedule import plan_updates
+from axolotl_layersel.engines import collectives, edits, trainers
 from axolotl_layersel.engines.moments import LEAVES_IDLE
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.experts import describe_gated_experts
-from axolotl_layersel.gates import Gates
-from axolotl_layersel.l1ra.allocation import BUDGETS, ModuleState, Moves
-from axolotl_layersel.l1ra.args import L1RAArgs, check_movable, check_share
+from axolotl_layersel.l1ra.allocation import Moves
 from axolotl_layersel.l1ra.capacity import Capacity
+from axolotl_layersel.l1ra.components import Components
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.report import print_ranks
 from axolotl_layersel.l1ra.rules import RULES, Rule
-from axolotl_layersel.l1ra.schedule import find_interval, plan_updates
-from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, state_path, write_state
-from axolotl_layersel.layers import count_component_parameters, find_key, get_linears, list_linear
-from axolotl_layersel.randomness import draw_row
-from axolotl_layersel.run import Run
+from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, write_state
+from axolotl_layersel.lora import adapters, layouts
+from axolotl_layersel.lora.factors import fold, split
+from axolotl_layersel.lora.gates import Gates
+from axolotl_layersel.lora.modules import count_component_parameters, find_key, get_linears, list_linear
+from axolotl_layersel.lora.run import Run
 
 LOG = logging.getLogger("axolotl.layersel")
 # By how much a step may let a gate differ between ranks. Their gradients are the same average, so only the arithmetic
@@ -44,11 +47,9 @@ class RankRedistribution:
 
     Attributes:
         gates: of the linear modules that train, in the order of the model.
+        components: their state: which take part, moments, and the pool.
         fixed: LoRA on the parameters of experts, by name, which trains at its rank.
-        active: which components take part, (components of all modules,), bool.
-        pool: what of the budget waits to be placed.
         history: ranks by step.
-        interval: optimizer steps from one update to the next.
         rule: by what rank moves; there is none before ``start``.
     """
 
@@ -57,7 +58,7 @@ class RankRedistribution:
     def __init__(self, run: Run, settings: L1RAArgs, capacity: Capacity) -> None:
         self.run = run
         self.settings = settings
-        self.lora_r, self.max_rank = capacity.lora_r, capacity.max_rank
+        self.lora_r = capacity.lora_r
         trained = {
             name: module
             for name, module in run.lora_modules.items()
@@ -71,18 +72,11 @@ class RankRedistribution:
         self.parameters_per_component = {
             name: count_component_parameters(module, run.adapter) for name, module in self.modules.items()
         }
-        self.gates = Gates({name: [down] for name, (down, _) in self.linears.items()}, self.max_rank, run.device)
-        self.active = torch.zeros_like(self.gates.values, dtype=torch.bool)
-        for name, part in self.gates.parts.items():
-            self.active[part][capacity.slots[name]] = True
-        self.gates.values.copy_(self.active)
-        self.exp_avg = torch.zeros_like(self.gates.values)
-        self.exp_avg_sq = torch.zeros_like(self.gates.values)
-        self.steps = torch.zeros_like(self.active, dtype=torch.int64)
-        self.pool = 0
-        self.history = RankHistory({0: self.ranks()})
+        self.gates = Gates({name: [down] for name, (down, _) in self.linears.items()}, capacity.max_rank, run.device)
+        costs = BUDGETS[settings.budget](self.parameters_per_component)
+        self.components = Components(self.gates, capacity.slots, costs, capacity.max_rank)
+        self.history = RankHistory({0: self.components.ranks()})
         self.update_steps: set[int] = set()
-        self.interval = 1
         self.expect_gradients: set[str] = set()
         # Gates that stay at 1 cost a step nothing where A's gradients say what theirs would be.
         leaves_idle = capacity.library in LEAVES_IDLE
@@ -94,30 +88,10 @@ class RankRedistribution:
 
     # --- What there is ------------------------------------------------------------------------------------------------
 
-    def ranks(self) -> dict[str, int]:
-        """Return the rank of every module."""
-        return dict(zip(self.gates.parts, self.active.view(-1, self.max_rank).sum(dim=1).tolist()))
-
-    def describe_modules(self) -> dict[str, ModuleState]:
-        """Return what the allocation needs to know."""
-        values, active, costs = self.gates.values.tolist(), self.active.tolist(), self.list_costs()
-        return {
-            name: ModuleState(
-                gates={i - part.start: values[i] for i in range(part.start, part.stop) if active[i]},
-                cost=costs[name],
-                capacity=self.max_rank,
-            )
-            for name, part in self.gates.parts.items()
-        }
-
-    def list_costs(self) -> dict[str, int]:
-        """Return what one component of each module takes of the budget."""
-        return BUDGETS[self.settings.budget](self.parameters_per_component)
-
     def count_parameters(self) -> tuple[int, int]:
         """Return the trainable LoRA parameters in use, and those that the modules have room for."""
-        in_use = sum(rank * self.parameters_per_component[name] for name, rank in self.ranks().items())
-        room = sum(self.max_rank * count for count in self.parameters_per_component.values())
+        in_use = sum(rank * self.parameters_per_component[name] for name, rank in self.components.ranks().items())
+        room = sum(self.components.max_rank * count for count in self.parameters_per_component.values())
         fixed = self.count_fixed_parameters()
         return in_use + fixed, room + fixed
 
@@ -128,10 +102,10 @@ class RankRedistribution:
 
     def check_movable(self) -> None:
         """Raise LayerselError where no rank could ever move."""
-        ranks, costs = self.ranks(), self.list_costs()
+        ranks, costs = self.components.ranks(), self.components.costs
         if not ranks:
             raise LayerselError("layersel.l1ra: no LoRA module trains, so there is no rank to move. Let some train.")
-        check_movable(self.settings, ranks.values(), self.max_rank, len(ranks) > 1)
+        check_movable(self.settings, ranks.values(), self.components.max_rank, len(ranks) > 1)
         check_share(self.settings, sum(rank * costs[name] for name, rank in ranks.items()), min(costs.values()))
 
     # --- Training -----------------------------------------------------------------------------------------------------
@@ -140,7 +114,6 @@ class RankRedistribution:
         """Settle when rank moves in a run of ``steps`` optimizer steps, and say so."""
         settings = self.settings
         self.update_steps = set(plan_updates(steps, settings))
-        self.interval = find_interval(steps, settings.update_ratio)
         self.rule = RULES[settings.rule](settings, steps)
         if collectives.get_rank() == 0:
             self.announce(steps)
@@ -166,7 +139,7 @@ class RankRedistribution:
             "layersel: %s trainable LoRA parameters in use; %s counts the room for rank %d in every module",
             f"{in_use:,}",
             f"{capacity:,}",
-            self.max_rank,
+            self.components.max_rank,
         )
         if self.fixed:
             LOG.info(
@@ -197,7 +170,7 @@ class RankRedistribution:
         """
         if self.is_attached:
             self.gates.average_gradient()
-        self.rule.step(self)
+        self.rule.step(self.components)
         self.gates.clear_gradient()
         if look or step in self.update_steps:
             self.check_finite(step)
@@ -207,7 +180,7 @@ class RankRedistribution:
     def check_finite(self, step: int) -> None:
         """Raise LayerselError naming the module of a gate that is NaN or infinite."""
         # A gradient that is not finite, or whose square overflows, shows in the second moment.
-        bad = ~(self.gates.values.isfinite() & self.exp_avg_sq.isfinite())
+        bad = ~(self.gates.values.isfinite() & self.components.exp_avg_sq.isfinite())
         if bad.any():
             name = self.gates.name_component(int(bad.nonzero()[0]))
             raise LayerselError(
@@ -219,11 +192,11 @@ class RankRedistribution:
         """Move rank after optimizer step ``step``."""
         self.settle(step)
         self.check_gradients(step)
-        moves = self.rule.decide(self, step)
+        moves = self.rule.decide(self.components, step)
         self.apply(moves, step)
-        ranks = self.history.ranks[step] = self.ranks()
+        ranks = self.history.ranks[step] = self.components.ranks()
         numbers = describe_update(
-            ranks, self.parameters_per_component, self.pool, moves.count_pruned(), moves.count_added()
+            ranks, self.parameters_per_component, self.components.pool, moves.count_pruned(), moves.count_added()
         )
         numbers["layersel/trainable_parameters_in_use"] += self.count_fixed_parameters()
         # Logging clears the flag by which the Trainer would log the step's loss.
@@ -242,7 +215,7 @@ class RankRedistribution:
         """
         if self.settings.gate_lr == 0:
             return
-        without = [name for name, part in self.gates.parts.items() if not self.exp_avg_sq[part].any()]
+        without = [name for name, part in self.gates.parts.items() if not self.components.exp_avg_sq[part].any()]
         late = [name for name in without if name in self.expect_gradients]
         if late:
             raise LayerselError(
@@ -281,15 +254,8 @@ class RankRedistribution:
                 engine.zero_moments(up, changed, dim=1)
             emptied += (part.start + changed).tolist()
             filled += [part.start + slot for slot in added]
-        self.set_components(emptied, 0, [self.gates.values, self.exp_avg, self.exp_avg_sq, self.steps, self.active])
-        self.set_components(filled, 1, [self.gates.values, self.active])
-        self.pool = moves.pool
-
-    def set_components(self, components: list[int], value: int, tensors: list[torch.Tensor]) -> None:
-        """Set ``components`` of flat tensors to ``value``."""
-        where = torch.tensor(components, dtype=torch.long, device=self.active.device)
-        for tensor in tensors:
-            tensor.index_fill_(0, where, value)
+        self.components.flip(emptied, filled)
+        self.components.pool = moves.pool
 
     def settle(self, step: int) -> None:
         """Let every rank's gates and their moments be rank 0's; every rank must call this.
@@ -300,7 +266,7 @@ class RankRedistribution:
         Raises:
             LayerselError: on every rank, if gates differ by more than rounding.
         """
-        shared = torch.stack([self.gates.values, self.exp_avg, self.exp_avg_sq])
+        shared = torch.stack([self.gates.values, self.components.exp_avg, self.components.exp_avg_sq])
         collectives.broadcast(shared)
         apart = (self.gates.values - shared[0]).abs()
         farthest = int(apart.argmax())
@@ -317,12 +283,16 @@ class RankRedistribution:
                 f"gate {component - self.gates.parts[name].start} of {name} is {value:.8g} on rank {differing[0]}, "
                 f"{float(shared[0, component]):.8g} on rank 0, where rounding explains {allowed:.1g}",
             )
-        for tensor, values in zip((self.gates.values, self.exp_avg, self.exp_avg_sq), shared):
+        for tensor, values in zip((self.gates.values, self.components.exp_avg, self.components.exp_avg_sq), shared):
             tensor.copy_(values)
 
     def check_agreement(self, moves: Moves, step: int) -> None:
         """Raise LayerselError, on every rank, unless all ranks come to the same moves of the same components."""
-        content = repr(moves).encode() + self.active.cpu().numpy().tobytes() + self.steps.cpu().numpy().tobytes()
+        content = (
+            repr(moves).encode()
+            + self.components.active.cpu().numpy().tobytes()
+            + self.components.steps.cpu().numpy().tobytes()
+        )
         differing = collectives.find_differing_ranks(hashlib.sha256(content).digest())
         if differing:
             self.refuse(differing, step, "from the same gates other components would be moved")
@@ -345,13 +315,13 @@ class RankRedistribution:
         """Prune a last time, and leave plain LoRA modules that compute the same; every rank must call this."""
         self.settle(step)
         closed = [name for name, part in self.gates.parts.items() if not self.gates.values[part].any()]
-        self.apply(self.rule.decide_last(self), step, training=False)
-        self.history.ranks[step] = self.ranks()
+        self.apply(self.rule.decide_last(self.components), step, training=False)
+        self.history.ranks[step] = self.components.ranks()
         for name, part in self.gates.parts.items():
             self.run.engine.edit_parameter(
                 self.linears[name][1].weight, edits.multiply_columns(self.gates.values[part].clone())
             )
-        self.gates.values.copy_(self.active)
+        self.gates.values.copy_(self.components.active)
         self.gates.detach()
         if collectives.get_rank() == 0:
             self.history.write(self.run.output_dir)
@@ -363,13 +333,13 @@ class RankRedistribution:
                     len(self.modules),
                     closed[0],
                 )
-            print_ranks(self.history.ranks[0], self.ranks())
+            print_ranks(self.history.ranks[0], self.components.ranks())
 
     # --- Files --------------------------------------------------------------------------------------------------------
 
     def fold(self, tensors: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
         """Return the plain adapter that computes what the gated modules compute, see ``layouts.lay_out``."""
-        factors, rest = layouts.split(tensors)
+        factors, rest = split(tensors)
         values, adapter = self.gates.values.cpu(), self.run.adapter
         modules = self.run.lora_modules
         linear = list_linear(modules)
@@ -377,7 +347,7 @@ class RankRedistribution:
         for name, pair in factors.items():
             part = self.gates.parts.get(name)
             gates = None if part is None else values[part]
-            plain = layouts.fold(pair, modules[name].scaling[adapter], gates)
+            plain = fold(pair, modules[name].scaling[adapter], gates)
             if name in linear:
                 folded[name] = plain
             else:  # its components are those of all experts, which stay as they are
@@ -390,21 +360,11 @@ class RankRedistribution:
         metadata = {
             STEP: str(self.run.trainer.state.global_step),
             "settings": self.settings.model_dump_json(),
-            "max_rank": str(self.max_rank),
+            "max_rank": str(self.components.max_rank),
             "modules": json.dumps(list(self.modules)),
-            "pool": str(self.pool),
+            "pool": str(self.components.pool),
         }
-        write_state(checkpoint, weights, self.gate_tensors(), self.history, metadata)
-
-    def gate_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the flat tensors that make up the state of the gates, by name."""
-        return {
-            "values": self.gates.values,
-            "exp_avg": self.exp_avg,
-            "exp_avg_sq": self.exp_avg_sq,
-            "steps": self.steps,
-            "active": self.active,
-        }
+        write_state(checkpoint, weights, self.components.list_tensors(), self.history, metadata)
 
     def restore(self, checkpoint: str | Path) -> None:
         """Let gates, ranks and their history be those of ``checkpoint``, from which the run resumes."""
@@ -417,8 +377,8 @@ class RankRedistribution:
             LayerselError: naming ``key``, if the checkpoint is damaged or of another run.
         """
         state = collectives.decide_on_rank_zero(lambda: self.read(checkpoint, key))
-        self.pool = state.pool
-        for name, tensor in self.gate_tensors().items():
+        self.components.pool = state.pool
+        for name, tensor in self.components.list_tensors().items():
             tensor.copy_(state.gates[name])
         return state
 
@@ -429,10 +389,10 @@ class RankRedistribution:
     def read(self, checkpoint: str | Path, key: str) -> State:
         """Return the state of a checkpoint, see ``restore_gates``."""
         state = read_state(checkpoint, self.settings, key)
-        if state.modules != list(self.modules) or state.max_rank != self.max_rank:
+        if state.modules != list(self.modules) or state.max_rank != self.components.max_rank:
             raise LayerselError(
                 f"{key}: {state_path(checkpoint)} is of a run with LoRA on other modules, or with room for rank "
-                f"{state.max_rank} in each, not {self.max_rank}. Resume a checkpoint of this run."
+                f"{state.max_rank} in each, not {self.components.max_rank}. Resume a checkpoint of this run."
             )
         return state
 

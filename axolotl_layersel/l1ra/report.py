@@ -6,8 +6,8 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_layersel.tables import arrange, cell
-from axolotl_layersel.terminal import make_console
+from axolotl_layersel.common.tables import arrange, cell
+from axolotl_layersel.common.terminal import make_console
 
 
 def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.schedule import AUTO_LAMBDA, find_interval, resolve_gate_lr, resolve_lambda
 from axolotl_layersel.l1ra import saliency
 from axolotl_layersel.l1ra.adame import step_gates
 from axolotl_layersel.l1ra.allocation import Moves, allocate, prune
-from axolotl_layersel.l1ra.args import L1RAArgs
+from axolotl_layersel.l1ra.components import Components
 from axolotl_layersel.l1ra.saliency import ModuleWorth
-from axolotl_layersel.l1ra.schedule import AUTO_LAMBDA, resolve_gate_lr, resolve_lambda
-
-if TYPE_CHECKING:
-    from axolotl_layersel.l1ra.redistribution import RankRedistribution
 
 LOG = logging.getLogger("axolotl.layersel")
 
@@ -27,13 +25,13 @@ class Rule(Protocol):
 
     moves_gates: ClassVar[bool]
 
-    def step(self, ranks: RankRedistribution) -> None:
+    def step(self, components: Components) -> None:
         """Take the averaged gradient of the gates into account, after each optimizer step."""
 
-    def decide(self, ranks: RankRedistribution, step: int) -> Moves:
+    def decide(self, components: Components, step: int) -> Moves:
         """Return the moves of the update after optimizer step ``step``."""
 
-    def decide_last(self, ranks: RankRedistribution) -> Moves:
+    def decide_last(self, components: Components) -> Moves:
         """Return what is taken out after the last step."""
 
     def describe(self) -> str:
@@ -47,27 +45,30 @@ class Saliency:
 
     def __init__(self, settings: L1RAArgs, steps: int) -> None:
         self.settings = settings
+        self.interval = find_interval(steps, settings.update_ratio)
 
-    def step(self, ranks: RankRedistribution) -> None:
-        saliency.observe_gradient(ranks.gates.gradient, ranks.exp_avg_sq, ranks.steps, ranks.active)
+    def step(self, components: Components) -> None:
+        saliency.observe_gradient(components.gates.gradient, components.exp_avg_sq, components.steps, components.active)
 
-    def decide(self, ranks: RankRedistribution, step: int) -> Moves:
+    def decide(self, components: Components, step: int) -> Moves:
         # What was there from the first step on has had all the time that there was.
-        grown = min(saliency.GRACE * ranks.interval, step)
-        worth, costs = saliency.find_saliency(ranks.exp_avg_sq, ranks.steps).tolist(), ranks.list_costs()
-        active, counts = ranks.active.tolist(), ranks.steps.tolist()
+        grown = min(saliency.GRACE * self.interval, step)
+        worth, costs = saliency.find_saliency(components.exp_avg_sq, components.steps).tolist(), components.costs
+        active, counts = components.active.tolist(), components.steps.tolist()
         modules = {}
-        for name, part in ranks.gates.parts.items():
+        for name, part in components.gates.parts.items():
             used = [i for i in range(part.start, part.stop) if active[i]]
             old = {i - part.start: worth[i] / costs[name] for i in used if counts[i] >= grown}
             young = frozenset(i - part.start for i in used if counts[i] < grown)
-            modules[name] = ModuleWorth(old, young, costs[name], ranks.max_rank)
+            modules[name] = ModuleWorth(old, young, costs[name], components.max_rank)
         # Components that pay for one of another cost take less than both together.
         least = 2 * max(costs.values()) - 1 if self.settings.move_ratio is None else 0
-        return saliency.move_rank(modules, ranks.pool, self.settings.get("move_ratio"), self.settings.min_rank, least)
+        return saliency.move_rank(
+            modules, components.pool, self.settings.get("move_ratio"), self.settings.min_rank, least
+        )
 
-    def decide_last(self, ranks: RankRedistribution) -> Moves:
-        return Moves({}, {}, ranks.pool)
+    def decide_last(self, components: Components) -> Moves:
+        return Moves({}, {}, components.pool)
 
     def describe(self) -> str:
         return f"by saliency, at most {self.settings.get('move_ratio'):.3g} of it at a time"
@@ -90,33 +91,33 @@ class Pressure:
                 AUTO_LAMBDA / steps,
             )
 
-    def step(self, ranks: RankRedistribution) -> None:
+    def step(self, components: Components) -> None:
         step_gates(
-            ranks.gates.values,
-            ranks.gates.gradient,
-            ranks.exp_avg,
-            ranks.exp_avg_sq,
-            ranks.steps,
-            ranks.active,
+            components.gates.values,
+            components.gates.gradient,
+            components.exp_avg,
+            components.exp_avg_sq,
+            components.steps,
+            components.active,
             self.gate_lr,
             self.l1_lambda,
         )
 
-    def decide(self, ranks: RankRedistribution, step: int) -> Moves:
+    def decide(self, components: Components, step: int) -> Moves:
         settings = self.settings
         return allocate(
-            ranks.describe_modules(),
-            ranks.pool,
+            components.describe_modules(),
+            components.pool,
             settings.get("prune_threshold"),
             settings.min_rank,
             settings.get("reassign"),
             settings.get("exclude_pruned"),
         )
 
-    def decide_last(self, ranks: RankRedistribution) -> Moves:
+    def decide_last(self, components: Components) -> Moves:
         # Rank that is freed now is not placed again, because no step is left to train it.
-        pruned = prune(ranks.describe_modules(), self.settings.get("prune_threshold"), self.settings.min_rank)
-        return Moves(pruned, {}, ranks.pool)
+        pruned = prune(components.describe_modules(), self.settings.get("prune_threshold"), self.settings.min_rank)
+        return Moves(pruned, {}, components.pool)
 
     def describe(self) -> str:
         auto = " (auto)" if self.settings.get("l1_lambda") == "auto" else ""

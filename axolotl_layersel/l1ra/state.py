@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.files import FOLDER, parse_count, parse_json, reading, refuse, replace_atomically
-from axolotl_layersel.l1ra.allocation import BUDGETS
-from axolotl_layersel.l1ra.args import L1RAArgs
-from axolotl_layersel.l1ra.records import RankHistory, ranks_path
-from axolotl_layersel.tensors import load_tensors, save_tensors
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.files import parse_count, parse_json, reading, refuse, replace_atomically
+from axolotl_layersel.common.paths import ranks_path, state_path
+from axolotl_layersel.common.tensors import load_tensors, save_tensors
+from axolotl_layersel.config.l1ra import BUDGETS, L1RAArgs
+from axolotl_layersel.l1ra.records import RankHistory
 
 STATE_FILE = "state.safetensors"
 SCHEMA_VERSION = "1"
@@ -46,11 +46,6 @@ class State:
     gates: dict[str, torch.Tensor]
     pool: int
     history: RankHistory
-
-
-def state_path(checkpoint: str | Path) -> Path:
-    """Return where the state of a checkpoint lies."""
-    return Path(checkpoint) / FOLDER / STATE_FILE
 
 
 def write_state(

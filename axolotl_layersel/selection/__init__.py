@@ -1,1 +1,1 @@
-"""Choosing layers before training: ``select`` decides and applies, ``methods`` holds a file for each method."""
+"""Choosing the layers that get an adapter, and the rank of each module."""

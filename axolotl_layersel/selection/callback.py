@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from axolotl_layersel.layer_names import split_name
-from axolotl_layersel.layers import LayerStack
-from axolotl_layersel.plan import Plan
-from axolotl_layersel.run import Run
-from axolotl_layersel.truncation import TruncatedBackward
+from axolotl_layersel.config.layer_names import split_name
+from axolotl_layersel.lora.layers import LayerStack
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.selection.backward_cut import TruncatedBackward
+from axolotl_layersel.selection.plan import Plan
 
 
 class LayerSelectionCallback(TrainerCallback):

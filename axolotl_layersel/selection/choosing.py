@@ -10,19 +10,26 @@ from statistics import mean
 
 import torch
 
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.layer_names import (
+    ENCODER_DECODER,
+    STACKS,
+    LayerName,
+    format_names,
+    name_layers,
+    split_name,
+)
+from axolotl_layersel.config.methods import LABELS, Method, get_method
+from axolotl_layersel.config.selection import MAX_RANK_FACTOR, ResolvedSelection, Token, check_room, count_share
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layer_names import ENCODER_DECODER, STACKS, LayerName, format_names, name_layers, split_name
-from axolotl_layersel.layers import LayerStack
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import MAX_RANK_FACTOR, ResolvedSelection, Token, check_room, count_share
-from axolotl_layersel.selection.calibration import Sample, fingerprint, read_samples
-from axolotl_layersel.selection.collated import read_collated
-from axolotl_layersel.selection.decoding import give_decoder_inputs
-from axolotl_layersel.selection.labelling import label_samples
-from axolotl_layersel.selection.methods import LABELS, Method, get_method
-from axolotl_layersel.selection.methods.flexora.records import GateHistory
-from axolotl_layersel.units import Unit, find_units
+from axolotl_layersel.lora.layers import LayerStack
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.selection.data.batch_rows import read_collated
+from axolotl_layersel.selection.data.calibration import Sample, fingerprint, read_samples
+from axolotl_layersel.selection.data.collator_labels import label_samples
+from axolotl_layersel.selection.data.decoder_inputs import give_decoder_inputs
+from axolotl_layersel.selection.gate_history import GateHistory
+from axolotl_layersel.selection.units import Unit, find_units
 
 
 @dataclass(frozen=True)

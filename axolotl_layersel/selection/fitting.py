@@ -6,15 +6,15 @@ from typing import Any
 
 from transformers import Trainer
 
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.methods import get_method, list_data_free
+from axolotl_layersel.config.selection import ResolvedSelection, SelectionArgs
 from axolotl_layersel.engines.collectives import get_rank
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import ResolvedSelection, SelectionArgs
-from axolotl_layersel.selection.calibration import check_indexable
+from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.choosing import Selection
-from axolotl_layersel.selection.methods import get_method, list_data_free
+from axolotl_layersel.selection.data.calibration import check_indexable
+from axolotl_layersel.selection.data.label_alignment import find_kind
 from axolotl_layersel.selection.methods.flexora.validation import draw_labelled, find_least
-from axolotl_layersel.targets import find_kind
 
 LOG = logging.getLogger("axolotl.layersel")
 

@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.facts import find_text_config, read_fact
-from axolotl_layersel.plan import Plan
-from axolotl_layersel.selection.calibration import fingerprint, read_row
-from axolotl_layersel.selection.collated import Collate, read_collated
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.facts import find_text_config, read_fact
+from axolotl_layersel.selection.data.batch_rows import Collate, read_collated
+from axolotl_layersel.selection.data.calibration import fingerprint, read_row
 from axolotl_layersel.selection.methods.flexora.validation import join_eval_sets
+from axolotl_layersel.selection.plan import Plan
 
 # What sets models of one name apart. Not the vocabulary, which a run may extend, nor what quantisation changes.
 SHAPE = (

@@ -8,12 +8,12 @@ import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import count_component_parameters
-from axolotl_layersel.plan import Budget
-from axolotl_layersel.selection.args import check_forced, find_budget
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.selection import check_forced, find_budget
+from axolotl_layersel.lora.modules import count_component_parameters
 from axolotl_layersel.selection.choosing import Choice, Selection
-from axolotl_layersel.units import Unit
+from axolotl_layersel.selection.plan import Budget
+from axolotl_layersel.selection.units import Unit
 
 LOG = logging.getLogger("axolotl.layersel")
 # A score of so small a share of the largest one counts as zero: it could not get any rank.

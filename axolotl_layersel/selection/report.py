@@ -3,11 +3,11 @@
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_layersel.layer_names import find_layer
-from axolotl_layersel.plan import Budget, Plan, Stability, Tower
-from axolotl_layersel.selection.args import Token
-from axolotl_layersel.tables import arrange, cell
-from axolotl_layersel.terminal import clean, make_console, make_encodable
+from axolotl_layersel.common.tables import arrange, cell
+from axolotl_layersel.common.terminal import clean, make_console, make_encodable
+from axolotl_layersel.config.layer_names import find_layer
+from axolotl_layersel.config.selection import Token
+from axolotl_layersel.selection.plan import Budget, Plan, Stability, Tower
 
 BAR_WIDTH = 24
 FULL_BLOCK = "█"

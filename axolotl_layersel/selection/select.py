@@ -9,51 +9,45 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from axolotl_layersel import adapters, trainers
-from axolotl_layersel.agreement import find_version
-from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.facts import read_fact
-from axolotl_layersel.files import FOLDER
-from axolotl_layersel.initialisation import changes_base, check_redrawn, check_supported, describe_continued
-from axolotl_layersel.interrupt import ending_on_signal
-from axolotl_layersel.l1ra.capacity import Capacity, start_from
-from axolotl_layersel.layers import LayerStack, count_component_parameters, find_layer_stack
-from axolotl_layersel.plan import (
-    LayerChoice,
-    Plan,
-    Stability,
-    Tower,
-    check_checkpoint,
-    plan_path,
-    read_plan,
-    write_plan,
-)
-from axolotl_layersel.plan_checks import (
-    ModelFacts,
-    check_reuse,
-    find_plan_cost,
-    list_model_differences,
-    list_setting_differences,
-)
-from axolotl_layersel.resizing import set_ranks
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import (
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import FOLDER, gates_path, plan_path
+from axolotl_layersel.common.versions import find_version
+from axolotl_layersel.config.facts import read_fact
+from axolotl_layersel.config.initialisation import changes_base, check_redrawn, check_supported, describe_continued
+from axolotl_layersel.config.methods import get_method, list_data_free
+from axolotl_layersel.config.selection import (
     DEFAULT_STACKS,
     DEFAULT_UNSELECTED,
     ResolvedSelection,
     SelectionArgs,
     describe_sharded_ranks,
 )
+from axolotl_layersel.engines import trainers
+from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
+from axolotl_layersel.engines.signals import ending_on_signal
+from axolotl_layersel.l1ra.capacity import Capacity, start_from
+from axolotl_layersel.lora import adapters
+from axolotl_layersel.lora.layers import LayerStack, find_layer_stack
+from axolotl_layersel.lora.modules import count_component_parameters
+from axolotl_layersel.lora.resizing import set_ranks
+from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import Selection, find_mean_overlap
 from axolotl_layersel.selection.fitting import fit_to_data, fit_to_units
-from axolotl_layersel.selection.methods import get_method, list_data_free
-from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
+from axolotl_layersel.selection.gate_history import GateHistory
+from axolotl_layersel.selection.plan import LayerChoice, Plan, Stability, Tower
+from axolotl_layersel.selection.plan_checks import (
+    ModelFacts,
+    check_reuse,
+    find_plan_cost,
+    list_model_differences,
+    list_setting_differences,
+)
+from axolotl_layersel.selection.plan_file import check_checkpoint, read_plan, write_plan
 from axolotl_layersel.selection.provenance import compare_data, describe_shape, list_base_differences
 from axolotl_layersel.selection.ranks import allocate_ranks, check_spread
 from axolotl_layersel.selection.report import print_plan
-from axolotl_layersel.units import find_units
+from axolotl_layersel.selection.units import find_units
 
 LOG = logging.getLogger("axolotl.layersel")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import describe_engine
 
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines import find_engine
 from axolotl_layersel.engines.base import move, move_tensor
-from axolotl_layersel.errors import LayerselError
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from datetime import timedelta
 import pytest
 import torch
 
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines import collectives
-from axolotl_layersel.errors import LayerselError
 
 
 def test_one_process_decides_for_itself():

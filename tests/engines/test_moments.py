@@ -18,6 +18,7 @@ from torchao.optim import adam as torchao_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
 
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.engines.moments import (
     LAYOUTS,
@@ -29,7 +30,6 @@ from axolotl_layersel.engines.moments import (
     release_pages,
     unwrap_optimizer,
 )
-from axolotl_layersel.errors import LayerselError
 
 # From 4096 elements on moments are codes. A row of the large one lies in blocks of 256 with parts of its neighbours.
 SMALL, LARGE = (6, 40), (48, 96)

@@ -6,9 +6,9 @@ import types
 import pytest
 from conftest import describe_engine
 
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.engines import check_engine, moves_state
 from axolotl_layersel.engines import find_engine
-from axolotl_layersel.engines.refusals import check_engine, moves_state
-from axolotl_layersel.errors import LayerselError
 
 
 def test_a_partitioned_parameter_says_where_its_parts_are():

@@ -9,11 +9,12 @@ from peft import PeftModel
 from torchao.optim.adam import AdamWFp8
 from transformers import BertConfig, BertModel
 
-from axolotl_layersel import adapters, layouts
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.l1ra.capacity import check_optimizer_class, grow_modules
-from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.run import Run
+from axolotl_layersel.lora import adapters
+from axolotl_layersel.lora.export import LAYOUTS, export_adapter
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.lora.run import Run
 
 TOKENS = torch.arange(3, 33)[None]
 
@@ -65,11 +66,11 @@ def test_frozen_weights_stay_frozen():
     assert not frozen.weight.requires_grad
 
 
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_redistributed_adapter_gets_its_scaling_and_its_room_back(tmp_path, layout):
     trained = make_trained(rank_pattern={"q_proj": 2, "v_proj": 7})
     trained.save_pretrained(str(tmp_path / "trained"))
-    layouts.export_adapter(tmp_path / "trained", layout, tmp_path / "out")
+    export_adapter(tmp_path / "trained", layout, tmp_path / "out")
     model = PeftModel.from_pretrained(make_small_llama(), str(tmp_path / "out"), is_trainable=True).eval()
     slots = grow_modules(model, 8, scaling=2.0)
     torch.testing.assert_close(compute(model), compute(trained), atol=1e-5, rtol=0)

@@ -6,11 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.tables import find_places
+from axolotl_layersel.common.terminal import make_console
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.report import print_ranks
-from axolotl_layersel.tables import find_places
-from axolotl_layersel.terminal import make_console
 
 RANKS = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 6, "model.layers.1.self_attn.q_proj": 3}
 

@@ -5,14 +5,14 @@ import torch
 from conftest import make_lora, make_small_llama, make_trainer
 from safetensors.torch import load_file
 
-from axolotl_layersel.args import LayerselBlock
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
 from axolotl_layersel.engines.base import Engine
-from axolotl_layersel.errors import LayerselError
 from axolotl_layersel.l1ra import saliency
-from axolotl_layersel.l1ra.args import L1RAArgs
 from axolotl_layersel.l1ra.callback import RankCallback
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.training.prepare import prepare_trainer
 
 NAMED = ("model.layers.0.self_attn.q_proj", 4)
 
@@ -68,7 +68,7 @@ def test_by_saliency_a_run_without_gates_ends_as_one_with_them(tmp_path, monkeyp
         assert len(hooked) == (0 if keeps_gradients else len(ranks.modules))
         trainer.train()
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
-        ends.append((ranks.history.ranks, ranks.exp_avg_sq.clone(), weights))
+        ends.append((ranks.history.ranks, ranks.components.exp_avg_sq.clone(), weights))
     (ranks, squares, weights), (others, other_squares, other_weights) = ends
     assert ranks == others
     assert len({tuple(counts.values()) for counts in ranks.values()}) > 2, "rank moves more than once"
@@ -98,8 +98,8 @@ def test_a_module_that_training_never_runs_stays_out_of_the_way(tmp_path):
     model.model.layers[0].self_attn.spare_proj = torch.nn.Linear(32, 32)
     trainer, ranks = prepare(tmp_path, model=make_lora(model, ["q_proj", "spare_proj"]), learning_rate=1e-2)
     trainer.train()
-    assert ranks.ranks()["model.layers.0.self_attn.spare_proj"] == 1
-    assert sum(ranks.history.ranks[9].values()) + ranks.pool == 7 * 4
+    assert ranks.components.ranks()["model.layers.0.self_attn.spare_proj"] == 1
+    assert sum(ranks.history.ranks[9].values()) + ranks.components.pool == 7 * 4
 
 
 @pytest.mark.trains

@@ -9,13 +9,14 @@ import torch
 from conftest import make_lora, make_small_llama, make_trainer
 from safetensors.torch import save_file
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.l1ra.args import L1RAArgs
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import state_path
+from axolotl_layersel.common.tensors import load_tensors, save_tensors
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.l1ra.state import find_ranks_digest, read_state, state_path
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.tensors import load_tensors, save_tensors
+from axolotl_layersel.l1ra.state import find_ranks_digest, read_state
+from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 
@@ -132,7 +133,7 @@ def test_a_state_without_a_digest_is_read_as_earlier_versions_wrote_it(copy, che
 @pytest.mark.launches
 def test_the_same_tensors_are_the_same_bytes(tmp_path):
     code = (
-        "import sys, torch; from axolotl_layersel.tensors import save_tensors;"
+        "import sys, torch; from axolotl_layersel.common.tensors import save_tensors;"
         "tensors = {'b': torch.ones(2, 3).bfloat16(), 'a': torch.tensor(True)};"
         "save_tensors(tensors, sys.argv[1], {'x': '\u00fc', 'c': '1', 'd': '2'})"
     )

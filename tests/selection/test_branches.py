@@ -8,10 +8,10 @@ from conftest import make_lora, make_rows, make_selection, make_small_bert, make
 from test_layers import make_gpt2, make_mixtral
 from test_units import make_gpt_neox, make_opt, make_phi3
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_layer_stack
-from axolotl_layersel.selection.branches import watch_branches
-from axolotl_layersel.units import find_units, list_widths
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.selection.passes.branches import watch_branches
+from axolotl_layersel.selection.units import find_units, list_widths
 
 ATTENTION_AND_MLP = ["q_proj", "o_proj", "down_proj"]
 

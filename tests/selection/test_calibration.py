@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.selection.calibration import (
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.selection.data.calibration import (
     Sample,
     are_most,
     collate,

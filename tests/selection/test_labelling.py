@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from axolotl_layersel import LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
-from axolotl_layersel.selection.calibration import read_samples
-from axolotl_layersel.selection.labelling import label_samples
+from axolotl_layersel.selection.data.calibration import read_samples
+from axolotl_layersel.selection.data.collator_labels import label_samples
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(92))]
 MASK = WORDS.index("[MASK]")

@@ -8,10 +8,10 @@ import torch
 import transformers
 from conftest import make_lora, make_rows, make_selection, make_small_bert, make_small_llama, make_trainer
 
-from axolotl_layersel.selection import likelihood
-from axolotl_layersel.selection.calibration import read_samples
-from axolotl_layersel.selection.likelihood import count_tokens_at_a_time
+from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.methods import fisher
+from axolotl_layersel.selection.passes import likelihood
+from axolotl_layersel.selection.passes.likelihood import count_tokens_at_a_time
 
 SIZE = {
     "vocab_size": 97,

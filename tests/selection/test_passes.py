@@ -9,13 +9,14 @@ import torch
 from conftest import make_lora, make_rows, make_selection, make_small_llama, make_trainer
 from labelled import TERMS, make_labelled, make_rows_of
 
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines.fsdp2 import ShardedEngine
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_layer_stack, find_lora_modules
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.calibration import Sample, place_token, read_samples
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.selection.data.calibration import Sample, place_token, read_samples
 from axolotl_layersel.selection.methods import cka, cosine, fisher
+from axolotl_layersel.selection.passes import forward
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def read(trainer, count: int = 11):
 
 
 def measure_turns(trainer, samples) -> torch.Tensor:
-    return passes.measure_token_sums(make_selection(trainer, "cosine"), samples, cosine.sum_turns)[..., 0]
+    return forward.measure_token_sums(make_selection(trainer, "cosine"), samples, cosine.sum_turns)[..., 0]
 
 
 def measure_squared_gradients(trainer, samples) -> torch.Tensor:
@@ -185,15 +186,15 @@ def test_an_error_within_a_pass_leaves_the_model_as_it_was(model, tmp_path):
 def test_a_packed_micro_batch_holds_as_many_samples_as_fit(model, tmp_path):
     trainer = make_trainer(model, tmp_path, per_device_train_batch_size=2)
     samples = read(trainer)
-    assert passes.count_fitting(Run.of(trainer), samples) == 2
+    assert forward.count_fitting(Run.of(trainer), samples) == 2
     trainer.args.sample_packing, trainer.args.max_seq_length = True, 100
     longest = max(len(sample.input_ids) for sample in samples)
-    assert passes.count_fitting(Run.of(trainer), samples) == 2 * (100 // longest)
+    assert forward.count_fitting(Run.of(trainer), samples) == 2 * (100 // longest)
 
 
 def test_passes_that_stream_weights_take_as_many_tokens_as_hide_that(model, tmp_path):
     trainer = make_trainer(model, tmp_path, per_device_train_batch_size=2)
     run = dataclasses.replace(Run.of(trainer), engine=ShardedEngine(trainer, "fsdp2"))
     samples = [Sample(row=0, input_ids=[3] * 512, labels=None)]
-    assert passes.count_fitting(run, samples) == 16384 // 512
-    assert passes.count_fitting(run, samples, with_graph=True) == 4096 // 512
+    assert forward.count_fitting(run, samples) == 16384 // 512
+    assert forward.count_fitting(run, samples, with_graph=True) == 4096 // 512

@@ -9,9 +9,9 @@ from conftest import make_lora, make_rows, make_selection, make_trainer
 from families import make_family, make_lora_family
 
 from axolotl_layersel import LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
-from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.calibration import read_samples
+from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.methods import cka, cosine, relative
+from axolotl_layersel.selection.passes import forward
 
 
 def run_plainly(row: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -33,7 +33,7 @@ def test_of_several_predictions_the_active_one_is_compared(size, tmp_path):
     trainer = make_trainer(make_lora_family("Gemma3n"), tmp_path, rows, per_device_train_batch_size=size)
     samples = read_samples(trainer.train_dataset, 6, seed=5)
     turns, changes = (
-        passes.measure_token_sums(make_selection(trainer, name), samples, compare)[..., 0]
+        forward.measure_token_sums(make_selection(trainer, name), samples, compare)[..., 0]
         for name, compare in (("cosine", cosine.sum_turns), ("relative", relative.sum_changes))
     )
     means = cka.measure_token_states(make_selection(trainer), samples, None)

@@ -8,10 +8,10 @@ import pytest
 from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from test_plan import make_plan
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.prepare import prepare_trainer
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.root import LayerselBlock
 from axolotl_layersel.selection.provenance import compare_data, list_base_differences, shorten
+from axolotl_layersel.training.prepare import prepare_trainer
 
 OTHER_DATA = "was made on other data than this run's"
 

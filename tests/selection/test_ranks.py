@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.selection.ranks import fill_evenly, find_budget, match_budget, share_by_score, spend_by_gain
 
 UNITS = st.integers(1, 8).flatmap(

@@ -15,10 +15,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.selection.calibration import read_samples
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.methods import fisher
-from axolotl_layersel.selection.recomputation import recompute
+from axolotl_layersel.selection.passes.recomputation import recompute
 
 Pair = collections.namedtuple("Pair", ["keys", "values"])
 

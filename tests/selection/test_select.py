@@ -10,18 +10,19 @@ from peft.tuners.lora import LoraLayer
 from test_layers import make_bart, make_llava, make_t5
 from transformers import Trainer
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.common.randomness import draw_row
+from axolotl_layersel.config.methods import METHODS
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.plan import check_checkpoint, plan_path, read_plan, write_plan
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.randomness import draw_row
-from axolotl_layersel.selection.args import SelectionArgs
+from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.selection.choosing import choose_highest, count_kept
-from axolotl_layersel.selection.methods import METHODS
-from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.selection.gate_history import GateHistory
+from axolotl_layersel.selection.plan_file import check_checkpoint, read_plan, write_plan
 from axolotl_layersel.selection.report import print_plan
+from axolotl_layersel.training.prepare import prepare_trainer
 
 
 def select(folder, *, rows=None, continues_adapter: bool = False, **settings):

@@ -7,14 +7,14 @@ import logging
 import torch
 from torch import nn
 
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.layer_names import VISION, name_layers
+from axolotl_layersel.config.selection import Token
 from axolotl_layersel.engines import collectives
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layer_names import VISION, name_layers
-from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.args import Token
-from axolotl_layersel.selection.calibration import Sample, are_most, count_most_common, place_tokens
 from axolotl_layersel.selection.choosing import Choice, Scores, Selection, choose_by_score, conclude
-from axolotl_layersel.selection.pooling import find_token
+from axolotl_layersel.selection.data.calibration import Sample, are_most, count_most_common, place_tokens
+from axolotl_layersel.selection.data.row_token import find_token
+from axolotl_layersel.selection.passes import forward
 from axolotl_layersel.selection.report import describe_token
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -39,7 +39,7 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
     tokens = {side.name: find_token(selection.run.base, setting, side.name) for side in stack.sides}
     seeing = [sample for sample in samples if stack.vision is None or sample.pixels is not None]
     if not seeing:
-        return Scores([None] * len(stack.layers), dict.fromkeys(stack.names, passes.NO_IMAGES))
+        return Scores([None] * len(stack.layers), dict.fromkeys(stack.names, forward.NO_IMAGES))
     compared, positions = place_tokens(seeing, tokens)
     rows = {sample.row for sample in compared}
     left_out = [sample.row for sample in samples if sample.row not in rows]
@@ -56,14 +56,14 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
         for (side, token), placed in zip(tokens.items(), positions):
             report_token(compared, placed, unlike, setting, token, side)
     states = measure_token_states(selection, compared, *positions)
-    places = range(len(passes.name_places(selection)))
+    places = range(len(forward.name_places(selection)))
     if selection.settings.granularity == "layer":
         pairs = [(place + side, place + side + 1) for place, side in zip(places, stack.side_of)]
     else:
         pairs = [(2 * place, 2 * place + 1) for place in places]
 
     def score_states(states: torch.Tensor) -> Scores:
-        found = passes.arrange_scores(selection, *score_pairs(states, pairs))
+        found = forward.arrange_scores(selection, *score_pairs(states, pairs))
         return dataclasses.replace(found, left_out=left_out, token=tokens.get("", tokens))
 
     return conclude(states, name_states(selection), compared, score_states)
@@ -149,17 +149,17 @@ def measure_token_states(
     patches: dict[int, list[torch.Tensor]] = {}  # of the row's images, which may come one after the other
 
     def measure(indices: list[int]) -> list[torch.Tensor]:
-        inputs = passes.make_inputs(run, [samples[i] for i in indices])
+        inputs = forward.make_inputs(run, [samples[i] for i in indices])
         rows.clear()
         patches.clear()
 
         def keep(place: int, hidden: torch.Tensor, side: int) -> None:
             placed = positions[side]
             if stack.sides[side].name == VISION:
-                seen, _ = passes.arrange_tokens(selection, hidden, inputs, stack.sides[side])
+                seen, _ = forward.arrange_tokens(selection, hidden, inputs, stack.sides[side])
                 patches.setdefault(place, []).append(seen)
                 return
-            hidden, mask = passes.arrange_tokens(selection, hidden, inputs, stack.sides[side])
+            hidden, mask = forward.arrange_tokens(selection, hidden, inputs, stack.sides[side])
             if placed is None:
                 kept = (hidden.float() * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
             else:
@@ -167,7 +167,7 @@ def measure_token_states(
             rows.append((place, kept.float().cpu()))
 
         def keep_input(layer: int, args: tuple, kwargs: dict) -> None:
-            keep(layer + stack.side_of[layer], passes.get_hidden(args, kwargs), stack.side_of[layer])
+            keep(layer + stack.side_of[layer], forward.get_hidden(args, kwargs), stack.side_of[layer])
 
         def record(place: int, before: torch.Tensor, after: torch.Tensor) -> None:
             side = stack.side_of[selection.units[place].layer]
@@ -176,19 +176,19 @@ def measure_token_states(
 
         def keep_end(side: int, output: object) -> None:
             layers = [layer for layer, of in enumerate(stack.side_of) if of == side]
-            keep(layers[-1] + side + 1, passes.get_output(output), side)
+            keep(layers[-1] + side + 1, forward.get_output(output), side)
 
         with contextlib.ExitStack() as watching:
             if layers:
-                watching.enter_context(passes.hook_layers(stack, keep_input, None))
+                watching.enter_context(forward.hook_layers(stack, keep_input, None))
                 for number, side in enumerate(stack.sides):
                     handle = side.owner.register_forward_hook(
                         lambda module, args, output, number=number: keep_end(number, output)
                     )
-                    watching.enter_context(passes.handle_removed(handle))
+                    watching.enter_context(forward.handle_removed(handle))
             else:
-                watching.enter_context(passes.watch_places(selection, record))
-            passes.call(run, inputs)
+                watching.enter_context(forward.watch_places(selection, record))
+            forward.call(run, inputs)
         rows.extend((place, torch.cat(seen, dim=1).float().mean(dim=1).cpu()) for place, seen in patches.items())
         rows.sort(key=lambda row: row[0])
         if [place for place, _ in rows] != list(range(expected)):
@@ -201,13 +201,13 @@ def measure_token_states(
         states = [nn.functional.pad(kept, (0, widest - kept.shape[1])) for _, kept in rows]
         return [state.clone() for state in torch.stack(states, dim=1)]
 
-    with passes.scoring(selection):
-        return passes.over_samples(run, samples, measure, passes.count_fitting(run, samples))
+    with forward.scoring(selection):
+        return forward.over_samples(run, samples, measure, forward.count_fitting(run, samples))
 
 
 def name_states(selection: Selection) -> list[str]:
     """Return what ``measure_token_states`` measures, as messages call it."""
-    places = passes.name_places(selection)
+    places = forward.name_places(selection)
     if selection.settings.granularity == "layer":
         states = []
         for number, side in enumerate(selection.stack.sides):

@@ -3,10 +3,7 @@
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 
-from axolotl_layersel.layers import count_experts
-from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.backward import find_batch_size, prepare_backward, split_rows, watching_gradients
-from axolotl_layersel.selection.calibration import Sample
+from axolotl_layersel.lora.modules import count_experts
 from axolotl_layersel.selection.choosing import (
     Choice,
     Scores,
@@ -15,6 +12,9 @@ from axolotl_layersel.selection.choosing import (
     conclude,
     find_highest_by_layer,
 )
+from axolotl_layersel.selection.data.calibration import Sample
+from axolotl_layersel.selection.passes import forward
+from axolotl_layersel.selection.passes.backward import find_batch_size, prepare_backward, split_rows, watching_gradients
 
 
 def choose(selection: Selection) -> Choice:
@@ -111,11 +111,11 @@ def measure_squared_gradients(selection: Selection, samples: list[Sample], modul
         finish()
         return [row.clone() for row in squares]
 
-    with passes.scoring(selection):
+    with forward.scoring(selection):
         backward = prepare_backward(selection, samples)
         size = find_batch_size(run, samples, watched)
         with watching_gradients(watched, add) as finish:
-            return passes.over_samples(run, samples, measure, size)
+            return forward.over_samples(run, samples, measure, size)
 
 
 def count_weights(module: LoraLayer) -> int:

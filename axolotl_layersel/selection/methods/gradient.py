@@ -9,13 +9,10 @@ B would have if the rows of A were Ωᵀ (randomized range finder, Halko et al. 
 import torch
 from peft.tuners.lora import ParamWrapper
 
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.randomness import make_row_generator
 from axolotl_layersel.engines import collectives
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import count_experts
-from axolotl_layersel.randomness import make_row_generator
-from axolotl_layersel.selection import passes
-from axolotl_layersel.selection.backward import find_batch_size, prepare_backward, split_rows, watching_gradients
-from axolotl_layersel.selection.calibration import Sample
+from axolotl_layersel.lora.modules import count_experts
 from axolotl_layersel.selection.choosing import (
     Choice,
     Scores,
@@ -24,6 +21,9 @@ from axolotl_layersel.selection.choosing import (
     conclude,
     find_highest_by_layer,
 )
+from axolotl_layersel.selection.data.calibration import Sample
+from axolotl_layersel.selection.passes import forward
+from axolotl_layersel.selection.passes.backward import find_batch_size, prepare_backward, split_rows, watching_gradients
 
 # Columns of a sketch beyond the ranks that are asked about: the last singular values of a sketch are too small.
 OVERSAMPLING = 8
@@ -158,13 +158,13 @@ def measure_sketches(
         finish()
         return [row.clone() for row in sums]
 
-    share = passes.find_share(run, len(samples))
+    share = forward.find_share(run, len(samples))
     keeps_activations = not run.trainer.args.gradient_checkpointing
-    with passes.scoring(selection, keeps_activations):
+    with forward.scoring(selection, keeps_activations):
         backward = prepare_backward(selection, samples, keeps_activations)
         size = find_batch_size(run, samples, watched)
         with watching_gradients(watched, add) as finish:
-            measured = passes.over_samples(run, samples, measure, size)
+            measured = forward.over_samples(run, samples, measure, size)
     if run.engine.list_ranks_with_weights() != [0]:
         for sketch in sketches:
             collectives.add_up(sketch)

@@ -3,7 +3,7 @@
 import torch
 
 from axolotl_layersel.selection.choosing import Choice, Selection, choose_by_score
-from axolotl_layersel.selection.passes import score_by_tokens
+from axolotl_layersel.selection.passes.forward import score_by_tokens
 
 
 def choose(selection: Selection) -> Choice:

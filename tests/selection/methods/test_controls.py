@@ -3,7 +3,7 @@ from conftest import make_lora, make_selection, make_small_llama, make_trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from axolotl_layersel.selection.methods import METHODS
+from axolotl_layersel.config.methods import METHODS
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from axolotl_layersel.selection.methods.cosine import sum_turns
-from axolotl_layersel.selection.passes import average_over_tokens
+from axolotl_layersel.selection.passes.forward import average_over_tokens
 
 
 def test_turns_are_counted_at_real_tokens_only():

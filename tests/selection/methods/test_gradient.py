@@ -5,9 +5,9 @@ import torch
 from conftest import make_lora, make_rows, make_selection, make_small_llama, make_trainer
 from labelled import TERMS, make_labelled, make_rows_of
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.selection.calibration import read_samples
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.methods import fisher, gradient
 
 WHOLE = 48  # the widest input of the small models: a sketch of that width loses nothing

@@ -2,9 +2,9 @@ import pytest
 import torch
 from conftest import make_lora, make_selection, make_small_llama, make_trainer, selection
 
-from axolotl_layersel.selection.calibration import read_samples
+from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.methods.relative import sum_changes
-from axolotl_layersel.selection.passes import measure_token_sums
+from axolotl_layersel.selection.passes.forward import measure_token_sums
 
 
 def test_changes_are_measured_by_the_size_of_what_is_changed_at_real_tokens_only():

@@ -1,11 +1,11 @@
 """From a search to a choice: which units have a gate, and which of them are kept."""
 
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.experts import KEY, describe_gated_experts
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.experts import KEY, describe_gated_experts
-from axolotl_layersel.layers import list_linear
-from axolotl_layersel.selection.calibration import fingerprint, has_tokens, read_sample
+from axolotl_layersel.lora.modules import list_linear
 from axolotl_layersel.selection.choosing import Choice, Selection, choose_highest, find_highest_by_layer
+from axolotl_layersel.selection.data.calibration import fingerprint, has_tokens, read_sample
 from axolotl_layersel.selection.methods.flexora.gating import choose_positive
 from axolotl_layersel.selection.methods.flexora.search import search_gates
 

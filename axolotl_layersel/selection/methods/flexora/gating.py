@@ -6,7 +6,7 @@ number of layers: all multipliers are 1 at the start, and their mean stays 1.
 
 import torch
 
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
 
 
 def find_multipliers(alpha: torch.Tensor) -> torch.Tensor:

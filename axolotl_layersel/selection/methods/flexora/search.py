@@ -13,18 +13,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from axolotl_layersel import adapters, trainers
-from axolotl_layersel.engines import collectives
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.gates import Gates
-from axolotl_layersel.layers import LayerStack, get_linears, list_linear
-from axolotl_layersel.run import Run
-from axolotl_layersel.selection.args import describe_generated
-from axolotl_layersel.selection.calibration import check_indexable
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.flexora import SETTING, Search, check_attention, describe_sharded
+from axolotl_layersel.config.selection import describe_generated
+from axolotl_layersel.engines import collectives, trainers
+from axolotl_layersel.lora import adapters
+from axolotl_layersel.lora.gates import Gates
+from axolotl_layersel.lora.layers import LayerStack
+from axolotl_layersel.lora.modules import get_linears, list_linear
+from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.choosing import Selection
-from axolotl_layersel.selection.methods.flexora.args import SETTING, Search, check_attention, describe_sharded
+from axolotl_layersel.selection.data.calibration import check_indexable
+from axolotl_layersel.selection.data.label_alignment import find_kind
+from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.methods.flexora.gating import find_alpha_gradient, find_multipliers
-from axolotl_layersel.selection.methods.flexora.records import GateHistory
+from axolotl_layersel.selection.methods.flexora.trial_training import run_trial
 from axolotl_layersel.selection.methods.flexora.unrolled import InnerSteps
 from axolotl_layersel.selection.methods.flexora.validation import (
     ValidationBatches,
@@ -34,8 +37,6 @@ from axolotl_layersel.selection.methods.flexora.validation import (
     hold_out,
     take_rows,
 )
-from axolotl_layersel.targets import find_kind
-from axolotl_layersel.trial import run_trial
 
 LOG = logging.getLogger("axolotl.layersel")
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer
 
-from axolotl_layersel import trainers
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.engines import trainers
 from axolotl_layersel.engines.collectives import average_differentiably
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.gates import Gates
+from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.selection.methods.flexora.hypergradient import Loss, find_unrolled_gradient
 
 # The loss of a micro-batch, summed over its labels, and their number.

@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset
 from transformers import Trainer
 
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.flexora import describe_missing_eval_set
 from axolotl_layersel.engines.collectives import get_rank
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.selection.calibration import check_indexable
-from axolotl_layersel.selection.methods.flexora.args import describe_missing_eval_set
-from axolotl_layersel.targets import ROW, count_answered, get_labels
+from axolotl_layersel.selection.data.calibration import check_indexable
+from axolotl_layersel.selection.data.label_alignment import ROW, count_answered, get_labels
 
 Row = dict[str, Any]
 

@@ -1,7 +1,8 @@
 import pytest
 
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import gates_path
+from axolotl_layersel.selection.gate_history import GateHistory
 
 
 def make_history() -> GateHistory:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.selection.methods.flexora.gating import choose_positive, find_alpha_gradient, find_multipliers
 
 NUMBERS = st.lists(st.floats(-3, 3), min_size=2, max_size=12)

@@ -7,8 +7,8 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from axolotl_layersel.gates import Gates
-from axolotl_layersel.layers import find_lora_modules
+from axolotl_layersel.lora.gates import Gates
+from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.selection.methods.flexora.hypergradient import find_unrolled_gradient, unroll
 
 LAYERS, STEP = 3, 1e-4

@@ -5,15 +5,16 @@ import torch
 from conftest import make_lora, make_rows, make_small_llama, make_trainer
 from datasets import Dataset
 
-from axolotl_layersel.args import LayerselBlock
-from axolotl_layersel.errors import LayerselError
-from axolotl_layersel.layers import find_lora_modules
-from axolotl_layersel.plan import plan_path, read_plan
-from axolotl_layersel.prepare import prepare_trainer
-from axolotl_layersel.selection.args import SelectionArgs
-from axolotl_layersel.selection.methods.flexora.records import GateHistory, gates_path
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import gates_path, plan_path
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.methods.flexora.search import GateSearch
 from axolotl_layersel.selection.methods.flexora.unrolled import InnerSteps
+from axolotl_layersel.selection.plan_file import read_plan
+from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 

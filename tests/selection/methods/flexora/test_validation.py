@@ -7,7 +7,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from axolotl_layersel.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.selection.data.label_alignment import NEXT_TOKEN, ROW, SAME_TOKEN
 from axolotl_layersel.selection.methods.flexora.validation import (
     count_targets,
     draw_micro_batches,
@@ -16,7 +17,6 @@ from axolotl_layersel.selection.methods.flexora.validation import (
     hold_out,
     take_rows,
 )
-from axolotl_layersel.targets import NEXT_TOKEN, ROW, SAME_TOKEN
 
 
 def test_held_out_rows_and_the_others_are_the_whole_set():

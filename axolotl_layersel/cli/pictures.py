@@ -1,0 +1,285 @@
+"""Pictures for people: the course of a search's gates, and where rank went. matplotlib is an extra."""
+
+import io
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.files import write_atomically
+from axolotl_layersel.common.tables import arrange, find_places
+from axolotl_layersel.common.terminal import clean
+from axolotl_layersel.config.layer_names import is_layer_name
+from axolotl_layersel.selection.gate_history import GateHistory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Endings of matplotlib's that need LaTeX, or that nothing opens.
+UNUSABLE = ("pgf", "raw", "rgba")
+# More names than this at the ends of lines are not read any more; of more lines the outermost ones have names.
+MOST_NAMES = 40
+OUTERMOST = 15
+# In inches.
+NAME_HEIGHT = 0.15
+ROW_HEIGHT = 0.17
+GREY, DARK_GREY = "0.75", "0.4"
+MISSING = "--picture needs matplotlib. Install it: pip install 'axolotl-layersel[plots]'."
+
+
+def check_picture(path: Path) -> None:
+    """Check that a picture can be written to ``path``.
+
+    Raises:
+        LayerselError: if matplotlib is not installed, does not write files of that ending, or there is no such folder.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise LayerselError(MISSING) from error
+    endings = sorted(set(FigureCanvasBase.get_supported_filetypes()) - set(UNUSABLE))
+    if path.suffix[1:].lower() not in endings:
+        what = f"{path.suffix!r} is no ending" if path.suffix else "there is no ending"
+        raise LayerselError(f"--picture: {path}: {what} of a picture. Use one of {', '.join(endings)}.")
+    if os.path.isdir(path):
+        raise LayerselError(f"--picture: {path} is a folder. Give the path of a file, such as {path / 'run.png'}.")
+    if not os.path.isdir(path.parent):
+        raise LayerselError(f"--picture: the folder {path.parent} does not exist. Make it, or give another path.")
+
+
+def draw_gates(history: GateHistory, kept: Collection[str], path: Path) -> None:
+    """Draw the gates and both losses over the steps of a search, and gates of modules at its end by layer and type.
+
+    Args:
+        history: of the search.
+        kept: names of the gates whose layers or modules are kept.
+        path: of the picture; its ending says the format.
+
+    Raises:
+        LayerselError: if matplotlib is not installed, or the picture cannot be written.
+    """
+    by_module = not all(map(is_layer_name, history.names))
+    if by_module:
+        figure = make_figure((15, max(9.0, 1.5 + ROW_HEIGHT * len(arrange(history.names)[0]))))
+        axes = figure.subplot_mosaic([["gates", "grid"], ["losses", "grid"]], width_ratios=(5, 4))
+        draw_grid(axes["grid"], history.final, kept)
+        axes["grid"].set(title=f"gates after step {len(history.gates)}; a dot: kept")
+    else:
+        names = len(choose_named(history.final, kept))
+        figure = make_figure((13, max(5.0, 1.5 + NAME_HEIGHT * names)))
+        axes = figure.subplot_mosaic([["gates", "losses"]], width_ratios=(3, 2))
+    draw_gate_lines(axes["gates"], history, kept)
+    draw_losses(axes["losses"], history)
+    save(figure, path)
+
+
+def draw_gate_lines(axes: "Axes", history: GateHistory, kept: Collection[str]) -> None:
+    """Draw every gate over the steps: in colour those kept, thin and grey the others."""
+    named, kept = choose_named(history.final, kept), set(kept)
+    shown = [name for name in history.names if name in kept]
+    # By depth, so that lines that end side by side are told apart; of more than can be, none.
+    colours = spread_colours(shown) if len(shown) <= MOST_NAMES else dict.fromkeys(shown, "tab:blue")
+    width = 1.8 if len(shown) <= MOST_NAMES else 0.7
+    steps = range(1, len(history.gates) + 1)
+    for index, name in enumerate(history.names):
+        style: dict[str, Any] = {"color": colours.get(name, GREY), "linewidth": width if name in kept else 0.6}
+        axes.plot(steps, [gates[index] for gates in history.gates], zorder=2 + (name in kept), **style)
+    axes.axhline(0, color="black", linewidth=0.8, zorder=2)
+    modules = not all(map(is_layer_name, history.names))
+    title = f"gates of {len(history.names)} {'modules' if modules else 'layers'}, in colour the {len(kept)} kept"
+    if len(named) < len(history.names):
+        title += (
+            f"\nnamed: {'those kept' if set(named) == kept else f'the {OUTERMOST} highest and the {OUTERMOST} lowest'}"
+        )
+    axes.set(xlabel="optimizer step of the search", ylabel="gate", title=title)
+    places = find_places(history.names) if modules else {}
+    labels = {name: " ".join(filter(None, places[name])) if modules else f"layer {name}" for name in named}
+    name_ends(
+        axes,
+        len(history.gates),
+        {labels[name]: history.final[name] for name in named},
+        {labels[name]: colours.get(name, DARK_GREY) for name in named},
+        bold={labels[name] for name in named if name in kept},
+    )
+
+
+def draw_losses(axes: "Axes", history: GateHistory) -> None:
+    """Draw both losses of a search over its steps."""
+    steps = range(1, len(history.gates) + 1)
+    axes.plot(steps, history.train_losses, label="training", alpha=0.6)
+    validated = [(step, loss) for step, loss in zip(steps, history.validation_losses) if loss is not None]
+    axes.plot(*zip(*validated), label="validation", alpha=0.6)
+    axes.set(xlabel="optimizer step of the search", ylabel="loss", title="losses of the search")
+    axes.legend(fontsize="small")
+
+
+def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
+    """Draw the mean rank of each type of module over the steps, and the last ranks by layer and type.
+
+    Args:
+        history: rank of every module, by optimizer step.
+        path: of the picture; its ending says the format.
+
+    Raises:
+        LayerselError: if matplotlib is not installed, or the picture cannot be written.
+    """
+    steps = sorted(history)
+    rows, kinds = arrange(history[steps[-1]])
+    members = {kind: [row[kind] for row in rows.values() if kind in row] for kind in kinds}
+    height = max(5.0, 1.5 + ROW_HEIGHT * len(rows))
+    figure = make_figure((12, height))
+    # The lines need no more height in a model of many layers.
+    axes = figure.subplot_mosaic(
+        [["lines", "grid"], [".", "grid"]], height_ratios=(5, max(height - 5, 0.01)), width_ratios=(5, 4)
+    )
+    colours = spread_colours(kinds)
+    means = {kind: [mean(history[step][name] for name in names) for step in steps] for kind, names in members.items()}
+    for kind, values in means.items():
+        axes["lines"].step(steps, values, where="post", color=colours[kind], linewidth=1.8)
+    axes["lines"].set(xlabel="optimizer step", ylabel="mean rank", title="mean rank by type of module")
+    name_ends(axes["lines"], steps[-1], {kind: values[-1] for kind, values in means.items()}, colours, bold=means)
+    draw_grid(axes["grid"], history[steps[-1]], (), numbers=True)
+    axes["grid"].set(title=f"rank after step {steps[-1]}")
+    save(figure, path)
+
+
+# --- Parts of pictures ------------------------------------------------------------------------------------------------
+
+
+def choose_named(final: Mapping[str, float], kept: Collection[str]) -> list[str]:
+    """Return the gates whose names there is room for: all, or those kept, or the highest and the lowest."""
+    for names in (list(final), [name for name in final if name in set(kept)]):
+        if 0 < len(names) <= MOST_NAMES:
+            return names
+    ordered = sorted(final, key=lambda name: final[name])
+    return ordered[:OUTERMOST] + ordered[-OUTERMOST:]
+
+
+def spread_colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Return a colour for each name, along a scale, dark enough for names on white."""
+    from matplotlib import colormaps
+
+    points = [0.03 + 0.94 * index / max(1, len(names) - 1) for index in range(len(names))]
+    return {name: tuple(0.8 * part for part in colormaps["turbo"](point)[:3]) for name, point in zip(names, points)}
+
+
+def name_ends(
+    axes: "Axes", step: int, ends: Mapping[str, float], colours: Mapping[str, object], bold: Collection[str]
+) -> None:
+    """Write names beside the ends of lines at ``step``, moved up or down so that none covers another.
+
+    Args:
+        axes: with all its lines.
+        step: where the lines end.
+        ends: the values that they end at, by name.
+        colours: of the names.
+        bold: names that stand out.
+    """
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    figure: Any = axes.figure
+    figure.draw_without_rendering()  # only then is it known how high the axes are
+    height = axes.get_window_extent().height / figure.dpi
+    lines = {name: (value - low) / (high - low) for name, value in ends.items()}
+    texts = spread_out(lines, NAME_HEIGHT / height)
+    for name, at in lines.items():
+        axes.annotate(
+            clean(name),
+            xy=(step, at),
+            xycoords=("data", "axes fraction"),
+            xytext=(1.04, texts[name]),
+            textcoords="axes fraction",
+            color=colours[name],
+            fontsize=8,
+            fontweight="bold" if name in bold else "normal",
+            va="center",
+            annotation_clip=False,
+            parse_math=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colours[name],
+                "linewidth": 0.5,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def spread_out(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Return heights from 0 to 1, near to ``heights`` and in their order, none nearer to another than ``gap``.
+
+    Where there is not room for that, the gaps are smaller and equal.
+    """
+    if len(heights) > 1:
+        gap = min(gap, 1 / (len(heights) - 1))
+    groups: list[tuple[list[str], float]] = []  # names that lie side by side, and the height of the lowest
+    for name in sorted(heights, key=lambda name: heights[name]):
+        group, lowest = [name], min(max(heights[name], 0.0), 1.0)
+        while groups and lowest < groups[-1][1] + gap * len(groups[-1][0]) - 1e-12:
+            group = groups.pop()[0] + group
+            # Where all are nearest to their lines, within the picture.
+            nearest = mean(heights[member] - gap * i for i, member in enumerate(group))
+            lowest = min(max(nearest, 0.0), 1 - gap * (len(group) - 1))
+        groups.append((group, lowest))
+    return {name: lowest + gap * i for group, lowest in groups for i, name in enumerate(group)}
+
+
+def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str], numbers: bool = False) -> None:
+    """Draw a number of every module in colour, by layer and type.
+
+    Args:
+        axes: empty.
+        values: by the module's name.
+        marked: modules that get a dot.
+        numbers: write them too, instead of a scale beside.
+    """
+    rows, columns = arrange(values)
+    grid = [[values[row[column]] if column in row else math.nan for column in columns] for row in rows.values()]
+    where = {
+        row[column]: (y, x) for y, row in enumerate(rows.values()) for x, column in enumerate(columns) if column in row
+    }
+    largest = max(map(abs, values.values())) or 1
+    scale = (
+        {"cmap": "Blues", "vmin": 0, "vmax": 1.3 * largest}
+        if numbers
+        else {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
+    )
+    image = axes.imshow(grid, aspect="auto", **scale)
+    for name in values if numbers else ():
+        row, column = where[name]
+        axes.text(column, row, str(values[name]), ha="center", va="center", fontsize=7)
+    dots = [where[name] for name in values if name in set(marked)]
+    axes.scatter([column for _, column in dots], [row for row, _ in dots], s=6, color="black")
+    axes.set_xticks(
+        range(len(columns)), map(clean, columns), rotation=45, ha="right", fontsize="small", parse_math=False
+    )
+    axes.set_yticks(range(len(rows)), map(clean, rows), fontsize=7, parse_math=False)
+    axes.set_ylabel("layer")
+    if not numbers:
+        figure: Any = axes.figure
+        figure.colorbar(image, ax=axes, shrink=min(1.0, 5 / figure.get_size_inches()[1]), anchor=(0, 1))
+
+
+def make_figure(size: tuple[float, float]) -> "Figure":
+    """Return an empty figure of ``size`` inches.
+
+    Raises:
+        LayerselError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise LayerselError(MISSING) from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write ``figure`` to ``path``, which appears at once and complete."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower(), dpi=150)
+    write_atomically(path, content.getvalue())

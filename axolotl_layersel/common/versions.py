@@ -1,0 +1,11 @@
+"""The versions of the packages that a run depends on."""
+
+import importlib.metadata
+
+
+def find_version(package: str) -> str | None:
+    """Return the version of an installed package, None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,171 @@
+"""``layersel.selection.flexora``: its settings, and what in the rest of the YAML file contradicts them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.engines import LABELS, find_shards
+from axolotl_layersel.config.gate_requirements import check_gated_file
+from axolotl_layersel.config.strict_block import Block, check_known, list_plugins
+
+SETTING = "layersel.selection.method: flexora"
+VALIDATION_SOURCES = ("train", "eval")
+HYPERGRADIENTS = ("first_order", "unrolled")
+# Code that can be differentiated once only: the second time autograd fails or takes what it saved for constants.
+FUSED_PLUGINS = ("liger", "cut_cross_entropy", "kernels")
+FUSED_ATTENTION = ("flash", "flex", "xformers", "sage")
+FUSED_KEYS = ("tiled_mlp", "fused_attn_kernel", "large_head_attention", "gemma4_hybrid_attn_impl")
+
+
+@dataclass(frozen=True)
+class Search:
+    """The settings of a search as they take effect; see ``FlexoraArgs`` for what they mean."""
+
+    steps: int = 200
+    inner_steps: int = 1
+    gate_lr: float = 0.01
+    val_batches: int = 1
+    val_source: str = "train"
+    val_samples: int = 200
+    hypergradient: str = "first_order"
+    patience: int | None = None
+
+
+class FlexoraArgs(Block):
+    """``layersel.selection.flexora``: the search that ``method: flexora`` makes."""
+
+    path: ClassVar[str] = "layersel.selection.flexora"
+    steps: int | None = Field(default=None, description="Optimizer steps of the search. Default 200.")
+    inner_steps: int | None = Field(default=None, description="K: LoRA steps between two gate steps. Default 1.")
+    gate_lr: float | None = Field(
+        default=None, description="Learning rate of the gates (Adam, constant). Default 0.01."
+    )
+    val_batches: int | None = Field(
+        default=None, description="Validation micro-batches of a gate step, on every process. Default 1."
+    )
+    val_source: str | None = Field(
+        default=None,
+        description="Where validation rows are from. `train` (default): training rows, which the search does not train "
+        "on; `eval`: the run's own eval set.",
+    )
+    val_samples: int | None = Field(
+        default=None,
+        description="Validation rows. Of a smaller eval set all are taken. Default 200, and of training rows at "
+        "most a third of those that have a label to learn.",
+    )
+    hypergradient: str | None = Field(
+        default=None,
+        description="`first_order` (default): the gradient of the validation loss with the LoRA weights as they are; "
+        "`unrolled`: exact through K LoRA steps made as SGD steps. Needs whole weights: one process, DDP, ZeRO-1 or 2.",
+    )
+    patience: int | None = Field(
+        default=None, description="Stop when what is kept has not changed for this many gate steps. Default: never."
+    )
+
+    @field_validator("val_source", "hypergradient", mode="before")
+    @classmethod
+    def check_choice(cls, value: Any, info: Any) -> Any:
+        known = {"val_source": VALIDATION_SOURCES, "hypergradient": HYPERGRADIENTS}
+        return check_known(f"{cls.path}.{info.field_name}", value, known[info.field_name])
+
+    @field_validator("steps", "inner_steps", "val_batches", "val_samples", "patience")
+    @classmethod
+    def check_count(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{cls.path}.{info.field_name}: {value} is too few. Set 1 or more.")
+        return value
+
+    @field_validator("gate_lr")
+    @classmethod
+    def check_gate_lr(cls, value: float | None) -> float | None:
+        if value is not None and value < 0:
+            raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.01.")
+        return value
+
+    @model_validator(mode="after")
+    def check_steps(self) -> "FlexoraArgs":
+        search = self.resolve()
+        if search.inner_steps > search.steps:
+            raise ValueError(
+                f"{self.path}.inner_steps: {search.inner_steps} is more than steps: {search.steps}, so no gate would "
+                f"ever move. Set it to at most {search.steps}, or raise steps."
+            )
+        return self
+
+    def find_unread(self) -> dict[str, str]:
+        gate_steps = self.resolve().steps // self.resolve().inner_steps
+        # What is kept can have stayed the same from the first gate step on, and after the last one the search ends.
+        never = self.patience is not None and self.patience >= gate_steps - 1
+        return {"patience": f"{gate_steps} gate steps in all"} if never else {}
+
+    def resolve(self) -> Search:
+        """Return the settings as they take effect, defaults filled in."""
+        return Search(**self.model_dump(exclude_none=True))
+
+
+def check_file(data: Mapping[str, Any], search: Search) -> None:
+    """Raise LayerselError where a Flexora search cannot be made in this run."""
+    check_gated_file(data, SETTING)
+    if search.val_source == "eval" and not (data.get("val_set_size") or data.get("test_datasets")):
+        raise LayerselError(describe_missing_eval_set())
+    if search.hypergradient != "unrolled":
+        return
+    key = f"{FlexoraArgs.path}.hypergradient"
+    fused = next((name for name in list_plugins(data) if any(part in name.lower() for part in FUSED_PLUGINS)), None)
+    if fused:
+        raise LayerselError(
+            f"{key}: 'unrolled' differentiates twice, which the fused code of the plugin {fused} does not support. "
+            "Remove that plugin, or use `first_order`."
+        )
+    implementation = str(data.get("attn_implementation") or "")
+    named = next((f"{name}_attention" for name in FUSED_ATTENTION if data.get(f"{name}_attention")), None)
+    check_attention(named or implementation)
+    fused = next((name for name in FUSED_KEYS if data.get(name)), None)
+    if fused:
+        raise LayerselError(
+            f"{key}: 'unrolled' differentiates twice, which {fused}: {data[fused]} does not support. Remove {fused}, "
+            "or use `first_order`."
+        )
+    # Axolotl routes packed rows through a kernel of its own on GPUs, unless it is told not to.
+    if data.get("sample_packing") and implementation != "eager" and data.get("sdpa_varlen") is not False:
+        raise LayerselError(
+            f"{key}: 'unrolled' differentiates twice, which the attention kernel for packed rows does not support, and "
+            "sample_packing is on. Set `sdpa_varlen: false`, or use `first_order`."
+        )
+    several = next((name for name in ("loraplus_lr_ratio", "lr_groups") if data.get(name)), None)
+    if several:
+        raise LayerselError(
+            f"{key}: 'unrolled' makes the LoRA steps with one learning rate, and {several}: {data[several]} sets "
+            f"several. Remove {several}, or use `first_order`."
+        )
+    shards = find_shards(data)
+    if shards:
+        raise LayerselError(describe_sharded(shards))
+
+
+def check_attention(implementation: str) -> None:
+    """Raise LayerselError for an attention that an unrolled gradient cannot be computed through."""
+    if any(part in implementation for part in FUSED_ATTENTION):
+        raise LayerselError(
+            f"{FlexoraArgs.path}.hypergradient: 'unrolled' differentiates twice, which {implementation} does not "
+            "support. Use `attn_implementation: sdpa` or `eager`, or `hypergradient: first_order`."
+        )
+
+
+def describe_missing_eval_set() -> str:
+    """Return the message for a search on an eval set that there is not."""
+    return (
+        f"{FlexoraArgs.path}.val_source: 'eval' needs an eval set, and this run has none. Set `val_set_size` or "
+        "`test_datasets`, or use `val_source: train`."
+    )
+
+
+def describe_sharded(engine: str) -> str:
+    """Return the message for an unrolled gradient on an engine that splits weights, by its name."""
+    return (
+        f"{FlexoraArgs.path}.hypergradient: 'unrolled' needs the LoRA weights whole on every process, and "
+        f"{LABELS[engine]} splits them. Use `first_order`, or one process, DDP, ZeRO-1 or ZeRO-2."
+    )

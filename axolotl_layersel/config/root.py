@@ -1,0 +1,179 @@
+"""The ``layersel`` block of an Axolotl YAML file, and what in the rest of the file contradicts it.
+
+Axolotl merges ``LayerselArgs`` into its own schema. Only what is wrong whatever the command is refused
+here: the same file also goes through ``preprocess``, ``evaluate``, ``inference`` and ``merge-lora``.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config import l1ra as l1ra
+from axolotl_layersel.config import selection as selection
+from axolotl_layersel.config.engines import check_engine
+from axolotl_layersel.config.experts import check_expert_file
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.schedule import check_length
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.strict_block import (
+    SEEDS,
+    Block,
+    as_mapping,
+    as_number,
+    as_whole,
+    describe_seeds,
+    list_plugins,
+    quote,
+)
+
+
+class LayerselBlock(Block):
+    """``layersel``: the settings of this plugin."""
+
+    path: ClassVar[str] = "layersel"
+
+    selection: SelectionArgs | None = Field(
+        default=None, description="Choose the layers that get an adapter, before training."
+    )
+    l1ra: L1RAArgs | None = Field(
+        default=None, description="Move rank to the modules that use it, during training. `{}` for the defaults."
+    )
+
+    @model_validator(mode="after")
+    def check_parts(self) -> "LayerselBlock":
+        if self.selection is None and self.l1ra is None:
+            raise ValueError(
+                "layersel: the block is empty, so it would do nothing. Add `selection`, `l1ra` (`l1ra: {}` "
+                "for its defaults), or both."
+            )
+        return self
+
+
+def describe_unread(settings: LayerselBlock) -> str | None:
+    """Return one sentence on the keys that were written and nothing reads, or None where there are none."""
+    groups: dict[str, list[str]] = {}
+    for key, why in settings.list_unread().items():
+        groups.setdefault(why, []).append(key)
+    if not groups:
+        return None
+    shown = "; ".join(f"{', '.join(keys)} (with {why})" for why, keys in groups.items())
+    return f"these keys are not read, and the run goes on without them: {shown}"
+
+
+class LayerselArgs(BaseModel):
+    """What Axolotl's schema gains when the plugin is listed."""
+
+    layersel: LayerselBlock | None = Field(default=None, description="Which layers get LoRA, and how much rank.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_run(cls, data: Any) -> Any:
+        """Refuse what the plugin cannot honour in the rest of the file.
+
+        Raises:
+            ValueError: with the key, its value and the way out.
+        """
+        # Axolotl keeps the plugins of earlier files in one process: judge only files that list this one.
+        if not isinstance(data, Mapping) or not any("axolotl_layersel" in name for name in list_plugins(data)):
+            return data
+        if data.get("layersel") is None:
+            raise LayerselError(missing_block(data))
+        check_adapter(data)
+        check_engine(data)
+        check_seed(data)
+        try:
+            block = LayerselBlock.model_validate(data["layersel"]).drop_unread()
+        except ValidationError:
+            return data  # the field itself will say it
+        if block.l1ra:
+            l1ra.check_file(data, block.l1ra)
+            check_length(data, block.l1ra)
+        if block.selection:
+            selection.check_file(data, block.selection)
+        if block.l1ra:
+            check_ranks(data, block, block.l1ra)
+        elif block.selection:
+            selection.check_even_ranks(data, block.selection, None)
+        return data
+
+
+def check_ranks(data: Mapping[str, Any], block: LayerselBlock, moving: L1RAArgs) -> None:
+    """Raise LayerselError where a selection has no room for its ranks, or none of a file's ranks could move."""
+    chosen, lora_r = block.selection, as_whole(data.get("lora_r"))
+    assert lora_r is not None, "l1ra has checked it"
+    most = l1ra.find_max_rank(moving, lora_r, (chosen and chosen.max_rank) or 0)
+    if chosen:
+        selection.check_room(chosen.max_rank, most)
+        selection.check_even_ranks(data, chosen, most)
+    ranked = chosen and (chosen.plan or chosen.resolve(run_seed=0).rank != "same")
+    if not (ranked or data.get("lora_rank_pattern") or data.get("lora_model_dir")):
+        l1ra.check_movable(moving, [lora_r], most)
+
+
+# Axolotl refuses values of a wrong type in most of the keys that are read below: those pass here.
+
+
+def missing_block(data: Mapping[str, Any]) -> str:
+    """Return the message for a file that lists the plugin without its block."""
+    near = difflib.get_close_matches("layersel", set(map(str, data)) - {"layersel"}, n=1)
+    if near:
+        return f"{near[0]}: is not a setting, and the plugin finds no `layersel` block. Rename the key to `layersel`."
+    return (
+        "layersel: the plugin is listed but its block is missing or empty, so it would do nothing. Add "
+        "`layersel: {selection: {method: cka, ratio: 0.5}}` or `layersel: {l1ra: {}}`, or remove axolotl_layersel "
+        "from `plugins`."
+    )
+
+
+def check_adapter(data: Mapping[str, Any]) -> None:
+    """Raise LayerselError unless the run trains LoRA in a way that layers can be left out of."""
+    adapter = data.get("adapter")
+    if adapter not in ("lora", "qlora"):
+        raise LayerselError(
+            f"adapter: {adapter!r} has no LoRA layers to choose from (full fine-tuning is not supported). "
+            "Set `adapter: lora` or `adapter: qlora`, or remove axolotl_layersel from `plugins`."
+        )
+    if data.get("lora_r") is not None and (as_whole(data["lora_r"]) or 0) < 1:
+        raise LayerselError(
+            f"lora_r: {quote(data['lora_r'])} is no rank that LoRA can have. Set 1 or more, such as 16."
+        )
+    block = as_mapping(data.get("layersel"))
+    if as_number(data.get("lora_alpha")) == 0 and (not data.get("lora_model_dir") or block.get("l1ra") is not None):
+        raise LayerselError(describe_unscaled(data["lora_alpha"]))
+    if data.get("relora") or data.get("relora_steps"):
+        key = "relora" if data.get("relora") else "relora_steps"
+        raise LayerselError(
+            f"{key}: {data[key]!r} merges and restarts the adapter, which the plugin does not support. Remove {key}."
+        )
+    check_expert_file(data)
+
+
+def describe_unscaled(alpha: Any) -> str:
+    """Return the message for a ``lora_alpha`` by which no LoRA weight would get a gradient."""
+    return (
+        f"lora_alpha: {quote(alpha)} scales what LoRA adds by 0, so no weight of it would train. Set another number, "
+        "such as 16."
+    )
+
+
+def check_seed(data: Mapping[str, Any]) -> None:
+    """Raise LayerselError for a seed of the run that the Trainer cannot use, which it would notice late."""
+    seed = as_whole(data.get("seed"))
+    if seed is not None and seed not in SEEDS:
+        raise LayerselError(f"seed: {seed} is {describe_seeds()}")
+
+
+def check_blank_blocks(block: Mapping[str, Any]) -> None:
+    """Raise LayerselError for a part of the ``layersel`` block that is there but blank.
+
+    Not in the schema: dumped defaults hold None where nothing was written.
+    """
+    for key in ("selection", "l1ra"):
+        if key in block and block[key] is None:
+            raise LayerselError(
+                f"layersel.{key}: the key is there but its block is blank. Write its settings below it, or remove "
+                "it; `l1ra: {}` takes the defaults."
+            )

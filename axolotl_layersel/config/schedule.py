@@ -1,0 +1,75 @@
+"""When rank moves, and how strong the pressure on the gates is, from the planned number of optimizer steps."""
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.l1ra import DEFAULT_GATE_LR, SHORT_RUN, L1RAArgs
+from axolotl_layersel.config.strict_block import as_whole
+
+AUTO_LAMBDA = 3.0
+
+
+def find_interval(steps: int, update_ratio: float) -> int:
+    """Return ⌈``update_ratio`` × ``steps``⌉, the optimizer steps from one update to the next.
+
+    As fractions: 0.1 × 30 is a little over 3.
+    """
+    return max(math.ceil(Fraction(str(update_ratio)) * steps), 1)
+
+
+def find_update_steps(steps: int, update_ratio: float, warmup_ratio: float, last_update: float = 1.0) -> list[int]:
+    """Return the optimizer steps after which rank moves, ascending.
+
+    Every ``find_interval`` steps; none before ``warmup_ratio`` of the run, none after ``last_update`` of it, and not in
+    the last interval, so that whatever is added has an interval to train.
+    """
+    interval = find_interval(steps, update_ratio)
+    warmup, end = Fraction(str(warmup_ratio)) * steps, Fraction(str(last_update)) * steps
+    return [step for step in range(interval, steps - interval + 1, interval) if warmup <= step <= end]
+
+
+def plan_updates(steps: int, settings: L1RAArgs) -> list[int]:
+    """Return the optimizer steps after which rank moves in a run of ``steps``, ascending.
+
+    Where ``last_update`` is not written and its default leaves fewer than two, the first two that the run has room for.
+    """
+    possible = find_update_steps(steps, settings.update_ratio, settings.warmup_ratio)
+    updates = find_update_steps(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
+    return possible[:2] if settings.last_update is None and len(updates) < 2 else updates
+
+
+def check_run_length(steps: int, settings: L1RAArgs, key: str = "") -> None:
+    """Raise LayerselError unless a run of ``steps`` optimizer steps, by ``key`` of the file, has two updates."""
+    updates = plan_updates(steps, settings)
+    if len(updates) < 2:
+        written, raised = "", ""
+        if settings.last_update is not None:
+            written, raised = f", last_update: {settings.last_update}", ", or raise last_update"
+        raise LayerselError(
+            f"layersel.l1ra.update_ratio: {settings.update_ratio} (warmup_ratio: {settings.warmup_ratio}{written}) "
+            f"leaves {len(updates)} rank updates in a run of {key}{steps} optimizer steps; it takes two or more for "
+            f"rank to move. Train longer, lower update_ratio or warmup_ratio{raised}."
+        )
+
+
+def resolve_gate_lr(gate_lr: float | None, steps: int) -> float:
+    """Return η: the number given, or by default 0.02, and in runs of fewer than 200 steps as much more."""
+    return DEFAULT_GATE_LR * max(SHORT_RUN / steps, 1) if gate_lr is None else gate_lr
+
+
+def resolve_lambda(l1_lambda: float | str, gate_lr: float, steps: int) -> float:
+    """Return λ: the number given, or for ``auto`` 3 / (η·steps).
+
+    With it the L1 term alone takes a gate from 1 to 0 in a third of the run.
+    """
+    return AUTO_LAMBDA / (gate_lr * steps) if l1_lambda == "auto" else float(l1_lambda)
+
+
+def check_length(data: Mapping[str, Any], settings: L1RAArgs) -> None:
+    """Raise LayerselError where ``max_steps`` leaves no room for updates of rank."""
+    steps = as_whole(data.get("max_steps"))
+    if steps is not None and steps > 0:
+        check_run_length(steps, settings, "max_steps: ")

@@ -1,0 +1,192 @@
+"""The strict base of this package's YAML blocks: what is not understood is an error that names key and value."""
+
+import math
+import types
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+
+from axolotl_layersel.common.errors import suggest
+from axolotl_layersel.config.layer_names import NAME, LayerName
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+LAYER_LIST = (
+    "a list of whole numbers, such as [0, 1, 5], or for a model with an encoder and a decoder one such as "
+    "[encoder.3, decoder.0]"
+)
+# Longer values are cut in messages.
+SHOWN = 120
+
+
+class Block(BaseModel):
+    """A YAML mapping in which an unknown key is an error that suggests the nearest known one, and so is a value of
+    another type: a boolean is no number, nor is an infinite one. Numbers may be text, for YAML reads 1e-3 so.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    path: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            raise ValueError(
+                f"{cls.path}: {quote(data)} is not a mapping. Write its keys on lines of their own below it."
+            )
+        for key in data:
+            if key not in cls.model_fields:
+                word = key if isinstance(key, str) else quote(key)
+                raise ValueError(f"{cls.path}.{word} is not a setting: {suggest(word, cls.model_fields)}")
+        for name, field in cls.model_fields.items():
+            if field.is_required() and name not in data:
+                raise ValueError(f"{cls.path}.{name} is missing. {field.description}")
+        return dict(data)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def check_type(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "only fields are validated"
+        field = cls.model_fields[info.field_name]
+        return read(f"{cls.path}.{info.field_name}", value, field.annotation, field.description)
+
+    def find_unread(self) -> dict[str, str]:
+        """Return the keys that were written and that nothing reads, each with the setting under which it is so."""
+        return {}
+
+    def drop_unread(self) -> "Self":
+        """Return a copy without the keys that nothing reads, in the blocks inside of this one too."""
+        update: dict[str, Any] = {name: value.drop_unread() for name, value in self if isinstance(value, Block)}
+        return self.model_copy(update={**update, **dict.fromkeys(self.find_unread())})
+
+    def list_unread(self) -> dict[str, str]:
+        """Return what ``find_unread`` does, with each key as it is found from the top of the YAML file, and its value.
+
+        The blocks inside of this one that are read are looked through too.
+        """
+        unread = self.find_unread()
+        found = {f"{self.path}.{name}{show(getattr(self, name))}": why for name, why in unread.items()}
+        for name, value in self:
+            if isinstance(value, Block) and name not in unread:
+                found |= value.list_unread()
+        return found
+
+
+def show(value: Any) -> str:
+    """Return a value as it follows its key in a message; a block has too many to list."""
+    return "" if isinstance(value, Block) else f": {quote(value)}"
+
+
+def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
+    """Return the value of ``key`` as the type ``annotation``: int, float, bool, str, names of layers, a block, or a
+    union.
+
+    Raises:
+        ValueError: with the key, its value and what is expected, if it is something else.
+    """
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if value is None and type(None) in kinds:
+        return None
+    if value is None:
+        raise ValueError(f"{key}: the value is blank. Write one, or leave the key out. {description}")
+    hint = " (YAML reads `on`, `yes` and `true` as True)" if value is True else ""
+    result: Any
+    if int in kinds:
+        result, expected = as_whole(value), "a whole number"
+    elif float in kinds and str in kinds:
+        result, expected = value if isinstance(value, str) else as_number(value), "a finite number or text"
+    elif float in kinds:
+        result, expected = as_number(value), "a finite number"
+    elif bool in kinds:
+        result, expected = value if isinstance(value, bool) else None, "true or false"
+    elif str in kinds:
+        result, expected = value if isinstance(value, str) and value else None, "some text"
+    elif list[LayerName] in kinds:
+        result, expected = as_layer_list(value), LAYER_LIST
+    else:
+        return value  # a block, which checks itself
+    if result is None:
+        raise ValueError(f"{key}: {quote(value)}{hint} is not {expected}. Write {expected}, or leave the key out.")
+    return result
+
+
+def check_known(key: str, value: Any, known: Iterable[str]) -> Any:
+    """Return ``value``, or raise ValueError with the nearest of ``known`` if it is another one; None passes."""
+    if value is not None and value not in known:
+        word = value if isinstance(value, str) else quote(value)
+        raise ValueError(f"{key}: {quote(value)} is not known: {suggest(word, known)}")
+    return value
+
+
+def as_number(value: Any) -> float | None:
+    """Return a number, or text that is one, as a finite float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def as_whole(value: Any) -> int | None:
+    """Return a whole number of at most 64 bits, or text that is one; None for anything else."""
+    number = as_number(value)
+    if number is None or not number.is_integer() or not -(2**63) <= number < 2**63:
+        return None
+    return value if isinstance(value, int) else int(number)
+
+
+def as_whole_list(value: Any) -> list[int] | None:
+    """Return a list of whole numbers; None for anything else."""
+    if not isinstance(value, list):
+        return None
+    numbers = [number for item in value if (number := as_whole(item)) is not None]
+    return numbers if len(numbers) == len(value) else None
+
+
+def as_layer_list(value: Any) -> list[LayerName] | None:
+    """Return a list of names of layers; None for anything else."""
+    if not isinstance(value, list):
+        return None
+    named = [item if isinstance(item, str) and NAME.fullmatch(item) else as_whole(item) for item in value]
+    found = [name for name in named if name is not None]
+    return found if len(found) == len(value) else None
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return a mapping, and for anything else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def quote(value: Any) -> str:
+    """Return a value as it may stand in a message."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no whole numbers of thousands of digits
+        return f"this {type(value).__name__}"
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+
+
+# --- What several features read of a YAML file -------------------------------------------------------------------
+
+# What NumPy takes, which the Trainer seeds.
+SEEDS = range(2**32)
+
+
+def describe_seeds() -> str:
+    """Return the end of the message for a seed that is none."""
+    return f"outside of {SEEDS.start} to {SEEDS.stop - 1}, the seeds that NumPy takes. Set one of these."
+
+
+def list_plugins(data: Mapping[str, Any]) -> list[str]:
+    """Return the names under ``plugins``."""
+    plugins = data.get("plugins")
+    return [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
+
+
+def read_choice(data: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key whose value Axolotl may have turned into a member of an enumeration."""
+    return getattr(data.get(key), "value", data.get(key))

@@ -1,0 +1,1 @@
+"""LoRA adapters: in the model that trains, and in their files."""

@@ -1,0 +1,111 @@
+"""The LoRA modules of a PEFT model: find them, name them, and count their parameters."""
+
+from collections.abc import Mapping
+from typing import cast
+
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from axolotl_layersel.common.errors import LayerselError
+
+# Where a model's tuner notes the name of the adapter in training, which need not be active all the time.
+TRAINED_ADAPTER = "layersel_adapter"
+
+
+def get_adapter_name(model: PeftModel) -> str:
+    """Return the name of the adapter in training, once that was noted, and of the active one before.
+
+    Raises:
+        LayerselError: if several are active.
+    """
+    return vars(model.base_model).get(TRAINED_ADAPTER) or get_active_adapter(model)
+
+
+def get_active_adapter(model: PeftModel) -> str:
+    """Return the name of the active adapter.
+
+    Raises:
+        LayerselError: if there are several.
+    """
+    names = model.active_adapters
+    if len(names) != 1:
+        raise LayerselError(f"adapter: {names} are active together; layer selection needs exactly one.")
+    return names[0]
+
+
+def get_config(model: PeftModel, adapter: str | None = None) -> LoraConfig:
+    """Return the LoRA configuration of ``adapter``, by default of the one in training.
+
+    Raises:
+        LayerselError: if it is an adapter of another kind.
+    """
+    config = model.peft_config[adapter or get_adapter_name(model)]
+    # AdaLoRA's configuration is one of LoRA's, but its modules have no A and B as LoRA's have.
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise LayerselError(f"adapter: {kind} is not supported. Use `adapter: lora` or `adapter: qlora`.")
+    return config
+
+
+def get_base_model(model: PeftModel) -> PreTrainedModel:
+    """Return the transformers model that carries the adapter."""
+    return cast(PreTrainedModel, model.get_base_model())
+
+
+def find_lora_modules(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
+    """Return the LoRA modules of ``model`` by name, in the order of ``named_modules``.
+
+    ``adapter``: only those that carry it; default: all.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and carries(module, adapter)
+    }
+
+
+def carries(module: LoraLayer, adapter: str | None) -> bool:
+    """Return whether ``adapter`` has LoRA in a module, of which PEFT 0.20.0 notes the rank; None stands for any."""
+    return adapter is None or adapter in module.r
+
+
+def get_linears(module: LoraLayer, adapter: str) -> tuple[nn.Linear, nn.Linear]:
+    """Return A and B of a LoRA module that is linear."""
+    down, up = module.lora_A[adapter], module.lora_B[adapter]
+    assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear), "LoRA on other modules was refused"
+    return down, up
+
+
+def count_experts(module: LoraLayer) -> int:
+    """Return how many matrices lie under a LoRA module, each of which gets A and B of the module's rank.
+
+    Under an expert parameter there is one for each expert; PEFT 0.20.0 has the A of all of them in one weight, (experts
+    · rank, inputs), and the B in another one, (outputs, rank · experts). Under a linear module there is one.
+    """
+    return module.num_experts if isinstance(module, ParamWrapper) else 1
+
+
+def list_linear(modules: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Return the LoRA modules, by name, that are not on parameters such as those of experts."""
+    return {name: module for name, module in modules.items() if not isinstance(module, ParamWrapper)}
+
+
+def find_key(name: str, module: LoraLayer) -> str:
+    """Return what PEFT's ``target_parameters``, ``rank_pattern`` and ``alpha_pattern`` call a LoRA module.
+
+    That is its name, and of LoRA on a parameter the parameter's name. Several of one module are wrapped one around the
+    other, as ``experts`` and ``experts.base_layer``; PEFT 0.20.0 looks for the names that they have without that.
+    """
+    if not isinstance(module, ParamWrapper):
+        return name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{module.parameter_name}"
+
+
+def count_component_parameters(module: LoraLayer, adapter: str) -> int:
+    """Return how many parameters one rank of a LoRA module that is linear, or on expert parameters, takes."""
+    down, up = get_linears(module, adapter)
+    return (down.in_features + up.out_features) * count_experts(module)

@@ -1,0 +1,150 @@
+"""The plan: which layers were chosen, why, and on what. Read, checked and written here."""
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from axolotl_layersel.config.layer_names import LayerName, Place
+from axolotl_layersel.config.methods import METHODS
+from axolotl_layersel.config.selection import (
+    DEFAULT_STACKS,
+    ResolvedSelection,
+    SelectionArgs,
+    Token,
+    Towers,
+    Unselected,
+)
+
+SCHEMA_VERSION: Final = 2
+FILE = "plan.json"
+# Parameters and ranks; a larger number is none of a model's.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+# Keys of JSON are text: those that are numbers are the layers of a model with one list of them.
+Layer = Annotated[LayerName, Field(union_mode="left_to_right")]
+
+
+class LayerChoice(BaseModel):
+    """One layer, by its number or as ``encoder.3``. ``score`` is its importance (higher is kept), ``None`` where it has
+    none.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    layer: Layer
+    score: FiniteFloat | None
+    selected: bool
+
+
+class Tower(BaseModel):
+    """LoRA outside of the layers, in one place of the model; ``trained`` counts those of its modules that train."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    place: str
+    modules: list[str]
+    trained: Count
+
+
+class Stability(BaseModel):
+    """How far choices with several seeds agree."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    selected: dict[int, list[Layer]] = Field(description="the layers chosen, by seed")
+    overlap: FiniteFloat = Field(
+        ge=0, le=1, description="mean Jaccard overlap of all pairs of choices of modules, weighted by rank"
+    )
+
+
+class Budget(BaseModel):
+    """Trainable parameters in the layers: those that LoRA with ``lora_r`` has, and those of the ranks given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lora: Count = Field(description="of LoRA with lora_r in all candidates")
+    even: Count = Field(default=0, description="of what is spent, that which no gain above noise asked for; all alike")
+    lora_r: Count | None = Field(default=None, description="of the run that made the plan; null in older plans")
+    allowed: Count = Field(description="what the ranks could spend")
+    spent: Count = Field(description="what they take")
+
+
+class Plan(BaseModel):
+    """What was decided, and everything needed to check it against another run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    method: str
+    layers: list[LayerChoice]
+    unselected: Unselected
+    towers: Towers = Field(default="keep", description="what became of LoRA outside of the layers")
+    outside: list[Tower] = Field(
+        default_factory=list,
+        description="LoRA modules outside of the layers, before any were removed, by place in the base model",
+    )
+    unscored: dict[Layer, str] = Field(default_factory=dict, description="why a layer has no score, by layer")
+    stack: Place = Field(
+        description="where the layers are in the base model, such as model.layers; by side where there are several"
+    )
+    modules: list[str] = Field(description="LoRA modules that are kept in the layers, by their name in the base model")
+    granularity: str = Field(default="layer", description="what was chosen among: layer, group or module")
+    ranks: dict[str, int] = Field(
+        default_factory=dict, description="the rank of every module that is kept; empty where all have lora_r"
+    )
+    budget: Budget | None = Field(default=None, description="where ranks were given by one")
+    settings: dict[str, Any] = Field(description="the selection block that produced this plan")
+    seed: int
+    module_scores: dict[str, FiniteFloat | None] = Field(
+        default_factory=dict,
+        description="importance of the unit of every LoRA module, null where it has none, where units are not layers",
+    )
+    stability: Stability | None = Field(default=None, description="with `axolotl-layersel plan --repeat`")
+    calibration_rows: list[int] = Field(
+        description="rows of the training set (flexora with val_source eval: of the eval set) that were scored or "
+        "validated on, in the order drawn"
+    )
+    rows_left_out: list[int] = Field(
+        default_factory=list,
+        description="rows that were drawn too, but lack the ending that the others share, or an "
+        "image where a vision tower is scored",
+    )
+    token: Token | dict[str, Token] | None = Field(
+        default=None,
+        description="where rows were compared: what the setting `token` came to in this model, or in each of its sides",
+    )
+    dataset_fingerprint: str | None = Field(description="SHA-256 of the calibration rows' tokens and images")
+    base_model: str | None
+    base_shape: dict[str, int | str] | None = Field(
+        default=None, description="what tells the base model from others of its name, from its configuration"
+    )
+    versions: dict[str, str]
+    engine: str
+    processes: Count
+    seconds: FiniteFloat
+
+    @property
+    def selected(self) -> list[LayerName]:
+        """The selected layers, in the order that they run."""
+        return [choice.layer for choice in self.layers if choice.selected]
+
+    @property
+    def stacks(self) -> str:
+        """Whose layers were chosen among; plans from before there was a choice say nothing."""
+        return self.settings.get("stacks") or DEFAULT_STACKS
+
+    def resolve_settings(self) -> ResolvedSelection:
+        """Return ``settings`` as they take effect; what is left out of them, or null, is at its default.
+
+        Raises:
+            ValidationError: if they are not what a ``selection`` block can hold.
+        """
+        given = {key: value for key, value in self.settings.items() if value is not None}
+        method = METHODS.get(str(given.get("method")))
+        if method is None or "seed" not in method.keys:
+            given.pop("seed", None)  # every plan has one, which such a block must not
+        return SelectionArgs.model_validate(given).resolve(run_seed=self.seed)
+
+    @property
+    def modules_outside(self) -> list[str]:
+        """The LoRA modules outside of the layers that are kept."""
+        return [name for tower in self.outside for name in tower.modules] if self.towers == "keep" else []

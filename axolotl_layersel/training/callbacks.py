@@ -1,0 +1,227 @@
+"""What every run of this package needs while it trains; it only delegates."""
+
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.engines import collectives, trainers
+from axolotl_layersel.engines.signals import WATCH, SharedSignal, leave
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.writer import AdapterWriter
+from axolotl_layersel.training import nodes
+from axolotl_layersel.training.leftovers import find_surplus, remove
+
+LOG = logging.getLogger("axolotl.layersel")
+
+
+class RestoreCallback(TrainerCallback):
+    """Restores what upstream leaves out when a run resumes, and ends a run that had ended before without a step.
+
+    Upstream restores FSDP2's LoRA weights on one rank only, and does not restore what callbacks have counted.
+
+    Args:
+        run: it may have been resumed.
+        resume_from: the checkpoint that the run resumes from.
+        resumed_step: its step.
+        restore: writes the LoRA weights of a checkpoint into the sharded model.
+    """
+
+    def __init__(
+        self, run: Run, resume_from: str | None, resumed_step: int | None, restore: Callable[[str], None]
+    ) -> None:
+        self.run = run
+        self.resume_from = resume_from
+        self.resumed_step = resumed_step
+        self.restore = restore
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.resumed_step not in (None, state.global_step):
+            raise LayerselError(
+                f"resume_from_checkpoint: the trainer begins at step {state.global_step}, and was prepared to resume "
+                f"from {self.resume_from}, which is of step {self.resumed_step}. Give `trainer.train` the same "
+                "checkpoint as `prepare_trainer`."
+            )
+        if state.global_step == 0:
+            return
+        callbacks = self.run.trainer.callback_handler.callbacks
+        trainers.restore_callbacks(callbacks, state)
+        if not self.run.engine.restores_lora and self.resume_from:
+            self.restore(self.resume_from)
+        if has_ended(state, callbacks):
+            LOG.info("layersel: the run has ended at step %d already; nothing is trained", state.global_step)
+            control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.run.engine.restores_lora and args.load_best_model_at_end and state.best_model_checkpoint:
+            self.restore(state.best_model_checkpoint)
+
+
+def has_ended(state: TrainerState, callbacks: list[TrainerCallback]) -> bool:
+    """Return whether the run that is resumed had come to its last step, or been stopped early."""
+    stopping = [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
+    return state.global_step >= state.max_steps or any(
+        callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in stopping
+    )
+
+
+class TidyCallback(TrainerCallback):
+    """Removes what an earlier run has left in the folder, once nothing of this one can fail before it trains.
+
+    Args:
+        run: its folder is not written by another run.
+        paths: files that this run does not write.
+        resume_from: the checkpoint that the run resumes from.
+        is_complete: whether this process could resume from a checkpoint.
+    """
+
+    def __init__(
+        self, run: Run, paths: list[Path], resume_from: str | None, is_complete: Callable[[Path], bool]
+    ) -> None:
+        self.run = run
+        self.paths = paths
+        self.resume_from = resume_from
+        self.is_complete = is_complete
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for path in self.paths if collectives.get_rank() == 0 else []:
+            if path.is_file():
+                remove(path, "is an earlier run's")
+        if state.global_step > 0 and args.should_save:
+            self.keep_to_limit(args.save_total_limit, state)
+
+    def keep_to_limit(self, limit: int | None, state: TrainerState) -> None:
+        """Remove the checkpoints that a killed run has written, and had not deleted yet."""
+        best = [Path(state.best_model_checkpoint).name] if state.best_model_checkpoint else []
+        resumed = [Path(self.resume_from).name] if self.resume_from else []
+        protected = {f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", *resumed, *best}
+        for path in find_surplus(self.run.output_dir, limit, protected, self.is_complete):
+            remove(path, f"is one checkpoint more than save_total_limit: {limit}")
+
+
+class ShareCallback(TrainerCallback):
+    """Leaves on every node what the first process has written about the run, once it is over.
+
+    Args:
+        run: it has trained.
+        names: of the files, in the run's folder.
+    """
+
+    def __init__(self, run: Run, names: list[str]) -> None:
+        self.run = run
+        self.names = names
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        nodes.share_files(self.run, self.run.output_dir, self.names)
+
+
+class InterruptCallback(TrainerCallback):
+    """Ends the run on Ctrl-C or SIGTERM, on all ranks together.
+
+    Ctrl-C leaves the adapter as trained so far, and SIGTERM leaves a checkpoint from which the same run goes on. This
+    is the last callback, so that the earlier signal handlers come back when everything else is settled.
+
+    Args:
+        run: it may be interrupted.
+        writer: writes its adapter.
+        resume_from: the checkpoint that the run resumes from.
+    """
+
+    def __init__(self, run: Run, writer: AdapterWriter, resume_from: str | None = None) -> None:
+        self.run = run
+        self.writer = writer
+        self.resume_from = resume_from
+        self.shared = SharedSignal(run.device)
+        self.training = False
+        self.began_at = 0
+        self.terminated = False
+        self.may_leave = True
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        WATCH.install()
+        self.shared = SharedSignal(args.device)
+        self.training, self.began_at = True, state.global_step
+        self.terminated, self.may_leave = False, True
+        if state.global_step > 0 and self.resume_from and trainers.is_evaluation_due(self.run.trainer):
+            self.make_up_for_evaluation(self.resume_from)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.obey(self.shared.look())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.obey(self.shared.settle())
+        # What is due at the end of an epoch belongs to its last step.
+        self.may_leave = not ends_epoch(state, control)
+        if self.terminated and self.may_leave:
+            control.should_save = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.may_leave = True
+        if self.terminated:
+            control.should_save = True
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # An evaluation may take longer than a launcher waits before it kills; all ranks run as many batches.
+        if not self.training:
+            return
+        self.obey(self.shared.look())
+        if self.terminated:
+            # The resumed run evaluates first, see is_evaluation_due.
+            if state.global_step > self.began_at:
+                self.save_checkpoint()
+            self.leave_checkpoint()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Ranks have just waited for each other, and what came while they saved need not cost another step and save.
+        self.obey(self.shared.settle())
+        if self.terminated and self.may_leave:
+            self.leave_checkpoint()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.training = False
+        self.shared.settle()
+        WATCH.restore()
+
+    def make_up_for_evaluation(self, checkpoint: str) -> None:
+        """Evaluate as the step of ``checkpoint`` still had to, and write that again."""
+        trainer = self.run.trainer
+        trainers.evaluate(trainer, checkpoint)
+        self.save_checkpoint()
+        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+
+    def save_checkpoint(self) -> None:
+        """Write a whole checkpoint of the step that has ended, between two forward passes."""
+        self.run.engine.reshard()
+        trainers.save_checkpoint(self.run.trainer)
+
+    def obey(self, signum: int) -> None:
+        """Save the adapter and leave on Ctrl-C; on SIGTERM note that the run ends at its next checkpoint."""
+        if signum == signal.SIGINT:
+            folder = self.run.output_dir
+            self.writer.save(folder)
+            leave(signum, f"interrupted; the adapter as trained so far is in {folder}")
+        self.terminated = self.terminated or signum == signal.SIGTERM
+
+    def leave_checkpoint(self) -> None:
+        """Leave, with the checkpoint of this step complete."""
+        trainer = self.run.trainer
+        step, folder = trainer.state.global_step, trainer.args.output_dir
+        leave(signal.SIGTERM, f"ended after step {step}; `auto_resume_from_checkpoints: true` goes on from {folder}")
+
+
+def ends_epoch(state: TrainerState, control: TrainerControl) -> bool:
+    """Return whether the step that has just ended is the last one of its epoch, or of the run."""
+    return control.should_training_stop or control.should_epoch_stop or float(state.epoch).is_integer()

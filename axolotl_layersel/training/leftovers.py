@@ -1,0 +1,105 @@
+"""What a run that was killed has left behind: files that were being written, and checkpoints beyond the limit."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from axolotl_layersel.common.paths import FOLDER, gates_path
+from axolotl_layersel.engines import collectives
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.training.checkpoints import list_checkpoints
+from axolotl_layersel.training.contents import list_recorded, record_path
+
+LOG = logging.getLogger("axolotl.layersel")
+
+# What the standard library's tempfile adds to a prefix.
+RANDOM = "[a-z0-9_]{8}"
+TRIAL = re.compile(rf"\.layersel-{RANDOM}")  # of files.check_output and layouts.write_adapter
+
+
+def find_leftovers(output_dir: Path) -> list[Path]:
+    """Return what an earlier run was writing when it was killed, in its folder and in those of its checkpoints.
+
+    Only names that this package makes count, and of folders those that hold nothing but an adapter's files. Links are
+    not followed.
+    """
+    names = [*list_recorded(), str(gates_path("")), str(record_path(""))]
+    places = [output_dir, *(output_dir / name for name in list_checkpoints(output_dir))]
+    found = []
+    for folder in [place for place in places if place == output_dir or not place.is_symlink()]:
+        for place in (folder, folder / FOLDER):
+            if place.is_dir() and (place == folder or not place.is_symlink()):
+                own = [Path(name).name for name in names if (folder / name).parent == place]
+                found += [Path(entry.path) for entry in scan(place) if is_leftover(entry, own)]
+    return found
+
+
+def remove_leftovers(run: Run) -> None:
+    """Remove what an earlier run was writing when it was killed, on every node; every rank must call this.
+
+    Call it before the trainer resumes: it would take the adapter in such a folder for another one of the checkpoint's.
+    """
+    for path in find_leftovers(run.output_dir) if run.trainer.args.local_process_index == 0 else []:
+        remove(path, "is what a run was writing when it was killed")
+    collectives.wait_for_everyone()
+
+
+def scan(folder: Path) -> Iterator[os.DirEntry]:
+    """Yield the entries of a folder by name."""
+    with os.scandir(folder) as entries:
+        yield from sorted(entries, key=lambda entry: entry.name)
+
+
+def is_leftover(entry: os.DirEntry, own: list[str]) -> bool:
+    """Return whether this package was writing ``entry``. ``own``: the files that it writes to that folder."""
+    if entry.is_dir(follow_symlinks=False):
+        names = {Path(name).name for name in list_recorded() if not name.startswith(FOLDER)}
+        inside = list(scan(Path(entry.path))) if TRIAL.fullmatch(entry.name) else None
+        return inside is not None and all(e.name in names and e.is_file(follow_symlinks=False) for e in inside)
+    pattern = "|".join(rf"\.{re.escape(name)}\.{RANDOM}" for name in own)
+    named = TRIAL.fullmatch(entry.name) or (own and re.fullmatch(pattern, entry.name))
+    return bool(named) and entry.is_file(follow_symlinks=False)
+
+
+def find_surplus(
+    output_dir: Path, limit: int | None, protected: set[str], is_complete: Callable[[Path], bool]
+) -> list[Path]:
+    """Return the checkpoints beyond ``limit``: those that are not complete first, then the oldest.
+
+    The Trainer itself deletes nothing before it writes the next one, and then may take a checkpoint that was half
+    deleted for the newest.
+
+    Args:
+        output_dir: of the run.
+        limit: ``save_total_limit``; None or 0 for none.
+        protected: names of those that stay.
+        is_complete: whether a checkpoint can be resumed from.
+    """
+    names = list_checkpoints(output_dir)[::-1]
+    surplus = len(names) - max(limit, len(protected & set(names))) if limit and limit > 0 else 0
+    if surplus <= 0:
+        return []
+    paths = [output_dir / name for name in names if name not in protected]
+    deletable = [path for path in paths if path.is_dir() and not path.is_symlink()]
+    return sorted(deletable, key=is_complete)[:surplus]
+
+
+def remove(path: Path, reason: str) -> None:
+    """Remove a file or a folder, and say why; what cannot be removed stays, and is named."""
+    parent, times = path.parent, os.stat(path.parent)
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        # By which the Trainer tells how old a checkpoint is.
+        os.utime(parent, ns=(times.st_atime_ns, times.st_mtime_ns))
+    except FileNotFoundError:  # another node of the same disk was faster
+        return
+    except OSError as error:
+        LOG.warning("layersel: %s %s, but cannot be removed (%s)", path, reason, error.strerror or error)
+        return
+    LOG.info("layersel: %s %s, and is removed", path, reason)

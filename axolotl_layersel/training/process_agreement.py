@@ -1,0 +1,274 @@
+"""Check that all ranks were started alike, and name what differs before it hangs a run or spoils its adapter."""
+
+import hashlib
+import json
+import logging
+import platform
+import random
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.versions import find_version
+from axolotl_layersel.config.initialisation import changes_base
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.strict_block import quote
+from axolotl_layersel.engines import collectives
+from axolotl_layersel.lora.run import Run
+
+LOG = logging.getLogger("axolotl.layersel")
+
+PACKAGES = ("axolotl-layersel", "axolotl", "torch", "transformers", "peft", "accelerate", "deepspeed")
+# Ranks reach the first check within seconds of each other. This is how long they wait for one that does not.
+PATIENCE = 600
+SAMPLED_ROWS = 32
+# Of a weight that does not train, at each end, where a resized vocabulary has its new rows, and in between.
+SAMPLED_VALUES = 2**16
+# The weight of a layer that LoRA is put on; a head or an embedding has no number.
+LAYER_WEIGHT = re.compile(r"\.\d+\..*\.base_layer\.")
+# By the name of a fact, what to do about ranks that differ in it.
+WAYS_OUT = {
+    "settings": "Start all ranks from the same YAML file and with the same options.",
+    "versions": "Install the same versions on all nodes.",
+    "rows": "Give all nodes the same files, and delete what `dataset_prepared_path` holds of others.",
+    "weights": "Give all nodes the same base model and the same adapter.",
+    "base model": "Scores would mix two models: give all nodes the same base model.",
+}
+# The keys that decide how a run goes, and so must be the same on all ranks. Paths of what is read may differ from node
+# to node, so their contents are compared instead; checkpoints name paths below output_dir.
+AGREEING_KEYS = (
+    *("output_dir", "resume_from_checkpoint"),
+    *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear"),
+    *("lora_modules_to_save", "peft_layers_to_transform", "lora_rank_pattern", "lora_alpha_pattern"),
+    *("peft_use_rslora", "peft_use_dora", "peft_init_lora_weights", "load_in_8bit", "load_in_4bit", "rl"),
+    *("seed", "max_steps", "num_epochs", "micro_batch_size", "gradient_accumulation_steps", "sequence_len"),
+    *("sample_packing", "learning_rate", "lr_scheduler", "warmup_steps", "warmup_ratio", "optimizer", "weight_decay"),
+    *("max_grad_norm", "val_set_size", "save_steps", "save_strategy", "eval_steps", "eval_strategy"),
+    *("load_best_model_at_end", "early_stopping_patience", "auto_resume_from_checkpoints", "gradient_checkpointing"),
+    *("deepspeed", "fsdp", "fsdp_version", "fsdp_config", "bf16", "fp16"),
+)
+# The Trainer's arguments that decide how a run goes, by the YAML keys that set them.
+ARGUMENTS = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "max_steps": "max_steps",
+    "num_epochs": "num_train_epochs",
+    "micro_batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_steps": "warmup_steps",
+    "optimizer": "optim",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "save_steps": "save_steps",
+    "eval_steps": "eval_steps",
+    "load_best_model_at_end": "load_best_model_at_end",
+}
+ADAPTER_SETTINGS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "peft_use_rslora": "use_rslora",
+    "peft_use_dora": "use_dora",
+    "peft_init_lora_weights": "init_lora_weights",
+    "lora_rank_pattern": "rank_pattern",
+}
+
+
+def check_started_alike(settings: Mapping[str, Any]) -> None:
+    """Raise LayerselError, on every rank, unless all ranks have the same ``settings``, nested by key, and packages.
+
+    A rank that does not come here is named too, after a while.
+    """
+    absent = collectives.find_absent_ranks("started", PATIENCE)
+    if absent:
+        raise LayerselError(
+            f"plugins: ranks {absent} have not come to axolotl_layersel in {PATIENCE} seconds. Look into their logs; "
+            "if they are still running, list the plugin in the YAML files of all ranks."
+        )
+    check_same({"settings": settings, "versions": find_versions()})
+
+
+def check_trainers_alike(run: Run, settings: LayerselBlock, resume_from: str | None, continues_adapter: bool) -> None:
+    """Raise LayerselError, on every rank, unless the trainers of all ranks have the same settings, rows and packages.
+
+    ``resume_from`` and ``continues_adapter``: see ``prepare_trainer``.
+    """
+    if not collectives.is_distributed():
+        return
+    arguments = run.trainer.args
+    chosen = {
+        "layersel": settings.model_dump(),
+        **{key: getattr(arguments, name) for key, name in ARGUMENTS.items()},
+        **{key: getattr(run.config, name) for key, name in ADAPTER_SETTINGS.items()},
+        "resume_from_checkpoint": resume_from,
+        "lora_model_dir": "given" if continues_adapter else None,
+    }
+    rows = {
+        "datasets": describe_rows(run.trainer.train_dataset, arguments.seed),
+        "eval set": describe_rows(run.trainer.eval_dataset, arguments.seed),
+    }
+    check_same({"settings": chosen, "versions": find_versions(), "rows": rows})
+
+
+@torch.no_grad()
+def share_new_weights(run: Run, continues_adapter: bool) -> None:
+    """Let all ranks start from the same weights: those that are new in each process become rank 0's, as on stock DDP.
+
+    New are heads, embeddings of a resized vocabulary and LoRA that no seed has drawn. Before the engine is built every
+    rank must call this. A rank that holds no weights, or a part of them only, has no say.
+
+    Args:
+        run: whose model it is.
+        continues_adapter: the LoRA weights are a trained adapter's, and not new.
+
+    Raises:
+        LayerselError: on every rank, where weights differ that were read from files.
+    """
+    if not collectives.is_distributed():
+        return
+    weights, digests = find_weights(run), None
+    if run.engine.has_weights():
+        digests = {name: digest(weight, whole=weight.requires_grad) for name, weight in weights.items()}
+    if not collectives.find_differing_ranks(None if digests is None else repr(digests).encode()):
+        return
+    everyone = [theirs for theirs in collectives.gather_from_all(digests) if theirs is not None]
+    differing = [name for name in everyone[0] if any(theirs.get(name) != everyone[0][name] for theirs in everyone)]
+    lora, given = sort_weights(run, differing)
+    check_same({"weights": {"initial LoRA weights": pick(digests, lora if continues_adapter else {})}})
+    check_same({"base model": {"base weights": pick(digests, given)}})
+    # What cannot be copied from one rank to another.
+    check_same({"weights": {"shape of weights": {name: str(list(weight.shape)) for name, weight in weights.items()}}})
+    for name in differing:
+        share(run, weights[name])
+    if collectives.get_rank() == 0:
+        LOG.info(
+            "layersel: %d weights were new in each process, such as %s; all take those of the first process",
+            len(differing),
+            differing[0],
+        )
+
+
+def find_weights(run: Run) -> dict[str, torch.Tensor]:
+    """Return the weights by name that this rank holds whole, without those of tensor subclasses that do not train."""
+    return {
+        name: parameter
+        for name, parameter in run.model.named_parameters()
+        if run.engine.holds_whole(parameter)
+        and not parameter.is_meta
+        and (parameter.requires_grad or type(parameter.data) is torch.Tensor)
+    }
+
+
+def sort_weights(run: Run, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return which of ``names`` are LoRA weights, and which were read from the files of the base model.
+
+    These are the weights of layers that LoRA is put on, unless its initialisation has changed them, and quantised ones.
+    Both by the name under which messages know a weight.
+    """
+    lora = {shorten(name, run.adapter): name for name in names if ".lora_" in name}
+    computed = changes_base(run.config.init_lora_weights)
+    parameters = dict(run.model.named_parameters())
+    given = {
+        shorten(name, run.adapter): name
+        for name in names
+        if (LAYER_WEIGHT.search(name) and not computed) or not parameters[name].is_floating_point()
+    }
+    return lora, given
+
+
+def shorten(name: str, adapter: str) -> str:
+    """Return the name of a weight as an adapter's file has it."""
+    return name.replace(f".{adapter}.", ".").replace(".base_layer.", ".")
+
+
+def pick(digests: dict[str, str] | None, names: Mapping[str, str]) -> dict[str, str] | None:
+    """Return some of a rank's digests, by the names that messages know them under; None where it has none."""
+    return None if digests is None else {shown: digests[name] for shown, name in names.items()}
+
+
+def share(run: Run, weight: torch.Tensor) -> None:
+    """Give every rank rank 0's values of ``weight``, in place; a collective call."""
+    values = weight.detach().contiguous().flatten().view(torch.uint8).to(run.device)
+    collectives.broadcast(values)
+    weight.data.copy_(values.to(weight.device).view(weight.dtype).view(weight.shape))
+
+
+def check_same(facts: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Raise LayerselError, on every rank, that names the first rank and key whose value is not rank 0's.
+
+    Every rank must call this. ``facts``: by group, see ``WAYS_OUT``, and by key, nested; None where a rank has no say.
+    """
+    everyone = collectives.gather_from_all({group: make_plain(values) for group, values in facts.items()})
+    for group in facts:
+        for rank, theirs in enumerate(everyone):
+            difference = None if theirs[group] is None else find_difference(everyone[0][group], theirs[group])
+            if difference:
+                key, here, there = difference
+                raise LayerselError(f"{key}: {quote(there)} on rank {rank}, {quote(here)} on rank 0. {WAYS_OUT[group]}")
+
+
+def find_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """Return where two nested mappings first differ, as a key with dots, and both values; None where they do not."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in {**ours, **theirs}:
+            inner = f"{key}.{name}" if key else name
+            difference = find_difference(ours.get(name), theirs.get(name), inner)
+            if difference:
+                return difference
+        return None
+    return None if ours == theirs else (key, ours, theirs)
+
+
+def make_plain(value: Any) -> Any:
+    """Return a value as numbers, texts, lists and dictionaries, the same for the same value in every process."""
+    if isinstance(value, Mapping):
+        return {str(key): make_plain(inner) for key, inner in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [make_plain(inner) for inner in value]
+    value = getattr(value, "value", value)  # an enumeration's
+    return value if value is None or isinstance(value, bool | int | float | str) else str(type(value))
+
+
+def find_versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that a run depends on; None for one that is not there."""
+    versions: dict[str, str | None] = {"version of Python": ".".join(platform.python_version_tuple()[:2])}
+    versions |= {f"version of {name}": find_version(name) for name in PACKAGES}
+    return versions
+
+
+def describe_rows(dataset: Any, seed: int) -> Any:
+    """Return the number of a dataset's rows, and a hash of some, drawn by ``seed``; None where it is streamed.
+
+    Rows are hashed only where they are stored, without any transformation.
+    """
+    if isinstance(dataset, Mapping):
+        return {name: describe_rows(part, seed) for name, part in dataset.items()}
+    if not hasattr(dataset, "__len__"):
+        return None
+    count = len(dataset)
+    if not isinstance(dataset, Dataset):
+        return {"number of rows": count}
+    drawn = random.Random(seed).sample(range(count), min(count, SAMPLED_ROWS))
+    untransformed = dataset.with_format(None)
+    rows = [untransformed[row] for row in drawn]
+    text = json.dumps(rows, sort_keys=True, default=lambda value: str(type(value)))
+    return {"number of rows": count, "hash of some rows": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def digest(weight: torch.Tensor, whole: bool = True) -> str:
+    """Return a hash of the bytes of a tensor; of a large one, unless ``whole``, of its ends and of some in between."""
+    values = weight.detach().flatten()
+    if not whole and len(values) > 3 * SAMPLED_VALUES:
+        between = values[:: len(values) // SAMPLED_VALUES]
+        values = torch.cat([values[:SAMPLED_VALUES], between, values[-SAMPLED_VALUES:]])
+    raw = values.cpu().contiguous().view(torch.uint8)
+    return hashlib.blake2b(raw.numpy().data, digest_size=8).hexdigest()
