@@ -191,7 +191,7 @@ CONTRADICTIONS = {
     "another method": ("layers", ["method"], "cosine", "`method` is 'cosine', and settings.method 'cka'"),
     "another seed": ("layers", ["seed"], 9, "`seed` is 9, and settings.seed 3"),
     "settings of no block": ("layers", ["settings", "ratio"], 7, "settings.ratio: 7.0 is outside (0, 1]"),
-    "settings that have no effect": ("layers", ["settings", "max_rank"], 8, "settings.max_rank: 8 has no effect with"),
+    "settings that have no effect": ("layers", ["settings", "budget"], 2, "settings.budget: 2.0 has no effect with"),
     "other layers": ("frozen", ["settings", "layers"], [1, 2], "selects [1, 4], and settings.layers is [1, 2]"),
     "outside of candidates": ("match", ["settings", "candidates"], [0, 2], "selects [1], which are not among"),
     "a layer of 5,000 digits": ("layers", ["modules", 0], f"model.layers.{'9' * 5000}.q", "is not of just the layers"),

@@ -291,7 +291,8 @@ def check_movable(settings: L1RAArgs, ranks: Collection[int], max_rank: int, man
     if min(ranks) >= max_rank:
         raise LayerselError(
             f"layersel.l1ra.max_rank: {max_rank} is the rank that all modules start with, so none has room for more "
-            "and no rank could move. Raise it, leave it out, or remove the l1ra block."
+            f"and no rank could move. Set a higher one{'' if settings.max_rank is None else ', leave it out'}, or "
+            "remove the l1ra block."
         )
     if not many:
         raise LayerselError(

@@ -459,6 +459,19 @@ def find_budget(asked: float | str, lora: int) -> int:
     return int(asked * lora + 1e-9) if asked <= HIGHEST_FACTOR else int(asked)
 
 
+def find_matched_room(selection: SelectionArgs, lora_r: int) -> int:
+    """Return twice the rank by which the kept share spends the whole budget, as far as the block shows it, else 0.
+
+    ``l1ra`` takes it for its room by default, so that modules that start alike can gain rank.
+    """
+    settings = selection.resolve(run_seed=0)
+    factor = 1.0 if settings.budget == BUDGET else as_number(settings.budget)
+    if settings.rank != "match" or settings.ratio is None or factor is None or factor > HIGHEST_FACTOR:
+        return 0
+    rank = math.ceil(factor * lora_r / settings.ratio)
+    return 2 * min(rank, MAX_RANK_FACTOR * lora_r)
+
+
 def count_share(ratio: float, number: int) -> int:
     """Return how many of ``number`` a ratio keeps: floor(ratio × number + 1e-9), for 0.29 × 100 is 28.999…."""
     return math.floor(ratio * number + 1e-9)

@@ -85,7 +85,8 @@ def select_layers(
         known = KnownRun(
             base_model,
             describe_shape(base.config),
-            capacity.lora_r if capacity else run.config.r,
+            # A trained adapter has its highest rank there, and its ranks are compared module by module.
+            capacity.lora_r if capacity else None if continues_adapter else run.config.r,
             capacity.max_rank if capacity else None,
         )
         decide_on_rank_zero(lambda: check_reused(reused, settings, resume_from, known, facts))

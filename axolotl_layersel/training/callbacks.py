@@ -53,6 +53,7 @@ class RestoreCallback(TrainerCallback):
                 f"from {self.resume_from}, which is of step {self.resumed_step}. Give `trainer.train` the same "
                 "checkpoint as `prepare_trainer`."
             )
+        self.resumed_step = None  # a later call of `trainer.train` may begin anew
         if state.global_step == 0:
             return
         callbacks = self.run.trainer.callback_handler.callbacks
@@ -98,7 +99,7 @@ class TidyCallback(TrainerCallback):
         for path in self.paths if collectives.get_rank() == 0 else []:
             if path.is_file():
                 remove(path, "is an earlier run's")
-        if state.global_step > 0 and args.should_save:
+        if state.global_step > 0 and args.should_save and not control.should_training_stop:
             self.keep_to_limit(args.save_total_limit, state)
 
     def keep_to_limit(self, limit: int | None, state: TrainerState) -> None:
@@ -106,7 +107,12 @@ class TidyCallback(TrainerCallback):
         best = [Path(state.best_model_checkpoint).name] if state.best_model_checkpoint else []
         resumed = [Path(self.resume_from).name] if self.resume_from else []
         protected = {f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", *resumed, *best}
-        for path in find_surplus(self.run.output_dir, limit, protected, self.is_complete):
+        try:
+            surplus = find_surplus(self.run.output_dir, limit, protected, self.is_complete)
+        except OSError as error:  # one process's disk must not leave the others waiting
+            LOG.warning("layersel: save_total_limit: the checkpoints cannot all be looked at, and stay (%s)", error)
+            return
+        for path in surplus:
             remove(path, f"is one checkpoint more than save_total_limit: {limit}")
 
 

@@ -142,16 +142,22 @@ def find_fault_anywhere(checkpoint: Path, settings: LayerselBlock, kind: type[En
     return None
 
 
-def find_mixture_anywhere(checkpoint: Path, settings: LayerselBlock, kind: type[Engine]) -> str | None:
+def find_mixture_anywhere(
+    checkpoint: Path, settings: LayerselBlock, kind: type[Engine], needs_all: bool = True
+) -> str | None:
     """Return why the files of a complete ``checkpoint`` are not of one step of one run, or None; a collective call.
 
-    Rank 0 has the record of what belongs together, and each rank compares what it reads itself.
+    Process 0 has the record of what belongs together, and each process compares the files that it reads itself.
+
+    ``needs_all``: whether other processes must have all of these files, which nodes without a shared disk may lack.
     """
     record, fault = collectives.decide_on_rank_zero(lambda: look_at_record(checkpoint))
     if record is not None:
         rank = collectives.get_rank()
         names = list_recorded() if rank == 0 else list_own_files(settings, rank, kind)
         try:
+            if rank and not needs_all:
+                names = [name for name in names if (checkpoint / name).exists()]
             fault = fault or find_other_file(checkpoint, record, names)
         except OSError as error:  # one rank's disk must not leave the others waiting
             fault = f"it cannot be read ({error})"
@@ -171,8 +177,8 @@ def look_at_record(checkpoint: Path) -> tuple[Record | None, str | None]:
     except OSError as error:
         name = os.path.relpath(error.filename, checkpoint) if error.filename else checkpoint.name
         return None, f"{name} cannot be read ({error.strerror or error})"
-    except (ValueError, RecursionError, SafetensorError) as error:
-        return None, f"its files are damaged ({error})"
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
+        return None, f"its files are damaged ({type(error).__name__}: {error})"
 
 
 def check_best(checkpoint: str, settings: LayerselBlock, kind: type[Engine]) -> None:
@@ -183,7 +189,8 @@ def check_best(checkpoint: str, settings: LayerselBlock, kind: type[Engine]) -> 
     ``kind``: the class of the run's engine.
     """
     is_own = collectives.decide_on_rank_zero(lambda: os.path.lexists(Path(checkpoint) / FOLDER))
-    fault = find_mixture_anywhere(Path(checkpoint), settings, kind) if is_own else None
+    # What a node lacks is read by process 0, see ``trainers.restore_best_model_by``.
+    fault = find_mixture_anywhere(Path(checkpoint), settings, kind, needs_all=False) if is_own else None
     if fault:
         raise LayerselError(
             f"load_best_model_at_end: {checkpoint} cannot be loaded: {fault}. The checkpoints stay as they are: use "

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from peft.utils import WEIGHTS_NAME
+
 from axolotl_layersel.common.paths import FOLDER, gates_path
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.lora.run import Run
@@ -33,8 +35,19 @@ def find_leftovers(output_dir: Path) -> list[Path]:
         for place in (folder, folder / FOLDER):
             if place.is_dir() and (place == folder or not place.is_symlink()):
                 own = [Path(name).name for name in names if (folder / name).parent == place]
-                found += [Path(entry.path) for entry in scan(place) if is_leftover(entry, own)]
+                found += find_in_folder(place, own)
     return found
+
+
+def find_in_folder(folder: Path, own: list[str]) -> list[Path]:
+    """Return what this package was writing to a folder; nothing, with a warning, where that cannot be looked at."""
+    try:
+        return [Path(entry.path) for entry in scan(folder) if is_leftover(entry, own)]
+    except FileNotFoundError:  # another node of the same disk was faster
+        return []
+    except OSError as error:
+        LOG.warning("layersel: %s cannot be looked through for leftovers (%s)", folder, error.strerror or error)
+        return []
 
 
 def remove_leftovers(run: Run) -> None:
@@ -56,9 +69,11 @@ def scan(folder: Path) -> Iterator[os.DirEntry]:
 def is_leftover(entry: os.DirEntry, own: list[str]) -> bool:
     """Return whether this package was writing ``entry``. ``own``: the files that it writes to that folder."""
     if entry.is_dir(follow_symlinks=False):
-        names = {Path(name).name for name in list_recorded() if not name.startswith(FOLDER)}
+        names = {WEIGHTS_NAME, *(Path(name).name for name in list_recorded() if not name.startswith(FOLDER))}
         inside = list(scan(Path(entry.path))) if TRIAL.fullmatch(entry.name) else None
-        return inside is not None and all(e.name in names and e.is_file(follow_symlinks=False) for e in inside)
+        return inside is not None and all(
+            e.name in names if e.is_file(follow_symlinks=False) else is_leftover(e, own) for e in inside
+        )
     pattern = "|".join(rf"\.{re.escape(name)}\.{RANDOM}" for name in own)
     named = TRIAL.fullmatch(entry.name) or (own and re.fullmatch(pattern, entry.name))
     return bool(named) and entry.is_file(follow_symlinks=False)

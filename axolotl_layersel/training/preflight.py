@@ -152,7 +152,8 @@ def check_layers_exist(cfg: Any, selection: SelectionArgs, sides: Sequence[str])
     for key in ("layers", "candidates"):
         check_range(key, getattr(selection, key) or [], counts)
     settings = selection.resolve(run_seed=0)
-    if settings.granularity == "layer" and (settings.num_layers or settings.ratio):
+    # A default that keeps none adapts itself, see ``fitting.fit_to_units``.
+    if settings.granularity == "layer" and (selection.num_layers or selection.ratio):
         count_kept(settings, len(settings.candidates or name_layers(counts)))
 
 

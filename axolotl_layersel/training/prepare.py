@@ -15,6 +15,7 @@ from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path, sta
 from axolotl_layersel.config.engines import moves_state
 from axolotl_layersel.config.l1ra import find_room
 from axolotl_layersel.config.root import LayerselBlock, describe_unread
+from axolotl_layersel.config.selection import find_matched_room
 from axolotl_layersel.engines import collectives, trainers
 from axolotl_layersel.engines.signals import outlive_signals
 from axolotl_layersel.l1ra.callback import RankCallback
@@ -36,6 +37,7 @@ from axolotl_layersel.training.process_agreement import check_trainers_alike, sh
 from axolotl_layersel.training.saving import complete_saves, list_records
 
 LOG = logging.getLogger("axolotl.layersel")
+RESUMED_KEY = "resume_from_checkpoint"
 # What a run writes into its folder.
 OUTPUT_FILES = [path("").name for path in (plan_path, ranks_path, gates_path)]
 
@@ -124,7 +126,7 @@ def prepare_trainer(
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
     share_new_weights(run, continues_adapter)
     # This comes first, because the weights may lie in shards after a search.
-    least = find_planned_room(settings, resume_from)
+    least = find_planned_room(settings, resume_from, lora_r or run.config.r)
     capacity = make_room(run, settings.l1ra, lora_r, scaling, least) if settings.l1ra else None
     trainers.initialize_loaders(trainer, outlive_signals)
     plan = None
@@ -176,7 +178,7 @@ def check_resumed(settings: LayerselBlock, resume_from: str | None, given: dict[
         return
     check_lora(resume_from, given or {}, "given", has_plan=settings.selection is not None)
     if settings.l1ra:
-        read_state(resume_from, settings.l1ra, "resume_from_checkpoint")
+        read_state(resume_from, settings.l1ra, RESUMED_KEY)
     elif state_path(resume_from).exists():
         raise LayerselError(
             f"resume_from_checkpoint: {resume_from} is of a run with layersel.l1ra, without which its adapter does not "
@@ -184,13 +186,23 @@ def check_resumed(settings: LayerselBlock, resume_from: str | None, given: dict[
         )
 
 
-def find_planned_room(settings: LayerselBlock, resume_from: str | None) -> int:
-    """Return the rank that a plan or ``selection.max_rank`` needs room for, 0 where none does; a collective call."""
-    selection = settings.selection
-    if selection is None or settings.l1ra is None:
+def find_planned_room(settings: LayerselBlock, resume_from: str | None, lora_r: int) -> int:
+    """Return the rank that ``l1ra`` needs room for by default beyond its own, 0 where it does; a collective call.
+
+    A resumed run has the room that its checkpoint had. Otherwise a plan's ranks, or those that a selection may give,
+    say how much it takes.
+    """
+    moving, selection = settings.l1ra, settings.selection
+    if moving is None:
         return 0
-    reused = collectives.decide_on_rank_zero(lambda: read_reused(selection, resume_from))
-    return find_room(reused[0].ranks.values()) if reused else selection.max_rank or 0
+    if resume_from is not None:
+        return collectives.decide_on_rank_zero(lambda: read_state(resume_from, moving, RESUMED_KEY).max_rank)
+    if selection is None:
+        return 0
+    reused = collectives.decide_on_rank_zero(lambda: read_reused(selection, None))
+    if reused:
+        return find_room(reused[0].ranks.values())
+    return selection.max_rank or find_matched_room(selection, lora_r)
 
 
 def list_foreign_files(settings: LayerselBlock, output_dir: Path) -> list[Path]:
