@@ -24,11 +24,11 @@ DEFAULT_OUTPUT = "./model-out"
 LOG_FILE = "debug.log"
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, with_folder: bool = True) -> None:
     """Check what a YAML file says by itself, see ``check_text``; what cannot be read at all Axolotl refuses itself."""
     data = read_yaml(path)
     if data is not None:
-        check_text(data)
+        check_text(data, with_folder)
 
 
 def check_plugin(path: Path) -> None:
@@ -51,8 +51,10 @@ def read_yaml(path: Path) -> Mapping[str, Any] | None:
     return data if isinstance(data, Mapping) else None
 
 
-def check_text(data: Mapping[str, Any]) -> None:
+def check_text(data: Mapping[str, Any], with_folder: bool = True) -> None:
     """Check the plugin, its block and the output folder.
+
+    ``with_folder``: whether the run will write to the folder that the file names.
 
     Raises:
         LayerselError: for a block without its plugin, a plugin without its block, and an output folder that cannot be.
@@ -67,7 +69,8 @@ def check_text(data: Mapping[str, Any]) -> None:
     if isinstance(block, dict):
         check_blank_blocks(block)
     LayerselBlock.model_validate(block)
-    check_folder(data)
+    if with_folder:
+        check_folder(data)
 
 
 def check_listed(data: Mapping[str, Any]) -> None:

@@ -157,9 +157,10 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
 
 
 def find_components(model: PeftModel) -> dict[str, list[int]]:
-    """Return the components in use of each LoRA module, by its name; every rank must call this."""
+    """Return the components in use of each linear LoRA module, by its name; every process must call this."""
     adapter = get_adapter_name(model)
-    linears = {name: get_linears(module, adapter) for name, module in find_lora_modules(get_base_model(model)).items()}
+    modules = list_linear(find_lora_modules(get_base_model(model), adapter))
+    linears = {name: get_linears(module, adapter) for name, module in modules.items()}
 
     def find() -> dict[str, list[int]]:
         components = {

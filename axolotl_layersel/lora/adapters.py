@@ -206,9 +206,13 @@ def has_others(module: LoraLayer, adapter: str) -> bool:
 
 def remove_adapter(module: LoraLayer, adapter: str) -> None:
     """Remove the LoRA of ``adapter`` from a module in which others have LoRA; none of them becomes active by that."""
-    module.set_adapter([])
+    parts: Any = module  # LoRA modules are torch's, which the type does not say
+    trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
+    module.set_adapter([])  # which stops the others from training, too
     module.delete_adapter(adapter)
     module.set_adapter([adapter])
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def check_base_unshared(run: Run) -> None:

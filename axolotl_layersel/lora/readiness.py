@@ -16,6 +16,7 @@ from axolotl_layersel.engines import collectives
 from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.run import Run
 
+DEFAULT_NAME = "default"  # of the adapter that PEFT 0.20.0 saves to the folder itself
 ANEW = "Build the model and the trainer anew, and prepare the trainer last."
 
 
@@ -37,11 +38,26 @@ def check_trains(run: Run) -> None:
 
     Every process must call this, before the engine is built or as training begins.
     """
-    fault = find_idle_fault(run) or find_scaling_fault(run.adapter, run.lora_modules) or find_buffer_fault(run)
+    fault = (
+        find_name_fault(run)
+        or find_idle_fault(run)
+        or find_scaling_fault(run.adapter, run.lora_modules)
+        or find_buffer_fault(run)
+    )
     refuse_together(fault)
     unsaved = find_unsaved(run, adapters.adapter_parameters(run.model).values())
     if any(collectives.gather_from_all(unsaved)):
         refuse_together(describe_unsaved(find_unsaved(run, adapters.find_adapter(run).values())))
+
+
+def find_name_fault(run: Run) -> str | None:
+    """Return why the file of the run's adapter would be another one's, None where it would not."""
+    if run.adapter == DEFAULT_NAME or DEFAULT_NAME not in run.model.peft_config:
+        return None
+    return (
+        f"adapter: {run.adapter!r} trains, and {DEFAULT_NAME!r} in the same model would be saved to the same files. "
+        f"Give the adapter that trains the name {DEFAULT_NAME!r}, or delete the other one."
+    )
 
 
 def find_idle_fault(run: Run) -> str | None:

@@ -87,7 +87,9 @@ def tell(sentences: list[str]) -> None:
 
 def show(sentences: list[str]) -> None:
     """Print sentences to standard error, below all that standard output holds."""
-    sys.stdout.flush()
+    # Standard output may be closed, as in `axolotl train … | head`.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
     for sentence in sentences:
         line = f"axolotl-layersel: {clean(sentence)}"
         print(make_encodable(line, getattr(sys.stderr, "encoding", None)), file=sys.stderr, flush=True)
@@ -98,9 +100,11 @@ def show(sentences: list[str]) -> None:
 
 def collect() -> None:
     """Let this process print at its end what it and the processes that it starts refuse, unless another one does."""
-    if find_collection() is None:
-        path = Path(tempfile.gettempdir()) / f"axolotl-layersel-{secrets.token_hex(8)}"
-        os.environ[COLLECTOR] = SEPARATOR.join((str(os.getpid()), socket.gethostname(), str(path)))
+    # Without a folder for temporary files each process prints its own sentences.
+    with contextlib.suppress(OSError):
+        if find_collection() is None:
+            path = Path(tempfile.gettempdir()) / f"axolotl-layersel-{secrets.token_hex(8)}"
+            os.environ[COLLECTOR] = SEPARATOR.join((str(os.getpid()), socket.gethostname(), str(path)))
     end_in_sentences()
 
 
@@ -138,7 +142,7 @@ def read_collection() -> list[str]:
     path = find_collection()
     try:
         text = "" if path is None else path.read_text("utf-8")
-    except FileNotFoundError:
+    except OSError:  # nothing was written to it, or it cannot be read any longer
         text = ""
     return list(dict.fromkeys(text.splitlines()))
 
@@ -157,7 +161,9 @@ class Ending:
         """Take the place of ``sys.excepthook``."""
         if self.end_in_sentences(error):
             return
-        if is_launcher_failure(error) and read_collection():
+        # A process of the run may end by a program of its own, which is another error.
+        if is_launcher_failure(error) and "RANK" not in os.environ and read_collection():
+            write_traceback(error)
             return
         self.previous(kind, error, trace)
 

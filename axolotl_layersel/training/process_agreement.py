@@ -144,7 +144,8 @@ def share_new_weights(run: Run, continues_adapter: bool) -> None:
     check_same({"weights": {"initial LoRA weights": pick(digests, lora if continues_adapter else {})}})
     check_same({"base model": {"base weights": pick(digests, given)}})
     # What cannot be copied from one rank to another.
-    check_same({"weights": {"shape of weights": {name: str(list(weight.shape)) for name, weight in weights.items()}}})
+    shapes = {name: str(list(weight.shape)) for name, weight in weights.items()}
+    check_same({"weights": {"shape of weights": None if digests is None else shapes}})
     for name in differing:
         share(run, weights[name])
     if collectives.get_rank() == 0:

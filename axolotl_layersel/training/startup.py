@@ -27,6 +27,7 @@ CHECKED = ("train", "preprocess")
 OTHER_FILES = ("--sweep", "--cloud", "--launcher")
 # Whoever overrides these on the command line means another file than the one that is read here.
 OVERRIDES = ("--layersel", "--plugins")
+OTHER_FOLDER = ("--output-dir", "--output_dir")
 YAML = (".yml", ".yaml")
 WORDS = (b"layersel", b"layer_sel", b"layer-sel")
 
@@ -48,7 +49,7 @@ def watch() -> None:
     if command[0] not in CHECKED or any(word.startswith(OVERRIDES) for word in command[1]) or "--sweep" in command[1]:
         return
     try:
-        check_file(path)
+        check_file(path, with_folder=not any(word.startswith(OTHER_FOLDER) for word in command[1]))
     except ValueError as error:
         tell(describe_error(error).splitlines())
         raise SystemExit(1) from None
@@ -74,16 +75,18 @@ def name_first(arguments: list[str]) -> tuple[str, list[str]] | None:
 
 
 def find_file(arguments: Sequence[str]) -> Path | None:
-    """Return the YAML file among the arguments of a command, or the only one of a folder; None where none is seen."""
+    """Return the YAML file among the arguments of a command, or the only one of a folder; None where none is seen.
+
+    A file comes before a folder, which may be the value of an option.
+    """
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    for previous, word in pairwise(["", *own]):
-        if previous in OTHER_FILES or word.startswith("-"):
-            continue
-        path = Path(word)
-        # These take every text, such as one that is too long for a path.
-        if path.suffix in YAML and os.path.isfile(word):
-            return path
-        found = [file for file in path.glob("*") if file.suffix in YAML] if os.path.isdir(word) else []
+    words = [word for last, word in pairwise(["", *own]) if last not in OTHER_FILES and not word.startswith("-")]
+    # These take every text, such as one that is too long for a path.
+    for word in words:
+        if Path(word).suffix in YAML and os.path.isfile(word):
+            return Path(word)
+    for word in words:
+        found = [file for file in Path(word).glob("*") if file.suffix in YAML] if os.path.isdir(word) else []
         if len(found) == 1:
             return found[0]
     return None
