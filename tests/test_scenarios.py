@@ -231,7 +231,7 @@ def test_a_checkpoint_with_the_plan_of_another_run_gives_way_to_the_one_before(t
     shutil.copytree(computed.folder, tmp_path / "run")
     place = tmp_path / "run" / "checkpoint-6"
     other = json.loads((place / "layersel" / "plan.json").read_text())
-    (place / "layersel" / "plan.json").write_text(json.dumps({**other, "seed": 8}))
+    (place / "layersel" / "plan.json").write_text(json.dumps({**other, "seconds": 123.0}))
     resumed = train(output=tmp_path / "run", auto_resume_from_checkpoints=True)
     said = (
         "is not of one step of one run and is not resumed from: layersel/plan.json is not the one that the checkpoint"
