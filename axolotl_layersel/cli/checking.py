@@ -1,6 +1,6 @@
 """The whole check of a YAML file without its model and its data, for ``axolotl-layersel check``.
 
-Relied on in axolotl 0.19.0 (``tests/test_checking.py`` fails when it changes): the steps of
+Relied on in axolotl 0.19.0 (``tests/unit/cli/test_checking.py`` fails when it changes): the steps of
 ``axolotl.cli.config.load_cfg``, here without its log in the output folder, its telemetry and what it tells trackers.
 """
 

@@ -3,15 +3,12 @@
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from axolotl_layersel.common.errors import suggest
 from axolotl_layersel.config.layer_names import NAME, LayerName
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 LAYER_LIST = (
     "a list of whole numbers, such as [0, 1, 5], or for a model with an encoder and a decoder one such as "
@@ -19,6 +16,8 @@ LAYER_LIST = (
 )
 # Longer values are cut in messages.
 SHOWN = 120
+
+B = TypeVar("B", bound="Block")
 
 
 class Block(BaseModel):
@@ -56,7 +55,7 @@ class Block(BaseModel):
         """Return the keys that were written and that nothing reads, each with the setting under which it is so."""
         return {}
 
-    def drop_unread(self) -> "Self":
+    def drop_unread(self: B) -> B:
         """Return a copy without the keys that nothing reads, in the blocks inside of this one too."""
         update: dict[str, Any] = {name: value.drop_unread() for name, value in self if isinstance(value, Block)}
         return self.model_copy(update={**update, **dict.fromkeys(self.find_unread())})

@@ -1,6 +1,6 @@
 """FSDP2: weights, masters and moments lie in parts, as DTensors.
 
-Relied on beyond documented interfaces (``tests/engines/test_fsdp2.py`` fails when one of them changes):
+Relied on beyond documented interfaces (``tests/unit/engines/test_fsdp2.py`` fails when one of them changes):
 
 * transformers 5.16.1 and accelerate 1.13.0: when the trainer is created the model lies whole on the CPU, or with
   ``cpu_ram_efficient_loading`` on rank 0 alone. The names of the files that a run resumes from.

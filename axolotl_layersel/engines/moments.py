@@ -1,6 +1,6 @@
 """Where an optimizer keeps Adam's moments of a weight, and what stands for zero there: a row for each layout.
 
-Relied on beyond documented interfaces (``tests/engines/test_moments.py`` fails when one of them changes):
+Relied on beyond documented interfaces (``tests/unit/engines/test_moments.py`` fails when one of them changes):
 
 * torch 2.13.0: Adam's and AdamW's moments are ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``; deepspeed 0.18.9: its
   own Adam has the first two.

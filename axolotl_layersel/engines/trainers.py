@@ -1,6 +1,6 @@
 """The private facts of transformers' Trainer, and of Axolotl's and TRL's.
 
-Each is relied on beyond documented interfaces, in the version that it was seen in (``tests/test_trainers.py`` fails
+Each is relied on beyond documented interfaces, in the version that it was seen in (``tests/unit/engines/test_trainers.py`` fails
 when one of them changes):
 
 * transformers 5.16.1, ``Trainer.save_model``: is called for every checkpoint, before any push to a hub. It calls

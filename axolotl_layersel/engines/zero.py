@@ -1,6 +1,6 @@
 """DeepSpeed: ZeRO stage 0 to 3.
 
-Relied on beyond documented interfaces (``tests/engines/test_zero.py`` fails when one of them changes):
+Relied on beyond documented interfaces (``tests/unit/engines/test_zero.py`` fails when one of them changes):
 
 * accelerate 1.13.0 and deepspeed 0.18.9: the names of the files that a run resumes from. A ZeRO-3 model is
   partitioned when the trainer is created.

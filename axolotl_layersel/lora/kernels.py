@@ -1,6 +1,6 @@
 """Axolotl's fused LoRA kernels compute past LoRA's modules: they are given the gates, or are off as long as need be.
 
-Seen in axolotl 0.19.0 (``tests/test_kernels.py`` fails when one of them changes):
+Seen in axolotl 0.19.0 (``tests/unit/lora/test_kernels.py`` fails when one of them changes):
 
 * ``axolotl.monkeypatch.lora_kernels.apply_lora_kernel_patches``: once a model is loaded the kernels take the place of
   methods of its modules, as attributes of the instance; without any kernel in its configuration it sets what they fall

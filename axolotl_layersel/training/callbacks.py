@@ -99,7 +99,7 @@ class TidyCallback(TrainerCallback):
         for path in self.paths if collectives.get_rank() == 0 else []:
             if path.is_file():
                 remove(path, "is an earlier run's")
-        if state.global_step > 0 and args.should_save and not control.should_training_stop:
+        if state.global_step > 0 and args.should_save:
             self.keep_to_limit(args.save_total_limit, state)
 
     def keep_to_limit(self, limit: int | None, state: TrainerState) -> None:

@@ -3,7 +3,7 @@
 The process that the user's shell waits for collects what it and the processes that it starts refuse, and prints that
 once, when all else is said. Errors that are not this package's look as ever, and so do signals.
 
-Relied on, as seen in these versions (``tests/test_ending.py`` fails when one of them changes):
+Relied on, as seen in these versions (``tests/unit/training/test_ending.py`` fails when one of them changes):
 
 * axolotl 0.19.0: ``axolotl.utils.tee.file_only_stream`` writes to the run's debug.log, and drops what comes earlier.
 * accelerate 1.13.0, torch 2.13.0: a launcher whose process has failed ends in ``subprocess.CalledProcessError`` or in

@@ -88,7 +88,7 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
 def check_fused_experts(cfg: Any) -> None:
     """Raise LayerselError for target modules that PEFT makes expert parameters of, which ZeRO-3 has split.
 
-    Relied on in PEFT 0.20.0 (``tests/test_mixtures.py`` fails when it changes): the two tables by which it does that.
+    Relied on in PEFT 0.20.0 (``tests/families/test_mixtures.py`` fails when it changes): the two tables by which it does that.
     """
     from axolotl.loaders.utils import load_model_config
     from peft.utils import transformers_weight_conversion as peft

@@ -6,7 +6,7 @@ only, so a ``layersel`` block without the plugin would train plain LoRA without 
 commands, and files that do not speak of ``layersel``, are left alone. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches it
 off.
 
-Relied on, as seen in these versions (``tests/test_ending.py`` fails when one of them changes):
+Relied on, as seen in these versions (``tests/unit/training/test_ending.py`` fails when one of them changes):
 
 * torch 2.13.0 calls the entry points of ``torch.backends`` when it is imported, and lets ``SystemExit`` pass.
 * axolotl 0.19.0: ``axolotl NAME CONFIG`` imports torch before it does anything. It starts

@@ -3,7 +3,7 @@
 Relied on in transformers 5.16.1: models that read a row in both directions are in the mapping of masked language
 models, by ``model_type``; ``is_decoder`` is true where one of them is built as a decoder instead. Their heads for whole
 rows look at the first token, but for ``classifier_pooling``, which is ``mean`` in some ModernBERT and ``late``, a mean
-of all tokens' logits, in EuroBERT. ``tests/test_encoders.py`` compares all that with the models themselves.
+of all tokens' logits, in EuroBERT. ``tests/families/test_encoders.py`` compares all that with the models themselves.
 """
 
 from typing import cast

@@ -1,0 +1,1 @@
+"""What tests share: models, settings, runs on engines, and what damages files."""

@@ -1,0 +1,3 @@
+"""ending"""
+
+PREFIX = "axolotl-layersel: "

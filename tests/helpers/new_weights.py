@@ -1,0 +1,90 @@
+"""Models with weights that their checkpoint does not hold."""
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
+from axolotl_layersel.lora.run import Run
+from helpers.models import make_lora, make_rows, make_trainer
+from helpers.ranks import make_arguments, train_and_record
+
+NEW = ("score", "embed_tokens", "lm_head")
+
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def make_with_head(base: str):
+    """Return a classifier under LoRA, whose head no file holds."""
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
+    return make_lora(model, TARGETS, task_type="SEQ_CLS")
+
+
+def make_with_tokens(base: str):
+    """Return a language model under LoRA with three new tokens, whose embeddings train."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(100)
+    return make_lora(model, TARGETS, modules_to_save=["embed_tokens", "lm_head"])
+
+
+def make_with_frozen_tokens(base: str):
+    """Return one whose embeddings do not train."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(100)
+    return make_lora(model, TARGETS)
+
+
+MODELS = {"frozen": make_with_frozen_tokens, "head": make_with_head, "tokens": make_with_tokens}
+
+
+# DeepSpeed 0.18.9 takes attributes of what PEFT 0.20.0 wraps for those of the wrapper, so that on ZeRO-3 no run with
+# modules_to_save trains, with or without this package.
+UNTRAINABLE = {"zero3": {"head", "tokens"}}
+
+
+def make_data(place: str) -> list[dict]:
+    """Return rows with one of the new tokens, and a class where there is a head for it."""
+    rows = make_rows(12)
+    for number, row in enumerate(rows):
+        row["input_ids"][4] = 97 + number % 3 if place != "head" else 5
+        row["labels"] = number % 3 if place == "head" else [-100] * 4 + row["input_ids"][4:]
+    return rows
+
+
+@torch.no_grad()
+def be_a_rank(engine: str, base: str, folder: str, start: str | None = None) -> None:
+    """Choose by the gradient of the loss and train, and leave what the new weights were before and after the choice.
+
+    ``start``: the folder of ranks whose first one's new weights are taken.
+    """
+    import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
+
+    for place in list_places(engine if start is None else Path(start).parent.name):
+        load = MODELS[place]
+        torch.seed()  # a trainer has given both the same one
+        arguments = {**make_arguments(engine, ["LlamaDecoderLayer"]), "use_cpu": engine == "single"}
+        trainer = make_trainer(lambda _, load=load: load(base), Path(folder) / place, make_data(place), **arguments)
+        run = Run.of(trainer)
+        new = {name: weight for name, weight in run.model.named_parameters() if any(part in name for part in NEW)}
+        if start is not None:
+            for name, value in torch.load(f"{start}/{place}-before-0.pt").items():
+                new[name].copy_(value)
+        write(run, new, f"{folder}/{place}-before")
+        block = SelectionConfig(method="fisher", num_samples=6, ratio=0.5)
+        with torch.enable_grad():
+            prepare_trainer(trainer, LayerselConfig(selection=block))
+            write(run, new, f"{folder}/{place}-after")
+            train_and_record(trainer, folder)
+
+
+def list_places(engine: str) -> list[str]:
+    """Return the models that stock PEFT trains on an engine."""
+    return [place for place in MODELS if place not in UNTRAINABLE.get(engine, ())]
+
+
+def write(run: Run, weights: dict, path: str) -> None:
+    """Write this rank's values of some weights."""
+    values = {name: run.engine.gather_parameter(weight) for name, weight in weights.items()}
+    torch.save(values, f"{path}-{run.trainer.args.process_index}.pt")

@@ -1,0 +1,38 @@
+"""Where the tests and their engines are, and the environment of what they start."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from axolotl_layersel.config.methods import METHODS
+
+TESTS = Path(__file__).parents[1]
+
+
+ROOT = TESTS.parent
+
+
+ENGINES = ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
+
+
+# The methods that score layers on rows.
+SCORING = [name for name, method in METHODS.items() if method.draws_rows]
+
+
+ENVIRONMENT = {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+# For a process that must never import this package, which torch would do by its entry point.
+WITHOUT_PACKAGE = {**ENVIRONMENT, "PYTHONPATH": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+COLLECTED = pytest.StashKey[set[str]]()

@@ -1,0 +1,261 @@
+"""Whole runs of Axolotl that redistribute rank, on every engine."""
+
+import json
+
+import pytest
+import torch
+from helpers.launched import KILLED, TERMINATED, Run, RunsByEngine, difference, load_with_stock_peft
+from helpers.places import ENGINES
+from helpers.settings import ACCUMULATED, BEST_IS_FIRST, l1ra, pressure
+from safetensors.torch import load_file
+
+# Updates after steps 2, 4, 6 and 8.
+SETTINGS = {
+    **pressure(update_ratio=0.2),
+    "max_steps": 10,
+    "num_epochs": 2,
+    **BEST_IS_FIRST,
+    "save_total_limit": 10,
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+}
+UPDATES = [2, 4, 6, 8]
+MODULES = 8 * 3
+
+
+@pytest.fixture(scope="module")
+def whole_runs(train) -> dict[str, Run]:
+    return RunsByEngine(lambda engine: train(engine, **SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def resumed_runs(train) -> dict[str, Run]:
+    """On each engine what resumed a run that was killed at step 5, after two updates."""
+
+    def make(engine: str) -> Run:
+        killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **SETTINGS)
+        assert (killed.folder / "checkpoint-4").exists() and not (killed.folder / "checkpoint-6").exists()
+        return train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **SETTINGS)
+
+    return RunsByEngine(make)
+
+
+def read_state(run: Run, checkpoint: str) -> dict[str, torch.Tensor]:
+    state = load_file(run.folder / checkpoint / "layersel" / "state.safetensors")
+    return {name: value.float() for name, value in state.items()}
+
+
+def read_updates(run: Run) -> dict:
+    return json.loads((run.folder / "ranks.json").read_text())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rank_moves_and_its_sum_stays(whole_runs, engine):
+    run = whole_runs[engine]
+    assert run.engine["engine"] == engine.split("-")[0]
+    assert run.engine["processes"] == (1 if engine == "single" else 2)
+    history = run.ranks()
+    assert list(history) == [0, *UPDATES, 10]
+    assert set(history[0].values()) == {4}
+    for step in UPDATES:
+        state = read_state(run, f"checkpoint-{step}")
+        assert len(history[step]) == MODULES
+        assert sum(history[step].values()) == int(state["gates/active"].sum()) == 4 * MODULES
+    assert len({tuple(history[step].values()) for step in UPDATES}) > 2, "ranks moved more than once"
+    assert max(history[8].values()) <= 8 and min(history[8].values()) >= 1
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_two_processes_move_rank_as_one_does(whole_runs, engine):
+    alone, together = whole_runs["single"], whole_runs[engine]
+    assert together.ranks() == alone.ranks()
+    assert together.losses() == pytest.approx(alone.losses(), abs=2e-5)
+    one, two = (read_state(run, "checkpoint-10") for run in (alone, together))
+    assert torch.equal(one["gates/active"], two["gates/active"])
+    gates = read_updates(alone)["gates"]
+    nearest = min(gate for step in UPDATES for kept in gates[str(step)].values() for gate in kept if gate > 0)
+    # A gate that is clamped at 0 is exactly 0; no other is near enough to the threshold for rounding to decide.
+    assert nearest > 1e-3
+    assert torch.allclose(one["gates/values"], two["gates/values"], atol=nearest / 10)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_next_forward_computes_with_the_rows_that_an_update_wrote(whole_runs, engine):
+    run = whole_runs[engine]
+    rows, record = load_file(run.folder / "rows.safetensors"), read_updates(run)
+    written = 0
+    for step in UPDATES:
+        for module, slots in record["gates"][f"changed {step}"].items():
+            key, added = f"{step}/{module}", record["gates"][f"added {step}"].get(module, [])
+            expected = torch.zeros(len(slots), rows[f"{key}/lora_A/weight"].shape[1])
+            if added:
+                expected[[slots.index(slot) for slot in added]] = rows[f"{key}/drawn"]
+                assert rows[f"{key}/drawn"].abs().max() > 0.01
+            assert torch.equal(rows[f"{key}/lora_A/weight"], expected)
+            assert torch.equal(rows[f"{key}/lora_A/seen"][slots], expected)
+            if engine.startswith("zero"):
+                assert torch.equal(rows[f"{key}/lora_A/master"], expected)
+                assert not rows[f"{key}/lora_B/master"].any()
+            assert not rows[f"{key}/lora_B/weight"].any()
+            assert not rows[f"{key}/lora_B/seen"][:, slots].any()
+            written += len(slots)
+            for side in ("lora_A", "lora_B"):
+                assert not rows[f"{key}/{side}/exp_avg"].any() and not rows[f"{key}/{side}/exp_avg_sq"].any()
+    assert written > 10
+    assert record["survivors_changed_by"] == 0
+    # That all agree is asked once, of objects whose sizes go first; nothing that is written is sent.
+    assert set(record["collectives"].values()) == {0 if engine == "single" else 2}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_with_gates_held_at_one_the_losses_are_those_of_plain_lora(train, plain_runs, engine):
+    held = train(engine, **ACCUMULATED, **pressure(gate_lr=0.0, l1_lambda=0, update_ratio=0.25))
+    plain = plain_runs[engine]
+    assert held.losses() == pytest.approx(plain.losses(), abs=1e-6)
+    assert len(set(plain.losses())) == 6
+    assert {name: tuple(value.shape) for name, value in held.adapter().items()} == {
+        name: tuple(value.shape) for name, value in plain.adapter().items()
+    }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(whole_runs, resumed_runs, engine):
+    whole, resumed = whole_runs[engine], resumed_runs[engine]
+    assert (resumed.folder / "weights_at_4.safetensors").exists(), "it did not resume at step 4"
+    tolerance = 0 if engine == "single" else 1e-6
+    assert resumed.ranks() == whole.ranks()
+    assert difference(read_state(whole, "checkpoint-10"), read_state(resumed, "checkpoint-10")) <= tolerance
+    assert difference(whole.adapter("checkpoint-10"), resumed.adapter("checkpoint-10")) <= tolerance
+    assert difference(whole.adapter(), resumed.adapter()) <= tolerance
+
+
+@pytest.mark.parametrize("engine", ["single", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"])
+def test_a_run_that_has_ended_leaves_its_files_as_they_are_when_it_is_started_again(train, resumed_runs, engine):
+    ended = resumed_runs[engine]
+    before = ended.digest()
+    again = train(engine, output=ended.folder, auto_resume_from_checkpoints=True, **SETTINGS)
+    assert again.engine["engine"] == engine.split("-")[0]
+    assert "the run has ended at step 10 already; nothing is trained" in again.log
+    assert again.digest() == before
+
+
+def test_checkpoints_that_axolotl_writes_past_the_trainer_are_complete_too(train, whole_runs):
+    """On FSDP2 it does so where a weight is quantised, such as one that takes no part in anything here."""
+    settings = {**SETTINGS, "load_best_model_at_end": False}
+    killed = train("fsdp2-sharded", expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5,QUANTISED:0"}, **settings)
+    env = {"LAYERSEL_TEST_SIGNAL": "QUANTISED:0"}
+    run = train("fsdp2-sharded", output=killed.folder, env=env, auto_resume_from_checkpoints=True, **settings)
+    assert run.engine["engine"] == "fsdp2"
+    assert "Saved FSDP2-gathered LoRA adapter" not in run.log
+    whole = whole_runs["fsdp2-sharded"]
+    for step in UPDATES:
+        checkpoint = f"checkpoint-{step}"
+        assert run.pattern(place=checkpoint) == whole.ranks()[step]
+        assert difference(run.adapter(checkpoint), whole.adapter(checkpoint)) <= 1e-6
+        assert difference(read_state(run, checkpoint), read_state(whole, checkpoint)) <= 1e-6
+
+
+# At step 5 nothing but SIGTERM asks for a checkpoint; at step 6 an evaluation is due, which the resumed run makes.
+TERMINATIONS = {
+    "single": ("TERM:6", 6),
+    "ddp": ("TERMALL:5", 5),
+    "zero2": ("TERM:6", 6),
+    "zero3": ("SAVETERM:4", 4),
+    "fsdp2-full": ("TERM:5", 5),
+    "fsdp2-sharded": ("TERM:6", 6),
+}
+
+
+@pytest.mark.parametrize("engine", TERMINATIONS)
+def test_a_run_that_is_terminated_and_started_again_ends_as_if_it_had_not_been(train, whole_runs, engine):
+    signal, step = TERMINATIONS[engine]
+    whole = whole_runs[engine]
+    ended = train(engine, expect=TERMINATED, env={"LAYERSEL_TEST_SIGNAL": signal}, **SETTINGS)
+    assert f"SIGTERM: ended after step {step}; `auto_resume_from_checkpoints: true` goes on from" in ended.log
+    assert "Traceback" not in ended.log
+    assert not (ended.folder / f"checkpoint-{step + 1}").exists()
+    assert not (ended.folder / "adapter_model.safetensors").exists()
+    resumed = train(engine, output=ended.folder, auto_resume_from_checkpoints=True, **SETTINGS)
+    assert (resumed.folder / f"weights_at_{step}.safetensors").exists(), f"it did not resume at step {step}"
+    tolerance = 0 if engine == "single" else 1e-6
+    assert resumed.ranks() == whole.ranks()
+    assert difference(read_state(whole, "checkpoint-10"), read_state(resumed, "checkpoint-10")) <= tolerance
+    assert difference(whole.adapter(), resumed.adapter()) <= tolerance
+    assert resumed.log_history() == [
+        {key: pytest.approx(value, abs=tolerance) for key, value in entry.items()} for entry in whole.log_history()
+    ]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_best_model_comes_back_with_its_gates_and_ranks(whole_runs, engine):
+    run = whole_runs[engine]
+    history = run.ranks()
+    assert history[10] == history[2] != history[8]
+    assert difference(run.adapter(), run.adapter("checkpoint-2")) <= 1e-7
+    assert run.pattern() == run.pattern(place="checkpoint-2") == history[2]
+
+
+def test_stock_peft_computes_what_the_model_in_training_computes(whole_runs, base_model, tmp_path):
+    folders = {
+        (engine, place): whole_runs[engine].folder / place
+        for engine in ENGINES
+        for place in (".", "checkpoint-6", "checkpoint-10")
+    }
+    stock = load_with_stock_peft(base_model, list(folders.values()), tmp_path)
+    for where, folder in folders.items():
+        trained = load_file(folder / "logits.safetensors")["logits"]
+        assert float((stock[str(folder)] - trained).abs().max()) <= 1e-5, where
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_adapter_holds_the_ranks_in_use_alone(whole_runs, engine):
+    run = whole_runs[engine]
+    for place in (".", *(f"checkpoint-{step}" for step in (*UPDATES, 10))):
+        config, ranks = run.config(place), run.ranks(place)
+        ranks = ranks[max(ranks)]
+        assert run.pattern(place=place) == run.pattern("alpha_pattern", place) == ranks
+        assert config["r"] == config["lora_alpha"] == max(ranks.values())
+        assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"], "in the same order in every run"
+        for name, value in run.adapter(place).items():
+            module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+            assert value.shape[0 if "lora_A" in name else 1] == ranks[module]
+
+
+# By the default rule; a run of ten steps takes more of it. Updates after steps 2, 4, 6 and 8.
+BY_SALIENCY = {**SETTINGS, **l1ra(update_ratio=0.2, last_update=0.8, move_ratio=0.2)}
+
+
+@pytest.fixture(scope="module")
+def saliency_runs(train) -> dict[str, Run]:
+    return RunsByEngine(lambda engine: train(engine, **BY_SALIENCY))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rank_moves_by_saliency_as_on_one_process_and_no_gate_leaves_one(saliency_runs, engine):
+    alone, run = saliency_runs["single"], saliency_runs[engine]
+    assert run.engine["engine"] == engine.split("-")[0]
+    history = run.ranks()
+    assert history == alone.ranks()
+    assert list(history) == [0, *UPDATES, 10]
+    assert len({tuple(ranks.values()) for ranks in history.values()}) > 2, "ranks moved more than once"
+    assert history[10] == history[2], "the best checkpoint is the first one"
+    assert run.losses() == pytest.approx(alone.losses(), abs=2e-5)
+    state = read_state(run, "checkpoint-10")
+    costs = {
+        name: sum(state[f"adapter/base_model.model.{name}.lora_{side}.weight"].numel() for side in "AB") // 8
+        for name in history[0]
+    }
+    begun = sum(history[0][name] * cost for name, cost in costs.items())
+    assert all(sum(ranks[name] * costs[name] for name in costs) <= begun for ranks in history.values())
+    assert torch.equal(state["gates/values"], state["gates/active"])
+
+
+@pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2-sharded"])
+def test_a_killed_run_moves_rank_by_saliency_as_if_it_had_not_been_killed(train, saliency_runs, engine):
+    killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **BY_SALIENCY)
+    resumed = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **BY_SALIENCY)
+    whole = saliency_runs[engine]
+    assert resumed.ranks() == whole.ranks()
+    tolerance = 0 if engine == "single" else 1e-6
+    assert difference(read_state(whole, "checkpoint-10"), read_state(resumed, "checkpoint-10")) <= tolerance
+    assert difference(whole.adapter(), resumed.adapter()) <= tolerance

@@ -1,0 +1,106 @@
+"""Whole runs of Axolotl whose modules have ranks by score, on every engine."""
+
+import json
+
+import pytest
+from helpers.launched import KILLED, Run, RunsByEngine, difference, load_merged, load_with_stock_peft
+from helpers.places import ENGINES
+from helpers.settings import PACKED_QLORA, l1ra, selection
+
+SETTINGS = {**selection("gradient"), "max_steps": 4, "save_steps": 2}
+RESUMED = ["single", "ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
+
+
+@pytest.fixture(scope="module")
+def whole_runs(train) -> dict[str, Run]:
+    return RunsByEngine(lambda engine: train(engine, **SETTINGS))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_gives_the_ranks_that_one_process_gives(whole_runs, engine):
+    alone, run = whole_runs["single"], whole_runs[engine]
+    assert run.engine["engine"] == engine.split("-")[0]
+    assert run.plan["ranks"] == alone.plan["ranks"]
+    for name, score in alone.plan["module_scores"].items():
+        assert run.plan["module_scores"][name] == pytest.approx(score, rel=1e-3, abs=1e-4)
+    assert len(set(run.plan["ranks"].values())) > 2
+    budget = run.plan["budget"]
+    assert budget["spent"] <= budget["allowed"] == budget["lora"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_adapter_and_the_optimizer_have_these_ranks_and_no_others(whole_runs, engine):
+    run = whole_runs[engine]
+    for place in (".", "checkpoint-2"):
+        adapter = run.adapter(place)
+        ranks = {name: adapter[f"base_model.model.{name}.lora_A.weight"].shape[0] for name in run.plan["ranks"]}
+        assert ranks == run.plan["ranks"]
+        assert len(adapter) == 2 * len(ranks)
+        config = run.config(place)
+        assert config["lora_alpha"] == 2 * config["r"] == 2 * max(ranks.values())
+    assert run.engine["optimized"] == run.plan["budget"]["spent"]
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_every_engine_trains_them_as_one_process_does(whole_runs, engine):
+    assert difference(whole_runs[engine].adapter(), whole_runs["single"].adapter()) < 1e-3
+
+
+def test_stock_peft_computes_the_same_from_every_engines_adapter(whole_runs, base_model, tmp_path):
+    folders = {engine: whole_runs[engine].folder for engine in ENGINES}
+    logits = load_with_stock_peft(base_model, list(folders.values()), tmp_path)
+    first = logits[str(folders["single"])]
+    for engine in ENGINES:
+        assert float((logits[str(folders[engine])] - first).abs().max()) < 1e-2
+
+
+def test_axolotl_merges_an_adapter_whose_modules_have_other_ranks(
+    whole_runs, make_config, zygote, base_model, tmp_path
+):
+    run = whole_runs["single"]
+    path, _, _ = make_config(output=run.folder, **SETTINGS)
+    codes = zygote.run("axolotl.cli.merge_lora:do_cli", {"config": str(path)}, 1, path.with_suffix(".log"), {})
+    assert codes == [0], (path.parent / "config.log.0").read_text()[-3000:]
+    stock = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
+    merged = load_merged(run.folder, tmp_path)
+    assert float((merged - stock).abs().max()) <= 1e-4, "merging adds B·A to the weight, which rounds once more"
+
+
+@pytest.mark.parametrize("engine", RESUMED)
+def test_a_killed_run_resumes_with_its_ranks(train, whole_runs, engine):
+    killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:3"}, **SETTINGS)
+    run = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **SETTINGS)
+    assert "nothing is scored" in run.log
+    assert run.plan["ranks"] == whole_runs[engine].plan["ranks"]
+    assert difference(run.adapter(), whole_runs[engine].adapter()) <= (0 if engine == "single" else 1e-6)
+
+
+def test_a_run_that_is_given_the_plan_is_the_run_that_made_it(train, whole_runs):
+    plan = whole_runs["single"].folder / "layersel" / "plan.json"
+    settings = {**SETTINGS, "layersel": {"selection": {"method": "gradient", "plan": str(plan)}}}
+    assert difference(train(**settings).adapter(), whole_runs["single"].adapter()) == 0
+
+
+@pytest.mark.parametrize("engine", ["single", "zero3"])
+def test_rank_moves_on_from_the_ranks_of_the_plan(train, whole_runs, engine):
+    blocks = {**selection("gradient", max_rank=8)["layersel"], **l1ra(update_ratio=0.25, budget="rank")["layersel"]}
+    run = train(engine, **{**SETTINGS, "layersel": blocks, "max_steps": 8})
+    history = run.ranks()
+    assert history[0] == run.plan["ranks"]
+    assert max(history[0].values()) <= 8
+    assert sum(history[2].values()) <= sum(history[0].values())
+
+
+def test_a_quantised_and_packed_base_is_seen_through_the_same_sketch(train):
+    run = train(**{**SETTINGS, **PACKED_QLORA, **selection("gradient", num_samples=8)})
+    assert run.plan["ranks"].keys() == set(run.plan["modules"])
+    assert len(set(run.plan["ranks"].values())) > 2
+
+
+def test_the_plan_is_shown_with_its_ranks(whole_runs, capsys):
+    from axolotl_layersel.selection.plan import Plan
+    from axolotl_layersel.selection.report import print_plan
+
+    print_plan(Plan.model_validate_json(json.dumps(whole_runs["single"].plan)))
+    shown = capsys.readouterr().out
+    assert "parameters are spent; LoRA in all candidates has" in " ".join(shown.split())

@@ -1,0 +1,31 @@
+"""Upper layers that read keys and values of lower ones, in training and on every engine."""
+
+import functools
+from pathlib import Path
+
+import pytest
+from helpers.families import make_family
+from helpers.ranks import check_same_choices, launch_ranks
+from helpers.shared_states import CHOICES
+
+
+@pytest.fixture(scope="module")
+def launch(zygote, tmp_path_factory):
+    """Return a function that lets an engine choose and train, once, and returns the folder."""
+
+    @functools.cache
+    def run(family: str, engine: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{family}-{engine}")
+        return launch_ranks(
+            zygote, "helpers.shared_states:be_a_rank", engine, folder, make_family(family), family=family
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("family", "engine"), [("Gemma3n", "ddp"), ("Gemma3n", "zero3"), ("Gemma4", "zero3"), ("Gemma4", "fsdp2")]
+)
+def test_every_engine_scores_and_trains_as_one_process_does(family, engine, launch):
+    alone, shared = launch(family, "single"), launch(family, engine)
+    check_same_choices(alone, shared, engine, CHOICES, make_family(family))

@@ -1,0 +1,152 @@
+"""Redistributing rank with a plain Trainer: the core needs no Axolotl."""
+
+import pytest
+import torch
+from helpers.models import make_lora, make_small_llama, make_trainer
+from safetensors.torch import load_file
+
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.engines.base import Engine
+from axolotl_layersel.l1ra import saliency
+from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.training.prepare import prepare_trainer
+
+NAMED = ("model.layers.0.self_attn.q_proj", 4)
+
+
+def prepare(folder, settings: dict | None = None, model=None, resume_from: str | None = None, **arguments):
+    trainer = make_trainer(model or make_lora(make_small_llama()), folder, **{"max_steps": 12, **arguments})
+    block = LayerselBlock(
+        l1ra=L1RAArgs(**{"rule": "pressure", "budget": "rank", **(settings or {"update_ratio": 0.2})})
+    )
+    prepare_trainer(trainer, block, resume_from)
+    ranks = next(c.ranks for c in trainer.callback_handler.callbacks if isinstance(c, RankCallback))
+    return trainer, ranks
+
+
+@pytest.mark.trains
+def test_preparing_and_training_leave_the_users_random_stream_to_the_user(tmp_path):
+    def train(block: LayerselBlock | None) -> torch.Tensor:
+        trainer = make_trainer(make_lora(make_small_llama()), tmp_path, max_steps=12)
+        if block:
+            prepare_trainer(trainer, block)
+        trainer.train()
+        return torch.get_rng_state()
+
+    plain = train(None)
+    assert torch.equal(train(LayerselBlock(l1ra=L1RAArgs(rule="pressure", budget="rank", update_ratio=0.2))), plain)
+
+
+@pytest.mark.trains
+def test_by_saliency_a_run_in_which_nothing_moves_is_plain_lora(tmp_path, monkeypatch):
+    monkeypatch.setattr(saliency, "MARGIN", 0)  # nothing is worth so little
+    losses = []
+    everything = LayerselBlock(selection=SelectionArgs(method="first", ratio=1.0))
+    for block in (everything, LayerselBlock(l1ra=L1RAArgs())):
+        trainer = make_trainer(make_lora(make_small_llama()), tmp_path, max_steps=12, logging_steps=1)
+        prepare_trainer(trainer, block)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len(set(losses[0])) == 12
+
+
+@pytest.mark.trains
+def test_by_saliency_a_run_without_gates_ends_as_one_with_them(tmp_path, monkeypatch):
+    """A's gradients tell as much, read once a step of several micro-batches, before they are clipped."""
+    settings = {"rule": "saliency", "budget": "parameters", "update_ratio": 0.2, "move_ratio": 0.5, "last_update": 1.0}
+    arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01, "max_steps": 20}
+    ends = []
+    for keeps_gradients in (True, False):
+        monkeypatch.setattr(Engine, "keeps_gradients", keeps_gradients)
+        model = make_lora(make_small_llama(), lora_dropout=0.1)
+        trainer, ranks = prepare(tmp_path / str(keeps_gradients), settings, model, **arguments)
+        hooked = [linear for (linear,) in ranks.gates.linears.values() if linear._forward_hooks]
+        assert len(hooked) == (0 if keeps_gradients else len(ranks.modules))
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+        ends.append((ranks.history.ranks, ranks.components.exp_avg_sq.clone(), weights))
+    (ranks, squares, weights), (others, other_squares, other_weights) = ends
+    assert ranks == others
+    assert len({tuple(counts.values()) for counts in ranks.values()}) > 2, "rank moves more than once"
+    torch.testing.assert_close(squares, other_squares, atol=0, rtol=1e-3)
+    torch.testing.assert_close(weights, other_weights, atol=1e-5, rtol=0)
+
+
+def test_added_components_start_from_the_seed_the_module_and_the_step(tmp_path):
+    _, first = prepare(tmp_path)
+    _, other = prepare(tmp_path, seed=4)
+    row = first.draw_row(*NAMED, step=7)
+    assert torch.equal(row, first.draw_row(*NAMED, step=7))
+    for changed in (first.draw_row(*NAMED, step=9), other.draw_row(*NAMED, step=7)):
+        assert not torch.equal(row, changed)
+
+
+def test_a_run_given_in_epochs_is_counted_in_optimizer_steps(tmp_path):
+    # 24 rows in batches of 4, two a step: 3 steps an epoch.
+    late = {"update_ratio": 0.3, "last_update": 0.5}
+    with pytest.raises(LayerselError, match="in a run of 6 optimizer steps"):
+        prepare(tmp_path, late, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2)
+
+
+@pytest.mark.trains
+def test_a_module_that_training_never_runs_stays_out_of_the_way(tmp_path):
+    model = make_small_llama()
+    model.model.layers[0].self_attn.spare_proj = torch.nn.Linear(32, 32)
+    trainer, ranks = prepare(tmp_path, model=make_lora(model, ["q_proj", "spare_proj"]), learning_rate=1e-2)
+    trainer.train()
+    assert ranks.components.ranks()["model.layers.0.self_attn.spare_proj"] == 1
+    assert sum(ranks.history.ranks[9].values()) + ranks.components.pool == 7 * 4
+
+
+@pytest.mark.trains
+def test_a_run_that_resumes_without_being_prepared_for_it_is_refused(tmp_path):
+    trainer, _ = prepare(tmp_path, save_strategy="steps", save_steps=4)
+    trainer.train()
+    again, _ = prepare(tmp_path, save_strategy="steps", save_steps=4)
+    with pytest.raises(LayerselError, match="resume_from_checkpoint: the trainer resumes, but was prepared without"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.trains
+def test_a_run_resumed_from_any_checkpoint_ends_the_same(tmp_path):
+    trainer, _ = prepare(tmp_path / "whole", save_strategy="steps", save_steps=1)
+    trainer.train()
+    end = load_file(tmp_path / "whole" / "checkpoint-12" / "layersel" / "state.safetensors")
+    # Before, at and after an update, and in the last interval.
+    for step in (1, 2, 3, 4, 6, 11):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        folder = tmp_path / str(step)
+        again, ranks = prepare(folder, resume_from=checkpoint, save_strategy="steps", save_steps=12)
+        again.train(resume_from_checkpoint=checkpoint)
+        state = load_file(folder / "checkpoint-12" / "layersel" / "state.safetensors")
+        assert all(torch.equal(value, state[name]) for name, value in end.items()), step
+        assert sorted(ranks.history.ranks) == [0, 3, 6, 9, 12]
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({"min_rank": 5}, {}, "layersel.l1ra.min_rank: 5 is more than lora_r: 4"),
+        ({"max_rank": 3}, {}, "layersel.l1ra.max_rank: 3 is less than lora_r: 4"),
+        (
+            {},
+            {"optim": "adafactor"},
+            "optimizer: 'adafactor' is not supported by layersel.l1ra, which clears the Adam moments",
+        ),
+        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: true starts training over"),
+    ],
+)
+def test_a_trainer_in_which_rank_cannot_move_is_refused(tmp_path, settings, arguments, message):
+    with pytest.raises(LayerselError, match=message):
+        prepare(tmp_path, settings, **arguments)
+
+
+def test_an_optimizer_that_exists_already_is_refused(tmp_path):
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path, max_steps=12)
+    trainer.create_optimizer()
+    with pytest.raises(LayerselError, match="optimizer: it was made before the trainer was prepared"):
+        prepare_trainer(trainer, LayerselBlock(l1ra=L1RAArgs()))
