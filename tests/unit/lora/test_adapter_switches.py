@@ -9,8 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.adapter_switches import PROMPTS, make_arguments, make_dpo, make_trained_lora
-from helpers.models import make_rows, make_trainer
+from helpers.models import make_rows, make_small_llama, make_trainer
 from helpers.multimodal import make_tokenizer
+from peft import LoraConfig, get_peft_model
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraModel
 from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
@@ -194,16 +195,20 @@ def add_and_switch_only(model):
 
 
 def test_a_model_is_prepared_for_one_adapter_after_the_other(tmp_path):
-    model = freeze_above(tmp_path).model
-    model.add_adapter("second", model.peft_config["default"])
-    model.set_adapter("second")
-    trainer = make_trainer(model, tmp_path / "second", make_rows(8), max_steps=1, save_strategy="no")
-    prepare_trainer(trainer, FROZEN)
-    trained = list_trained(model)
-    assert len(trained) == 2 * 3 * 2 and all(".second." in name for name in trained)
+    # The adapter named default comes second: PEFT saves any other one beside it to the same files, which is refused.
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = get_peft_model(make_small_llama(), config, adapter_name="first")
+    for name in ("first", "default"):
+        if name == "default":
+            model.add_adapter(name, config)
+            model.set_adapter(name)
+        trainer = make_trainer(model, tmp_path / name, make_rows(8), max_steps=1, save_strategy="no")
+        prepare_trainer(trainer, FROZEN)
+        trained = list_trained(model)
+        assert len(trained) == 2 * 3 * 2 and all(f".{name}." in parameter for parameter in trained)
     switch_off(model)
+    model.set_adapter("first")
     model.set_adapter("default")
-    model.set_adapter("second")
     assert list_trained(model) == trained
 
 
