@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from axolotl_layersel.common.errors import LayerselError
-    from axolotl_layersel.config.flexora import FlexoraArgs as FlexoraConfig
-    from axolotl_layersel.config.l1ra import L1RAArgs as L1RAConfig
-    from axolotl_layersel.config.root import LayerselBlock as LayerselConfig
-    from axolotl_layersel.config.selection import SelectionArgs as SelectionConfig
+    from axolotl_layersel.config.flexora import FlexoraConfig
+    from axolotl_layersel.config.l1ra import L1RAConfig
+    from axolotl_layersel.config.root import LayerselConfig
+    from axolotl_layersel.config.selection import SelectionConfig
     from axolotl_layersel.plugin import LayerSelectionPlugin
     from axolotl_layersel.training.prepare import prepare_trainer
 
@@ -28,24 +28,23 @@ __all__ = [
     "prepare_trainer",
 ]
 
-# Where each public name is, and what it is called there: the settings are those of the YAML file.
+# The module of each public name.
 SOURCES = {
-    "FlexoraConfig": ("config.flexora", "FlexoraArgs"),
-    "L1RAConfig": ("config.l1ra", "L1RAArgs"),
-    "LayerSelectionPlugin": ("plugin", "LayerSelectionPlugin"),
-    "LayerselConfig": ("config.root", "LayerselBlock"),
-    "LayerselError": ("common.errors", "LayerselError"),
-    "SelectionConfig": ("config.selection", "SelectionArgs"),
-    "prepare_trainer": ("training.prepare", "prepare_trainer"),
+    "FlexoraConfig": "config.flexora",
+    "L1RAConfig": "config.l1ra",
+    "LayerSelectionPlugin": "plugin",
+    "LayerselConfig": "config.root",
+    "LayerselError": "common.errors",
+    "SelectionConfig": "config.selection",
+    "prepare_trainer": "training.prepare",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in SOURCES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = SOURCES[name]
     try:
-        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+        return getattr(importlib.import_module(f"{__name__}.{SOURCES[name]}"), name)
     except ImportError as error:
         if name != "LayerSelectionPlugin" or "axolotl.integrations.base" not in sys.modules:
             raise

@@ -39,8 +39,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.selection.methods.flexora import search
 from axolotl_layersel.training.prepare import prepare_trainer
 
@@ -106,7 +106,7 @@ def time_search(trainer, timer: StepTimer, arm: str, steps: int) -> None:
         "val_samples": 8,
         "hypergradient": "unrolled" if arm == UNROLLED else "first_order",
     }
-    prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="flexora", ratio=0.5, flexora=flexora)))
+    prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="flexora", ratio=0.5, flexora=flexora)))
 
 
 def find_damage(base: dict, seed: int, val_batches: int, steps: int) -> Finding:
@@ -116,11 +116,11 @@ def find_damage(base: dict, seed: int, val_batches: int, steps: int) -> Finding:
     model = get_peft_model(make_damaged(base, seed), LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS))
     rows = make_rows(make_text(), setup.batch_size * 200, seed=100 + seed)
     flexora = {"steps": steps, "val_samples": 60, "val_batches": val_batches}
-    settings = SelectionArgs(method="flexora", ratio=0.5, flexora=flexora)
+    settings = SelectionConfig(method="flexora", ratio=0.5, flexora=flexora)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(setup, model, folder, dataset=rows, max_steps=steps, learning_rate=2e-3, seed=seed)
         started = time.process_time()
-        plan = prepare_trainer(trainer, LayerselBlock(selection=settings))
+        plan = prepare_trainer(trainer, LayerselConfig(selection=settings))
         seconds = time.process_time() - started
     layers = sorted(range(setup.layers), key=lambda layer: -plan.layers[layer].score)
     return Finding(seed, val_batches, draw_damaged(seed), layers, steps * (1 + val_batches), seconds)

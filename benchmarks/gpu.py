@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.moments import find_moments, unwrap_optimizer
 from axolotl_layersel.l1ra.callback import RankCallback
@@ -196,7 +196,7 @@ def run_arm(arguments: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         trainer, timer = make_arm(arguments, arm, "run")
         with PeakMemory(arguments.device) as choosing:
             if arm.block:
-                block = LayerselBlock.model_validate(arm.block)
+                block = LayerselConfig.model_validate(arm.block)
                 with while_choosing(trainer, block.selection):
                     prepare_trainer(trainer, block)
         callbacks = trainer.callback_handler.callbacks

@@ -31,7 +31,7 @@ from measuring import (
 from rich.console import Console
 from transformers import Trainer
 
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.choosing import Selection
@@ -58,7 +58,7 @@ def make_ways(setup: Setup, folder: str, tokens: int, count: int) -> dict[str, C
     """Return both ways of running ``count`` rows, each warmed up."""
     rows = draw_rows(setup, tokens, count)
     trainer = make_trainer(setup, make_model(setup), folder, rows)
-    settings = SelectionArgs(method="gradient", num_samples=count).resolve(run_seed=0)
+    settings = SelectionConfig(method="gradient", num_samples=count).resolve(run_seed=0)
     selection = Selection.of(Run.of(trainer), find_layer_stack(trainer.model), settings)
     samples = read_samples(rows, count, 0)
     modules = selection.stack.list_modules(selection.candidates)

@@ -54,8 +54,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.schedule import find_update_steps
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
@@ -191,8 +191,8 @@ def make_arm(
         # Where gates are closed by hand, no others shall close.
         pressure = {"gate_lr": 1e-3, "l1_lambda": 0.0} if job.closed_share else {}
         rule = {"rule": "pressure", "budget": "rank", **pressure} if arm == PRESSED else {"last_update": 1.0}
-        l1ra = L1RAArgs(max_rank=job.max_rank, update_ratio=job.update_ratio, **rule)
-        prepare_trainer(trainer, LayerselBlock(l1ra=l1ra))
+        l1ra = L1RAConfig(max_rank=job.max_rank, update_ratio=job.update_ratio, **rule)
+        prepare_trainer(trainer, LayerselConfig(l1ra=l1ra))
         (ranks,) = (one.ranks for one in trainer.callback_handler.callbacks if isinstance(one, RankCallback))
         watch_updates(ranks, rank_timer, job.closed_share)
     elif arm == ADALORA:

@@ -41,7 +41,7 @@ from transformers import (
     logging,
 )
 
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.training.prepare import prepare_trainer
 
 DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -172,7 +172,7 @@ def run_arm(
         trainer = Trainer(model, values, train_dataset=Dataset.from_list(data["train"]), data_collator=collate)
         block, chosen = ARMS[arm], ""
         if block is not None:
-            plan = prepare_trainer(trainer, LayerselBlock.model_validate(block))
+            plan = prepare_trainer(trainer, LayerselConfig.model_validate(block))
             chosen = json.dumps(plan.ranks or plan.selected) if plan else ""
         if "l1ra" in (block or {}):  # its modules have room that is not in use
             shapes = [p.shape for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from axolotl_layersel.config.methods import METHODS
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.choosing import Selection
@@ -66,7 +66,7 @@ def make_pass(setup: Setup, folder: str, method: str, tokens: int, count: int) -
 
     def score(rows: list[dict[str, list[int]]]) -> object:
         trainer.train_dataset = rows
-        settings = SelectionArgs(method=method, num_samples=len(rows), ratio=0.5).resolve(run_seed=0)
+        settings = SelectionConfig(method=method, num_samples=len(rows), ratio=0.5).resolve(run_seed=0)
         return METHODS[method].load()(Selection.of(Run.of(trainer), find_layer_stack(trainer.model), settings))
 
     score(short)

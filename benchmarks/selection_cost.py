@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer
 
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.choosing import Selection
@@ -94,7 +94,7 @@ def make_ways(setup: Setup, folder: str) -> dict[str, Callable[[list[Sample]], l
     """Return both ways of scoring the layers of one model, each warmed up on a few short samples."""
     model = make_model(setup)
     trainer = make_trainer(setup, model, folder)
-    settings = SelectionArgs(method="cka").resolve(run_seed=0)
+    settings = SelectionConfig(method="cka").resolve(run_seed=0)
     selection = Selection.of(Run.of(trainer), find_layer_stack(model), settings)
 
     def plain(samples: list[Sample]) -> list[float | None]:

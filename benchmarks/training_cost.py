@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainerCallback
 
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.select import select_layers
 
@@ -112,7 +112,7 @@ def make_arm(
         gradient_checkpointing_kwargs={"use_reentrant": checkpointing == REENTRANT} if checkpointing != NONE else None,
     )
     if arm == OURS:
-        select_layers(Run.of(trainer), SelectionArgs(method="last", ratio=0.5))
+        select_layers(Run.of(trainer), SelectionConfig(method="last", ratio=0.5))
     return trainer, timer
 
 

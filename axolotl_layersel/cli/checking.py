@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import read_json
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.config.strict_block import list_plugins, quote
 from axolotl_layersel.config.textual import read_yaml
 from axolotl_layersel.training.ending import describe_error
@@ -36,7 +36,7 @@ def check_config(path: Path) -> str:
     return f"{path}: no fault was found. {describe_settings(settings)}"
 
 
-def load_settings(path: Path) -> LayerselBlock:
+def load_settings(path: Path) -> LayerselConfig:
     """Return the validated ``layersel`` block of a YAML file.
 
     Raises:
@@ -63,7 +63,7 @@ def load_settings(path: Path) -> LayerselBlock:
     return read_settings(cfg)
 
 
-def describe_settings(settings: LayerselBlock) -> str:
+def describe_settings(settings: LayerselConfig) -> str:
     """Return what a ``layersel`` block asks for, in a sentence."""
     parts = []
     if settings.selection is not None:
@@ -73,7 +73,7 @@ def describe_settings(settings: LayerselBlock) -> str:
     return f"The run will go as follows: {', and '.join(parts)}."
 
 
-def describe_selection(selection: SelectionArgs) -> str:
+def describe_selection(selection: SelectionConfig) -> str:
     """Return what a selection does and how much it keeps, as a clause."""
     if selection.plan is not None:
         return f"selection applies the plan {selection.plan}"

@@ -1,7 +1,8 @@
 """What a model's configuration says, read so that a fact that it does not have is None, however it is missing.
 
-Relied on in transformers 5.16.1 (``tests/families/test_configurations.py`` reads all configurations that there are): a fact that
-differs between layers, such as ``head_dim`` of Gemma 4, raises a RuntimeError of its own where it is read of the model.
+Relied on in transformers 5.16.1 (``tests/families/test_configurations.py`` reads all configurations that there are): a
+fact that differs between layers, such as ``head_dim`` of Gemma 4, raises a RuntimeError of its own where it is read of
+the model.
 """
 
 from typing import Any

@@ -22,7 +22,7 @@ FUSED_KEYS = ("tiled_mlp", "fused_attn_kernel", "large_head_attention", "gemma4_
 
 @dataclass(frozen=True)
 class Search:
-    """The settings of a search as they take effect; see ``FlexoraArgs`` for what they mean."""
+    """The settings of a search as they take effect; see ``FlexoraConfig`` for what they mean."""
 
     steps: int = 200
     inner_steps: int = 1
@@ -34,7 +34,7 @@ class Search:
     patience: int | None = None
 
 
-class FlexoraArgs(Block):
+class FlexoraConfig(Block):
     """``layersel.selection.flexora``: the search that ``method: flexora`` makes."""
 
     path: ClassVar[str] = "layersel.selection.flexora"
@@ -86,7 +86,7 @@ class FlexoraArgs(Block):
         return value
 
     @model_validator(mode="after")
-    def check_steps(self) -> "FlexoraArgs":
+    def check_steps(self) -> "FlexoraConfig":
         search = self.resolve()
         if search.inner_steps > search.steps:
             raise ValueError(
@@ -113,7 +113,7 @@ def check_file(data: Mapping[str, Any], search: Search) -> None:
         raise LayerselError(describe_missing_eval_set())
     if search.hypergradient != "unrolled":
         return
-    key = f"{FlexoraArgs.path}.hypergradient"
+    key = f"{FlexoraConfig.path}.hypergradient"
     fused = next((name for name in list_plugins(data) if any(part in name.lower() for part in FUSED_PLUGINS)), None)
     if fused:
         raise LayerselError(
@@ -150,7 +150,7 @@ def check_attention(implementation: str) -> None:
     """Raise LayerselError for an attention that an unrolled gradient cannot be computed through."""
     if any(part in implementation for part in FUSED_ATTENTION):
         raise LayerselError(
-            f"{FlexoraArgs.path}.hypergradient: 'unrolled' differentiates twice, which {implementation} does not "
+            f"{FlexoraConfig.path}.hypergradient: 'unrolled' differentiates twice, which {implementation} does not "
             "support. Use `attn_implementation: sdpa` or `eager`, or `hypergradient: first_order`."
         )
 
@@ -158,7 +158,7 @@ def check_attention(implementation: str) -> None:
 def describe_missing_eval_set() -> str:
     """Return the message for a search on an eval set that there is not."""
     return (
-        f"{FlexoraArgs.path}.val_source: 'eval' needs an eval set, and this run has none. Set `val_set_size` or "
+        f"{FlexoraConfig.path}.val_source: 'eval' needs an eval set, and this run has none. Set `val_set_size` or "
         "`test_datasets`, or use `val_source: train`."
     )
 
@@ -166,6 +166,6 @@ def describe_missing_eval_set() -> str:
 def describe_sharded(engine: str) -> str:
     """Return the message for an unrolled gradient on an engine that splits weights, by its name."""
     return (
-        f"{FlexoraArgs.path}.hypergradient: 'unrolled' needs the LoRA weights whole on every process, and "
+        f"{FlexoraConfig.path}.hypergradient: 'unrolled' needs the LoRA weights whole on every process, and "
         f"{LABELS[engine]} splits them. Use `first_order`, or one process, DDP, ZeRO-1 or ZeRO-2."
     )

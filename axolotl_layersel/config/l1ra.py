@@ -80,7 +80,7 @@ CONFLICTS = {
 }
 
 
-class L1RAArgs(Block):
+class L1RAConfig(Block):
     """``layersel.l1ra``: how much rank each LoRA module gets while the model trains."""
 
     path: ClassVar[str] = "layersel.l1ra"
@@ -207,7 +207,7 @@ class L1RAArgs(Block):
         return value
 
     @model_validator(mode="after")
-    def check_keys_of_rule(self) -> "L1RAArgs":
+    def check_keys_of_rule(self) -> "L1RAConfig":
         # Who writes the key of a rule and no rule wants that one.
         for key in () if "rule" in self.model_fields_set else self.find_unread():
             rule = next(rule for rule, keys in RULE_DEFAULTS.items() if key in keys)
@@ -222,7 +222,7 @@ class L1RAArgs(Block):
         return {key: f"rule: {self.rule}" for key in sorted(keys) if getattr(self, key) is not None}
 
     @model_validator(mode="after")
-    def check_ranks_and_gates(self) -> "L1RAArgs":
+    def check_ranks_and_gates(self) -> "L1RAConfig":
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}.")
         if self.last_update is not None and self.last_update <= self.warmup_ratio:
@@ -243,7 +243,7 @@ class L1RAArgs(Block):
         return RULE_DEFAULTS[self.rule].get(key) if value is None else value
 
 
-def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:
+def check_file(data: Mapping[str, Any], settings: L1RAConfig) -> None:
     """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.l1ra``."""
     check_ranks(data, settings)
     check_gated_file(data, "layersel.l1ra")
@@ -257,7 +257,7 @@ def check_file(data: Mapping[str, Any], settings: L1RAArgs) -> None:
     check_optimizer(read_choice(data, "optimizer"), find_engine_name(data), writes_whole_state(data))
 
 
-def check_ranks(data: Mapping[str, Any], settings: L1RAArgs) -> None:
+def check_ranks(data: Mapping[str, Any], settings: L1RAConfig) -> None:
     """Raise LayerselError where the ranks of ``layersel.l1ra`` do not go with ``lora_r`` and ``lora_alpha``."""
     rank = as_whole(data.get("lora_r"))
     if rank is None:
@@ -270,7 +270,7 @@ def check_ranks(data: Mapping[str, Any], settings: L1RAArgs) -> None:
     check_bounds(settings, rank)
 
 
-def check_movable(settings: L1RAArgs, ranks: Collection[int], max_rank: int, many: bool = True) -> None:
+def check_movable(settings: L1RAConfig, ranks: Collection[int], max_rank: int, many: bool = True) -> None:
     """Raise LayerselError where no rank could ever move, and modules would be built for more in vain.
 
     Args:
@@ -301,7 +301,7 @@ def check_movable(settings: L1RAArgs, ranks: Collection[int], max_rank: int, man
         )
 
 
-def check_share(settings: L1RAArgs, budget: int, cheapest: int) -> None:
+def check_share(settings: L1RAConfig, budget: int, cheapest: int) -> None:
     """Raise LayerselError where ``move_ratio`` of the rank in use is less than one component.
 
     Args:
@@ -316,7 +316,7 @@ def check_share(settings: L1RAArgs, budget: int, cheapest: int) -> None:
         )
 
 
-def find_max_rank(settings: L1RAArgs, lora_r: int, least: int = 0) -> int:
+def find_max_rank(settings: L1RAConfig, lora_r: int, least: int = 0) -> int:
     """Return the highest rank that a module can reach. ``least``: what the default must have room for."""
     return settings.max_rank or max(2 * lora_r, least)
 
@@ -327,7 +327,7 @@ def find_room(ranks: Collection[int]) -> int:
     return highest if len(set(ranks)) > 1 else 2 * highest
 
 
-def check_bounds(settings: L1RAArgs, lora_r: int) -> None:
+def check_bounds(settings: L1RAConfig, lora_r: int) -> None:
     """Raise LayerselError unless ``lora_r`` lies between the lowest and the highest rank that a module can have."""
     if settings.max_rank is not None and settings.max_rank < lora_r:
         raise LayerselError(

@@ -15,9 +15,9 @@ from axolotl_layersel.config import l1ra as l1ra
 from axolotl_layersel.config import selection as selection
 from axolotl_layersel.config.engines import check_engine
 from axolotl_layersel.config.experts import check_expert_file
-from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.schedule import check_length
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.config.strict_block import (
     SEEDS,
     Block,
@@ -30,20 +30,20 @@ from axolotl_layersel.config.strict_block import (
 )
 
 
-class LayerselBlock(Block):
+class LayerselConfig(Block):
     """``layersel``: the settings of this plugin."""
 
     path: ClassVar[str] = "layersel"
 
-    selection: SelectionArgs | None = Field(
+    selection: SelectionConfig | None = Field(
         default=None, description="Choose the layers that get an adapter, before training."
     )
-    l1ra: L1RAArgs | None = Field(
+    l1ra: L1RAConfig | None = Field(
         default=None, description="Move rank to the modules that use it, during training. `{}` for the defaults."
     )
 
     @model_validator(mode="after")
-    def check_parts(self) -> "LayerselBlock":
+    def check_parts(self) -> "LayerselConfig":
         if self.selection is None and self.l1ra is None:
             raise ValueError(
                 "layersel: the block is empty, so it would do nothing. Add `selection`, `l1ra` (`l1ra: {}` "
@@ -52,7 +52,7 @@ class LayerselBlock(Block):
         return self
 
 
-def describe_unread(settings: LayerselBlock) -> str | None:
+def describe_unread(settings: LayerselConfig) -> str | None:
     """Return one sentence on the keys that were written and nothing reads, or None where there are none."""
     groups: dict[str, list[str]] = {}
     for key, why in settings.list_unread().items():
@@ -66,7 +66,7 @@ def describe_unread(settings: LayerselBlock) -> str | None:
 class LayerselArgs(BaseModel):
     """What Axolotl's schema gains when the plugin is listed."""
 
-    layersel: LayerselBlock | None = Field(default=None, description="Which layers get LoRA, and how much rank.")
+    layersel: LayerselConfig | None = Field(default=None, description="Which layers get LoRA, and how much rank.")
 
     @model_validator(mode="before")
     @classmethod
@@ -85,7 +85,7 @@ class LayerselArgs(BaseModel):
         check_engine(data)
         check_seed(data)
         try:
-            block = LayerselBlock.model_validate(data["layersel"]).drop_unread()
+            block = LayerselConfig.model_validate(data["layersel"]).drop_unread()
         except ValidationError:
             return data  # the field itself will say it
         if block.l1ra:
@@ -100,7 +100,7 @@ class LayerselArgs(BaseModel):
         return data
 
 
-def check_ranks(data: Mapping[str, Any], block: LayerselBlock, moving: L1RAArgs) -> None:
+def check_ranks(data: Mapping[str, Any], block: LayerselConfig, moving: L1RAConfig) -> None:
     """Raise LayerselError where a selection has no room for its ranks, or none of a file's ranks could move."""
     chosen, lora_r = block.selection, as_whole(data.get("lora_r"))
     assert lora_r is not None, "l1ra has checked it"

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.l1ra import DEFAULT_GATE_LR, SHORT_RUN, L1RAArgs
+from axolotl_layersel.config.l1ra import DEFAULT_GATE_LR, SHORT_RUN, L1RAConfig
 from axolotl_layersel.config.strict_block import as_whole
 
 AUTO_LAMBDA = 3.0
@@ -31,7 +31,7 @@ def find_update_steps(steps: int, update_ratio: float, warmup_ratio: float, last
     return [step for step in range(interval, steps - interval + 1, interval) if warmup <= step <= end]
 
 
-def plan_updates(steps: int, settings: L1RAArgs) -> list[int]:
+def plan_updates(steps: int, settings: L1RAConfig) -> list[int]:
     """Return the optimizer steps after which rank moves in a run of ``steps``, ascending.
 
     Where ``last_update`` is not written and its default leaves fewer than two, the first two that the run has room for.
@@ -41,7 +41,7 @@ def plan_updates(steps: int, settings: L1RAArgs) -> list[int]:
     return possible[:2] if settings.last_update is None and len(updates) < 2 else updates
 
 
-def check_run_length(steps: int, settings: L1RAArgs, key: str = "") -> None:
+def check_run_length(steps: int, settings: L1RAConfig, key: str = "") -> None:
     """Raise LayerselError unless a run of ``steps`` optimizer steps, by ``key`` of the file, has two updates."""
     updates = plan_updates(steps, settings)
     if len(updates) < 2:
@@ -68,7 +68,7 @@ def resolve_lambda(l1_lambda: float | str, gate_lr: float, steps: int) -> float:
     return AUTO_LAMBDA / (gate_lr * steps) if l1_lambda == "auto" else float(l1_lambda)
 
 
-def check_length(data: Mapping[str, Any], settings: L1RAArgs) -> None:
+def check_length(data: Mapping[str, Any], settings: L1RAConfig) -> None:
     """Raise LayerselError where ``max_steps`` leaves no room for updates of rank."""
     steps = as_whole(data.get("max_steps"))
     if steps is not None and steps > 0:

@@ -11,7 +11,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config import flexora as flexora
 from axolotl_layersel.config.engines import LABELS as SHARDED
 from axolotl_layersel.config.engines import find_shards
-from axolotl_layersel.config.flexora import FlexoraArgs, Search
+from axolotl_layersel.config.flexora import FlexoraConfig, Search
 from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS
 from axolotl_layersel.config.initialisation import check_initialisation, check_redrawn
 from axolotl_layersel.config.layer_names import STACKS, LayerName, format_names, sort_names, split_name
@@ -53,7 +53,7 @@ HIGHEST_RANK = 1024
 IDLE_BOUNDS: dict[str | None, tuple[str, ...]] = {"same": ("max_rank", "min_rank"), "match": ("min_rank",)}
 
 
-class SelectionArgs(Block):
+class SelectionConfig(Block):
     """``layersel.selection``: which layers keep their adapter."""
 
     path: ClassVar[str] = "layersel.selection"
@@ -146,7 +146,7 @@ class SelectionArgs(Block):
         description="What a plan, or a checkpoint, that was made for another base model is. `error` (default); "
         "`ignore`: it is applied, for a model that has another name only.",
     )
-    flexora: FlexoraArgs | None = Field(
+    flexora: FlexoraConfig | None = Field(
         default=None, description="The search of `method: flexora`, see below. Default: its defaults."
     )
 
@@ -236,7 +236,7 @@ class SelectionArgs(Block):
         return value
 
     @model_validator(mode="after")
-    def check_together(self) -> "SelectionArgs":
+    def check_together(self) -> "SelectionConfig":
         if self.method == "explicit" and self.layers is None:
             raise ValueError(f"{self.path}.layers is missing: method explicit keeps just the layers listed there.")
         if self.method != "explicit" and self.layers is not None:
@@ -269,7 +269,7 @@ class SelectionArgs(Block):
             raise ValueError(f"{self.path}: {shown} both say how much is kept. Keep one of them.")
         if read.flexora is not None and read.flexora.gate_lr == 0 and self.ratio != 1:
             raise ValueError(
-                f"{FlexoraArgs.path}.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by. Set it "
+                f"{FlexoraConfig.path}.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by. Set it "
                 "above 0, or keep everything with `ratio: 1`."
             )
         self.check_units(method)
@@ -364,13 +364,13 @@ class SelectionArgs(Block):
             num_samples=(self.num_samples or DEFAULT_NUM_SAMPLES) if "num_samples" in method.keys else None,
             token=(self.token or DEFAULT_TOKEN) if "token" in method.keys else None,
             seed=run_seed if self.seed is None else self.seed,
-            flexora=(self.flexora or FlexoraArgs()).resolve() if "flexora" in method.keys else None,
+            flexora=(self.flexora or FlexoraConfig()).resolve() if "flexora" in method.keys else None,
         )
 
 
 @dataclass(frozen=True)
 class ResolvedSelection:
-    """The settings of a selection as they take effect, None where one has none; see ``SelectionArgs``."""
+    """The settings of a selection as they take effect, None where one has none; see ``SelectionConfig``."""
 
     method: str
     ratio: float | None
@@ -398,17 +398,17 @@ def list_methods_for(unit: str) -> str:
     return ", ".join(method.name for method in METHODS.values() if unit in method.units)
 
 
-def check_file(data: Mapping[str, Any], settings: SelectionArgs) -> None:
+def check_file(data: Mapping[str, Any], settings: SelectionConfig) -> None:
     """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.selection``."""
     check_layers_to_transform(data, settings)
     check_initialisation(data)
     check_new_ranks(data, settings)
     check_dataset(data, settings)
     if settings.method == "flexora" and settings.plan is None:
-        flexora.check_file(data, (settings.flexora or FlexoraArgs()).resolve())
+        flexora.check_file(data, (settings.flexora or FlexoraConfig()).resolve())
 
 
-def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionArgs) -> None:
+def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionConfig) -> None:
     """Raise LayerselError where ``peft_layers_to_transform`` leaves no room for the selection."""
     value = data.get("peft_layers_to_transform")
     allowed = as_whole_list(value if isinstance(value, list) else [value])
@@ -429,7 +429,7 @@ def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionArgs)
         )
 
 
-def check_new_ranks(data: Mapping[str, Any], selection: SelectionArgs) -> None:
+def check_new_ranks(data: Mapping[str, Any], selection: SelectionConfig) -> None:
     """Raise LayerselError where modules cannot be given other ranks than ``lora_r``."""
     rank, shards = selection.resolve(run_seed=0).rank, find_shards(data)
     if rank == "same":
@@ -459,7 +459,7 @@ def find_budget(asked: float | str, lora: int) -> int:
     return int(asked * lora + 1e-9) if asked <= HIGHEST_FACTOR else int(asked)
 
 
-def find_matched_room(selection: SelectionArgs, lora_r: int) -> int:
+def find_matched_room(selection: SelectionConfig, lora_r: int) -> int:
     """Return twice the rank by which the kept share spends the whole budget, as far as the block shows it, else 0.
 
     ``l1ra`` takes it for its room by default, so that modules that start alike can gain rank.
@@ -477,7 +477,7 @@ def count_share(ratio: float, number: int) -> int:
     return math.floor(ratio * number + 1e-9)
 
 
-def check_even_ranks(data: Mapping[str, Any], selection: SelectionArgs, room: int | None) -> None:
+def check_even_ranks(data: Mapping[str, Any], selection: SelectionConfig, room: int | None) -> None:
     """Raise LayerselError where ranks that are to follow scores are all equal, as the file alone shows.
 
     ``room``: the highest rank that ``layersel.l1ra`` has room for, None without it.
@@ -542,7 +542,7 @@ def describe_generated(trainer: str, method: str) -> str:
     )
 
 
-def check_dataset(data: Mapping[str, Any], selection: SelectionArgs) -> None:
+def check_dataset(data: Mapping[str, Any], selection: SelectionConfig) -> None:
     """Raise LayerselError where the method needs rows that cannot be drawn at random, or answers that no row has."""
     method = get_method(selection.method)
     if not method.needs_data or selection.plan is not None:

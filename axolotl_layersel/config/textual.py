@@ -12,7 +12,7 @@ import yaml
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import check_output
-from axolotl_layersel.config.root import LayerselBlock, check_blank_blocks, missing_block
+from axolotl_layersel.config.root import LayerselConfig, check_blank_blocks, missing_block
 from axolotl_layersel.config.strict_block import as_mapping, list_plugins, quote
 
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
@@ -68,7 +68,7 @@ def check_text(data: Mapping[str, Any], with_folder: bool = True) -> None:
         raise LayerselError(missing_block(data))
     if isinstance(block, dict):
         check_blank_blocks(block)
-    LayerselBlock.model_validate(block)
+    LayerselConfig.model_validate(block)
     if with_folder:
         check_folder(data)
 

@@ -1,8 +1,8 @@
 """The operations of an engine, for those on which every rank holds all weights whole.
 
-Relied on beyond documented interfaces (``tests/unit/engines/test_base.py`` fails when one of them changes): in transformers
-5.16.1 the files that one process and DDP resume from are ``optimizer.pt``, ``scheduler.pt`` and the
-random state of each rank.
+Relied on beyond documented interfaces (``tests/unit/engines/test_base.py`` fails when one of them changes): in
+transformers 5.16.1 the files that one process and DDP resume from are ``optimizer.pt``, ``scheduler.pt`` and the random
+state of each rank.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The private facts of transformers' Trainer, and of Axolotl's and TRL's.
 
-Each is relied on beyond documented interfaces, in the version that it was seen in (``tests/unit/engines/test_trainers.py`` fails
-when one of them changes):
+Each is relied on beyond documented interfaces, in the version that it was seen in
+(``tests/unit/engines/test_trainers.py`` fails when one of them changes):
 
 * transformers 5.16.1, ``Trainer.save_model``: is called for every checkpoint, before any push to a hub. It calls
   ``_save`` where ``should_save`` is true; 5.24.0 calls it on every rank, and that of axolotl 0.19.0 writes wherever it

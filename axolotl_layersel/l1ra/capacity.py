@@ -12,7 +12,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.gate_requirements import check_generation
 from axolotl_layersel.config.l1ra import (
     OPTIMIZERS,
-    L1RAArgs,
+    L1RAConfig,
     check_bounds,
     check_library,
     check_optimizer,
@@ -38,7 +38,7 @@ from axolotl_layersel.lora.resizing import check_trained_rank, describe_ranks, r
 from axolotl_layersel.lora.run import Run
 
 
-def check_trainer(run: Run, settings: L1RAArgs, lora_r: int) -> str:
+def check_trainer(run: Run, settings: L1RAConfig, lora_r: int) -> str:
     """Return the library of the run's optimizer, see ``moments.LAYOUTS``.
 
     Raises:
@@ -91,7 +91,7 @@ class Capacity:
     library: str
 
 
-def make_room(run: Run, settings: L1RAArgs, lora_r: int | None, scaling: float | None, least: int = 0) -> Capacity:
+def make_room(run: Run, settings: L1RAConfig, lora_r: int | None, scaling: float | None, least: int = 0) -> Capacity:
     """Check that rank can move in this run, and grow its LoRA modules, see ``grow_modules``.
 
     Args:

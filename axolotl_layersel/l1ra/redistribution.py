@@ -15,7 +15,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import state_path
 from axolotl_layersel.common.randomness import draw_row
 from axolotl_layersel.config.experts import describe_gated_experts
-from axolotl_layersel.config.l1ra import BUDGETS, L1RAArgs, check_movable, check_share
+from axolotl_layersel.config.l1ra import BUDGETS, L1RAConfig, check_movable, check_share
 from axolotl_layersel.config.schedule import plan_updates
 from axolotl_layersel.engines import collectives, edits, trainers
 from axolotl_layersel.engines.moments import LEAVES_IDLE
@@ -55,7 +55,7 @@ class RankRedistribution:
 
     rule: Rule
 
-    def __init__(self, run: Run, settings: L1RAArgs, capacity: Capacity) -> None:
+    def __init__(self, run: Run, settings: L1RAConfig, capacity: Capacity) -> None:
         self.run = run
         self.settings = settings
         self.lora_r = capacity.lora_r

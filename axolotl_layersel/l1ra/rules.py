@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import ClassVar, Protocol
 
-from axolotl_layersel.config.l1ra import L1RAArgs
+from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.schedule import AUTO_LAMBDA, find_interval, resolve_gate_lr, resolve_lambda
 from axolotl_layersel.l1ra import saliency
 from axolotl_layersel.l1ra.adame import step_gates
@@ -43,7 +43,7 @@ class Saliency:
 
     moves_gates: ClassVar[bool] = False
 
-    def __init__(self, settings: L1RAArgs, steps: int) -> None:
+    def __init__(self, settings: L1RAConfig, steps: int) -> None:
         self.settings = settings
         self.interval = find_interval(steps, settings.update_ratio)
 
@@ -79,7 +79,7 @@ class Pressure:
 
     moves_gates: ClassVar[bool] = True
 
-    def __init__(self, settings: L1RAArgs, steps: int) -> None:
+    def __init__(self, settings: L1RAConfig, steps: int) -> None:
         self.settings = settings
         self.gate_lr = resolve_gate_lr(settings.gate_lr, steps)
         self.l1_lambda = resolve_lambda(settings.get("l1_lambda"), self.gate_lr, steps)

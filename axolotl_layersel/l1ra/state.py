@@ -10,7 +10,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import parse_count, parse_json, reading, refuse, replace_atomically
 from axolotl_layersel.common.paths import ranks_path, state_path
 from axolotl_layersel.common.tensors import load_tensors, save_tensors
-from axolotl_layersel.config.l1ra import BUDGETS, L1RAArgs
+from axolotl_layersel.config.l1ra import BUDGETS, L1RAConfig
 from axolotl_layersel.l1ra.records import RankHistory
 
 STATE_FILE = "state.safetensors"
@@ -69,7 +69,7 @@ def find_ranks_digest(history: RankHistory) -> str:
     return hashlib.sha256(history.to_csv().encode()).hexdigest()
 
 
-def read_state(checkpoint: str | Path, settings: L1RAArgs, key: str) -> State:
+def read_state(checkpoint: str | Path, settings: L1RAConfig, key: str) -> State:
     """Return the state of a checkpoint; no model is needed.
 
     Raises:
@@ -108,7 +108,7 @@ def read_state(checkpoint: str | Path, settings: L1RAArgs, key: str) -> State:
     return State(modules, max_rank, gates, pool, history)
 
 
-def check_settings(then: dict, settings: L1RAArgs, checkpoint: str | Path) -> None:
+def check_settings(then: dict, settings: L1RAConfig, checkpoint: str | Path) -> None:
     """Raise LayerselError unless the settings of a checkpoint are those of the run."""
     for name, value in settings.model_dump().items():
         if then.get(name) != value:
@@ -150,7 +150,7 @@ def check_gates(gates: dict[str, torch.Tensor], components: int) -> None:
 
 
 def find_rank_fault(
-    history: RankHistory, ranks: dict[str, int], pool: int, costs: dict[str, int], settings: L1RAArgs
+    history: RankHistory, ranks: dict[str, int], pool: int, costs: dict[str, int], settings: L1RAConfig
 ) -> str | None:
     """Return why ``history`` cannot have led to the ``ranks`` of active components, or None where it can."""
     start, last = history.ranks[0], history.ranks[max(history.ranks)]

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer
 
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.engines import find_engine
 from axolotl_layersel.engines.trainers import unwrap_model
 from axolotl_layersel.lora.gates import ATTRIBUTE
@@ -102,7 +102,7 @@ def exchange(parameters: tuple, old: torch.Tensor, new: torch.Tensor) -> tuple:
     return tuple(new if value is old else value for value in parameters)
 
 
-def while_choosing(trainer: Trainer, selection: SelectionArgs | None) -> contextlib.AbstractContextManager[None]:
+def while_choosing(trainer: Trainer, selection: SelectionConfig | None) -> contextlib.AbstractContextManager[None]:
     """Return the context in which layers are chosen: without the kernels, unless gates are all that a method needs.
 
     The run itself, and one that is given its plan, use them. They cannot be differentiated twice, as ``unrolled`` does.

@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.methods import get_method, list_data_free
-from axolotl_layersel.config.selection import ResolvedSelection, SelectionArgs
+from axolotl_layersel.config.selection import ResolvedSelection, SelectionConfig
 from axolotl_layersel.engines.collectives import get_rank
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.choosing import Selection
@@ -19,7 +19,7 @@ from axolotl_layersel.selection.methods.flexora.validation import draw_labelled,
 LOG = logging.getLogger("axolotl.layersel")
 
 
-def fit_to_data(run: Run, settings: SelectionArgs, resolved: ResolvedSelection) -> ResolvedSelection:
+def fit_to_data(run: Run, settings: SelectionConfig, resolved: ResolvedSelection) -> ResolvedSelection:
     """Return the settings as they take effect, with the defaults of ``settings`` made to fit the training set.
 
     What was written stays. The plan records what is returned.
@@ -76,7 +76,7 @@ def fit_validation(trainer: Trainer, default: int, seed: int, kind: str) -> int:
     return rows
 
 
-def fit_to_units(settings: SelectionArgs, selection: Selection) -> Selection:
+def fit_to_units(settings: SelectionConfig, selection: Selection) -> Selection:
     """Return a choice that keeps the only candidate where the settings do not say how much is kept."""
     written = (settings.ratio, settings.num_layers, settings.num_units, settings.keep)
     if len(selection.units) > 1 or selection.settings.ratio is None or any(value is not None for value in written):

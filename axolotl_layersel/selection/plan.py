@@ -9,7 +9,7 @@ from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.config.selection import (
     DEFAULT_STACKS,
     ResolvedSelection,
-    SelectionArgs,
+    SelectionConfig,
     Token,
     Towers,
     Unselected,
@@ -142,7 +142,7 @@ class Plan(BaseModel):
         method = METHODS.get(str(given.get("method")))
         if method is None or "seed" not in method.keys:
             given.pop("seed", None)  # every plan has one, which such a block must not
-        return SelectionArgs.model_validate(given).resolve(run_seed=self.seed)
+        return SelectionConfig.model_validate(given).resolve(run_seed=self.seed)
 
     @property
     def modules_outside(self) -> list[str]:

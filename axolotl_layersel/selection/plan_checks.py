@@ -29,7 +29,7 @@ from axolotl_layersel.config.selection import (
     HIGHEST_RANK,
     MAX_RANK_FACTOR,
     ResolvedSelection,
-    SelectionArgs,
+    SelectionConfig,
     count_share,
     find_budget,
 )
@@ -97,7 +97,7 @@ def read_settings(plan: Plan) -> tuple[ResolvedSelection | None, list[str]]:
     try:
         return plan.resolve_settings(), []
     except ValidationError as error:
-        return None, [fault.replace(f"{SelectionArgs.path}.", "settings.") for fault in list_problems(error)]
+        return None, [fault.replace(f"{SelectionConfig.path}.", "settings.") for fault in list_problems(error)]
 
 
 def choose_true(*checks: tuple[object, str]) -> list[str]:
@@ -265,7 +265,7 @@ def describe_place(place: Place) -> str:
 
 def list_setting_differences(
     plan: Plan,
-    settings: SelectionArgs,
+    settings: SelectionConfig,
     lora_r: int | None = None,
     room: int | None = None,
     rank_pattern: Mapping[str, int] | None = None,
@@ -292,7 +292,7 @@ def list_setting_differences(
             parts = given.model_dump(exclude_none=True)
             pairs = {f"{key}.{part}": (value, getattr(made_with.flexora, part, None)) for part, value in parts.items()}
         differences += [
-            f"{SelectionArgs.path}.{name}: {value!r} is not {describe_other(other)}"
+            f"{SelectionConfig.path}.{name}: {value!r} is not {describe_other(other)}"
             for name, (value, other) in pairs.items()
             if value != other
         ]
@@ -349,7 +349,7 @@ class ModelFacts:
     costs: Mapping[str, int] = field(default_factory=dict)
 
 
-def list_model_differences(plan: Plan, model: ModelFacts, settings: SelectionArgs | None = None) -> list[str]:
+def list_model_differences(plan: Plan, model: ModelFacts, settings: SelectionConfig | None = None) -> list[str]:
     """Return where a plan does not fit a model.
 
     Args:
@@ -401,7 +401,7 @@ def list_lora_places(plan: Plan, model: ModelFacts) -> list[str]:
     return differences
 
 
-def list_unit_differences(plan: Plan, model: ModelFacts, settings: SelectionArgs | None) -> list[str]:
+def list_unit_differences(plan: Plan, model: ModelFacts, settings: SelectionConfig | None) -> list[str]:
     """Return where a plan keeps part of a unit, or another number of them than the YAML block says."""
     if model.units is None:
         return []
@@ -423,8 +423,8 @@ def list_unit_differences(plan: Plan, model: ModelFacts, settings: SelectionArgs
         # By score, what gets no rank is left out.
         if expected is not None and (len(kept) > expected or (len(kept) < expected and not plan.ranks)):
             differences.append(
-                f"{SelectionArgs.path}.{key}: {value} keeps {expected} {plan.granularity}s, and the plan {len(kept)}; "
-                "leave the key out to apply a plan that was edited"
+                f"{SelectionConfig.path}.{key}: {value} keeps {expected} {plan.granularity}s, and the plan "
+                f"{len(kept)}; leave the key out to apply a plan that was edited"
             )
     return differences
 

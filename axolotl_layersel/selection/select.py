@@ -19,7 +19,7 @@ from axolotl_layersel.config.selection import (
     DEFAULT_STACKS,
     DEFAULT_UNSELECTED,
     ResolvedSelection,
-    SelectionArgs,
+    SelectionConfig,
     describe_sharded_ranks,
 )
 from axolotl_layersel.engines import trainers
@@ -54,7 +54,7 @@ LOG = logging.getLogger("axolotl.layersel")
 
 def select_layers(
     run: Run,
-    settings: SelectionArgs,
+    settings: SelectionConfig,
     resume_from: str | None = None,
     continues_adapter: bool = False,
     repeat: int = 1,
@@ -183,7 +183,7 @@ def carry_over(plan: Plan, source: Path, output: Path) -> None:
     write_plan(plan, plan_path(output))
 
 
-def check_encoder_decoder(settings: SelectionArgs, name: str) -> None:
+def check_encoder_decoder(settings: SelectionConfig, name: str) -> None:
     """Raise LayerselError for a method that runs rows through a model in which an encoder or a decoder is not found.
 
     ``name``: of the encoder-decoder model.
@@ -196,7 +196,7 @@ def check_encoder_decoder(settings: SelectionArgs, name: str) -> None:
         )
 
 
-def check_continuing(settings: SelectionArgs) -> None:
+def check_continuing(settings: SelectionConfig) -> None:
     """Raise LayerselError where the default would delete the weights of the adapter that is continued."""
     if settings.unselected is None:
         raise LayerselError(
@@ -269,7 +269,7 @@ class KnownRun:
 
 
 def find_plan(
-    settings: SelectionArgs, resume_from: str | None, known: KnownRun | None = None
+    settings: SelectionConfig, resume_from: str | None, known: KnownRun | None = None
 ) -> tuple[Plan, str] | None:
     """Return the plan that the run must use and where it is from, or None where layers are to be selected.
 
@@ -282,7 +282,7 @@ def find_plan(
     return reused
 
 
-def read_reused(settings: SelectionArgs, resume_from: str | None) -> tuple[Plan, str] | None:
+def read_reused(settings: SelectionConfig, resume_from: str | None) -> tuple[Plan, str] | None:
     """Return the plan that a run reuses and where it is from, None where it reuses none.
 
     A resumed run uses the plan of its checkpoint; else ``settings.plan`` is used.
@@ -308,7 +308,7 @@ def read_reused(settings: SelectionArgs, resume_from: str | None) -> tuple[Plan,
 
 def check_reused(
     reused: tuple[Plan, str],
-    settings: SelectionArgs,
+    settings: SelectionConfig,
     resume_from: str | None,
     known: KnownRun,
     facts: ModelFacts | None = None,

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import FOLDER, plan_path, ranks_path, state_path
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.engines import collectives, find_launched_class, list_classes
 from axolotl_layersel.engines.base import Engine, name_random_state
 from axolotl_layersel.engines.trainers import OPTIONAL_STATE_FILES, find_state_fault
@@ -41,7 +41,7 @@ ZIP_END, ZIP_END_SIZE = b"PK\x05\x06", 22
 
 
 def find_resumed_checkpoint(
-    settings: LayerselBlock, output_dir: str | Path, explicit: str | None, automatic: bool
+    settings: LayerselConfig, output_dir: str | Path, explicit: str | None, automatic: bool
 ) -> str | None:
     """Return the checkpoint that the run resumes from, or None; every rank must call this.
 
@@ -88,7 +88,7 @@ def find_resumed_checkpoint(
     return None
 
 
-def check_resumable(checkpoint: str, settings: LayerselBlock, kind: type[Engine]) -> None:
+def check_resumable(checkpoint: str, settings: LayerselConfig, kind: type[Engine]) -> None:
     """Raise LayerselError, on every rank, unless a run on an engine of ``kind`` can resume from a checkpoint.
 
     A collective call.
@@ -115,7 +115,7 @@ def sort_checkpoints(names: Iterable[str]) -> list[str]:
     return sorted((name for name in found if found[name].isdecimal()), key=lambda name: -int(found[name]))
 
 
-def find_fault_anywhere(checkpoint: Path, settings: LayerselBlock, kind: type[Engine]) -> str | None:
+def find_fault_anywhere(checkpoint: Path, settings: LayerselConfig, kind: type[Engine]) -> str | None:
     """Return what of ``checkpoint`` a rank lacks, of several the lowest one, or None; a collective call.
 
     ``kind``: the class of the run's engine.
@@ -143,7 +143,7 @@ def find_fault_anywhere(checkpoint: Path, settings: LayerselBlock, kind: type[En
 
 
 def find_mixture_anywhere(
-    checkpoint: Path, settings: LayerselBlock, kind: type[Engine], needs_all: bool = True
+    checkpoint: Path, settings: LayerselConfig, kind: type[Engine], needs_all: bool = True
 ) -> str | None:
     """Return why the files of a complete ``checkpoint`` are not of one step of one run, or None; a collective call.
 
@@ -181,7 +181,7 @@ def look_at_record(checkpoint: Path) -> tuple[Record | None, str | None]:
         return None, f"its files are damaged ({type(error).__name__}: {error})"
 
 
-def check_best(checkpoint: str, settings: LayerselBlock, kind: type[Engine]) -> None:
+def check_best(checkpoint: str, settings: LayerselConfig, kind: type[Engine]) -> None:
     """Raise LayerselError, on every rank, unless the files of the best checkpoint belong together; a collective call.
 
     One that has nothing of this package's is a plain run's, which this one has taken up, and says nothing.
@@ -334,7 +334,7 @@ def describe_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 
 def list_needed_files(
-    checkpoint: Path, settings: LayerselBlock, kind: type[Engine], rank: int, world: int, others: bool
+    checkpoint: Path, settings: LayerselConfig, kind: type[Engine], rank: int, world: int, others: bool
 ) -> list[str]:
     """Return what ``rank`` of ``world`` reads to resume from ``checkpoint``, as patterns in its folder.
 
@@ -346,13 +346,13 @@ def list_needed_files(
     return [TRAINER_STATE_NAME, *state, *list_own_files(settings, rank, kind)]
 
 
-def find_fault(checkpoint: Path, settings: LayerselBlock, rank: int, world: int) -> str | None:
+def find_fault(checkpoint: Path, settings: LayerselConfig, rank: int, world: int) -> str | None:
     """Return why ``rank`` of ``world`` cannot resume from ``checkpoint``, or None if all that it reads is there."""
     needed = list_needed_files(checkpoint, settings, find_launched_class(), rank, world, others=False)
     return next(iter(find_faults(checkpoint, settings, needed).values()), None)
 
 
-def is_resumable(checkpoint: Path, settings: LayerselBlock, kind: type[Engine]) -> bool:
+def is_resumable(checkpoint: Path, settings: LayerselConfig, kind: type[Engine]) -> bool:
     """Return whether this rank's disk has all of ``checkpoint`` that it would read to resume on an engine of a kind.
 
     Checkpoints that other processes wrote count too: their random states are not looked for.
@@ -362,7 +362,7 @@ def is_resumable(checkpoint: Path, settings: LayerselBlock, kind: type[Engine]) 
     return not find_faults(checkpoint, settings, needed)
 
 
-def find_faults(checkpoint: Path, settings: LayerselBlock, needed: list[str]) -> dict[str, str]:
+def find_faults(checkpoint: Path, settings: LayerselConfig, needed: list[str]) -> dict[str, str]:
     """Return what is wrong with the files of a checkpoint that are ``needed``, by file or pattern."""
     faults = {}
     for pattern in needed:
@@ -401,7 +401,7 @@ def find_first_fault(checkpoint: Path, names: list[str]) -> str | None:
     return next((fault for fault in (find_file_fault(checkpoint, name) for name in names) if fault), None)
 
 
-def list_own_files(settings: LayerselBlock, rank: int, kind: type[Engine]) -> list[str]:
+def list_own_files(settings: LayerselConfig, rank: int, kind: type[Engine]) -> list[str]:
     """Return the files of a checkpoint that ``rank`` reads for this package: the adapter, and what the settings need.
 
     The first process decides and tells the others. Where weights are whole, every rank loads them itself.
@@ -416,7 +416,7 @@ def list_own_files(settings: LayerselBlock, rank: int, kind: type[Engine]) -> li
     return [str(path) for path in needed]
 
 
-def explain_missing(checkpoint: Path, pattern: str, needed: list[str], settings: LayerselBlock) -> str:
+def explain_missing(checkpoint: Path, pattern: str, needed: list[str], settings: LayerselConfig) -> str:
     """Return the rest of a sentence, where it can be told why a file is not there.
 
     ``needed``: what is read, of which the engine's first file comes second.

@@ -16,8 +16,8 @@ from axolotl_layersel.config.facts import read_fact
 from axolotl_layersel.config.gate_requirements import check_kernels
 from axolotl_layersel.config.initialisation import changes_base, describe_continued, describe_rounding
 from axolotl_layersel.config.layer_names import ENCODER_DECODER, STACKS, name_layers
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import DEFAULT_STACKS, DEFAULT_UNSELECTED, SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import DEFAULT_STACKS, DEFAULT_UNSELECTED, SelectionConfig
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.engines.trainers import CONFIG_ONLY_TRAINERS
 from axolotl_layersel.lora.layers import describe_missing_tower, find_layer_counts
@@ -31,9 +31,9 @@ from axolotl_layersel.training.prepare import OUTPUT_FILES, check_resumed, pass_
 from axolotl_layersel.training.process_agreement import AGREEING_KEYS, check_started_alike
 
 
-def read_settings(cfg: Any) -> LayerselBlock:
+def read_settings(cfg: Any) -> LayerselConfig:
     """Return the validated ``layersel`` block of Axolotl's configuration."""
-    return LayerselBlock.model_validate(cfg.layersel.to_dict())
+    return LayerselConfig.model_validate(cfg.layersel.to_dict())
 
 
 def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
@@ -88,7 +88,8 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
 def check_fused_experts(cfg: Any) -> None:
     """Raise LayerselError for target modules that PEFT makes expert parameters of, which ZeRO-3 has split.
 
-    Relied on in PEFT 0.20.0 (``tests/families/test_mixtures.py`` fails when it changes): the two tables by which it does that.
+    Relied on in PEFT 0.20.0 (``tests/families/test_mixtures.py`` fails when it changes): the two tables by which it
+    does that.
     """
     from axolotl.loaders.utils import load_model_config
     from peft.utils import transformers_weight_conversion as peft
@@ -102,7 +103,7 @@ def check_fused_experts(cfg: Any) -> None:
 
 
 def find_reused(
-    cfg: Any, settings: LayerselBlock, selection: SelectionArgs, resume_from: str | None
+    cfg: Any, settings: LayerselConfig, selection: SelectionConfig, resume_from: str | None
 ) -> tuple[Plan, str] | None:
     """Return the plan that a run reuses and where it is from, None where it reuses none.
 
@@ -134,7 +135,7 @@ def check_vision(cfg: Any, stacks: str) -> None:
         raise LayerselError(describe_missing_tower(stacks, cfg.base_model))
 
 
-def check_layers_exist(cfg: Any, selection: SelectionArgs, sides: Sequence[str]) -> None:
+def check_layers_exist(cfg: Any, selection: SelectionConfig, sides: Sequence[str]) -> None:
     """Raise LayerselError for layers, or a number of them, that the base model's configuration says it has not.
 
     Where that does not say how many layers there are, or LoRA is in some of them only, the model will.

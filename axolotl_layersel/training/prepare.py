@@ -14,7 +14,7 @@ from axolotl_layersel.common.files import check_output
 from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path, state_path
 from axolotl_layersel.config.engines import moves_state
 from axolotl_layersel.config.l1ra import find_room
-from axolotl_layersel.config.root import LayerselBlock, describe_unread
+from axolotl_layersel.config.root import LayerselConfig, describe_unread
 from axolotl_layersel.config.selection import find_matched_room
 from axolotl_layersel.engines import collectives, trainers
 from axolotl_layersel.engines.signals import outlive_signals
@@ -44,7 +44,7 @@ OUTPUT_FILES = [path("").name for path in (plan_path, ranks_path, gates_path)]
 
 def prepare_trainer(
     trainer: Trainer,
-    settings: LayerselBlock,
+    settings: LayerselConfig,
     resume_from: str | None = None,
     continues_adapter: bool = False,
     lora_r: int | None = None,
@@ -161,7 +161,7 @@ def prepare_trainer(
     return plan
 
 
-def pass_over_unread(settings: LayerselBlock) -> LayerselBlock:
+def pass_over_unread(settings: LayerselConfig) -> LayerselConfig:
     """Return the settings without the keys that nothing reads, and log a warning that lists them, on rank 0."""
     unread = describe_unread(settings)
     if unread and collectives.get_rank() == 0:
@@ -169,7 +169,7 @@ def pass_over_unread(settings: LayerselBlock) -> LayerselBlock:
     return settings.drop_unread()
 
 
-def check_resumed(settings: LayerselBlock, resume_from: str | None, given: dict[str, Any] | None = None) -> None:
+def check_resumed(settings: LayerselConfig, resume_from: str | None, given: dict[str, Any] | None = None) -> None:
     """Raise LayerselError unless a checkpoint's ranks can be restored, or there are none to restore.
 
     ``given``: the settings of LoRA in the YAML file, with which the checkpoint must have been made.
@@ -186,7 +186,7 @@ def check_resumed(settings: LayerselBlock, resume_from: str | None, given: dict[
         )
 
 
-def find_planned_room(settings: LayerselBlock, resume_from: str | None, lora_r: int) -> int:
+def find_planned_room(settings: LayerselConfig, resume_from: str | None, lora_r: int) -> int:
     """Return the rank that ``l1ra`` needs room for by default beyond its own, 0 where it does; a collective call.
 
     A resumed run has the room that its checkpoint had. Otherwise a plan's ranks, or those that a selection may give,
@@ -205,7 +205,7 @@ def find_planned_room(settings: LayerselBlock, resume_from: str | None, lora_r: 
     return selection.max_rank or find_matched_room(selection, lora_r)
 
 
-def list_foreign_files(settings: LayerselBlock, output_dir: Path) -> list[Path]:
+def list_foreign_files(settings: LayerselConfig, output_dir: Path) -> list[Path]:
     """Return the files of this package in a run's folder that would be an earlier run's."""
     ranks = [] if settings.l1ra else [ranks_path(output_dir)]
     # A run that selects has written its plan by then, and with it the course of a search, or removed that.

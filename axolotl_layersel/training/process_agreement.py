@@ -15,7 +15,7 @@ from datasets import Dataset
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.versions import find_version
 from axolotl_layersel.config.initialisation import changes_base
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.strict_block import quote
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.lora.run import Run
@@ -95,7 +95,7 @@ def check_started_alike(settings: Mapping[str, Any]) -> None:
     check_same({"settings": settings, "versions": find_versions()})
 
 
-def check_trainers_alike(run: Run, settings: LayerselBlock, resume_from: str | None, continues_adapter: bool) -> None:
+def check_trainers_alike(run: Run, settings: LayerselConfig, resume_from: str | None, continues_adapter: bool) -> None:
     """Raise LayerselError, on every rank, unless the trainers of all ranks have the same settings, rows and packages.
 
     ``resume_from`` and ``continues_adapter``: see ``prepare_trainer``.

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.engines import collectives, find_engine
 from axolotl_layersel.training import process_agreement
 from axolotl_layersel.training.prepare import prepare_trainer
@@ -21,7 +21,7 @@ def prepare(folder: Path, rows: list[dict], moved: float = 0, moved_below: float
     projection.base_layer.weight.data[0, 0] += moved_below
     trainer = make_trainer(model, folder, rows, **arguments)
     assert find_engine(trainer).name == "ddp"
-    block = LayerselBlock(selection={"method": "last", "unselected": "freeze"})
+    block = LayerselConfig(selection={"method": "last", "unselected": "freeze"})
     prepare_trainer(trainer, block, continues_adapter=True)
 
 

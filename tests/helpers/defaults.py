@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.engines import find_engine
 from axolotl_layersel.training.prepare import prepare_trainer
 from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
@@ -15,7 +15,7 @@ def choose(folder: Path, rows: int | list[dict], l1ra: dict | None = None, model
     """Return the trainer of a small Llama on so many rows, and the plan that the block leads to."""
     rows = make_rows(rows) if isinstance(rows, int) else rows
     trainer = make_trainer(model or make_lora(make_small_llama()), folder, rows, max_steps=20)
-    return trainer, prepare_trainer(trainer, LayerselBlock(selection=block or None, l1ra=l1ra))
+    return trainer, prepare_trainer(trainer, LayerselConfig(selection=block or None, l1ra=l1ra))
 
 
 def be_a_rank(folder: str) -> None:
@@ -29,7 +29,7 @@ def be_a_rank(folder: str) -> None:
         data = make_rows(2, seed=2)
         trainer = make_trainer(make_lora(make_small_llama()), Path(folder), data, per_device_train_batch_size=1)
         assert find_engine(trainer).name == "ddp"
-        block = LayerselBlock(selection={"method": method, **block})
+        block = LayerselConfig(selection={"method": method, **block})
         plans[method] = prepare_trainer(trainer, block).model_dump(include={"modules", "ranks", "calibration_rows"})
     if trainer.accelerator.is_main_process:
         (Path(folder) / "plans.json").write_text(json.dumps(plans))

@@ -48,12 +48,12 @@ def make_rows(count: int = 24, seed: int = 0, longest: int = 20) -> list[dict]:
 
 def make_selection(trainer, method: str = "cka", **settings):
     """Return what is to be chosen by ``method`` in a trainer's run."""
-    from axolotl_layersel.config.selection import SelectionArgs
+    from axolotl_layersel.config.selection import SelectionConfig
     from axolotl_layersel.lora.run import Run
     from axolotl_layersel.selection.choosing import Selection
 
     run = Run.of(trainer)
-    settings = SelectionArgs(method=method, **settings)
+    settings = SelectionConfig(method=method, **settings)
     return Selection.of(run, find_layer_stack(run.model), settings.resolve(trainer.args.seed))
 
 

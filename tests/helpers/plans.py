@@ -3,14 +3,14 @@
 import random
 from dataclasses import asdict
 
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.plan import LayerChoice, Plan
 
 
 def make_plan(scores: list[float | None] = (0.5, None, 0.1), selected: tuple[int, ...] = (0,), **values) -> Plan:
     layers = [LayerChoice(layer=i, score=score, selected=i in selected) for i, score in enumerate(scores)]
-    settings = asdict(SelectionArgs(method="cka").resolve(run_seed=1))
+    settings = asdict(SelectionConfig(method="cka").resolve(run_seed=1))
     default = {
         "method": "cka",
         "unselected": "remove",

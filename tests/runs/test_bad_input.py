@@ -10,7 +10,7 @@ from helpers.plans import make_plan
 from helpers.settings import l1ra, pressure, selection
 from safetensors.torch import load_file, save_file
 
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.selection.plan_file import write_plan
 from axolotl_layersel.training.lock import FILE, RunLock
 
@@ -332,7 +332,7 @@ def test_a_damaged_plan_ends_before_the_model_loads(train, tmp_path, content, me
 
 
 def test_a_plan_of_another_model_ends_before_the_model_loads(train, tmp_path):
-    settings = asdict(SelectionArgs(method="cka", num_samples=15).resolve(run_seed=1))
+    settings = asdict(SelectionConfig(method="cka", num_samples=15).resolve(run_seed=1))
     other = {"base_model": "meta-llama/Llama-3.1-8B", "base_shape": {"model_type": "llama", "num_hidden_layers": 3}}
     write_plan(make_plan(settings=settings, **other), tmp_path / "plan.json")
     run = train(expect=1, **selection(plan=str(tmp_path / "plan.json"), num_samples=16))

@@ -9,7 +9,7 @@ from helpers.places import ENGINES
 from helpers.settings import BEST_IS_FIRST, selection
 from safetensors.torch import load_file
 
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.training.checkpoints import find_fault
 
 SETTINGS = BEST_IS_FIRST
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_each_engine_is_complete_until_any_file_that_it_reads_is
     world = 1 if engine == "single" else 2
     checkpoint = tmp_path / "checkpoint-4"
     shutil.copytree(whole_runs[engine].folder / checkpoint.name, checkpoint)
-    settings = LayerselBlock.model_validate(selection()["layersel"])
+    settings = LayerselConfig.model_validate(selection()["layersel"])
 
     def find_faults() -> list[str | None]:
         return [find_fault(checkpoint, settings, rank, world) for rank in range(world)]

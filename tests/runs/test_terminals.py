@@ -22,11 +22,11 @@ TRAIN = """
 import sys
 from pathlib import Path
 from conftest import make_lora, make_small_llama, make_trainer
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.training.prepare import prepare_trainer
 block = {"selection": {"method": "cka", "num_samples": 8}, "l1ra": {"update_ratio": 0.2}}
 trainer = make_trainer(make_lora(make_small_llama(2)), Path(sys.argv[1]), max_steps=12)
-prepare_trainer(trainer, LayerselBlock.model_validate(block))
+prepare_trainer(trainer, LayerselConfig.model_validate(block))
 trainer.train()
 """
 

@@ -13,11 +13,11 @@ import yaml
 from helpers.places import ROOT
 from pydantic import ValidationError
 
-from axolotl_layersel.config.flexora import FlexoraArgs
+from axolotl_layersel.config.flexora import FlexoraConfig
 from axolotl_layersel.config.gate_requirements import LORA_KERNELS
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
@@ -93,7 +93,7 @@ def test_axolotl_accepts_an_example(path):
     content = read(path)
     cfg = validate(content, PROCESSES.get(path.stem, 1))
     assert content["plugins"] == [PLUGIN]
-    assert LayerselBlock.model_validate(cfg.layersel.to_dict()) == LayerselBlock(**content["layersel"])
+    assert LayerselConfig.model_validate(cfg.layersel.to_dict()) == LayerselConfig(**content["layersel"])
     assert find_unknown_keys(content) == set()
 
 
@@ -139,9 +139,9 @@ def test_the_kernels_that_axolotl_switches_on_by_itself_stay_on_where_there_is_a
 def test_the_readme_explains_every_key_of_the_block_once():
     text = (ROOT / "README.md").read_text()
     for block, heading in (
-        (SelectionArgs, "## The YAML block"),
-        (FlexoraArgs, "### Searching with gates"),
-        (L1RAArgs, "## Moving rank while training"),
+        (SelectionConfig, "## The YAML block"),
+        (FlexoraConfig, "### Searching with gates"),
+        (L1RAConfig, "## Moving rank while training"),
     ):
         table = text.split(f"\n{heading}\n")[1].split("\n##")[0].split("| key |")[1].split("\n\n")[0]
         assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == sorted(block.model_fields)

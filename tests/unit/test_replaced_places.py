@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 import axolotl_layersel
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora import kernels
 from axolotl_layersel.lora.adapters import KEEPING_METHODS
 from axolotl_layersel.selection.backward_cut import TruncatedBackward
@@ -27,9 +27,9 @@ from axolotl_layersel.training import saving
 from axolotl_layersel.training.prepare import prepare_trainer
 
 PACKAGE = str(Path(axolotl_layersel.__file__).parent)
-FREEZE = LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5, unselected="freeze"))
-MOVING = LayerselBlock(
-    selection=SelectionArgs(method="last", ratio=0.5), l1ra=L1RAArgs(update_ratio=0.2, move_ratio=0.3)
+FREEZE = LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5, unselected="freeze"))
+MOVING = LayerselConfig(
+    selection=SelectionConfig(method="last", ratio=0.5), l1ra=L1RAConfig(update_ratio=0.2, move_ratio=0.3)
 )
 # What takes the place of a method for good, by object: the trainer, the PEFT model, its tuner.
 TRAINER = {

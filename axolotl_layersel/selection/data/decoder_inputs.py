@@ -2,7 +2,8 @@
 
 Relied on in transformers 5.16.1: ``prepare_decoder_input_ids_from_labels`` of a model makes decoder inputs of labels,
 as its own ``forward`` and ``DataCollatorForSeq2Seq`` do. BART's and T5's classifiers of rows give their decoder the
-row itself, and have no such method. ``tests/families/test_encoder_decoders.py`` compares what is measured with the models' own.
+row itself, and have no such method. ``tests/families/test_encoder_decoders.py`` compares what is measured with the
+models' own.
 """
 
 import dataclasses

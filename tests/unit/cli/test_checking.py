@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from axolotl_layersel.cli.checking import describe_settings
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.cli.starting import find_launcher
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.textual import PLUGIN
 from axolotl_layersel.training.ending import COLLECTOR
 
@@ -133,7 +133,7 @@ def test_what_is_no_file_of_axolotl_is_said(tmp_path, content):
     ],
 )
 def test_what_is_asked_for_is_one_sentence(block, said):
-    assert said in describe_settings(LayerselBlock.model_validate(block["layersel"]))
+    assert said in describe_settings(LayerselConfig.model_validate(block["layersel"]))
 
 
 def test_a_launcher_is_for_several_processes_and_engines(write, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import gates_path
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.engines.trainers import is_evaluation_due, note_in_state, restore_callbacks
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.lora.export import export_adapter
@@ -47,7 +47,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 def prepare(kind: str, folder: Path, resume_from: Path | None = None):
     """Return a trainer that saves every three steps, prepared by the block of this ``kind``."""
     trainer = make_trainer(make_lora(make_small_llama(3)), folder, max_steps=6, save_strategy="steps", save_steps=3)
-    prepare_trainer(trainer, LayerselBlock.model_validate(BLOCKS[kind]), resume_from and str(resume_from))
+    prepare_trainer(trainer, LayerselConfig.model_validate(BLOCKS[kind]), resume_from and str(resume_from))
     return trainer
 
 
@@ -61,7 +61,7 @@ def run(request, tmp_path_factory) -> tuple[str, Path]:
 
 def resume(kind: str, checkpoint: Path, scratch: Path) -> dict[str, object]:
     """Return all that a run would resume with, by the checks and readers that it goes through."""
-    block = LayerselBlock.model_validate(BLOCKS[kind])
+    block = LayerselConfig.model_validate(BLOCKS[kind])
     # What Axolotl has checked before the model loads.
     find_resumed_checkpoint(block, checkpoint.parent, str(checkpoint), automatic=False)
     check_resumed(block, str(checkpoint))
@@ -214,7 +214,7 @@ def renew_record(checkpoint: Path) -> None:
 
 def test_a_damaged_state_of_the_trainer_is_refused_or_loads(run):
     kind, folder = run
-    block = LayerselBlock.model_validate(BLOCKS[kind])
+    block = LayerselConfig.model_validate(BLOCKS[kind])
     checkpoint = folder / "checkpoint-3"
     trainer = make_trainer(make_small_llama(2), folder / "scratch")
 

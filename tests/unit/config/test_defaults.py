@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import plan_path
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.selection import select
@@ -116,9 +116,9 @@ KINDS = ("q_proj", "v_proj", "down_proj")
 def test_the_only_candidate_is_not_refused_before_the_model_loads(tmp_path):
     make_small_llama().config.save_pretrained(tmp_path)
     cfg = DictDefault(base_model=str(tmp_path), base_model_config=str(tmp_path))
-    check_layers_exist(cfg, SelectionArgs(method="cka", candidates=[2]), [""])
+    check_layers_exist(cfg, SelectionConfig(method="cka", candidates=[2]), [""])
     with pytest.raises(LayerselError, match=r"ratio: 0.5 of 1 layers keeps none"):
-        check_layers_exist(cfg, SelectionArgs(method="cka", candidates=[2], ratio=0.5), [""])
+        check_layers_exist(cfg, SelectionConfig(method="cka", candidates=[2], ratio=0.5), [""])
 
 
 @pytest.mark.trains
@@ -131,7 +131,7 @@ def test_a_resumed_run_has_the_room_of_the_run_that_it_resumes(tmp_path, block):
     def train(resume_from: str | None = None) -> dict[str, torch.Tensor]:
         model = make_lora(make_small_llama())
         trainer = make_trainer(model, tmp_path, make_rows(24), max_steps=20, save_strategy="steps", save_steps=10)
-        plan = prepare_trainer(trainer, LayerselBlock(selection=block, l1ra={}), resume_from)
+        plan = prepare_trainer(trainer, LayerselConfig(selection=block, l1ra={}), resume_from)
         room = {module.r["default"] for module in find_lora_modules(model.get_base_model()).values()}
         assert room == {14 if "max_rank" in block else 2 * max(plan.ranks.values())}
         trainer.train(resume_from_checkpoint=resume_from)

@@ -8,7 +8,7 @@ from peft.tuners.lora import layer
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.initialisation import REFUSED, RESTORED, SEEDED, changes_base, check_supported, normalise
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.training.prepare import prepare_trainer
 
 
@@ -69,7 +69,7 @@ def test_names_are_compared_as_peft_compares_them():
 )
 def test_a_model_is_refused_before_its_layers_are_scored(tmp_path, initial, continues, message):
     trainer = make_trainer(make_lora(make_small_llama(), init_lora_weights=initial), tmp_path, make_rows())
-    block = LayerselBlock.model_validate({"selection": {"method": "first", "unselected": "remove"}})
+    block = LayerselConfig.model_validate({"selection": {"method": "first", "unselected": "remove"}})
     with pytest.raises(LayerselError, match=message):
         prepare_trainer(trainer, block, continues_adapter=continues)
     assert not (tmp_path / "layersel").exists()

@@ -11,9 +11,9 @@ from helpers.refusals import say_by_file
 from transformers import Trainer
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.flexora import FlexoraArgs
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.flexora import FlexoraConfig
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.engines import load_class
 from axolotl_layersel.training.prepare import prepare_trainer
 
@@ -25,7 +25,7 @@ L1RA = {"l1ra": {}}
 def say_by_trainer(block: dict, trainer: Trainer) -> str:
     """Return what a trainer is refused with."""
     with pytest.raises(LayerselError) as caught:
-        prepare_trainer(trainer, LayerselBlock(**block))
+        prepare_trainer(trainer, LayerselConfig(**block))
     return str(caught.value)
 
 
@@ -127,11 +127,11 @@ def test_the_file_and_the_trainer_are_refused_in_the_same_sentence(tmp_path, nam
 
 def test_a_method_that_is_not_known_raises_wherever_it_comes_from(tmp_path):
     trainer = make_trainer(make_lora(make_small_llama()), tmp_path)
-    slipped = SelectionArgs.model_construct(
-        method="cosin", **dict.fromkeys(SelectionArgs.model_fields.keys() - {"method"})
+    slipped = SelectionConfig.model_construct(
+        method="cosin", **dict.fromkeys(SelectionConfig.model_fields.keys() - {"method"})
     )
     with pytest.raises(LayerselError, match="method: 'cosin' is not known: did you mean 'cosine'"):
-        prepare_trainer(trainer, LayerselBlock.model_construct(selection=slipped, l1ra=None))
+        prepare_trainer(trainer, LayerselConfig.model_construct(selection=slipped, l1ra=None))
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
@@ -144,10 +144,10 @@ def test_a_method_that_is_not_known_raises_wherever_it_comes_from(tmp_path):
 )
 def test_a_setting_of_a_search_that_is_not_known_raises_wherever_it_comes_from(tmp_path, key, values):
     trainer = make_trainer(make_lora(make_small_llama()), tmp_path)
-    search = FlexoraArgs(steps=4, val_samples=4).model_copy(update=values)
-    selection = SelectionArgs(method="flexora", flexora=FlexoraArgs()).model_copy(update={"flexora": search})
+    search = FlexoraConfig(steps=4, val_samples=4).model_copy(update=values)
+    selection = SelectionConfig(method="flexora", flexora=FlexoraConfig()).model_copy(update={"flexora": search})
     with pytest.raises(KeyError, match=values[key]):
-        prepare_trainer(trainer, LayerselBlock.model_construct(selection=selection, l1ra=None))
+        prepare_trainer(trainer, LayerselConfig.model_construct(selection=selection, l1ra=None))
 
 
 def test_an_engine_that_is_not_known_raises():

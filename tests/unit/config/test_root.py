@@ -14,11 +14,11 @@ from pydantic import ValidationError
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.engines import PARALLELISM
-from axolotl_layersel.config.flexora import FUSED_KEYS, FlexoraArgs, Search
-from axolotl_layersel.config.l1ra import OPTIMIZERS, L1RAArgs
+from axolotl_layersel.config.flexora import FUSED_KEYS, FlexoraConfig, Search
+from axolotl_layersel.config.l1ra import OPTIMIZERS, L1RAConfig
 from axolotl_layersel.config.methods import METHODS
-from axolotl_layersel.config.root import LayerselArgs, LayerselBlock, describe_unread
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselArgs, LayerselConfig, describe_unread
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.config.strict_block import as_number, as_whole_list, quote
 from axolotl_layersel.selection.plan import LayerChoice, Plan
 from axolotl_layersel.selection.plan_checks import check_reuse, list_setting_differences
@@ -108,11 +108,11 @@ def check(search: dict | None = None, **values) -> None:
 )
 def test_a_block_that_contradicts_itself_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
-        SelectionArgs(**settings)
+        SelectionConfig(**settings)
 
 
 def list_unread(**block) -> list[str]:
-    return [key.partition(":")[0] for key in LayerselBlock(**block).list_unread()]
+    return [key.partition(":")[0] for key in LayerselConfig(**block).list_unread()]
 
 
 SEARCH = {"steps": 4, "val_samples": 4}
@@ -140,13 +140,13 @@ CHOOSE = "layersel.selection"
 def test_a_key_that_a_method_does_not_read_is_passed_over_and_named(block, unread):
     unread = ["flexora", "num_samples", "seed", "token"] if unread is None else unread
     assert list_unread(selection=block) == [f"{CHOOSE}.{key}" for key in unread]
-    left = SelectionArgs(**block).drop_unread()
+    left = SelectionConfig(**block).drop_unread()
     assert list_unread(selection=left.model_dump()) == []
     for path in unread:
         *outer, key = path.split(".")
         assert getattr(getattr(left, outer[0]) if outer else left, key) is None
     kept = {key: value for key, value in block.items() if key not in unread}
-    assert left == SelectionArgs(**kept).drop_unread()
+    assert left == SelectionConfig(**kept).drop_unread()
 
 
 @pytest.mark.parametrize(
@@ -160,12 +160,12 @@ def test_a_key_that_a_method_does_not_read_is_passed_over_and_named(block, unrea
 )
 def test_the_key_of_another_rule_is_passed_over_where_the_rule_is_written(block, unread):
     assert list_unread(l1ra=block) == [f"layersel.l1ra.{key}" for key in unread]
-    assert all(getattr(L1RAArgs(**block).drop_unread(), key) is None for key in unread)
+    assert all(getattr(L1RAConfig(**block).drop_unread(), key) is None for key in unread)
 
 
 def test_all_keys_that_are_not_read_are_named_in_one_sentence():
     chosen = {"method": "first", "num_samples": 9, "seed": 3}
-    settings = LayerselBlock(selection=chosen, l1ra={"rule": "saliency", "l1_lambda": 0.5})
+    settings = LayerselConfig(selection=chosen, l1ra={"rule": "saliency", "l1_lambda": 0.5})
     assert describe_unread(settings) == (
         "these keys are not read, and the run goes on without them: layersel.selection.num_samples: 9, "
         "layersel.selection.seed: 3 (with method: first); layersel.l1ra.l1_lambda: 0.5 (with rule: saliency)"
@@ -192,7 +192,7 @@ def test_ranks_of_another_type_or_size_are_refused(settings, message):
 
 
 def test_numbers_may_be_text_since_yaml_reads_some_so():
-    settings = L1RAArgs(rule="pressure", max_rank="16", update_ratio="1e-1", l1_lambda="1e-3")
+    settings = L1RAConfig(rule="pressure", max_rank="16", update_ratio="1e-1", l1_lambda="1e-3")
     assert (settings.max_rank, settings.update_ratio, settings.l1_lambda) == (16, 0.1, 0.001)
 
 
@@ -275,7 +275,11 @@ def test_what_can_do_nothing_is_refused_as_far_as_the_file_shows_it(block, run, 
     assert all(re.search(message, error) for error in errors), errors
 
 
-BLOCKS = {"layersel.selection": SelectionArgs, "layersel.selection.flexora": FlexoraArgs, "layersel.l1ra": L1RAArgs}
+BLOCKS = {
+    "layersel.selection": SelectionConfig,
+    "layersel.selection.flexora": FlexoraConfig,
+    "layersel.l1ra": L1RAConfig,
+}
 KEYS = [
     ("layersel", "selection"),
     ("layersel", "l1ra"),
@@ -477,21 +481,21 @@ def test_a_deepspeed_file_is_read_for_its_stage(tmp_path):
 
 
 def test_what_takes_effect_is_written_out():
-    values = asdict(SelectionArgs(method="flexora").resolve(run_seed=4))
+    values = asdict(SelectionConfig(method="flexora").resolve(run_seed=4))
     assert values["keep"] == "positive" and values["ratio"] is None and values["num_samples"] is None
     assert values["flexora"] == asdict(Search())
-    assert SelectionArgs(method="flexora", ratio=0.3).resolve(4).keep is None
-    assert SelectionArgs(method="cka").resolve(4).keep is None
+    assert SelectionConfig(method="flexora", ratio=0.3).resolve(4).keep is None
+    assert SelectionConfig(method="cka").resolve(4).keep is None
 
 
 def test_dumped_defaults_are_valid_again():
     for settings in ({"method": "flexora"}, {"method": "flexora", "ratio": 0.5, "flexora": {"steps": 9}}):
-        first = SelectionArgs(**settings)
-        assert SelectionArgs(**first.model_dump()) == first
+        first = SelectionConfig(**settings)
+        assert SelectionConfig(**first.model_dump()) == first
 
 
 def test_a_plan_of_another_search_is_refused_by_the_key_that_differs():
-    settings = SelectionArgs(method="flexora", ratio=0.5, flexora={"steps": 9})
+    settings = SelectionConfig(method="flexora", ratio=0.5, flexora={"steps": 9})
     layers = [LayerChoice(layer=layer, score=float(layer), selected=layer > 0) for layer in range(2)]
     about = {"base_model": None, "versions": {}, "engine": "single", "processes": 1, "seconds": 0.0}
     plan = Plan(
@@ -508,7 +512,7 @@ def test_a_plan_of_another_search_is_refused_by_the_key_that_differs():
     )
     assert list_setting_differences(plan, settings) == []
     for left_out in (None, {}, {"steps": 9}):
-        assert list_setting_differences(plan, SelectionArgs(method="flexora", flexora=left_out)) == []
-    other = SelectionArgs(method="flexora", flexora={"steps": 8})
+        assert list_setting_differences(plan, SelectionConfig(method="flexora", flexora=left_out)) == []
+    other = SelectionConfig(method="flexora", flexora={"steps": 8})
     with pytest.raises(LayerselError, match=r"there does not .*: layersel\.selection\.flexora\.steps: 8 is not the 9 "):
         check_reuse("there", False, [], list_setting_differences(plan, other))

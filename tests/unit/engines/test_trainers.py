@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.engines import trainers
 from axolotl_layersel.training.prepare import prepare_trainer
 
@@ -135,7 +135,7 @@ def test_a_callback_that_the_checkpoint_does_not_know_is_saved_with_the_next_one
     make_trainer(make_lora(make_small_llama()), tmp_path, save_strategy="steps", save_steps=2).train()
     again = make_trainer(make_lora(make_small_llama()), tmp_path, save_strategy="steps", save_steps=4)
     again.add_callback(Counting())
-    prepare_trainer(again, LayerselBlock(selection=SelectionArgs(method="first", ratio=1)))
+    prepare_trainer(again, LayerselConfig(selection=SelectionConfig(method="first", ratio=1)))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["Counting"][-1]["attributes"] == {"count": 2}

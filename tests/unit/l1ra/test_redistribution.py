@@ -6,9 +6,9 @@ from helpers.models import make_lora, make_small_llama, make_trainer
 from safetensors.torch import load_file
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.l1ra import saliency
 from axolotl_layersel.l1ra.callback import RankCallback
@@ -19,8 +19,8 @@ NAMED = ("model.layers.0.self_attn.q_proj", 4)
 
 def prepare(folder, settings: dict | None = None, model=None, resume_from: str | None = None, **arguments):
     trainer = make_trainer(model or make_lora(make_small_llama()), folder, **{"max_steps": 12, **arguments})
-    block = LayerselBlock(
-        l1ra=L1RAArgs(**{"rule": "pressure", "budget": "rank", **(settings or {"update_ratio": 0.2})})
+    block = LayerselConfig(
+        l1ra=L1RAConfig(**{"rule": "pressure", "budget": "rank", **(settings or {"update_ratio": 0.2})})
     )
     prepare_trainer(trainer, block, resume_from)
     ranks = next(c.ranks for c in trainer.callback_handler.callbacks if isinstance(c, RankCallback))
@@ -29,7 +29,7 @@ def prepare(folder, settings: dict | None = None, model=None, resume_from: str |
 
 @pytest.mark.trains
 def test_preparing_and_training_leave_the_users_random_stream_to_the_user(tmp_path):
-    def train(block: LayerselBlock | None) -> torch.Tensor:
+    def train(block: LayerselConfig | None) -> torch.Tensor:
         trainer = make_trainer(make_lora(make_small_llama()), tmp_path, max_steps=12)
         if block:
             prepare_trainer(trainer, block)
@@ -37,15 +37,15 @@ def test_preparing_and_training_leave_the_users_random_stream_to_the_user(tmp_pa
         return torch.get_rng_state()
 
     plain = train(None)
-    assert torch.equal(train(LayerselBlock(l1ra=L1RAArgs(rule="pressure", budget="rank", update_ratio=0.2))), plain)
+    assert torch.equal(train(LayerselConfig(l1ra=L1RAConfig(rule="pressure", budget="rank", update_ratio=0.2))), plain)
 
 
 @pytest.mark.trains
 def test_by_saliency_a_run_in_which_nothing_moves_is_plain_lora(tmp_path, monkeypatch):
     monkeypatch.setattr(saliency, "MARGIN", 0)  # nothing is worth so little
     losses = []
-    everything = LayerselBlock(selection=SelectionArgs(method="first", ratio=1.0))
-    for block in (everything, LayerselBlock(l1ra=L1RAArgs())):
+    everything = LayerselConfig(selection=SelectionConfig(method="first", ratio=1.0))
+    for block in (everything, LayerselConfig(l1ra=L1RAConfig())):
         trainer = make_trainer(make_lora(make_small_llama()), tmp_path, max_steps=12, logging_steps=1)
         prepare_trainer(trainer, block)
         trainer.train()
@@ -149,4 +149,4 @@ def test_an_optimizer_that_exists_already_is_refused(tmp_path):
     trainer = make_trainer(make_lora(make_small_llama()), tmp_path, max_steps=12)
     trainer.create_optimizer()
     with pytest.raises(LayerselError, match="optimizer: it was made before the trainer was prepared"):
-        prepare_trainer(trainer, LayerselBlock(l1ra=L1RAArgs()))
+        prepare_trainer(trainer, LayerselConfig(l1ra=L1RAConfig()))

@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import state_path
 from axolotl_layersel.common.tensors import load_tensors, save_tensors
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.l1ra.state import find_ranks_digest, read_state
 from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 
-SETTINGS = L1RAArgs(rule="pressure", budget="rank", update_ratio=0.2, l1_lambda=0.9)
+SETTINGS = L1RAConfig(rule="pressure", budget="rank", update_ratio=0.2, l1_lambda=0.9)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     model = make_lora(make_small_llama(2))
     trainer = make_trainer(model, folder, max_steps=6, save_strategy="steps", save_steps=4)
-    prepare_trainer(trainer, LayerselBlock(l1ra=SETTINGS))
+    prepare_trainer(trainer, LayerselConfig(l1ra=SETTINGS))
     trainer.train()
     return folder / "checkpoint-4"
 

@@ -16,12 +16,12 @@ from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraModel
 from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.adapters import KEEPING_METHODS
 from axolotl_layersel.training.prepare import prepare_trainer
 
-FROZEN = LayerselBlock(selection=SelectionArgs(method="explicit", layers=[3, 5], unselected="freeze"))
+FROZEN = LayerselConfig(selection=SelectionConfig(method="explicit", layers=[3, 5], unselected="freeze"))
 JUDGED = [{**row, "completion": f" {i} 11 12", "label": i % 2 == 0} for i, row in enumerate(PROMPTS, 20)]
 GENERATING = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
 

@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.gate_requirements import GPU_KERNELS, LORA_KERNELS
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.lora.kernels import (
     exchange,
@@ -233,7 +233,7 @@ def test_kernels_compute_modules_in_which_only_another_adapter_has_lora(make_fus
     for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
         torch.nn.init.normal_(parameter, std=0.1)
     trainer = make_trainer(model, tmp_path)
-    prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="explicit", layers=[1])))
+    prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="explicit", layers=[1])))
     ids = torch.arange(3, 13)[None]
     with pytest.raises(KeyError, match="default"):
         model(ids)

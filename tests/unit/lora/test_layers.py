@@ -101,14 +101,14 @@ def test_lora_outside_of_the_layers_is_counted_by_place(make, targets, name, tow
 def test_other_architectures_run_through_the_same_passes(make, tmp_path):
     from helpers.models import make_trainer
 
-    from axolotl_layersel.config.selection import SelectionArgs
+    from axolotl_layersel.config.selection import SelectionConfig
     from axolotl_layersel.lora.run import Run
     from axolotl_layersel.selection.select import select_layers
 
     targets = ["query", "value"] if make is make_bert else ["c_attn"]
     model = make_lora(make(), targets, fan_in_fan_out=make is make_gpt2)
     plan = select_layers(
-        Run.of(make_trainer(model, tmp_path)), SelectionArgs(method="cka", num_samples=12, token="mean", ratio=0.5)
+        Run.of(make_trainer(model, tmp_path)), SelectionConfig(method="cka", num_samples=12, token="mean", ratio=0.5)
     )
     assert len(plan.selected) == 2
     assert all(choice.score is not None for choice in plan.layers)

@@ -5,9 +5,9 @@ import torch
 from helpers.models import make_trainer
 from peft import LoraConfig, get_peft_model
 
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.training.prepare import prepare_trainer
 from benchmarks.planted import (
@@ -45,7 +45,7 @@ def base(text) -> dict[str, torch.Tensor]:
     return pretrain(text)
 
 
-def prepare(base, text, seed: int, folder, settings: LayerselBlock, steps: int = STEPS):
+def prepare(base, text, seed: int, folder, settings: LayerselConfig, steps: int = STEPS):
     """Return a trainer of a damaged base on the base's own domain, prepared with ``settings``, and its plan."""
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS)
     trainer = make_trainer(
@@ -63,7 +63,7 @@ def prepare(base, text, seed: int, folder, settings: LayerselBlock, steps: int =
 
 def move_rank(base, text, seed: int, folder, rule: str) -> dict[int, dict[str, int]]:
     """Fine-tune with a rule of l1ra and the sum of ranks as the budget, and return the ranks by step."""
-    trainer, _ = prepare(base, text, seed, folder, LayerselBlock(l1ra=L1RAArgs(rule=rule, budget="rank")))
+    trainer, _ = prepare(base, text, seed, folder, LayerselConfig(l1ra=L1RAConfig(rule=rule, budget="rank")))
     trainer.train()
     ranks = next(c.ranks for c in trainer.callback_handler.callbacks if isinstance(c, RankCallback))
     updates = [entry for entry in trainer.state.log_history if "layersel/pool" in entry]
@@ -97,7 +97,7 @@ def test_rank_goes_to_the_damaged_layers(base, text, rule, seed, tmp_path):
 def test_one_pass_of_gradients_gives_rank_to_the_damaged_layers(base, text, tmp_path):
     ratios = []
     for seed in range(5):
-        settings = LayerselBlock(selection=SelectionArgs(method="gradient"))
+        settings = LayerselConfig(selection=SelectionConfig(method="gradient"))
         _, plan = prepare(base, text, seed, tmp_path / str(seed), settings)
         ranks = dict.fromkeys(plan.module_scores, 0) | plan.ranks
         ratios.append(compare_mean_ranks(ranks, draw_damaged(seed)))
@@ -109,8 +109,8 @@ def test_one_pass_of_gradients_gives_rank_to_the_damaged_layers(base, text, tmp_
 def search_for_damage(base, text, seed: int, folder, hypergradient: str, steps: int):
     """Search for half of the layers in as many steps as the run has; return the trainer, and the plan."""
     search = {"steps": steps, "val_samples": 60, "hypergradient": hypergradient}
-    settings = SelectionArgs(method="flexora", ratio=0.5, flexora=search)
-    return prepare(base, text, seed, folder, LayerselBlock(selection=settings), steps)
+    settings = SelectionConfig(method="flexora", ratio=0.5, flexora=search)
+    return prepare(base, text, seed, folder, LayerselConfig(selection=settings), steps)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_the_half_that_is_chosen_repairs_more_than_a_random_half(base, text, sea
         trainer.train()
         chosen.append(measure_loss(trainer.model, text))
         # Another seed than the damage's, whose random layers would be the damaged ones.
-        settings = LayerselBlock(selection=SelectionArgs(method="random", ratio=0.5, seed=100 + seed))
+        settings = LayerselConfig(selection=SelectionConfig(method="random", ratio=0.5, seed=100 + seed))
         other, plan = prepare(base, text, seed, tmp_path / str(seed), settings, SEARCH_STEPS)
         assert len(plan.selected) == LAYERS // 2
         other.train()

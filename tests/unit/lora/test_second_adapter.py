@@ -10,25 +10,25 @@ from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
 from peft import PeftModel
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.flexora import FlexoraArgs
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.flexora import FlexoraConfig
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.training.prepare import prepare_trainer
 
 TOKENS = torch.arange(3, 33)[None]
-MOVING = L1RAArgs(update_ratio=0.2, move_ratio=0.3)
+MOVING = L1RAConfig(update_ratio=0.2, move_ratio=0.3)
 BLOCKS = {
-    "remove": LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5)),
-    "freeze": LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5, unselected="freeze")),
-    "fisher": LayerselBlock(selection=SelectionArgs(method="fisher", ratio=0.5, num_samples=8)),
-    "ranks": LayerselBlock(selection=SelectionArgs(method="gradient", num_samples=8)),
-    "flexora": LayerselBlock(
-        selection=SelectionArgs(method="flexora", ratio=0.5, flexora=FlexoraArgs(steps=4, val_samples=4))
+    "remove": LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5)),
+    "freeze": LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5, unselected="freeze")),
+    "fisher": LayerselConfig(selection=SelectionConfig(method="fisher", ratio=0.5, num_samples=8)),
+    "ranks": LayerselConfig(selection=SelectionConfig(method="gradient", num_samples=8)),
+    "flexora": LayerselConfig(
+        selection=SelectionConfig(method="flexora", ratio=0.5, flexora=FlexoraConfig(steps=4, val_samples=4))
     ),
-    "l1ra": LayerselBlock(l1ra=MOVING),
-    "remove and l1ra": LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5), l1ra=MOVING),
+    "l1ra": LayerselConfig(l1ra=MOVING),
+    "remove and l1ra": LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5), l1ra=MOVING),
 }
 
 
@@ -115,7 +115,7 @@ def test_the_reference_that_a_trainer_makes_of_a_trained_adapter_stays_whole(tmp
     trainer = make_dpo(model, tmp_path)
     prepare_trainer(
         trainer,
-        LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5, unselected="remove")),
+        LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5, unselected="remove")),
         continues_adapter=True,
     )
     trainer.train()

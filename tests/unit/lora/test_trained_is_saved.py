@@ -8,16 +8,16 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.training.prepare import prepare_trainer
 
 TOKENS = torch.arange(3, 33)[None]
 BLOCKS = {
-    "remove": LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5)),
-    "freeze": LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5, unselected="freeze")),
-    "l1ra": LayerselBlock(l1ra=L1RAArgs(update_ratio=0.2, move_ratio=0.3)),
+    "remove": LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5)),
+    "freeze": LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5, unselected="freeze")),
+    "l1ra": LayerselConfig(l1ra=L1RAConfig(update_ratio=0.2, move_ratio=0.3)),
 }
 
 

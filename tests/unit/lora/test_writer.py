@@ -12,8 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.lora import adapters, layouts
 from axolotl_layersel.lora.modules import find_lora_modules, get_config
@@ -127,7 +127,7 @@ def find_ranks(trainer):
 @pytest.fixture
 def gated(tmp_path):
     """A trainer whose gates are all one half, and a fold that forgets them."""
-    trainer = prepare(tmp_path, LayerselBlock(l1ra=L1RAArgs(rule="pressure", update_ratio=0.2)))
+    trainer = prepare(tmp_path, LayerselConfig(l1ra=L1RAConfig(rule="pressure", update_ratio=0.2)))
     for parameter in (p for p in trainer.model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter)
     ranks = find_ranks(trainer)

@@ -14,19 +14,19 @@ from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.engines.signals import WATCH
 from axolotl_layersel.training.prepare import prepare_trainer
 
 BLOCKS = {
-    "selection": LayerselBlock(selection=SelectionArgs(method="first", num_layers=3)),
-    "l1ra": LayerselBlock(l1ra=L1RAArgs(update_ratio=0.2)),
+    "selection": LayerselConfig(selection=SelectionConfig(method="first", num_layers=3)),
+    "l1ra": LayerselConfig(l1ra=L1RAConfig(update_ratio=0.2)),
 }
 
 
-def train(block: LayerselBlock, folder: Path, resume_from: str | None = None, **arguments):
+def train(block: LayerselConfig, folder: Path, resume_from: str | None = None, **arguments):
     """Train for 10 steps, an epoch being 6, at a learning rate that does not end at 0, and save at the end."""
     values = {"max_steps": 10, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 5}
     trainer = make_trainer(make_lora(make_small_llama()), folder, **{**values, **arguments})
@@ -73,8 +73,8 @@ def test_a_run_shows_nothing_of_an_earlier_one_in_its_folder(tmp_path):
     assert "ranks after l1ra" in show(tmp_path)
     train(BLOCKS["selection"], tmp_path)
     assert "ranks after l1ra" not in show(tmp_path) and "method first" in show(tmp_path)
-    given = SelectionArgs(method="first", plan=str(tmp_path / "layersel" / "plan.json"))
-    train(LayerselBlock(selection=given), tmp_path)
+    given = SelectionConfig(method="first", plan=str(tmp_path / "layersel" / "plan.json"))
+    train(LayerselConfig(selection=given), tmp_path)
     assert "method first" in show(tmp_path), "the plan that it was given lies where its own does"
     (tmp_path / "layersel" / "gates.csv").write_text("of a search")
     train(BLOCKS["l1ra"], tmp_path)
@@ -87,7 +87,7 @@ def test_a_run_that_does_not_come_to_train_leaves_an_earlier_ones_files(tmp_path
     train(BLOCKS["l1ra"], tmp_path)
     before = read_files(tmp_path)
     with pytest.raises(LayerselError, match="out of range"):
-        train(LayerselBlock(selection=SelectionArgs(method="explicit", layers=[99])), tmp_path)
+        train(LayerselConfig(selection=SelectionConfig(method="explicit", layers=[99])), tmp_path)
     assert read_files(tmp_path) == before
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.selection.plan import Budget, LayerChoice, Plan
 from axolotl_layersel.selection.plan_checks import ModelFacts, list_model_differences, list_setting_differences
 from axolotl_layersel.selection.plan_file import check_checkpoint, read_plan, write_plan
@@ -60,10 +60,10 @@ def test_a_plan_that_selects_nothing_or_skips_a_layer_is_refused(tmp_path):
 
 def test_settings_left_alone_do_not_contradict_a_plan_but_others_do():
     plan = make_plan()
-    assert list_setting_differences(plan, SelectionArgs(method="cka")) == []
-    same = SelectionArgs(method="cka", ratio=0.5, unselected="remove", num_samples=128)
+    assert list_setting_differences(plan, SelectionConfig(method="cka")) == []
+    same = SelectionConfig(method="cka", ratio=0.5, unselected="remove", num_samples=128)
     assert list_setting_differences(plan, same) == []
-    other = SelectionArgs(method="cosine", num_layers=2, unselected="freeze", num_samples=64)
+    other = SelectionConfig(method="cosine", num_layers=2, unselected="freeze", num_samples=64)
     assert list_setting_differences(plan, other) == [
         "layersel.selection.method: 'cosine' is not the 'cka' that it was made with",
         "layersel.selection.num_layers: 2 is not in the settings that it was made with",
@@ -125,7 +125,7 @@ def test_a_checkpoint_must_hold_the_plans_ranks(tmp_path):
     ],
 )
 def test_ranks_that_contradict_the_plan_are_found(tmp_path, ranks, fault):
-    settings = asdict(SelectionArgs(method="cka", rank="score").resolve(run_seed=1))
+    settings = asdict(SelectionConfig(method="cka", rank="score").resolve(run_seed=1))
     budget = Budget(lora=80, lora_r=8, allowed=80, spent=80)
     write_plan(make_plan(ranks=ranks, settings=settings, budget=budget), tmp_path / "plan.json")
     with pytest.raises(LayerselError, match=rf"contradicts itself: .*{fault}"):
@@ -134,7 +134,7 @@ def test_ranks_that_contradict_the_plan_are_found(tmp_path, ranks, fault):
 
 SEARCHED = {
     "method": "flexora",
-    "settings": asdict(SelectionArgs(method="flexora").resolve(run_seed=1)),
+    "settings": asdict(SelectionConfig(method="flexora").resolve(run_seed=1)),
     "module_scores": {"model.layers.0.self_attn.q_proj": 0.5},
 }
 
@@ -208,7 +208,7 @@ def test_a_plan_for_this_model_is_accepted():
 
 
 def test_a_plan_whose_ranks_were_given_for_another_lora_r_is_refused():
-    plan, block = make_plan(budget=Budget(lora=80, lora_r=8, allowed=80, spent=80)), SelectionArgs(method="cka")
+    plan, block = make_plan(budget=Budget(lora=80, lora_r=8, allowed=80, spent=80)), SelectionConfig(method="cka")
     assert list_setting_differences(plan, block, lora_r=8) == []
     assert list_setting_differences(make_plan(), block, lora_r=16) == []
     (difference,) = list_setting_differences(plan, block, lora_r=16)

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import plan_path
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.plan_checks import KEYS, list_setting_differences
@@ -47,8 +47,8 @@ def prepare(kind: str, folder: Path, targets: list[str] | None = None, resume=No
     make, own = PLANS[kind]
     lora = make_lora(model or make(), targets or TARGETS[make])
     trainer = make_trainer(lora, folder, save_strategy="steps", save_steps=2)
-    settings = SelectionArgs(**(block or own))
-    return prepare_trainer(trainer, LayerselBlock(selection=settings), resume), trainer
+    settings = SelectionConfig(**(block or own))
+    return prepare_trainer(trainer, LayerselConfig(selection=settings), resume), trainer
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_all_contradictions_are_told_the_most_important_first(made, tmp_path):
 
 
 def test_every_key_of_the_block_is_compared():
-    assert {*KEYS, "plan", "plan_check"} == set(SelectionArgs.model_fields)
+    assert {*KEYS, "plan", "plan_check"} == set(SelectionConfig.model_fields)
 
 
 # --- The YAML block and the model ---------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_all_differences_from_a_run_are_told_the_most_important_first(made, tmp_
 
 def test_ranks_of_a_plan_are_compared_with_those_of_the_run(made, tmp_path):
     plan = read_plan(write(made("match"), tmp_path))
-    block = SelectionArgs(method="first")
+    block = SelectionConfig(method="first")
     highest = max(plan.ranks.values())
     assert list_setting_differences(plan, block, lora_r=4, room=highest, rank_pattern={}) == []
     lora_r, pattern, room = list_setting_differences(plan, block, 5, highest - 1, {"q_proj": 2})

@@ -9,7 +9,7 @@ from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
 from helpers.plans import make_plan
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.selection.provenance import compare_data, list_base_differences, shorten
 from axolotl_layersel.training.prepare import prepare_trainer
 
@@ -24,7 +24,7 @@ def prepare(folder, base: str = "org/Base-1B", rows=None, resume_from=None, eval
         trainer.eval_dataset = make_trainer(make_lora(make_small_llama()), folder, eval_rows).train_dataset
     block = {"selection": {"method": "cka", **({"num_samples": 8} if selection.get("method", "cka") == "cka" else {})}}
     block["selection"].update(selection)
-    return prepare_trainer(trainer, LayerselBlock.model_validate(block), resume_from), trainer
+    return prepare_trainer(trainer, LayerselConfig.model_validate(block), resume_from), trainer
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.common.randomness import draw_row
 from axolotl_layersel.config.methods import METHODS
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.selection.choosing import choose_highest, count_kept
@@ -31,15 +31,15 @@ def select(folder, *, rows=None, continues_adapter: bool = False, **settings):
     model = make_lora(make_small_llama())
     trainer = make_trainer(model, folder, rows)
     scoring = {"num_samples": 12} if METHODS[settings.get("method", "cka")].draws_rows else {}
-    settings = SelectionArgs(**{"method": "cka", **scoring, **settings})
-    return trainer, prepare_trainer(trainer, LayerselBlock(selection=settings), continues_adapter=continues_adapter)
+    settings = SelectionConfig(**{"method": "cka", **scoring, **settings})
+    return trainer, prepare_trainer(trainer, LayerselConfig(selection=settings), continues_adapter=continues_adapter)
 
 
 @pytest.mark.parametrize(
     ("ratio", "candidates", "kept"), [(0.29, 100, 29), (0.5, 7, 3), (1, 5, 5), (0.1, 10, 1), (None, 8, 4)]
 )
 def test_the_ratio_is_rounded_down_but_not_by_floating_point(ratio, candidates, kept):
-    assert count_kept(SelectionArgs(method="cka", ratio=ratio).resolve(1), candidates) == kept
+    assert count_kept(SelectionConfig(method="cka", ratio=ratio).resolve(1), candidates) == kept
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20, unique=True), st.data())
@@ -175,7 +175,7 @@ def test_a_nan_is_traced_to_its_layer_and_row(tmp_path):
         model.get_base_model().model.layers[3].mlp.up_proj.weight[0, 0] = float("nan")
     trainer = make_trainer(model, tmp_path)
     with pytest.raises(LayerselError, match=r"NaN or infinity in layer 3.* training row \d+"):
-        prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="cka", num_samples=12)))
+        prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="cka", num_samples=12)))
 
 
 def test_a_continued_adapter_is_not_deleted_by_default(tmp_path):
@@ -188,7 +188,7 @@ def test_a_continued_adapter_is_not_deleted_by_default(tmp_path):
 def test_a_trainer_without_an_adapter_is_refused(tmp_path):
     trainer = make_trainer(make_small_llama(), tmp_path)
     with pytest.raises(LayerselError, match="adapter: the trainer's model is a LlamaForCausalLM"):
-        prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="last")))
+        prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="last")))
 
 
 def select_with_towers(folder, *, make=make_llava, targets=("q_proj", "v_proj"), freeze=None, resume=None, **settings):
@@ -196,8 +196,8 @@ def select_with_towers(folder, *, make=make_llava, targets=("q_proj", "v_proj"),
     if freeze:
         freeze(model)
     trainer = make_trainer(model, folder, max_steps=2, save_strategy="steps", save_steps=2)
-    settings = SelectionArgs(**{"method": "last", **settings})
-    return trainer, prepare_trainer(trainer, LayerselBlock(selection=settings), resume)
+    settings = SelectionConfig(**{"method": "last", **settings})
+    return trainer, prepare_trainer(trainer, LayerselConfig(selection=settings), resume)
 
 
 def test_lora_in_a_vision_tower_is_kept_counted_and_said(tmp_path, capsys):
@@ -261,8 +261,8 @@ def test_a_search_sees_the_loss_of_an_encoder_decoder_model(tmp_path):
     rows = make_rows()
     trainer = make_trainer(model, tmp_path, rows, learning_rate=1e-12)
     search = {"steps": 1, "val_samples": 8, "val_batches": 2}
-    settings = SelectionArgs(method="flexora", ratio=0.5, unselected="freeze", flexora=search)
-    plan = prepare_trainer(trainer, LayerselBlock(selection=settings), continues_adapter=True)
+    settings = SelectionConfig(method="flexora", ratio=0.5, unselected="freeze", flexora=search)
+    plan = prepare_trainer(trainer, LayerselConfig(selection=settings), continues_adapter=True)
     assert plan.outside == [] and len(plan.selected) == 4
     logits, labels = [], []
     with torch.no_grad():
@@ -341,8 +341,8 @@ def test_a_search_trains_lora_outside_of_the_layers_without_a_gate_if_the_run_do
         return Trainer.training_step(trainer, *args, **kwargs)
 
     trainer.training_step = training_step
-    settings = SelectionArgs(method="flexora", ratio=0.5, towers=towers, flexora={"steps": 3, "val_samples": 4})
-    plan = prepare_trainer(trainer, LayerselBlock(selection=settings))
+    settings = SelectionConfig(method="flexora", ratio=0.5, towers=towers, flexora={"steps": 3, "val_samples": 4})
+    plan = prepare_trainer(trainer, LayerselConfig(selection=settings))
     assert plan.towers == towers
     assert plan.outside[0].modules == ["lm_head"]
     assert len(seen) == 3
@@ -356,7 +356,7 @@ def test_a_search_trains_lora_outside_of_the_layers_without_a_gate_if_the_run_do
 def test_rank_moves_in_both_sides_of_an_encoder_decoder_model(tmp_path):
     model = make_lora(make_t5(), ["q", "v"])
     trainer = make_trainer(model, tmp_path, max_steps=10)
-    prepare_trainer(trainer, LayerselBlock(l1ra={"update_ratio": 0.2}))
+    prepare_trainer(trainer, LayerselConfig(l1ra={"update_ratio": 0.2}))
     trainer.train()
     ranks = RankHistory.read(tmp_path).ranks
     assert {side: sum(name.startswith(side) for name in ranks[10]) for side in ("encoder", "decoder")} == {
@@ -380,8 +380,8 @@ def test_rank_moves_in_both_sides_of_an_encoder_decoder_model(tmp_path):
 def test_rank_moves_outside_of_the_layers_too_where_lora_is_kept_there(tmp_path, towers):
     model = make_lora(make_small_llama(), ["q_proj", "lm_head"])
     trainer = make_trainer(model, tmp_path, max_steps=10)
-    selection = SelectionArgs(method="last", num_layers=2, towers=towers) if towers else None
-    prepare_trainer(trainer, LayerselBlock(selection=selection, l1ra={"update_ratio": 0.2}))
+    selection = SelectionConfig(method="last", num_layers=2, towers=towers) if towers else None
+    prepare_trainer(trainer, LayerselConfig(selection=selection, l1ra={"update_ratio": 0.2}))
     trainer.train()
     ranks = RankHistory.read(tmp_path).ranks[10]
     assert ("lm_head" in ranks) == (towers != "remove")
@@ -460,9 +460,9 @@ def test_a_choice_without_scores_can_be_used_again(tmp_path, granularity):
 
 def give_plan(folder, model, continues_adapter: bool = False, **blocks):
     """Prepare a trainer of ``model`` with the plan in ``folder``."""
-    selection = SelectionArgs(method="gradient", plan=str(plan_path(folder)))
+    selection = SelectionConfig(method="gradient", plan=str(plan_path(folder)))
     trainer = make_trainer(model, folder)
-    block = LayerselBlock(selection=selection, **blocks)
+    block = LayerselConfig(selection=selection, **blocks)
     return trainer, prepare_trainer(trainer, block, continues_adapter=continues_adapter)
 
 
@@ -507,6 +507,6 @@ def test_a_floor_above_the_highest_rank_is_refused(tmp_path):
 def test_lora_on_a_convolution_is_refused_where_rank_is_given_by_gradients(tmp_path, rank):
     base = make_small_llama()
     base.model.layers[2].mlp.mixer = torch.nn.Conv1d(32, 32, 3)
-    settings = LayerselBlock(selection=SelectionArgs(method="gradient", num_samples=8, rank=rank))
+    settings = LayerselConfig(selection=SelectionConfig(method="gradient", num_samples=8, rank=rank))
     with pytest.raises(LayerselError, match=r"model.layers.2.mlp.mixer is a Conv1d, whose LoRA layersel.selection"):
         prepare_trainer(make_trainer(make_lora(base, ["q_proj", "mixer"]), tmp_path), settings)

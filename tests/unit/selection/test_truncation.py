@@ -5,8 +5,8 @@ from helpers.generation import make_generating_trainer
 from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
 from helpers.settings import CHECKPOINTING
 
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.adapters import initialize_lora
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.selection.backward_cut import find_lowest_trained
@@ -22,7 +22,7 @@ def train_one_step(folder, checkpointing: str, truncate: bool) -> FirstGradients
     # Nothing is saved, for the first adapter that is written is run too, and would be counted.
     trainer = make_trainer(model, folder, make_rows(4), max_steps=1, save_strategy="no", **arguments)
     if truncate:
-        prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="explicit", layers=[3, 5])))
+        prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="explicit", layers=[3, 5])))
     else:
         initialize_lora(model, trainer.args.seed)
     return train_first_step(trainer, model.get_base_model().model.layers)
@@ -69,7 +69,7 @@ def test_a_trainer_that_sets_up_checkpointing_in_every_step_keeps_the_cut(tmp_pa
     trainer = make_generating_trainer(
         tmp_path, max_steps=3, max_completion_length=4, save_strategy="no", **checkpointing
     )
-    prepare_trainer(trainer, LayerselBlock(selection=SelectionArgs(method="last", ratio=0.5)))
+    prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5)))
     base = trainer.model.get_base_model()
     graphs, runs = [set() for _ in range(6)], [0] * 6
 

@@ -9,9 +9,9 @@ from helpers.models import make_lora, make_small_llama, make_trainer
 from transformers import TrainerState
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.l1ra import L1RAArgs
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.training.checkpoints import (
     View,
     describe_copies,
@@ -23,9 +23,9 @@ from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 
-BLOCK = LayerselBlock(
-    selection=SelectionArgs(method="first", num_layers=3),
-    l1ra=L1RAArgs(rule="pressure", budget="rank", update_ratio=0.2),
+BLOCK = LayerselConfig(
+    selection=SelectionConfig(method="first", num_layers=3),
+    l1ra=L1RAConfig(rule="pressure", budget="rank", update_ratio=0.2),
 )
 READ = [
     "trainer_state.json",
@@ -127,7 +127,7 @@ def test_what_not_every_run_has_must_be_whole_where_it_is_there(run, name):
 def test_a_block_needs_its_own_files_alone(run):
     for name in ("plan.json", "state.safetensors", "ranks.csv"):
         (run / "checkpoint-10" / "layersel" / name).unlink()
-    alone = {"selection": LayerselBlock(selection=BLOCK.selection), "l1ra": LayerselBlock(l1ra=BLOCK.l1ra)}
+    alone = {"selection": LayerselConfig(selection=BLOCK.selection), "l1ra": LayerselConfig(l1ra=BLOCK.l1ra)}
     faults = {part: find_fault(run / "checkpoint-10", block, 0, 1) for part, block in alone.items()}
     assert faults == {
         "selection": "layersel/plan.json is missing, so it is not of a run with this `layersel` block",

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.training.checkpoints import find_resumed_checkpoint
 from axolotl_layersel.training.contents import find_mixture, list_recorded, read_record, record_path
 from axolotl_layersel.training.prepare import prepare_trainer
@@ -23,16 +23,16 @@ pytestmark = pytest.mark.trains
 SELECTION = {"method": "explicit", "layers": [0, 2]}
 L1RA = {"rule": "pressure", "budget": "rank", "update_ratio": 0.25, "l1_lambda": 0.9}
 BLOCKS = {
-    "selection": LayerselBlock.model_validate({"selection": SELECTION}),
-    "l1ra": LayerselBlock.model_validate({"l1ra": L1RA}),
-    "both": LayerselBlock.model_validate({"selection": SELECTION, "l1ra": L1RA}),
+    "selection": LayerselConfig.model_validate({"selection": SELECTION}),
+    "l1ra": LayerselConfig.model_validate({"l1ra": L1RA}),
+    "both": LayerselConfig.model_validate({"selection": SELECTION, "l1ra": L1RA}),
 }
 STATE, ADAPTER, CONFIG = "trainer_state.json", "adapter_model.safetensors", "adapter_config.json"
 OWN = {"selection": ["plan.json"], "l1ra": ["ranks.csv", "state.safetensors"]}
 OWN["both"] = OWN["selection"] + OWN["l1ra"]
 
 
-def prepare(block: LayerselBlock, folder: Path, resume_from: Path | None = None, lora=(), **arguments):
+def prepare(block: LayerselConfig, folder: Path, resume_from: Path | None = None, lora=(), **arguments):
     """Return a trainer of 8 steps that saves after 2, 4, 6 and 8, prepared by a block."""
     model = make_lora(make_small_llama(3), **dict(lora))
     values = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 9}

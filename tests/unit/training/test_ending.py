@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.root import LayerselArgs, LayerselBlock
+from axolotl_layersel.config.root import LayerselArgs, LayerselConfig
 from axolotl_layersel.config.textual import DEFAULT_OUTPUT, LOG_FILE, PLUGIN, check_text
 from axolotl_layersel.training import ending, startup
 from axolotl_layersel.training.ending import COLLECTOR, Ending, describe_error, find_sentences
@@ -191,4 +191,4 @@ def test_a_collector_that_is_gone_or_elsewhere_collects_nothing(monkeypatch, tmp
 
 def test_the_block_itself_stays_a_plain_error_for_a_script():
     with pytest.raises(ValueError):
-        LayerselBlock.model_validate({"selection": {"method": "ckaa"}})
+        LayerselConfig.model_validate({"selection": {"method": "ckaa"}})

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from helpers.models import make_lora, make_small_llama, make_trainer
 
-from axolotl_layersel.config.root import LayerselBlock
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.training.leftovers import find_leftovers, find_surplus
 from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 
-BLOCK = LayerselBlock.model_validate(
+BLOCK = LayerselConfig.model_validate(
     {
         "selection": {"method": "first", "num_layers": 2},
         "l1ra": {"rule": "pressure", "budget": "rank", "update_ratio": 0.25},

@@ -7,8 +7,8 @@ from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import gates_path, plan_path
-from axolotl_layersel.config.root import LayerselBlock
-from axolotl_layersel.config.selection import SelectionArgs
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.methods.flexora.search import GateSearch
@@ -30,8 +30,8 @@ def search(folder, *, trainer=None, search=None, **settings):
     """Return the trainer and the plan after a search of six steps on six layers."""
     trainer = trainer or make(folder)
     sized = {} if {"keep", "num_layers", "ratio"} & settings.keys() else {"ratio": 0.5}
-    settings = SelectionArgs(method="flexora", flexora={**SEARCH, **(search or {})}, **sized, **settings)
-    return trainer, prepare_trainer(trainer, LayerselBlock(selection=settings))
+    settings = SelectionConfig(method="flexora", flexora={**SEARCH, **(search or {})}, **sized, **settings)
+    return trainer, prepare_trainer(trainer, LayerselConfig(selection=settings))
 
 
 def train(trainer) -> list[float]:
@@ -79,7 +79,7 @@ def test_a_run_given_the_plan_is_the_run_that_searched(tmp_path, hypergradient):
     trainer, plan = search(tmp_path / "searched", search={"hypergradient": hypergradient})
     given = make(tmp_path / "given")
     path = plan_path(tmp_path / "searched")
-    prepare_trainer(given, LayerselBlock(selection=SelectionArgs(method="flexora", plan=str(path))))
+    prepare_trainer(given, LayerselConfig(selection=SelectionConfig(method="flexora", plan=str(path))))
     assert read_plan(plan_path(tmp_path / "given")) == plan
     assert train(trainer) == train(given)
     for one, other in zip(trainer.model.parameters(), given.model.parameters(), strict=True):
@@ -133,8 +133,8 @@ def test_the_history_of_another_search_does_not_stay_beside_a_plan(tmp_path):
     assert gates_path(tmp_path / "other").read_text() != first
 
     def apply(**settings) -> None:
-        settings = SelectionArgs(**{"method": "flexora", **settings})
-        prepare_trainer(make(tmp_path / "other"), LayerselBlock(selection=settings))
+        settings = SelectionConfig(**{"method": "flexora", **settings})
+        prepare_trainer(make(tmp_path / "other"), LayerselConfig(selection=settings))
 
     apply(plan=str(plan_path(tmp_path / "one")))
     assert gates_path(tmp_path / "other").read_text() == first
@@ -261,14 +261,14 @@ def test_modules_can_be_chosen_one_by_one(tmp_path):
 
     path = str(plan_path(tmp_path / "run"))
     given = make(tmp_path / "given")
-    prepare_trainer(given, LayerselBlock(selection=SelectionArgs(method="flexora", plan=path)))
+    prepare_trainer(given, LayerselConfig(selection=SelectionConfig(method="flexora", plan=path)))
     assert train(given) == [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     fewer = make(tmp_path / "fewer", make_lora(make_small_llama(), ["q_proj", "v_proj"]))
     with pytest.raises(LayerselError, match=r"does not fit this run: the model has no LoRA on .*down_proj"):
-        prepare_trainer(fewer, LayerselBlock(selection=SelectionArgs(method="flexora", plan=path)))
+        prepare_trainer(fewer, LayerselConfig(selection=SelectionConfig(method="flexora", plan=path)))
     more = make(tmp_path / "more", make_lora(make_small_llama(), ["q_proj", "v_proj", "down_proj", "up_proj"]))
     with pytest.raises(LayerselError, match=r"does not fit this run: the model has LoRA on .*up_proj, unknown"):
-        prepare_trainer(more, LayerselBlock(selection=SelectionArgs(method="flexora", plan=path)))
+        prepare_trainer(more, LayerselConfig(selection=SelectionConfig(method="flexora", plan=path)))
 
 
 def test_a_search_stops_when_its_choice_has_settled(tmp_path):
@@ -286,8 +286,8 @@ def test_the_seed_says_what_is_validated_on(tmp_path):
 
 def test_choices_with_several_seeds_are_compared(tmp_path, capsys):
     trainer = make(tmp_path / "run")
-    settings = SelectionArgs(method="flexora", ratio=0.5, flexora=SEARCH, seed=1)
-    plan = prepare_trainer(trainer, LayerselBlock(selection=settings), repeat=3)
+    settings = SelectionConfig(method="flexora", ratio=0.5, flexora=SEARCH, seed=1)
+    plan = prepare_trainer(trainer, LayerselConfig(selection=settings), repeat=3)
     single = {seed: search(tmp_path / str(seed), seed=seed)[1].selected for seed in (1, 2, 3)}
     assert plan.stability.selected == single, "each as if it had been the only one"
     pairs = [(single[1], single[2]), (single[1], single[3]), (single[2], single[3])]
@@ -302,14 +302,14 @@ def test_choices_with_several_seeds_are_compared(tmp_path, capsys):
 
 def test_a_plan_that_is_given_cannot_be_repeated(tmp_path):
     search(tmp_path)
-    settings = SelectionArgs(method="flexora", plan=str(plan_path(tmp_path)))
+    settings = SelectionConfig(method="flexora", plan=str(plan_path(tmp_path)))
     with pytest.raises(LayerselError, match=r"--repeat: nothing is chosen with .*plan.json as the plan"):
-        prepare_trainer(make(tmp_path), LayerselBlock(selection=settings), repeat=2)
+        prepare_trainer(make(tmp_path), LayerselConfig(selection=settings), repeat=2)
 
 
 def test_a_method_that_draws_nothing_cannot_be_repeated(tmp_path):
     with pytest.raises(LayerselError, match="--repeat: 2 choices by method first would say nothing"):
-        prepare_trainer(make(tmp_path), LayerselBlock(selection=SelectionArgs(method="first")), repeat=2)
+        prepare_trainer(make(tmp_path), LayerselConfig(selection=SelectionConfig(method="first")), repeat=2)
 
 
 @pytest.mark.parametrize(
