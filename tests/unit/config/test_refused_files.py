@@ -43,7 +43,7 @@ CASES = {
         selection(ratio=0.5, num_layers=3),
         "layersel.selection: ratio: 0.5 and num_layers: 3 both say how much is kept. Keep one of them.",
     ),
-    "no layer": (selection(num_layers=0), "layersel.selection.num_layers: 0 keeps no layer"),
+    "no layer": (selection(num_layers=0), "layersel.selection.num_layers: 0 is too low. Set 1 or more."),
     "explicit without layers": (selection(method="explicit"), "layersel.selection.layers is missing"),
     "repeated layers": (
         selection(method="explicit", layers=[1, 2, 1]),
@@ -123,10 +123,13 @@ CASES = {
     "l1ra: no room": (l1ra(max_rank=3), "layersel.l1ra.max_rank: 3 is less than lora_r: 4, with which modules start."),
     "l1ra: endless rank": (l1ra(max_rank=float("inf")), "layersel.l1ra.max_rank: inf is not a whole number."),
     "l1ra: floor above the start": (l1ra(min_rank=5), "layersel.l1ra.min_rank: 5 is more than lora_r: 4"),
-    "l1ra: no floor": (l1ra(min_rank=0), "layersel.l1ra.min_rank: 0 is no rank of a module"),
+    "l1ra: no floor": (l1ra(min_rank=0), "layersel.l1ra.min_rank: 0 is outside 1 to 65536. Set a value in this range."),
     "l1ra: negative lambda": (l1ra(l1_lambda=-0.1), "layersel.l1ra.l1_lambda: -0.1 is not `auto` or a number from 0"),
     "l1ra: misspelt lambda": (l1ra(l1_lambda="atuo"), "layersel.l1ra.l1_lambda: 'atuo' is not `auto` or a number"),
-    "l1ra: negative learning rate": (l1ra(gate_lr=-0.1), "layersel.l1ra.gate_lr: -0.1 is not a learning rate"),
+    "l1ra: negative learning rate": (
+        l1ra(gate_lr=-0.1),
+        "layersel.l1ra.gate_lr: -0.1 is too low. Set 0 or more, such as 0.02.",
+    ),
     "l1ra: auto without a learning rate": (
         pressure(gate_lr=0),
         "layersel.l1ra.gate_lr: 0 holds the gates where they are",
@@ -218,7 +221,7 @@ CASES = {
         flexora(gate_lr=0),
         "layersel.selection.flexora.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by",
     ),
-    "flexora: no step": (flexora(steps=0), "layersel.selection.flexora.steps: 0 is too few. Set 1 or more."),
+    "flexora: no step": (flexora(steps=0), "layersel.selection.flexora.steps: 0 is too low. Set 1 or more."),
     "flexora: more inner steps than steps": (
         flexora(steps=4, inner_steps=5),
         "layersel.selection.flexora.inner_steps: 5 is more than steps: 4, so no gate would ever move",
