@@ -26,7 +26,7 @@ def flexora(**values) -> dict:
 BEFORE_THE_MODEL = {
     "l1ra: blank": (
         {"layersel": {**selection()["layersel"], "l1ra": None}},
-        "layersel.l1ra: the key is there but its block is blank",
+        "layersel.l1ra: the block is blank",
     ),
     "unknown key": (selection(rato=0.5), "layersel.selection.rato is not a setting: did you mean 'ratio'?"),
     "layers out of range": (

@@ -34,7 +34,7 @@ def test_a_block_without_its_plugin_is_refused_before_axolotl_begins(make_config
     code, lines = end("axolotl", "train", str(path))
     assert code == 1
     assert lines == [
-        f"{PREFIX}plugins: the key is missing, so `layersel` would be passed over and the run train plain LoRA. "
+        f"{PREFIX}plugins: the key is missing, so `layersel` would be ignored and the run would train plain LoRA. "
         f"Write `- {PLUGIN}` on a line below `plugins:`, or remove `layersel`."
     ]
     assert not output.exists()

@@ -26,7 +26,7 @@ PLUGINS = [
     "axolotl_layersel.LayerSelectionPlugin",
 ]
 SCORING = ("cka", "cosine", "relative", "fisher", "gradient")
-UNGENERATED = dict.fromkeys((*SCORING, "flexora"), "trains on prompts whose answers are yet to be generated")
+UNGENERATED = dict.fromkeys((*SCORING, "flexora"), "trains on prompts whose answers are not generated yet")
 STREAMED = dict.fromkeys((*SCORING, "flexora"), "streaming: True cannot be sampled for")
 REWARDED = dict.fromkeys(("fisher", "gradient"), "learns from pairs of answers and has no labels")
 
