@@ -119,7 +119,7 @@ class SelectionConfig(Block):
     unselected: Unselected | None = Field(
         default=None,
         description="What happens to the other layers. `remove` (default): they get no adapter. `freeze`: they keep "
-        "an untrained one.",
+        "it, but it does not train.",
     )
     outside_layers: OutsideLayers | None = Field(
         default=None,
