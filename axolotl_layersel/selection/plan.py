@@ -24,9 +24,7 @@ Layer = Annotated[LayerName, Field(union_mode="left_to_right")]
 
 
 class LayerChoice(BaseModel):
-    """One layer, by its number or as ``encoder.3``. ``score`` is its importance (higher is kept), ``None`` where it has
-    none.
-    """
+    """A layer, by its number or as ``encoder.3``, and its score; ``None`` if the layer has no score."""
 
     model_config = ConfigDict(extra="forbid")
 

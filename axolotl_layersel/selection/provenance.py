@@ -42,8 +42,9 @@ def shorten(base_model: str) -> str:
 
 
 def list_base_differences(plan: Plan, base_model: str | None, shape: dict[str, int | str] | None) -> list[str]:
-    """Return where a run's base model is not the one that a plan was made for: one of the same name, wherever it lies,
-    and of the same shape.
+    """Return the differences between a run's base model and the one that a plan was made for, in name or shape.
+
+    The path of the model does not matter.
 
     Args:
         plan: what is reused.
@@ -65,10 +66,16 @@ def list_base_differences(plan: Plan, base_model: str | None, shape: dict[str, i
 
 
 def compare_data(plan: Plan, train_dataset: Any, eval_dataset: Any, collate: Collate | None = None) -> str | None:
-    """Return in what the rows that a plan was made on differ from those of the run; None if they do not, or if no rows
-    were looked at.
+    """Return how the rows that a plan was made on differ from those of the run.
 
-    ``collate``: the trainer's, for rows that have no tokens before.
+    Args:
+        plan: the plan.
+        train_dataset: the training set of the run.
+        eval_dataset: the eval set of the run.
+        collate: the trainer's collator, for rows that have no tokens before it.
+
+    Returns:
+        None if the rows are the same, or if the plan was made without rows.
     """
     if plan.dataset_fingerprint is None:
         return None

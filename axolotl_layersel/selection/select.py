@@ -170,8 +170,9 @@ def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
 
 
 def carry_over(plan: Plan, source: Path, output: Path) -> None:
-    """Write a plan that was read from ``source``, and the course of its search, which lies there or, for a
-    checkpoint's plan, in its run.
+    """Write a plan that was read from ``source`` to ``output``, with the history of its search.
+
+    The history lies next to the plan; for the plan of a checkpoint, in the folder of its run.
     """
     target = gates_path(output)
     places = [gates_path(folder) for folder in source.resolve().parents[1:3]] if source.parent.name == FOLDER else []

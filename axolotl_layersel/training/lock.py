@@ -66,8 +66,9 @@ class Owner:
 
 
 def find_machine() -> str | None:
-    """Return what tells this machine, since it started, and this view of its processes from others; None on a system
-    that does not say. Containers may share their host's name, and have process numbers of their own.
+    """Return an identifier of this boot of the machine and this PID namespace; None if the system has none.
+
+    Containers may share the name of their host, but have process numbers of their own.
     """
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
