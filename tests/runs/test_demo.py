@@ -45,7 +45,7 @@ def test_the_base_model_is_kept_for_the_next_time(demo):
     work, *_ = demo
     before = (work / "base" / "model.safetensors").stat()
     printed = run(sys.executable, "-m", "demo.prepare", "--work", str(work), "--max-steps", "5")
-    assert "is there already" in printed
+    assert "exists already" in printed
     assert (work / "base" / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
 
 
