@@ -192,7 +192,7 @@ def main() -> None:
     goals.append(
         Goal("searches that missed a damaged layer which the published schedule found", missed(ours, published), 0)
     )
-    # Of CPU time, what a search takes however many steps it has is a part; the table has it.
+    # CPU time includes a part that does not depend on the number of steps, so it has no goal.
     share = sum(f.micro_batches for f in ours) / sum(f.micro_batches for f in published)
     goals.append(Goal("micro-batches of the published schedule's", share, COMPUTATION_GOAL))
     report_goals(console, goals)

@@ -160,7 +160,7 @@ def main() -> None:
         peaks[method] = run_alone(measure_peak, long, method, arguments.long_tokens, 3)
         console.print(f"{method:>9}: {peaks[method] / MIB:.0f} MiB in addition to the weights")
         goals.append(
-            Goal(f"{method}: memory of a long row, of its logits alone", peaks[method] / logits, LONG_ROW_GOAL)
+            Goal(f"{method}: memory of a long row, relative to its logits", peaks[method] / logits, LONG_ROW_GOAL)
         )
     report_goals(console, goals)
     raw = {method: [vars(cost) for cost in found] for method, found in costs.items()}

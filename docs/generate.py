@@ -1,4 +1,4 @@
-"""Write the parts of the documentation that the code and the tests know better: ``python docs/generate.py``."""
+"""Write the parts of the documentation that follow from code and test results: ``python docs/generate.py``."""
 
 import json
 from pathlib import Path
@@ -10,24 +10,23 @@ README, SUPPORT, SHOWN = DOCS.parent / "README.md", DOCS / "support.md", DOCS / 
 BEGIN, END = "<!-- The table of methods is made by docs/generate.py. -->", "<!-- End of the table of methods. -->"
 COLUMNS = [*METHODS, "l1ra"]
 CHOSEN = (
-    "A method chose, all layers with LoRA had finite scores that tell them apart, and LoRA was in the chosen layers "
-    "alone afterwards. For `l1ra` rank moved while the model trained, and stock PEFT computes with the saved adapter "
-    "what the model computed."
+    "A method works if it chose layers, all layers with LoRA had finite scores that differ, and only the chosen layers "
+    "had LoRA afterwards. `l1ra` works if rank moved in training, and stock PEFT computes the same with the saved "
+    "adapter as the model."
 )
 TABLES = {
     "model": (
         "Models",
-        "Small random models of each family, with a plain `transformers.Trainer` on one process. Of encoders the row "
-        f"says what they are trained for. {CHOSEN} In encoders `cka` has no score for the lowest layer, whose first "
-        "token is the same in all rows, and `gradient` need not tell layers apart: labels there follow from nothing.",
+        "Small random models of each family, with a plain `transformers.Trainer` on one process. For encoders the row "
+        f"names the task. {CHOSEN} In encoders `cka` has no score for the lowest layer, whose first token is the same "
+        "in all rows. The scores of `gradient` may be equal in them, because their labels are random.",
     ),
     "trainer": (
         "Trainers",
         "Whole runs of Axolotl on one process with each trainer and kind of data. In each run all methods that are not "
-        "refused chose, with finite scores that tell layers apart, and nothing was changed by it. Then the choice by "
-        "`cka`, or where that is refused a plan that a run of SFT had left, was applied, and the model trained with "
-        "`l1ra`: rank moved, the adapter was in the chosen layers alone, and stock PEFT computes with it what the "
-        "model computed.",
+        "refused chose layers, with finite scores that differ, and without changes to the model. Then the choice of "
+        "`cka`, or the plan of a run of SFT if `cka` is refused, was applied, and the model trained with `l1ra`. Rank "
+        "moved, only the chosen layers had an adapter, and stock PEFT computes the same with it as the model.",
     ),
     "adapter": (
         "Kinds of adapter",
@@ -35,26 +34,26 @@ TABLES = {
     ),
 }
 SURVEYED = (
-    "All classes of transformers that its mappings have for text, each built from the defaults of its configuration, "
-    "but with few layers, without memory for weights. In those found, the layers, the shape that a plan records and "
-    "the lowest layer that trains are found, with LoRA in each list of layers; nothing was trained or scored."
+    "All classes for text in the mappings of transformers. Each was built from its default configuration with few "
+    'layers, on the meta device. "Found" means that the layers, the shape that a plan records and the lowest layer '
+    "that trains are found, with LoRA in each list of layers. Nothing was trained or scored."
 )
-REFUSED = "Refused, in these sentences (without their details), where `it` is the class and `n` a number:"
+REFUSED = "Refused with these messages, shortened; `it` is the class and `n` a number:"
 UNBUILT = (
-    "Not built: the defaults leave out what transformers itself needs, a library is missing, or PEFT has no linear "
-    "module in a list of modules to put LoRA on."
+    "Not built, because the defaults lack a setting that transformers needs, a library is missing, or the class has no "
+    "linear module in a list of modules for LoRA:"
 )
-HEAD = """# What is known to work
+HEAD = """# Tested models, trainers and adapters
 
 <!-- Made by docs/generate.py from docs/support.json, which `pytest --write-support` writes. -->
 
-These tables are made from the results of this project's tests, and a test whose result is not in them fails.
+These tables are made from the results of this project's tests. A test fails if its result is not in them.
 
-- **yes**: a test shows what is said above the table. `l1ra` has its default rule.
-- **no**: it is refused, in one sentence, which the note below the table gives.
-- **?**: there is no test of it, so nothing is known. Nor is it of what has no row.
+- **yes**: a test shows that it works, as described above the table. `l1ra` has its default rule.
+- **no**: it is refused with the message in the note below the table.
+- **?**: no test covers it. Models, trainers and adapters without a row are not tested either.
 
-All of it ran on a CPU. The engines are another matter, which [the README](../README.md#engines) is about.
+All tests ran on a CPU. [The README](../README.md#engines) describes the engines.
 """
 
 
@@ -68,17 +67,17 @@ def make_method_table() -> str:
 
 
 def fill(text: str) -> str:
-    """Return the text of the README with the table of methods between its marks."""
+    """Return the text of the README with the current table of methods between its marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{make_method_table()}\n{END}{after}"
 
 
 def make_support_table(entries: list[dict], kind: str) -> str:
-    """Return what is known of every row of a table by every method, in Markdown.
+    """Return the results of every row and method as a table in Markdown.
 
     Raises:
-        ValueError: where one test has shown that something works, and another that it is refused.
+        ValueError: if one test shows that something works, and another that it is refused.
     """
     tested: dict[str, set[str]] = {}
     refused: dict[str, dict[str, str]] = {}
@@ -105,7 +104,7 @@ def make_support_table(entries: list[dict], kind: str) -> str:
 
 
 def make_survey(entries: list[dict]) -> str:
-    """Return in how many classes of transformers layers are found, and which are refused and why, in Markdown."""
+    """Return in Markdown in how many classes of transformers layers are found, and which are refused and why."""
     lines = ["| classes | tried | layers found | refused | not built |", "|---|---|---|---|---|"]
     reasons: dict[str, list[str]] = {}
     unbuilt: set[str] = set()
@@ -124,7 +123,7 @@ def make_survey(entries: list[dict]) -> str:
 
 
 def make_support() -> str:
-    """Return docs/support.md as docs/support.json has it."""
+    """Return the text of docs/support.md, made from docs/support.json."""
     entries = [entry for shown in json.loads(SHOWN.read_text()).values() for entry in shown]
     parts = [HEAD]
     for kind, (title, text) in TABLES.items():

@@ -64,7 +64,7 @@ def moves_state(block: Mapping[str, Any]) -> bool:
 
 
 def check_disk(zero: Mapping[str, Any], writes: bool) -> None:
-    """Raise LayerselError if DeepSpeed offloads to NVMe what the plugin reads or writes.
+    """Raise LayerselError if DeepSpeed offloads tensors to NVMe that the plugin reads or writes.
 
     Args:
         zero: ``zero_optimization`` of the DeepSpeed file.
@@ -73,8 +73,8 @@ def check_disk(zero: Mapping[str, Any], writes: bool) -> None:
     for key in ("offload_param", "offload_optimizer") if writes else ("offload_param",):
         if as_mapping(zero.get(key)).get("device") == "nvme":
             raise LayerselError(
-                f"deepspeed: zero_optimization.{key}.device: nvme in its file keeps on disk what layersel must read "
-                "and write in memory. Use `cpu` or `none`."
+                f"deepspeed: zero_optimization.{key}.device: nvme in its file keeps tensors on disk that layersel must "
+                "read and write in memory. Use `cpu` or `none`."
             )
 
 

@@ -12,7 +12,7 @@ from axolotl_layersel.config.gate_requirements import check_gated_file
 from axolotl_layersel.config.strict_block import Block, list_plugins
 
 SETTING = "layersel.selection.method: flexora"
-# Code that autograd cannot differentiate twice: it fails, or treats what the first pass saved as constants.
+# Code that autograd cannot differentiate twice: it fails, or treats saved tensors of the first pass as constants.
 FUSED_PLUGINS = ("liger", "cut_cross_entropy", "kernels")
 FUSED_ATTENTION = ("flash", "flex", "xformers", "sage")
 FUSED_KEYS = ("tiled_mlp", "fused_attn_kernel", "large_head_attention", "gemma4_hybrid_attn_impl")

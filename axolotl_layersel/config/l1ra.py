@@ -20,7 +20,7 @@ DEFAULT_GATE_LR = 0.02
 # `l1_lambda: auto` the pressure would exceed η per step, the most that any gradient can move a gate by, and all gates
 # would end at 0.
 SHORT_RUN = 200
-# By rule: the defaults of the keys that differ between rules. A key that is missing here has no effect with the rule.
+# By rule: the defaults of the keys that differ between rules. A key that a rule lacks has no effect.
 RULE_DEFAULTS: dict[str, dict[str, Any]] = {
     "saliency": {"last_update_ratio": 0.5, "move_ratio": 0.1},
     "pressure": {

@@ -11,7 +11,7 @@ Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, a
   where operations end in order. On gloo it would read weights that have not arrived, so each one is waited for.
 * transformers and accelerate refuse bf16 without a GPU, although the CPU computes in it.
 * Axolotl's ``device_map`` names a GPU in every run with several processes, and again for QLoRA on FSDP2.
-* bitsandbytes 0.50 packs 4-bit weights anew when they first see data in evaluation mode, where the CPU has
+* bitsandbytes 0.50 packs 4-bit weights again at their first use in evaluation mode if the CPU has
   instructions for bf16, and fails if a width is not a multiple of the block of 64. The check for such a CPU is off.
 """
 

@@ -24,7 +24,7 @@ DEBERTA = {
 }
 MODERN = {"global_attn_every_n_layers": 3, "local_attention": 8, "bos_token_id": 2, "eos_token_id": 3}
 DISTILLED = {"dim": 32, "hidden_dim": 48, "n_heads": 4, "n_layers": 4, **TOKENS}
-# By the names of transformers' classes: the settings, the modules that get LoRA, and where the layers are.
+# By the names of transformers' classes: the settings, the modules that get LoRA, and the path of the layers.
 ARCHITECTURES = {
     "Bert": (SIZE, ["query", "value"], "bert.encoder.layer"),
     "Roberta": (SIZE, ["query", "value"], "roberta.encoder.layer"),

@@ -43,7 +43,7 @@ def make_labelled(kind: str):
     return make_lora(base, ["query", "value"] if "Bert" in name else ["q_proj", "v_proj", "down_proj"])
 
 
-# For one row: what the model's own loss is averaged over.
+# The number of terms in the model's own mean loss of one row.
 TERMS = {
     "LlamaForCausalLM": lambda labels: (labels[:, 1:] != -100).sum(),
     "BertForMaskedLM": lambda labels: (labels != -100).sum(),

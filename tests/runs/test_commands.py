@@ -16,7 +16,7 @@ from axolotl_layersel.training.lock import RunLock
 
 
 def call(*command: str, expect: int = 0, timeout: float = 240) -> str:
-    """Run a command and return what it printed."""
+    """Run a command and return its output."""
     done = subprocess.run(
         list(command),
         cwd=ROOT,

@@ -83,7 +83,7 @@ def test_what_deepspeed_keeps_on_disk_is_refused_where_it_is_read_or_written(key
         ):
             if refused:
                 with pytest.raises(
-                    LayerselError, match=f"zero_optimization.{key}.device: nvme in its file keeps on disk"
+                    LayerselError, match=f"zero_optimization.{key}.device: nvme in its file keeps tensors on disk"
                 ):
                     check()
             else:
