@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,58 @@ def prepare_trainer(
             "trainer: prepare_trainer was called for it before, and what it chose is in the model. Build the model and "
             "the trainer anew to choose again."
         )
+    start = check(trainer, settings, resume_from, continues_adapter, checked)
+    make_ready(start)
+    decision = decide(start, lora_r, scaling, repeat)
+    readiness = apply(start, decision)
+    record(start, decision, readiness, given or {})
+    return decision.plan
+
+
+# --- The phases ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        run: the trainer's.
+        settings: only those that something reads.
+        resume_from: the checkpoint that the run resumes from.
+        resumed_step: the step of that checkpoint.
+        continues_adapter: whether the LoRA weights are a trained adapter's.
+        lora: the settings of LoRA before a selection changes them, see ``contents.describe_lora``.
+    """
+
+    run: Run
+    settings: LayerselConfig
+    resume_from: str | None
+    resumed_step: int | None
+    continues_adapter: bool
+    lora: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plan of a selection and the ranks that ``l1ra`` moves; None for a part that the settings do not ask for."""
+
+    plan: Plan | None
+    ranks: RankRedistribution | None
+
+
+def check(
+    trainer: Trainer, settings: LayerselConfig, resume_from: str | None, continues_adapter: bool, checked: bool
+) -> Start:
+    """Check everything that can be checked before the model is scored or changed; a collective call.
+
+    See ``prepare_trainer`` for the arguments.
+
+    Raises:
+        LayerselError: on every process, where something cannot be honoured.
+    """
     run = Run.of(trainer)
-    lora = describe_lora(run.config)  # which changes below
+    lora = describe_lora(run.config)
     settings = settings.drop_unread() if checked else pass_over_unread(settings)
     check_trainers_alike(run, settings, resume_from, continues_adapter)
     if not checked:
@@ -115,33 +166,54 @@ def prepare_trainer(
     if resume_from is not None:
         has_plan = settings.selection is not None
         resumed_step = collectives.decide_on_rank_zero(lambda: check_lora(resume_from, lora, "lora", has_plan))
-    run.engine.take_over_checkpointing()
-    trainers.report_lost_gradients(trainer, run.base)
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
     adapters.check_target_parameters(run)
+    return Start(run, settings, resume_from, resumed_step, continues_adapter, lora)
+
+
+def make_ready(start: Start) -> None:
+    """Bring the model and the trainer into the state that scores are measured in; a collective call."""
+    run = start.run
+    run.engine.take_over_checkpointing()
+    trainers.report_lost_gradients(run.trainer, run.base)
+    trainers.initialize_loaders(run.trainer, outlive_signals)
     adapters.complete_config(run)
     adapters.keep_trained_alone(run.model)
     check_trains(run)  # before minutes are spent on scores
-    seeded = not continues_adapter and adapters.initialize_lora(run.model, trainer.args.seed)
+    seeded = not start.continues_adapter and adapters.initialize_lora(run.model, run.trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
-    share_new_weights(run, continues_adapter)
-    # This comes first, because the weights may lie in shards after a search.
-    least = find_planned_room(settings, resume_from, lora_r or run.config.r)
-    capacity = make_room(run, settings.l1ra, lora_r, scaling, least) if settings.l1ra else None
-    trainers.initialize_loaders(trainer, outlive_signals)
+    share_new_weights(run, start.continues_adapter)
+
+
+def decide(start: Start, lora_r: int | None, scaling: float | None, repeat: int) -> Decision:
+    """Choose the layers, which the model has afterwards, and the room that rank moves in; a collective call.
+
+    See ``prepare_trainer`` for the other arguments.
+    """
+    run, selection, l1ra = start.run, start.settings.selection, start.settings.l1ra
+    # Room comes first, because the weights may lie in shards after a search.
+    least = find_planned_room(start.settings, start.resume_from, lora_r or run.config.r)
+    capacity = make_room(run, l1ra, lora_r, scaling, least) if l1ra else None
     plan = None
-    if settings.selection:
-        plan = select_layers(run, settings.selection, resume_from, continues_adapter, repeat, capacity)
+    if selection:
+        plan = select_layers(run, selection, start.resume_from, start.continues_adapter, repeat, capacity)
         check_trains(run)
-    ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
-    if ranks and resume_from is None:
+    ranks = RankRedistribution(run, l1ra, capacity) if l1ra and capacity else None
+    if ranks and start.resume_from is None:
         ranks.check_movable()
+    return Decision(plan, ranks)
+
+
+def apply(start: Start, decision: Decision) -> Readiness:
+    """Let the trainer train, resume and load its best model as was decided, and return what watches the adapter."""
+    run, ranks, resume_from = start.run, decision.ranks, start.resume_from
+    trainer, kind = run.trainer, type(run.engine)
     readiness = Readiness(run)
     trainers.call_before_training(trainer, readiness.check_start)
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
-    trainer.add_callback(RestoreCallback(run, resume_from, resumed_step, restore))
-    check = functools.partial(check_best, settings=settings, kind=type(run.engine))
-    trainers.restore_best_model_by(trainer, functools.partial(holds, engine=run.engine), restore, check)
+    trainer.add_callback(RestoreCallback(run, resume_from, start.resumed_step, restore))
+    check_loaded = functools.partial(check_best, settings=start.settings, kind=kind)
+    trainers.restore_best_model_by(trainer, functools.partial(holds, engine=run.engine), restore, check_loaded)
     trainers.respect_stop_before_first_step(trainer)
     nodes.explain_lost_processes(trainer)
     if resume_from:
@@ -149,16 +221,29 @@ def prepare_trainer(
         trainer.args.eval_on_start = False
     if ranks:
         if resume_from:
-            ranks.check(resume_from, "resume_from_checkpoint")
+            ranks.check(resume_from, RESUMED_KEY)
         trainer.add_callback(RankCallback(ranks, resume_from))
+    return readiness
+
+
+def record(start: Start, decision: Decision, readiness: Readiness, given: dict[str, Any]) -> None:
+    """Let every save of the trainer be complete, and clear the folder of what earlier runs left; a collective call.
+
+    ``given``: see ``contents.write_record``.
+    """
+    run, ranks, resume_from = start.run, decision.ranks, start.resume_from
+    trainer = run.trainer
     writer = AdapterWriter(run, ranks.fold if ranks else None, readiness)
-    is_complete = functools.partial(is_resumable, settings=settings, kind=type(run.engine))
-    trainer.add_callback(TidyCallback(run, list_foreign_files(settings, run.output_dir), resume_from, is_complete))
+    is_complete = functools.partial(is_resumable, settings=start.settings, kind=type(run.engine))
+    foreign = list_foreign_files(start.settings, run.output_dir)
+    trainer.add_callback(TidyCallback(run, foreign, resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))
-    trainer.add_callback(InterruptCallback(run, writer, resume_from))
-    vars(trainer)["save_adapter"] = complete_saves(run, writer, plan, ranks, lora, given or {})
+    trainer.add_callback(InterruptCallback(run, writer, resume_from))  # the last one, see there
+    vars(trainer)["save_adapter"] = complete_saves(run, writer, decision.plan, ranks, start.lora, given)
     remove_leftovers(run)
-    return plan
+
+
+# --- Parts of them ------------------------------------------------------------------------------------------------
 
 
 def pass_over_unread(settings: LayerselConfig) -> LayerselConfig:
