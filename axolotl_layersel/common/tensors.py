@@ -1,6 +1,5 @@
 """Tensors in safetensors files: written with a digest of all that is in them, and read with one clear error."""
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from axolotl_layersel.common.digests import hash_tensors
 from axolotl_layersel.common.files import reading
 
 DIGEST = "sha256"
@@ -24,7 +24,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: M
         metadata: is in the file's header.
     """
     metadata = {"format": "pt", **(metadata or {})}
-    save_file(tensors, path, metadata={**metadata, DIGEST: find_digest(tensors, metadata)})
+    save_file(tensors, path, metadata={**metadata, DIGEST: hash_tensors(tensors, metadata)})
     sort_metadata(path)
 
 
@@ -46,21 +46,12 @@ def load_tensors(key: str, path: str | Path, way_out: str) -> tuple[dict[str, to
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         digest = metadata.pop(DIGEST, None)
-        if digest is not None and digest != find_digest(tensors, metadata):
+        if digest is not None and digest != hash_tensors(tensors, metadata):
             raise ValueError(f"its content is not what the {DIGEST} in it says")
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not (tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all():
                 raise ValueError(f"{name!r} holds NaN or infinite numbers")
     return tensors, metadata
-
-
-def find_digest(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Return the SHA-256 of metadata and of the tensors' names, types, shapes and bytes."""
-    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
-    digest = hashlib.sha256(json.dumps([sorted(metadata.items()), described]).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def sort_metadata(path: str | Path) -> None:

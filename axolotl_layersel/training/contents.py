@@ -4,7 +4,6 @@ The record is written after the files that it names. ``trainer_state.json``, whi
 record's own digest. A checkpoint is of one step of one run where all of these agree.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -18,13 +17,13 @@ from safetensors import safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from axolotl_layersel.common.digests import hash_file, hash_parts
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import parse_json, write_atomically
 from axolotl_layersel.common.paths import FOLDER, plan_path, ranks_path, state_path
 from axolotl_layersel.engines.trainers import find_note
 from axolotl_layersel.l1ra.state import STEP
 from axolotl_layersel.selection.provenance import shorten
-from axolotl_layersel.training.nodes import find_content
 from axolotl_layersel.training.process_agreement import ADAPTER_SETTINGS, make_plain
 
 FILE = "checkpoint.json"
@@ -86,12 +85,12 @@ def write_record(checkpoint: Path, step: int, lora: dict[str, Any], given: dict[
     """
     present = [name for name in list_recorded() if (checkpoint / name).is_file()]
     files = {
-        name: StoredFile(size=(checkpoint / name).stat().st_size, sha256=find_content(checkpoint / name))
+        name: StoredFile(size=(checkpoint / name).stat().st_size, sha256=hash_file(checkpoint / name))
         for name in present
     }
     content = (Record(step=step, lora=lora, given=given, files=files).model_dump_json(indent=2) + "\n").encode()
     write_atomically(record_path(checkpoint), content)
-    return hashlib.sha256(content).hexdigest()
+    return hash_parts([content])
 
 
 def read_record(checkpoint: Path) -> Record:
@@ -129,7 +128,7 @@ def find_mixture(checkpoint: Path) -> str | None:
     for source, step in list_steps(checkpoint, state).items():
         if step != record.step:
             return f"{source} says step {step}, and {name} says step {record.step}"
-    if find_note(state) != find_content(record_path(checkpoint)):
+    if find_note(state) != hash_file(record_path(checkpoint)):
         return f"{TRAINER_STATE_NAME} was not written with this {name}: one of them is of another run, or was changed"
     return None
 
@@ -157,7 +156,7 @@ def find_other_file(checkpoint: Path, record: Record, names: Iterable[str]) -> s
         path, then = checkpoint / name, record.files[name]
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != then.size or find_content(path) != then.sha256:
+        if path.stat().st_size != then.size or hash_file(path) != then.sha256:
             return f"{name} is not the one that the checkpoint was written with: it is another one's, or was changed"
     return None
 

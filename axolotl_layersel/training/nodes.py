@@ -4,7 +4,6 @@ Relied on in torch 2.13.0: gloo's errors are a RuntimeError whose text names it,
 """
 
 import functools
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.distributed
 from transformers import Trainer
 
+from axolotl_layersel.common.digests import hash_file
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import write_atomically
 from axolotl_layersel.engines import collectives
@@ -55,7 +55,7 @@ def share_files(run: Run, folder: Path, names: list[str]) -> None:
     if not collectives.is_distributed():
         return
     contents = collectives.decide_on_rank_zero(
-        lambda: {name: find_content(folder / name) for name in names if (folder / name).is_file()}
+        lambda: {name: hash_file(folder / name) for name in names if (folder / name).is_file()}
     )
     writes = run.trainer.args.local_process_index == 0 and collectives.get_rank() != 0
     mine = [name for name, content in contents.items() if writes and not is_same(folder / name, content)]
@@ -63,19 +63,10 @@ def share_files(run: Run, folder: Path, names: list[str]) -> None:
         share_file(run, folder / name, name in mine)
 
 
-def find_content(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def is_same(path: Path, content: str) -> bool:
     """Return whether there is a file with the SHA-256 ``content``."""
     try:
-        return find_content(path) == content
+        return hash_file(path) == content
     except OSError:
         return False
 

@@ -1,7 +1,5 @@
 """Check that all ranks were started alike, and name what differs before it hangs a run or spoils its adapter."""
 
-import hashlib
-import json
 import logging
 import platform
 import random
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from axolotl_layersel.common.digests import hash_json, hash_tensor
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.versions import find_version
 from axolotl_layersel.config.initialisation import changes_base
@@ -26,6 +25,7 @@ PACKAGES = ("axolotl-layersel", "axolotl", "torch", "transformers", "peft", "acc
 # Ranks reach the first check within seconds of each other. This is how long they wait for one that does not.
 PATIENCE = 600
 SAMPLED_ROWS = 32
+SHOWN = 16  # characters of a digest
 # Of a weight that does not train, at each end, where a resized vocabulary has its new rows, and in between.
 SAMPLED_VALUES = 2**16
 # The weight of a layer that LoRA is put on; a head or an embedding has no number.
@@ -135,7 +135,7 @@ def share_new_weights(run: Run, continues_adapter: bool) -> None:
         return
     weights, digests = find_weights(run), None
     if run.engine.has_weights():
-        digests = {name: digest(weight, whole=weight.requires_grad) for name, weight in weights.items()}
+        digests = {name: hash_weight(weight, whole=weight.requires_grad) for name, weight in weights.items()}
     if not collectives.find_differing_ranks(None if digests is None else repr(digests).encode()):
         return
     everyone = [theirs for theirs in collectives.gather_from_all(digests) if theirs is not None]
@@ -261,15 +261,14 @@ def describe_rows(dataset: Any, seed: int) -> Any:
     drawn = random.Random(seed).sample(range(count), min(count, SAMPLED_ROWS))
     untransformed = dataset.with_format(None)
     rows = [untransformed[row] for row in drawn]
-    text = json.dumps(rows, sort_keys=True, default=lambda value: str(type(value)))
-    return {"number of rows": count, "hash of some rows": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    digest = hash_json(rows, default=lambda value: str(type(value)))
+    return {"number of rows": count, "hash of some rows": digest[:SHOWN]}
 
 
-def digest(weight: torch.Tensor, whole: bool = True) -> str:
-    """Return a hash of the bytes of a tensor; of a large one, unless ``whole``, of its ends and of some in between."""
+def hash_weight(weight: torch.Tensor, whole: bool = True) -> str:
+    """Return a digest of a weight; for a large one, unless ``whole``, of its ends and of a sample in between."""
     values = weight.detach().flatten()
     if not whole and len(values) > 3 * SAMPLED_VALUES:
         between = values[:: len(values) // SAMPLED_VALUES]
         values = torch.cat([values[:SAMPLED_VALUES], between, values[-SAMPLED_VALUES:]])
-    raw = values.cpu().contiguous().view(torch.uint8)
-    return hashlib.blake2b(raw.numpy().data, digest_size=8).hexdigest()
+    return hash_tensor(values)[:SHOWN]
