@@ -12,7 +12,7 @@ import typer
 
 from axolotl_layersel import __version__
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.terminal import clean, make_encodable, say
+from axolotl_layersel.common.terminal import report_errors, say
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -189,9 +189,8 @@ def export(
 
 
 def fail(message: str) -> None:
-    """Print a message, each line by itself, and leave with exit code 1."""
-    for line in message.splitlines():
-        print(make_encodable(f"axolotl-layersel: {clean(line)}", sys.stderr.encoding), file=sys.stderr)
+    """Print the lines of a message to standard error and exit with code 1."""
+    report_errors(message.splitlines())
     raise typer.Exit(1)
 
 

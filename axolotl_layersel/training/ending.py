@@ -25,7 +25,7 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.terminal import clean, make_encodable
+from axolotl_layersel.common.terminal import clean, report_errors
 from axolotl_layersel.config.strict_block import quote
 
 # The environment names the process that collects, its host, and the file in which the others tell it their sentences.
@@ -90,9 +90,7 @@ def show(sentences: list[str]) -> None:
     # Standard output may be closed, as in `axolotl train … | head`.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
-    for sentence in sentences:
-        line = f"axolotl-layersel: {clean(sentence)}"
-        print(make_encodable(line, getattr(sys.stderr, "encoding", None)), file=sys.stderr, flush=True)
+    report_errors(sentences)
 
 
 # --- Who collects ---------------------------------------------------------------------------------------------------
