@@ -211,22 +211,25 @@ def name_ends(
 
 
 def spread_out(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Return heights from 0 to 1, near to ``heights`` and in their order, none nearer to another than ``gap``.
+    """Return heights from 0 to 1, close to ``heights`` and in their order, at least ``gap`` apart.
 
-    Where there is not room for that, the gaps are smaller and equal.
+    The gaps are smaller and equal if there is too little room.
     """
-    if len(heights) > 1:
-        gap = min(gap, 1 / (len(heights) - 1))
-    groups: list[tuple[list[str], float]] = []  # names that lie side by side, and the height of the lowest
-    for name in sorted(heights, key=lambda name: heights[name]):
-        group, lowest = [name], min(max(heights[name], 0.0), 1.0)
-        while groups and lowest < groups[-1][1] + gap * len(groups[-1][0]) - 1e-12:
-            group = groups.pop()[0] + group
-            # Where all are nearest to their lines, within the picture.
-            nearest = mean(heights[member] - gap * i for i, member in enumerate(group))
-            lowest = min(max(nearest, 0.0), 1 - gap * (len(group) - 1))
-        groups.append((group, lowest))
-    return {name: lowest + gap * i for group, lowest in groups for i, name in enumerate(group)}
+    gap = min(gap, 1 / max(1, len(heights) - 1))
+    names = sorted(heights, key=lambda name: heights[name])
+    # One pass moves crowded names up, the other down; the mean keeps both distances and centres the names.
+    up = push_up([heights[name] for name in names], gap)
+    down = push_up([1 - heights[name] for name in reversed(names)], gap)[::-1]
+    return {name: (low + 1 - high) / 2 for name, low, high in zip(names, up, down)}
+
+
+def push_up(heights: Sequence[float], gap: float) -> list[float]:
+    """Return ascending heights from 0 to 1, each at least ``gap`` above the one before it."""
+    placed: list[float] = []
+    for index, height in enumerate(heights):
+        room = 1 - gap * (len(heights) - 1 - index)  # for the names above
+        placed.append(min(max(height, placed[-1] + gap if placed else 0.0), room))
+    return placed
 
 
 def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str], numbers: bool = False) -> None:
