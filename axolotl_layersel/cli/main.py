@@ -18,7 +18,7 @@ app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
 
 def print_version(asked: bool) -> None:
-    """Print the version and leave, where ``--version`` asks for it."""
+    """Print the version and exit for ``--version``."""
     if asked:
         say(f"axolotl-layersel {__version__}")
         raise typer.Exit()
@@ -34,7 +34,7 @@ def start(
 
 
 class Launcher(str, Enum):
-    """How the processes are started, as in ``axolotl train``."""
+    """A launcher of processes, as in ``axolotl train``."""
 
     accelerate = "accelerate"
     torchrun = "torchrun"
@@ -84,14 +84,14 @@ def check(config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")]
 
 
 def check_early(config: Path, check: Callable[[Path], None]) -> None:
-    """Leave with a sentence for what a YAML file says by itself, and see to how this command ends.
+    """Check a YAML file by its text, and make this command end in sentences.
 
     Args:
         config: the YAML file.
-        check: raises ValueError for what is wrong.
+        check: raises ValueError for a fault.
 
     Raises:
-        typer.Exit: where the file cannot be honoured.
+        typer.Exit: if the file has a fault, after printing it.
     """
     from axolotl_layersel.training.ending import collect, describe_error
 
@@ -123,7 +123,7 @@ def show(
     from axolotl_layersel.selection.plan_file import read_plan
     from axolotl_layersel.selection.report import print_plan
 
-    is_folder = os.path.isdir(path)  # which, unlike Path.is_dir, raises for no name, however long
+    is_folder = os.path.isdir(path)  # unlike Path.is_dir, it accepts names of any length
     has_ranks = is_folder and ranks_path(path).exists()
     has_gates = is_folder and gates_path(path).exists()
     kept: list[str] = []
@@ -148,7 +148,7 @@ def show(
         if picture and has_gates:
             target = picture.with_stem(f"{picture.stem}-gates") if has_ranks else picture
             gates = GateHistory.read(path)
-            # A unit is called by its layer, or by a part of the model around its modules.
+            # The name of a unit is its layer's number, or the common beginning of its modules' names.
             kept += [unit for unit in gates.names if any(name.startswith(f"{unit}.") for name in modules)]
             draw_gates(gates, kept, target)
     except LayerselError as error:
@@ -156,7 +156,7 @@ def show(
 
 
 class Layout(str, Enum):
-    """How modules of different ranks lie in an adapter's file."""
+    """The layout of modules with different ranks in an adapter's file."""
 
     ragged = "ragged"
     uniform = "uniform"
@@ -176,8 +176,8 @@ def export(
     """Write a LoRA adapter in a layout that other programs read, with the same result."""
     from axolotl_layersel.lora.export import export_adapter, find_vllm_rank
 
-    # Not in a folder of the run, which would look like a checkpoint or an adapter of its own.
-    place = Path(os.path.realpath(adapter))  # which, unlike Path.resolve, raises for no loop of links
+    # Next to the folder, not in it, where it would look like a checkpoint or an adapter of the run.
+    place = Path(os.path.realpath(adapter))  # unlike Path.resolve, it accepts a loop of links
     output = output or place.parent / f"{layout.value}-{place.name}"
     try:
         rank = export_adapter(adapter, layout.value, output)
@@ -194,6 +194,6 @@ def fail(message: str) -> None:
     raise typer.Exit(1)
 
 
-# The same command without the options that install shell completion, which complete the script ``axolotl-layersel``
-# alone. Axolotl finds it by the entry point ``layersel`` of the group ``axolotl.cli_commands``.
+# The command without the options for shell completion, which works only for the script ``axolotl-layersel``. Axolotl
+# finds it by the entry point ``layersel`` of the group ``axolotl.cli_commands``.
 command = typer.main.get_group(app)

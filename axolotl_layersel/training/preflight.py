@@ -1,4 +1,4 @@
-"""The checks of a training run before its model loads. Of all commands, only ``train`` comes here."""
+"""The checks before the model loads, for the commands that train, plan and check."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,14 +37,14 @@ def read_settings(cfg: Any) -> LayerselConfig:
 
 
 def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
-    """Check what can be known before the model loads, and settle which checkpoint is resumed; every rank calls this.
+    """Check a run before its model loads, and choose the checkpoint that it resumes from; a collective call.
 
     Args:
-        cfg: Axolotl's configuration, in which the checkpoint that is resumed is named afterwards.
-        take_lock: lets no other run write into a folder.
+        cfg: Axolotl's configuration; ``resume_from_checkpoint`` is set to the chosen checkpoint.
+        take_lock: locks the folder of the run.
 
     Raises:
-        LayerselError: on every rank, where something cannot be honoured.
+        LayerselError: on every process, for settings that the run cannot honour.
     """
     settings = pass_over_unread(read_settings(cfg))
     if not torch.accelerator.is_available():
@@ -55,7 +55,7 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
     resume_from = find_resumed_checkpoint(
         settings, cfg.output_dir, cfg.resume_from_checkpoint, bool(cfg.auto_resume_from_checkpoints)
     )
-    # Axolotl by itself would also resume from a checkpoint that a killed run left incomplete.
+    # Axolotl's own choice could be an incomplete checkpoint of a killed run.
     cfg.resume_from_checkpoint = resume_from
     cfg.auto_resume_from_checkpoints = False
     decide_on_rank_zero(lambda: check_resumed(settings, resume_from, describe_yaml(cfg)))
@@ -86,10 +86,10 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
 
 
 def check_fused_experts(cfg: Any) -> None:
-    """Raise LayerselError for target modules that PEFT makes expert parameters of, which ZeRO-3 has split.
+    """Raise LayerselError for target modules that PEFT turns into expert parameters, which ZeRO-3 has split.
 
-    Relied on in PEFT 0.20.0 (``tests/families/test_mixtures.py`` fails when it changes): the two tables by which it
-    does that.
+    Relied on in PEFT 0.20.0 (``tests/families/test_mixtures.py`` fails when it changes): the two tables of the
+    conversion.
     """
     from axolotl.loaders.utils import load_model_config
     from peft.utils import transformers_weight_conversion as peft
@@ -105,17 +105,17 @@ def check_fused_experts(cfg: Any) -> None:
 def find_reused(
     cfg: Any, settings: LayerselConfig, selection: SelectionConfig, resume_from: str | None
 ) -> tuple[Plan, str] | None:
-    """Return the plan that a run reuses and where it is from, None where it reuses none.
+    """Return the plan that a run reuses and its source, or None.
 
     Raises:
-        LayerselError: if it is missing or damaged, or not for what the YAML file and the model's configuration say.
+        LayerselError: if the plan is missing or damaged, or does not fit the YAML file and the model's configuration.
     """
     from axolotl.loaders.utils import load_model_config
 
     if resume_from is None and selection.plan is None:
         return None
     config = load_model_config(cfg)
-    # Such arguments may change the configuration as the model is built from it.
+    # These arguments may change the configuration when the model is built.
     shaped = isinstance(config, PreTrainedConfig) and not cfg.overrides_of_model_kwargs
     known = KnownRun(
         base_model=cfg.base_model,
@@ -128,7 +128,7 @@ def find_reused(
 
 
 def check_vision(cfg: Any, stacks: str) -> None:
-    """Raise LayerselError where ``stacks`` asks for a vision tower and the base model's configuration has none."""
+    """Raise LayerselError if ``stacks`` includes a vision tower and the base model's configuration has none."""
     from axolotl.loaders.utils import load_model_config
 
     if not read_fact(load_model_config(cfg), "vision_config"):
@@ -136,14 +136,14 @@ def check_vision(cfg: Any, stacks: str) -> None:
 
 
 def check_layers_exist(cfg: Any, selection: SelectionConfig, sides: Sequence[str]) -> None:
-    """Raise LayerselError for layers, or a number of them, that the base model's configuration says it has not.
+    """Raise LayerselError for layers, or a number of them, that the base model lacks by its configuration.
 
-    Where that does not say how many layers there are, or LoRA is in some of them only, the model will.
+    The selection checks this again on the model, whose configuration may not have the number of layers.
 
     Args:
         cfg: Axolotl's configuration.
         selection: the ``selection`` block.
-        sides: of the layers that are chosen among, see ``layers.find_layer_counts``.
+        sides: the sides of the candidate layers, see ``layers.find_layer_counts``.
     """
     from axolotl.loaders.utils import load_model_config
 
@@ -153,29 +153,29 @@ def check_layers_exist(cfg: Any, selection: SelectionConfig, sides: Sequence[str
     for key in ("layers", "candidates"):
         check_range(key, getattr(selection, key) or [], counts)
     settings = selection.resolve(run_seed=0)
-    # A default that keeps none adapts itself, see ``fitting.fit_to_units``.
+    # A default that keeps none is adapted, see ``fitting.fit_to_units``.
     if settings.granularity == "layer" and (selection.num_layers or selection.ratio):
         count_kept(settings, len(settings.candidates or name_layers(counts)))
 
 
 def loads_encoder_decoder(cfg: Any) -> bool:
-    """Return whether the model will have an encoder and a decoder, as its configuration and ``model_type`` say.
+    """Return whether the model will have an encoder and a decoder, by its configuration and ``model_type``.
 
-    Of BART and others Axolotl loads the decoder alone, unless ``model_type`` names another class.
+    Axolotl loads only the decoder of BART and others, unless ``model_type`` names another class.
     """
     from axolotl.loaders.utils import load_model_config
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = load_model_config(cfg)
     if cfg.type_of_model in (None, "AutoModelForCausalLM"):
-        decoder_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not cfg.is_multimodal
+        decoder_only = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not cfg.is_multimodal
     else:
-        decoder_alone = cfg.type_of_model.endswith("ForCausalLM")
-    return bool(read_fact(config, "is_encoder_decoder")) and not decoder_alone
+        decoder_only = cfg.type_of_model.endswith("ForCausalLM")
+    return bool(read_fact(config, "is_encoder_decoder")) and not decoder_only
 
 
 def check_base_weights(cfg: Any) -> None:
-    """Raise LayerselError where base weights that the initialisation changes could not be what they were again."""
+    """Raise LayerselError if the initialisation changes base weights that cannot be restored exactly."""
     if cfg.lora_model_dir:
         initial = decide_on_rank_zero(lambda: read_initialisation(Path(cfg.lora_model_dir)))
         if changes_base(initial):
@@ -188,12 +188,12 @@ def check_base_weights(cfg: Any) -> None:
 
 
 def read_initialisation(folder: Path) -> bool | str | None:
-    """Return ``init_lora_weights`` of the adapter in ``folder``; None where it lies elsewhere, such as on a hub."""
+    """Return ``init_lora_weights`` of the adapter in ``folder``; None if it is elsewhere, such as on a hub."""
     path = folder / "adapter_config.json"
     content = read_json("lora_model_dir", path, "Give the folder of an adapter.") if path.is_file() else None
     return content.get("init_lora_weights") if isinstance(content, dict) else None
 
 
 def find_scaling(cfg: Any) -> float:
-    """Return the scaling that ``lora_alpha`` and ``lora_r`` ask for."""
+    """Return LoRA's scaling by ``lora_alpha`` and ``lora_r``."""
     return cfg.lora_alpha / (math.sqrt(cfg.lora_r) if cfg.peft_use_rslora else cfg.lora_r)
