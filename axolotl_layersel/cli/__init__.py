@@ -1,1 +1,1 @@
-"""The command ``axolotl-layersel``."""
+"""The command ``axolotl-layersel``, and its plots of ranks and gates."""
