@@ -3,16 +3,11 @@
 import logging
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    EarlyStoppingCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel.common.errors import LayerselError
@@ -26,25 +21,17 @@ from axolotl_layersel.training.leftovers import find_surplus, remove
 LOG = logging.getLogger("axolotl.layersel")
 
 
+@dataclass(eq=False)
 class RestoreCallback(TrainerCallback):
     """Restores callbacks and FSDP2's LoRA weights when a run resumes, and stops a run that had already ended.
 
     Upstream restores FSDP2's LoRA weights on one process only, and does not restore the counters of callbacks.
-
-    Args:
-        run: the run, which may have been resumed.
-        resume_from: the checkpoint that the run resumes from.
-        resumed_step: the step of that checkpoint.
-        restore: writes the LoRA weights of a checkpoint into the sharded model.
     """
 
-    def __init__(
-        self, run: Run, resume_from: str | None, resumed_step: int | None, restore: Callable[[str], None]
-    ) -> None:
-        self.run = run
-        self.resume_from = resume_from
-        self.resumed_step = resumed_step
-        self.restore = restore
+    run: Run
+    resume_from: str | None
+    resumed_step: int | None  # of that checkpoint
+    restore: Callable[[str], None]  # writes the LoRA weights of a checkpoint into the sharded model
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.resumed_step not in (None, state.global_step):
@@ -77,23 +64,14 @@ def has_ended(state: TrainerState, callbacks: list[TrainerCallback]) -> bool:
     )
 
 
+@dataclass(eq=False)
 class TidyCallback(TrainerCallback):
-    """Removes files of earlier runs from the folder as training begins, when no check of this run can fail any more.
+    """Removes files of earlier runs from the folder as training begins, when no check of this run can fail any more."""
 
-    Args:
-        run: the run, which no other run shares its folder with.
-        paths: the files that this run does not write.
-        resume_from: the checkpoint that the run resumes from.
-        is_complete: returns whether this process could resume from a checkpoint.
-    """
-
-    def __init__(
-        self, run: Run, paths: list[Path], resume_from: str | None, is_complete: Callable[[Path], bool]
-    ) -> None:
-        self.run = run
-        self.paths = paths
-        self.resume_from = resume_from
-        self.is_complete = is_complete
+    run: Run
+    paths: list[Path]  # files that this run does not write
+    resume_from: str | None
+    is_complete: Callable[[Path], bool]  # whether this process could resume from a checkpoint
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for path in self.paths if collectives.get_rank() == 0 else []:
@@ -116,17 +94,12 @@ class TidyCallback(TrainerCallback):
             remove(path, f"is one checkpoint more than save_total_limit: {limit}")
 
 
+@dataclass(eq=False)
 class ShareCallback(TrainerCallback):
-    """Copies the files that process 0 has written about the run to every node at its end.
+    """Copies the files that process 0 has written about the run to every node at its end."""
 
-    Args:
-        run: the run.
-        names: the names of the files in its folder.
-    """
-
-    def __init__(self, run: Run, names: list[str]) -> None:
-        self.run = run
-        self.names = names
+    run: Run
+    names: list[str]  # of the files in the run's folder
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         nodes.share_files(self.run, self.run.output_dir, self.names)
@@ -137,11 +110,6 @@ class InterruptCallback(TrainerCallback):
 
     Ctrl-C saves the adapter as trained so far, and SIGTERM a checkpoint that the run can resume from. This is the last
     callback, so that it restores the earlier signal handlers after all others have finished.
-
-    Args:
-        run: the run that may be interrupted.
-        writer: writes the adapter of the run.
-        resume_from: the checkpoint that the run resumes from.
     """
 
     def __init__(self, run: Run, writer: AdapterWriter, resume_from: str | None = None) -> None:

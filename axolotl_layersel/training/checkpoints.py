@@ -134,13 +134,7 @@ def sort_checkpoints(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class View:
-    """A checkpoint as one process sees it.
-
-    Attributes:
-        host: the host of the process.
-        faults: see ``find_faults``.
-        progress: see ``read_progress``.
-    """
+    """A checkpoint as one process on ``host`` sees it; see ``find_faults`` and ``read_progress``."""
 
     host: str
     faults: dict[str, str]

@@ -29,21 +29,13 @@ POLL = 1.0  # seconds between two looks for one
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a lock.
-
-    Attributes:
-        host: the name of its host.
-        process: its process id.
-        since: when it took the lock.
-        machine: see ``find_machine``.
-        process_start: see ``find_start``.
-    """
+    """The process that holds a lock."""
 
     host: str
     process: int
-    since: str
-    machine: str | None
-    process_start: str | None
+    since: str  # when it took the lock
+    machine: str | None  # see ``find_machine``
+    process_start: str | None  # see ``find_start``
 
     @classmethod
     def current(cls) -> "Owner":

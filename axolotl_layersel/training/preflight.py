@@ -1,7 +1,7 @@
 """The checks before the model loads, for the commands that train, plan and check."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,17 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
     reused = decide_on_rank_zero(lambda: find_reused(cfg, settings, selection, resume_from))
     if cfg.lora_model_dir and reused is None:
         check_continuing(selection)
-    stacks = selection.stacks or DEFAULT_STACKS
-    if reused is None and stacks != DEFAULT_STACKS:
-        decide_on_rank_zero(lambda: check_vision(cfg, stacks))
     if reused is None:
-        has_decoder = decide_on_rank_zero(lambda: loads_encoder_decoder(cfg))
-        sides = ENCODER_DECODER if has_decoder else STACKS[stacks]
-        for key in ("layers", "candidates"):
-            check_naming(key, getattr(selection, key) or [], sides, stacks, cfg.base_model)
-        decide_on_rank_zero(lambda: check_layers_exist(cfg, selection, sides))
+        decide_on_rank_zero(lambda: check_layers(cfg, selection))
     if (reused[0].unselected if reused else selection.unselected or DEFAULT_UNSELECTED) == "remove":
         check_base_weights(cfg)
+
+
+def load_config(cfg: Any) -> Any:
+    """Return the configuration of the base model."""
+    from axolotl.loaders.utils import load_model_config
+
+    return load_model_config(cfg)
 
 
 def check_fused_experts(cfg: Any) -> None:
@@ -91,10 +91,9 @@ def check_fused_experts(cfg: Any) -> None:
     Relied on in PEFT 0.20.0 (``tests/families/test_mixtures.py`` fails when it changes): the two tables of the
     conversion.
     """
-    from axolotl.loaders.utils import load_model_config
     from peft.utils import transformers_weight_conversion as peft
 
-    kind = peft._MODEL_TO_CONVERSION_PATTERN.get(load_model_config(cfg).model_type, "")
+    kind = peft._MODEL_TO_CONVERSION_PATTERN.get(load_config(cfg).model_type, "")
     fused = peft._MOE_TARGET_MODULE_MAPPING.get(kind, {})
     targets = cfg.lora_target_modules if isinstance(cfg.lora_target_modules, list) else []
     found = next((target for target in targets if target.rpartition(".")[2] in fused), None)
@@ -110,11 +109,9 @@ def find_reused(
     Raises:
         LayerselError: if the plan is missing or damaged, or does not fit the YAML file and the model's configuration.
     """
-    from axolotl.loaders.utils import load_model_config
-
     if resume_from is None and selection.plan is None:
         return None
-    config = load_model_config(cfg)
+    config = load_config(cfg)
     # These arguments may change the configuration when the model is built.
     shaped = isinstance(config, PreTrainedConfig) and not cfg.overrides_of_model_kwargs
     known = KnownRun(
@@ -127,31 +124,24 @@ def find_reused(
     return find_plan(selection, resume_from, known)
 
 
-def check_vision(cfg: Any, stacks: str) -> None:
-    """Raise LayerselError if ``stacks`` includes a vision tower and the base model's configuration has none."""
-    from axolotl.loaders.utils import load_model_config
+def check_layers(cfg: Any, selection: SelectionConfig) -> None:
+    """Raise LayerselError for stacks, layers or a number of layers that the base model lacks by its configuration.
 
-    if not read_fact(load_model_config(cfg), "vision_config"):
-        raise LayerselError(describe_missing_tower(stacks, cfg.base_model))
-
-
-def check_layers_exist(cfg: Any, selection: SelectionConfig, sides: Sequence[str]) -> None:
-    """Raise LayerselError for layers, or a number of them, that the base model lacks by its configuration.
-
-    The selection checks this again on the model, whose configuration may not have the number of layers.
-
-    Args:
-        cfg: Axolotl's configuration.
-        selection: the ``selection`` block.
-        sides: the sides of the candidate layers, see ``layers.find_layer_counts``.
+    The selection checks this again on the model: the configuration may lack the number of layers, and LoRA may be in
+    only some of them.
     """
-    from axolotl.loaders.utils import load_model_config
-
-    counts = find_layer_counts(load_model_config(cfg), sides)
+    config, stacks = load_config(cfg), selection.stacks or DEFAULT_STACKS
+    if stacks != DEFAULT_STACKS and not read_fact(config, "vision_config"):
+        raise LayerselError(describe_missing_tower(stacks, cfg.base_model))
+    sides = ENCODER_DECODER if loads_encoder_decoder(cfg) else STACKS[stacks]
+    chosen = {key: getattr(selection, key) or [] for key in ("layers", "candidates")}
+    for key, layers in chosen.items():
+        check_naming(key, layers, sides, stacks, cfg.base_model)
+    counts = find_layer_counts(config, sides)
     if counts is None:
         return
-    for key in ("layers", "candidates"):
-        check_range(key, getattr(selection, key) or [], counts)
+    for key, layers in chosen.items():
+        check_range(key, layers, counts)
     settings = selection.resolve(run_seed=0)
     # A default that keeps none is adapted, see ``fitting.fit_to_units``.
     if settings.granularity == "layer" and (selection.num_layers or selection.ratio):
@@ -163,10 +153,9 @@ def loads_encoder_decoder(cfg: Any) -> bool:
 
     Axolotl loads only the decoder of BART and others, unless ``model_type`` names another class.
     """
-    from axolotl.loaders.utils import load_model_config
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = load_model_config(cfg)
+    config = load_config(cfg)
     if cfg.type_of_model in (None, "AutoModelForCausalLM"):
         decoder_only = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not cfg.is_multimodal
     else:

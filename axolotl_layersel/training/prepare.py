@@ -113,23 +113,14 @@ def prepare_trainer(
 
 @dataclass(frozen=True)
 class Start:
-    """A checked run.
-
-    Attributes:
-        run: the run of the trainer.
-        settings: the settings without unread keys.
-        resume_from: the checkpoint that the run resumes from.
-        resumed_step: the step of that checkpoint.
-        continues_adapter: whether the LoRA weights are a trained adapter's.
-        lora: the LoRA settings before a selection changes them, see ``contents.describe_lora``.
-    """
+    """A checked run."""
 
     run: Run
-    settings: LayerselConfig
+    settings: LayerselConfig  # without unread keys
     resume_from: str | None
-    resumed_step: int | None
+    resumed_step: int | None  # of that checkpoint
     continues_adapter: bool
-    lora: dict[str, Any]
+    lora: dict[str, Any]  # LoRA's settings before a selection changes them, see ``contents.describe_lora``
 
 
 @dataclass(frozen=True)
@@ -200,11 +191,7 @@ def decide(start: Start, lora_r: int | None, scaling: float | None, repeat: int)
 
 
 def apply(start: Start, decision: Decision) -> Readiness:
-    """Make the trainer train, resume and load its best model as decided.
-
-    Returns:
-        The check that the adapter remains the prepared one.
-    """
+    """Make the trainer train, resume and load its best model as decided, and return its check of the adapter."""
     run, ranks, resume_from = start.run, decision.ranks, start.resume_from
     trainer, kind = run.trainer, type(run.engine)
     readiness = Readiness(run)

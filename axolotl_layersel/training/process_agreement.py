@@ -51,22 +51,16 @@ AGREEING_KEYS = (
     *("deepspeed", "fsdp", "fsdp_version", "fsdp_config", "bf16", "fp16"),
 )
 # The same of the Trainer's arguments and of PEFT's configuration, by the YAML keys that set them.
+SAME_NAMES = (
+    *("output_dir", "seed", "max_steps", "gradient_accumulation_steps", "learning_rate", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "save_steps", "eval_steps", "load_best_model_at_end"),
+)
 ARGUMENTS = {
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "max_steps": "max_steps",
+    **dict(zip(SAME_NAMES, SAME_NAMES)),
     "num_epochs": "num_train_epochs",
     "micro_batch_size": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "learning_rate": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
-    "warmup_steps": "warmup_steps",
     "optimizer": "optim",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "save_steps": "save_steps",
-    "eval_steps": "eval_steps",
-    "load_best_model_at_end": "load_best_model_at_end",
 }
 ADAPTER_SETTINGS = {
     "lora_r": "r",

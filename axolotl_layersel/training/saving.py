@@ -74,16 +74,14 @@ def complete_saves(
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         if is_checkpoint:
             # The folder may be an earlier run's, whose files would seem to be of this run.
-            for path in list_unwritten(folder):
+            stale = ([] if plan else [plan_path(folder)]) + ([] if ranks else [ranks_path(folder), state_path(folder)])
+            for path in stale:
                 path.unlink(missing_ok=True)
         if ranks and is_checkpoint:
             ranks.save(folder, weights)
         if plan:
             write_plan(plan, plan_path(folder))
         return write_record(folder, trainer.state.global_step, lora, given) if is_checkpoint else None
-
-    def list_unwritten(folder: Path) -> list[Path]:
-        return [*([] if plan else [plan_path(folder)]), *([] if ranks else [ranks_path(folder), state_path(folder)])]
 
     @functools.wraps(upstream_save_model)
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
