@@ -111,6 +111,7 @@ def make_config(base_model, data, tmp_path_factory):
             "val_set_size": 0,
             "save_steps": 2,
             "logging_steps": 1,
+            "dataloader_num_workers": 0,
             **selection(ratio=0.5),
             **chosen,
             **overrides,
