@@ -30,7 +30,7 @@ def start(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Choose the layers that get a LoRA adapter, and look at what was chosen."""
+    """Choose the layers that get a LoRA adapter, and show the choice."""
 
 
 class Launcher(str, Enum):
@@ -47,10 +47,10 @@ def plan(
     config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")],
     launcher: Annotated[
         Launcher | None,
-        typer.Option(help="What starts the processes. Default: accelerate, if there are several."),
+        typer.Option(help="The launcher of the processes. Default: accelerate, if there are several."),
     ] = None,
     repeat: Annotated[
-        int, typer.Option(min=1, help="Choose with so many seeds, and say how far the choices agree.")
+        int, typer.Option(min=1, help="The number of seeds to choose with. Above 1, report how far the choices agree.")
     ] = 1,
 ) -> None:
     """Select layers and write the plan, without training. Arguments after -- go to the launcher."""
@@ -75,7 +75,7 @@ def plan(
 
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")]) -> None:
-    """Say what is wrong with a YAML file, as far as it can be known without the model and the data."""
+    """Report the faults of a YAML file that can be found without the model and the data."""
     from axolotl_layersel.cli.checking import check_config
     from axolotl_layersel.config.textual import check_plugin
 
@@ -111,9 +111,9 @@ def show(
         Path | None, typer.Option(help="Also draw ranks, or a search's gates, to this file, such as run.png.")
     ] = None,
 ) -> None:
-    """Print what was decided: the chosen layers, and the rank of every module.
+    """Print the chosen layers, and the rank of every module.
 
-    Of a run with both ranks and a search, the picture of the gates has -gates in its name.
+    If a run has both ranks and a search, the picture of the gates has -gates in its name.
     """
     from axolotl_layersel.cli.pictures import check_picture, draw_gates, draw_ranks
     from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path
@@ -170,7 +170,7 @@ def export(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="The folder that it is written to. Default: beside ADAPTER, such as uniform-NAME."),
+        typer.Option(help="The folder to write to. Default: next to ADAPTER, such as uniform-NAME."),
     ] = None,
 ) -> None:
     """Write a LoRA adapter in a layout that other programs read, with the same result."""
@@ -185,7 +185,7 @@ def export(
         fail(str(error))
     needed = find_vllm_rank(rank)
     say(f"{output}: highest rank {rank}")
-    say(f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: 512 is its highest")
+    say(f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: its highest is 512")
 
 
 def fail(message: str) -> None:

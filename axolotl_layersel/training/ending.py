@@ -76,11 +76,8 @@ def tell(sentences: list[str]) -> None:
         return
     text = "".join(f"{clean(sentence)}\n" for sentence in sentences)
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(handle, text.encode("utf-8", "backslashreplace"))  # one write, so that processes mix no lines
-        finally:
-            os.close(handle)
+        with open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(text.encode("utf-8", "backslashreplace"))  # one write, so that processes mix no lines
     except OSError:  # no room for temporary files
         show(sentences)
 

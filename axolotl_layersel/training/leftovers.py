@@ -55,7 +55,7 @@ def remove_leftovers(run: Run) -> None:
     Call it before the trainer resumes, which would load an adapter in such a folder as a further one.
     """
     for path in find_leftovers(run.output_dir) if run.trainer.args.local_process_index == 0 else []:
-        remove(path, "is what a run was writing when it was killed")
+        remove(path, "was being written when a run was killed")
     collectives.wait_for_everyone()
 
 
