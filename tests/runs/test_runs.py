@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import find_fault
 from helpers.launched import Run, RunsByEngine, difference, load_with_stock_peft
 from helpers.places import ENGINES
 from helpers.settings import BEST_IS_FIRST, selection
@@ -11,7 +12,6 @@ from safetensors.torch import load_file
 
 from axolotl_layersel import engines
 from axolotl_layersel.config.root import LayerselConfig
-from axolotl_layersel.training.checkpoints import find_fault
 
 SETTINGS = BEST_IS_FIRST
 NOT_RESUMED_FROM = {

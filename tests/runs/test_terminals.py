@@ -21,7 +21,7 @@ SHOW = "import sys; from axolotl_layersel.cli.main import app; app(['show', sys.
 TRAIN = """
 import sys
 from pathlib import Path
-from conftest import make_lora, make_small_llama, make_trainer
+from helpers.models import make_lora, make_small_llama, make_trainer
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.training.prepare import prepare_trainer
 block = {"selection": {"method": "cka", "num_samples": 8}, "l1ra": {"update_ratio": 0.2}}

@@ -69,8 +69,8 @@ EDITS = {
     "a gate less": (lambda t, m: flip_first_active(t), "does not end with the ranks of the state beside it"),
     "no gates": (lambda t, m: [t.pop(name) for name in list(t) if name.startswith("gates/")], "holds nothing"),
     "a pool that cannot be": (lambda t, m: m.update(pool="7"), "began with a budget of 24, but "),
-    "a pool beyond measure": (lambda t, m: m.update(pool=str(10**30)), "is no whole number from 0"),
-    "a negative pool": (lambda t, m: m.update(pool="-1"), "'-1' is no whole number from 0"),
+    "a pool beyond measure": (lambda t, m: m.update(pool=str(10**30)), "is not a whole number of at least 0"),
+    "a negative pool": (lambda t, m: m.update(pool="-1"), "'-1' is not a whole number of at least 0"),
     "no pool": (lambda t, m: m.pop("pool"), "KeyError: 'pool'"),
     "weights of one row": (
         lambda t, m: t.update({n: v[:1].clone() for n, v in t.items() if n.endswith("lora_A.weight")}),
