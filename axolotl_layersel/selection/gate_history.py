@@ -87,7 +87,7 @@ class GateHistory:
         Raises:
             LayerselError: naming ``key`` if the file is missing or damaged.
         """
-        return read_parsed(key, gates_path(folder), "Remove it, or make the plan anew.", cls.from_csv)
+        return read_parsed(key, gates_path(folder), "Remove it, or make a new plan.", cls.from_csv)
 
     def write(self, folder: str | Path) -> None:
         """Write gates.csv for the run in ``folder``; it appears at once and complete."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.layer_names import (
     ENCODER_DECODER,
     STACKS,
@@ -452,23 +451,3 @@ def enumerate_faults(faults: Sequence[str]) -> str:
     if len(faults) == 1:
         return faults[0]
     return "; ".join(f"({number}) {fault}" for number, fault in enumerate(faults, start=1))
-
-
-def check_reuse(source: str, resumes: bool, of_base: Sequence[str], others: Sequence[str]) -> None:
-    """Raise LayerselError, with all differences in one sentence, where a plan is not for this run.
-
-    Args:
-        source: where the plan is from.
-        resumes: whether it is the plan of a checkpoint that the run resumes from.
-        of_base: differences of the base model, which ``plan_check: ignore`` passes over.
-        others: all others.
-    """
-    if not of_base and not others:
-        return
-    key = "resume_from_checkpoint" if resumes else "layersel.selection.plan"
-    way_out = "Restore what it was made with, or " + ("start without resuming." if resumes else "make a new plan.")
-    if of_base:
-        way_out += " If the two base models are the same, set `layersel.selection.plan_check: ignore`."
-    raise LayerselError(
-        f"{key}: the plan from {source} does not fit this run: {enumerate_faults([*of_base, *others])}. {way_out}"
-    )

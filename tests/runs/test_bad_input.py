@@ -320,8 +320,8 @@ def test_what_only_the_model_shows_ends_before_training(refused, case):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"schema_version": 1, "lay', "is not valid JSON, truncated or damaged"),
-        (json.dumps({"schema_version": 3}), "has schema_version 3, this version of axolotl-layersel reads 1 to 2"),
+        ('{"schema_version": 2, "lay', "is not valid JSON, truncated or damaged"),
+        (json.dumps({"schema_version": 3}), "has schema_version 3, and this version of axolotl-layersel reads 2"),
     ],
 )
 def test_a_damaged_plan_ends_before_the_model_loads(train, tmp_path, content, message):
