@@ -21,9 +21,9 @@ DEFAULT_GATE_LR = 0.02
 SHORT_RUN = 200
 # The rules, and the defaults of those keys that not all rules have, or not with the same default.
 RULE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "saliency": {"last_update": 0.5, "move_ratio": 0.1},
+    "saliency": {"last_update_ratio": 0.5, "move_ratio": 0.1},
     "pressure": {
-        "last_update": 1.0,
+        "last_update_ratio": 1.0,
         "l1_lambda": "auto",
         "gate_lr": None,
         "prune_threshold": 1e-10,
@@ -84,6 +84,7 @@ class L1RAConfig(Block):
     """``layersel.l1ra``: how much rank each LoRA module gets while the model trains."""
 
     path: ClassVar[str] = "layersel.l1ra"
+    renamed: ClassVar[dict[str, str]] = {"budget": "budget_unit", "last_update": "last_update_ratio"}
 
     rule: str = Field(
         default="saliency",
@@ -96,9 +97,10 @@ class L1RAConfig(Block):
         "`selection.max_rank`, a plan or a continued adapter asks for, where that is more.",
     )
     min_rank: int = Field(default=1, description="The rank that pruning leaves every module.")
-    budget: str = Field(
+    budget_unit: str = Field(
         default="parameters",
-        description="`parameters`: the trainable parameters never grow; `rank`: the sum of all ranks stays.",
+        description="What the budget counts. `parameters`: the trainable parameters never grow; `rank`: the sum of all "
+        "ranks stays.",
     )
     move_ratio: float | None = Field(
         default=None,
@@ -117,7 +119,7 @@ class L1RAConfig(Block):
     )
     update_ratio: float = Field(default=0.1, description="Share of the optimizer steps between two updates of rank.")
     warmup_ratio: float = Field(default=0.0, description="Share of the optimizer steps before the first update.")
-    last_update: float | None = Field(
+    last_update_ratio: float | None = Field(
         default=None,
         description="Share of the optimizer steps after which rank stays where it is. Default 0.5 with "
         "`rule: saliency`, or as late as the second update of a short run or a long warmup; 1 with `rule: pressure`.",
@@ -137,10 +139,10 @@ class L1RAConfig(Block):
         "some in the same update.",
     )
 
-    @field_validator("budget", "rule", mode="before")
+    @field_validator("budget_unit", "rule", mode="before")
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
-        choices = {"budget": tuple(BUDGETS), "rule": tuple(RULE_DEFAULTS)}
+        choices = {"budget_unit": tuple(BUDGETS), "rule": tuple(RULE_DEFAULTS)}
         return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
 
     @field_validator("l1_lambda", mode="before")
@@ -172,7 +174,7 @@ class L1RAConfig(Block):
             raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.02.")
         return value
 
-    @field_validator("update_ratio", "move_ratio", "last_update")
+    @field_validator("update_ratio", "move_ratio", "last_update_ratio")
     @classmethod
     def check_share(cls, value: float | None, info: Any) -> float | None:
         if value is not None and not 0 < value <= 1:
@@ -225,10 +227,10 @@ class L1RAConfig(Block):
     def check_ranks_and_gates(self) -> "L1RAConfig":
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}.")
-        if self.last_update is not None and self.last_update <= self.warmup_ratio:
+        if self.last_update_ratio is not None and self.last_update_ratio <= self.warmup_ratio:
             raise ValueError(
-                f"{self.path}.last_update: {self.last_update} comes before the first update, after warmup_ratio: "
-                f"{self.warmup_ratio}. Raise it."
+                f"{self.path}.last_update_ratio: {self.last_update_ratio} is before the first update, which is after "
+                f"warmup_ratio: {self.warmup_ratio}. Raise it."
             )
         if self.drop_unread().gate_lr == 0 and self.get("l1_lambda") != 0:
             raise ValueError(

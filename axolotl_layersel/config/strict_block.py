@@ -27,6 +27,8 @@ class Block(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     path: ClassVar[str]
+    # Keys of earlier versions, and what they are called now.
+    renamed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -36,6 +38,8 @@ class Block(BaseModel):
                 f"{cls.path}: {quote(data)} is not a mapping. Write its keys on lines of their own below it."
             )
         for key in data:
+            if key in cls.renamed:
+                raise ValueError(f"{cls.path}.{key}: the key is called `{cls.renamed[key]}` now. Rename it.")
             if key not in cls.model_fields:
                 word = key if isinstance(key, str) else quote(key)
                 raise ValueError(f"{cls.path}.{word} is not a setting: {suggest(word, cls.model_fields)}")

@@ -144,7 +144,7 @@ def find_facts(run: Run, stack: LayerStack, plan: Plan, continues_adapter: bool)
     """
     lora, settings = run.lora_modules, plan.resolve_settings()
     ranked = {name: lora[name] for name in plan.ranks if name in lora}
-    adapters.check_linear(run, ranked, "layersel.selection.rank")
+    adapters.check_linear(run, ranked, "layersel.selection.rank_allocation")
     names = set(stack.names if settings.candidates is None else settings.candidates)
     carrying = [layer for layer in sorted(stack.lora_modules) if layer not in stack.idle]
     units = find_units(stack, plan.granularity, [layer for layer in carrying if stack.names[layer] in names])

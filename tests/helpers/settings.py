@@ -57,7 +57,7 @@ def l1ra(**values) -> dict:
 
 def pressure(**values) -> dict:
     """Return a ``layersel`` block that redistributes rank by the paper's rule, with the sum of ranks as the budget."""
-    return l1ra(**{"rule": "pressure", "budget": "rank", **values})
+    return l1ra(**{"rule": "pressure", "budget_unit": "rank", **values})
 
 
 def preferences(folder: Path, rl: str = "dpo") -> dict:

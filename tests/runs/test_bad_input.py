@@ -164,8 +164,8 @@ BEFORE_THE_MODEL = {
     ),
     "l1ra: share of no rank": (l1ra(move_ratio=0), "layersel.l1ra.move_ratio: 0.0 is outside (0, 1]"),
     "l1ra: ends before it begins": (
-        l1ra(warmup_ratio=0.6, last_update=0.5),
-        "layersel.l1ra.last_update: 0.5 comes before the first update, after warmup_ratio: 0.6",
+        l1ra(warmup_ratio=0.6, last_update_ratio=0.5),
+        "layersel.l1ra.last_update_ratio: 0.5 comes before the first update, after warmup_ratio: 0.6",
     ),
     "l1ra: unknown rule": (
         l1ra(rule="presure"),
@@ -208,7 +208,10 @@ BEFORE_THE_MODEL = {
     ),
     "l1ra: interval beyond the run": (l1ra(update_ratio=1.5), "layersel.l1ra.update_ratio: 1.5 is outside (0, 1]"),
     "l1ra: endless warmup": (l1ra(warmup_ratio=1), "layersel.l1ra.warmup_ratio: 1.0 is outside [0, 1)"),
-    "l1ra: unknown budget": (l1ra(budget="ranks"), "layersel.l1ra.budget: 'ranks' is not known: did you mean 'rank'?"),
+    "l1ra: unknown budget": (
+        l1ra(budget="ranks"),
+        "layersel.l1ra.budget_unit: 'ranks' is not known: did you mean 'rank'?",
+    ),
     "l1ra: DoRA": ({**l1ra(), "peft_use_dora": True}, "peft_use_dora: true. DoRA ties its magnitudes"),
     "an initialisation of random numbers": (
         {"peft_init_lora_weights": "pissa_niter_4"},
@@ -320,8 +323,8 @@ def test_what_only_the_model_shows_ends_before_training(refused, case):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"schema_version": 2, "lay', "is not valid JSON, truncated or damaged"),
-        (json.dumps({"schema_version": 3}), "has schema_version 3, and this version of axolotl-layersel reads 2"),
+        ('{"schema_version": 3, "lay', "is not valid JSON, truncated or damaged"),
+        (json.dumps({"schema_version": 2}), "has schema_version 2, and this version of axolotl-layersel reads 3"),
     ],
 )
 def test_a_damaged_plan_ends_before_the_model_loads(train, tmp_path, content, message):

@@ -222,7 +222,7 @@ def test_every_adapter_holds_the_ranks_in_use_alone(whole_runs, engine):
 
 
 # By the default rule; a run of ten steps takes more of it. Updates after steps 2, 4, 6 and 8.
-BY_SALIENCY = {**SETTINGS, **l1ra(update_ratio=0.2, last_update=0.8, move_ratio=0.2)}
+BY_SALIENCY = {**SETTINGS, **l1ra(update_ratio=0.2, last_update_ratio=0.8, move_ratio=0.2)}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 # With room for rank 64 the matrices have 2048 to 10240 elements, and from 4096 on moments are codes. Updates after
 # steps 2, 4 and 6.
 SETTINGS = {
-    **l1ra(update_ratio=0.25, last_update=0.8, move_ratio=0.2, max_rank=64),
+    **l1ra(update_ratio=0.25, last_update_ratio=0.8, move_ratio=0.2, max_rank=64),
     "max_steps": 8,
     "lora_r": 32,
     "lora_alpha": 64,

@@ -83,7 +83,10 @@ def test_a_run_that_is_given_the_plan_is_the_run_that_made_it(train, whole_runs)
 
 @pytest.mark.parametrize("engine", ["single", "zero3"])
 def test_rank_moves_on_from_the_ranks_of_the_plan(train, whole_runs, engine):
-    blocks = {**selection("gradient", max_rank=8)["layersel"], **l1ra(update_ratio=0.25, budget="rank")["layersel"]}
+    blocks = {
+        **selection("gradient", max_rank=8)["layersel"],
+        **l1ra(update_ratio=0.25, budget_unit="rank")["layersel"],
+    }
     run = train(engine, **{**SETTINGS, "layersel": blocks, "max_steps": 8})
     history = run.ranks()
     assert history[0] == run.plan["ranks"]

@@ -112,7 +112,7 @@ def test_fsdp2s_own_checkpointing_is_the_one_of_transformers(train, tmp_path):
     """Its own would enter the names in the adapter."""
     engine = "fsdp2-sharded"
     config = engine_settings(engine, tmp_path)[0]["fsdp_config"]
-    block = {**selection()["layersel"], **l1ra(update_ratio=0.25, last_update=0.8)["layersel"]}
+    block = {**selection()["layersel"], **l1ra(update_ratio=0.25, last_update_ratio=0.8)["layersel"]}
     settings = {"layersel": block, "max_steps": 4}
     usual = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     expected = train(engine, **settings, **usual)

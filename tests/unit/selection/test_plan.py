@@ -29,12 +29,12 @@ def test_what_is_written_is_read_back(tmp_path_factory, scores):
     ("content", "message"),
     [
         (None, "cannot be read .No such file"),
-        ('{"schema_version": 2, "meth', "not valid JSON, truncated or damaged"),
-        ("[]", "schema_version None, and this version of axolotl-layersel reads 2. Make a new"),
-        ('{"schema_version": 1}', "schema_version 1, and this version of axolotl-layersel reads 2"),
+        ('{"schema_version": 3, "meth', "not valid JSON, truncated or damaged"),
+        ("[]", "schema_version None, and this version of axolotl-layersel reads 3"),
+        ('{"schema_version": 1}', "schema_version 1, and this version of axolotl-layersel reads 3. Make a new"),
         ('{"schema_version": 7}', "schema_version 7"),
         (
-            '{"schema_version": 2, "method": "cka"}',
+            '{"schema_version": 3, "method": "cka"}',
             r"is not a plan: \(1\) layers: Field required; \(2\) unselected: Field required; .*; \(9\) \d more\.",
         ),
     ],
@@ -126,7 +126,7 @@ def test_a_checkpoint_must_hold_the_plans_ranks(tmp_path):
     ],
 )
 def test_ranks_that_contradict_the_plan_are_found(tmp_path, ranks, fault):
-    settings = asdict(SelectionConfig(method="cka", rank="score").resolve(run_seed=1))
+    settings = asdict(SelectionConfig(method="cka", rank_allocation="score").resolve(run_seed=1))
     budget = Budget(lora=80, lora_r=8, allowed=80, spent=80)
     write_plan(make_plan(ranks=ranks, settings=settings, budget=budget), tmp_path / "plan.json")
     with pytest.raises(LayerselError, match=rf"contradicts itself: .*{fault}"):
