@@ -11,10 +11,10 @@ from axolotl_layersel.config.methods import get_method, list_data_free
 from axolotl_layersel.config.selection import ResolvedSelection, SelectionConfig
 from axolotl_layersel.engines.collectives import get_rank
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import check_indexable
 from axolotl_layersel.selection.data.label_alignment import find_kind
 from axolotl_layersel.selection.methods.flexora.validation import draw_labelled, find_least
+from axolotl_layersel.selection.types import Selection
 
 LOG = logging.getLogger("axolotl.layersel")
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.selection import check_forced, find_budget
 from axolotl_layersel.lora.modules import count_component_parameters
-from axolotl_layersel.selection.choosing import Choice, Selection
 from axolotl_layersel.selection.plan import Budget
+from axolotl_layersel.selection.types import Choice, Selection
 from axolotl_layersel.selection.units import Unit
 
 LOG = logging.getLogger("axolotl.layersel")

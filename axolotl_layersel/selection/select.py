@@ -29,7 +29,7 @@ from axolotl_layersel.lora.layers import LayerStack, find_layer_stack
 from axolotl_layersel.lora.resizing import set_ranks
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.callback import LayerSelectionCallback
-from axolotl_layersel.selection.choosing import Selection, find_mean_overlap
+from axolotl_layersel.selection.choosing import find_mean_overlap
 from axolotl_layersel.selection.fitting import fit_to_data, fit_to_units
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.plan import LayerChoice, Plan, Stability, Tower
@@ -48,6 +48,7 @@ from axolotl_layersel.selection.reuse import (
     read_reused,
     report_data,
 )
+from axolotl_layersel.selection.types import Selection
 
 LOG = logging.getLogger("axolotl.layersel")
 

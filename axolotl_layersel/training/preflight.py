@@ -21,7 +21,7 @@ from axolotl_layersel.config.selection import DEFAULT_STACKS, DEFAULT_UNSELECTED
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.engines.trainers import CONFIG_ONLY_TRAINERS
 from axolotl_layersel.lora.layers import describe_missing_tower, find_layer_counts
-from axolotl_layersel.selection.choosing import check_naming, check_range, count_kept
+from axolotl_layersel.selection.candidates import check_naming, check_range, count_kept
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.provenance import describe_shape
 from axolotl_layersel.selection.reuse import KnownRun, find_plan

@@ -4,10 +4,11 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.experts import KEY, describe_gated_experts
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.lora.modules import list_linear
-from axolotl_layersel.selection.choosing import Choice, Selection, choose_highest, find_highest_by_layer
+from axolotl_layersel.selection.choosing import choose_highest
 from axolotl_layersel.selection.data.calibration import fingerprint, has_tokens, read_sample
 from axolotl_layersel.selection.methods.flexora.gating import choose_positive
 from axolotl_layersel.selection.methods.flexora.search import search_gates
+from axolotl_layersel.selection.types import Choice, Selection
 
 
 def choose(selection: Selection) -> Choice:
@@ -41,7 +42,7 @@ def choose(selection: Selection) -> Choice:
     samples = [read_sample(values, row) for row, values in zip(result.validation_rows, result.validation) if tokenised]
     return Choice(
         modules=[module for unit in units if unit.name in kept for module in unit.modules],
-        scores=find_highest_by_layer(selection, gates),
+        scores=selection.find_highest_by_layer(gates),
         # Where layers are chosen, their scores say all.
         module_scores={}
         if settings.granularity == "layer"

@@ -22,7 +22,6 @@ from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.lora.layers import LayerStack
 from axolotl_layersel.lora.modules import get_linears, list_linear
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import check_indexable
 from axolotl_layersel.selection.data.label_alignment import find_kind
 from axolotl_layersel.selection.gate_history import GateHistory
@@ -37,6 +36,7 @@ from axolotl_layersel.selection.methods.flexora.validation import (
     hold_out,
     take_rows,
 )
+from axolotl_layersel.selection.types import Selection
 
 LOG = logging.getLogger("axolotl.layersel")
 
