@@ -1,7 +1,7 @@
 """The course of a run as a CSV file: a heading, and a row for each event."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,12 +14,15 @@ class CsvRecord(ABC):
     """A record with a CSV file of its own.
 
     Attributes:
-        locate: returns the path of the file of the run or checkpoint in a folder.
         way_out: a sentence for the error of a damaged file.
     """
 
-    locate: ClassVar[Callable[[str | Path], Path]]
     way_out: ClassVar[str]
+
+    @staticmethod
+    @abstractmethod
+    def locate(folder: str | Path) -> Path:
+        """Return the path of the file of the run or checkpoint in ``folder``."""
 
     @abstractmethod
     def to_rows(self) -> Iterable[list[Any]]:
