@@ -60,9 +60,7 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     lora: Count = Field(description="of LoRA with lora_r in all candidates")
-    even: Count = Field(
-        default=0, description="the part of spent that no gain above noise asked for, given to all alike"
-    )
+    even: Count = Field(default=0, description="the part of spent that no gain above noise asked for")
     lora_r: Count | None = Field(default=None, description="of the run that made the plan; null in older plans")
     allowed: Count = Field(description="what the ranks could spend")
     spent: Count = Field(description="what they take")
