@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,7 +14,7 @@ from axolotl_layersel.config.engines import find_shards
 from axolotl_layersel.config.flexora import FlexoraConfig, Search
 from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS
 from axolotl_layersel.config.initialisation import check_initialisation, check_redrawn
-from axolotl_layersel.config.layer_names import STACKS, LayerName, format_names, sort_names, split_name
+from axolotl_layersel.config.layer_names import LayerName, format_names, sort_names, split_name
 from axolotl_layersel.config.methods import LABELS, METHODS, Method, get_method, list_data_free
 from axolotl_layersel.config.strict_block import (
     SEEDS,
@@ -24,27 +24,21 @@ from axolotl_layersel.config.strict_block import (
     as_whole,
     as_whole_list,
     check_known,
-    describe_seeds,
     quote,
     read_choice,
 )
 
-TOKENS = ("auto", "last", "mean", "cls")
 # What they come to in a model: `ending` is the last token before the ending that nearly all rows share.
 Token = Literal["cls", "mean", "last", "ending"]
 Unselected = Literal["remove", "freeze"]
-UNSELECTED = get_args(Unselected)
 DEFAULT_RATIO = 0.5
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_TOKEN = "auto"
-DEFAULT_UNSELECTED = "remove"
+DEFAULT_UNSELECTED: Unselected = "remove"
 OutsideLayers = Literal["keep", "remove"]
-OUTSIDE_LAYERS = get_args(OutsideLayers)
-DEFAULT_OUTSIDE_LAYERS = "keep"
+DEFAULT_OUTSIDE_LAYERS: OutsideLayers = "keep"
 DEFAULT_STACKS = "language"
-KEEP = ("positive",)
-PLAN_CHECKS = ("error", "ignore")
-RANK_ALLOCATIONS = ("same", "match", "score")
+RankAllocation = Literal["same", "match", "score"]
 DEFAULT_BUDGET = 1.0
 HIGHEST_BUDGET = 64
 MAX_RANK_FACTOR = 4
@@ -62,12 +56,17 @@ class SelectionConfig(Block):
     method: str = Field(description=f"How layers are chosen: {', '.join(METHODS)}.")
     ratio: float | None = Field(
         default=None,
+        gt=0,
+        le=1,
+        examples=[DEFAULT_RATIO],
         description=f"Share of the candidate layers that is kept, in (0, 1]. Default {DEFAULT_RATIO}, of a lone "
         "candidate 1, unless `num_layers` or `layers` is given; with flexora see `keep`.",
     )
-    num_layers: int | None = Field(default=None, description="Number of layers kept, instead of `ratio`.")
+    num_layers: int | None = Field(default=None, ge=1, description="Number of layers kept, instead of `ratio`.")
     num_units: int | None = Field(
-        default=None, description="With `granularity: group` or `module`: number of them kept, instead of `ratio`."
+        default=None,
+        ge=1,
+        description="With `granularity: group` or `module`: number of them kept, instead of `ratio`.",
     )
     layers: list[LayerName] | None = Field(
         default=None,
@@ -79,7 +78,7 @@ class SelectionConfig(Block):
         description="What is chosen among: `layer`, `group` (the attention or the MLP of a layer) or `module`. "
         "Default: the first that the method has, see its table.",
     )
-    rank_allocation: str | None = Field(
+    rank_allocation: RankAllocation | None = Field(
         default=None,
         description="How rank is given to the chosen units. `same`: `lora_r` each; `match`: one rank for all, as high "
         "as `budget` allows; `score`: more where the score is higher. Default: `score` with gradient, `same` with the "
@@ -91,19 +90,23 @@ class SelectionConfig(Block):
         "multiple of those of LoRA with `lora_r` in all candidates. Default 1.",
     )
     budget_parameters: int | None = Field(
-        default=None, description="The same as a number of parameters, instead of `budget`."
+        default=None, ge=1, description="The same as a number of parameters, instead of `budget`."
     )
     min_rank: int | None = Field(
         default=None,
+        ge=0,
+        le=HIGHEST_RANK,
         description="With `rank_allocation: score`: the lowest rank of a chosen unit. Default 0: units that would gain "
         "nothing by rank are left out.",
     )
     max_rank: int | None = Field(
         default=None,
+        ge=1,
+        le=HIGHEST_RANK,
         description="With `rank_allocation: match` and `score`: the highest rank. Default "
         f"{MAX_RANK_FACTOR} × lora_r, and with l1ra the highest that it allows.",
     )
-    keep: str | None = Field(
+    keep: Literal["positive"] | None = Field(
         default=None,
         description="flexora: `positive` (default) keeps what has a gate above zero, instead of `ratio` or "
         "`num_layers`.",
@@ -113,16 +116,16 @@ class SelectionConfig(Block):
         description="Layers that may be chosen, named as in `layers`. Default: every layer that carries LoRA, of the "
         "language model, of both an encoder and a decoder, or of what `stacks` says.",
     )
-    unselected: str | None = Field(
+    unselected: Unselected | None = Field(
         default=None,
         description="`remove` (default): the other layers get no adapter; `freeze`: they keep it, untrained.",
     )
-    outside_layers: str | None = Field(
+    outside_layers: OutsideLayers | None = Field(
         default=None,
         description="LoRA outside of the language model's layers, such as in a vision tower or a projector. "
         "`keep` (default): it stays and trains; `remove`: it gets no adapter.",
     )
-    stacks: str | None = Field(
+    stacks: Literal["language", "vision", "both"] | None = Field(
         default=None,
         description="Of a multimodal model, whose layers are chosen among. `language` (default): the language model's; "
         "`vision`: the vision tower's, and LoRA in the language model is what `outside_layers` is about; `both`.",
@@ -132,7 +135,7 @@ class SelectionConfig(Block):
         description=f"Training rows that the scores are computed from. Default {DEFAULT_NUM_SAMPLES}, or all rows of a "
         "smaller training set.",
     )
-    token: str | None = Field(
+    token: Literal["auto", "last", "mean", "cls"] | None = Field(
         default=None,
         description="cka: the token that stands for a row. `auto` (default): of an encoder the first, or the mean "
         "where its pooling is one; else the last one before the ending that nearly all rows share (others are "
@@ -140,12 +143,15 @@ class SelectionConfig(Block):
         "`last`, `mean` (of the row's tokens), `cls` (the first).",
     )
     seed: int | None = Field(
-        default=None, description="Seed of the calibration sample, or of the search. Default: the run's seed."
+        default=None,
+        ge=SEEDS.start,
+        le=SEEDS.stop - 1,
+        description="Seed of the calibration sample, or of the search. Default: the run's seed.",
     )
     plan: str | None = Field(
         default=None, description="Path of a saved plan.json: it is checked and applied, nothing is scored."
     )
-    plan_check: str | None = Field(
+    plan_check: Literal["error", "ignore"] | None = Field(
         default=None,
         description="What a plan, or a checkpoint, that was made for another base model is. `error` (default); "
         "`ignore`: it is applied, for a model that has another name only.",
@@ -154,32 +160,12 @@ class SelectionConfig(Block):
         default=None, description="The search of `method: flexora`, see below. Default: its defaults."
     )
 
-    @field_validator(
-        "method",
-        "token",
-        "unselected",
-        "outside_layers",
-        "stacks",
-        "keep",
-        "plan_check",
-        "granularity",
-        "rank_allocation",
-        mode="before",
-    )
+    @field_validator("method", "granularity", mode="before")
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
-        choices = {
-            "method": tuple(METHODS),
-            "token": TOKENS,
-            "unselected": UNSELECTED,
-            "outside_layers": OUTSIDE_LAYERS,
-            "stacks": tuple(STACKS),
-            "keep": KEEP,
-            "plan_check": PLAN_CHECKS,
-            "granularity": tuple(dict.fromkeys(unit for method in METHODS.values() for unit in method.units)),
-            "rank_allocation": RANK_ALLOCATIONS,
-        }
-        return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
+        units = tuple(dict.fromkeys(unit for method in METHODS.values() for unit in method.units))
+        known = {"method": tuple(METHODS), "granularity": units}
+        return check_known(f"{cls.path}.{info.field_name}", value, known[info.field_name])
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -193,43 +179,6 @@ class SelectionConfig(Block):
                 "parameters of LoRA with `lora_r` in all candidates. Set one such as 0.5, or give a number of "
                 "parameters as `budget_parameters`."
             )
-        return value
-
-    @field_validator("budget_parameters")
-    @classmethod
-    def check_budget_parameters(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError(f"{cls.path}.budget_parameters: {value} pays for nothing. Set 1 or more.")
-        return value
-
-    @field_validator("min_rank", "max_rank")
-    @classmethod
-    def check_rank(cls, value: int | None, info: Any) -> int | None:
-        lowest = {"min_rank": 0, "max_rank": 1}[info.field_name]
-        if value is not None and not lowest <= value <= HIGHEST_RANK:
-            raise ValueError(f"{cls.path}.{info.field_name}: {value} is outside {lowest} to {HIGHEST_RANK}.")
-        return value
-
-    @field_validator("ratio")
-    @classmethod
-    def check_ratio(cls, value: float | None) -> float | None:
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{cls.path}.ratio: {value} is outside (0, 1]. Set the share to keep, such as 0.5.")
-        return value
-
-    @field_validator("num_layers", "num_units")
-    @classmethod
-    def check_number(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value < 1:
-            what = {"num_layers": "layer", "num_units": "unit"}[info.field_name]
-            raise ValueError(f"{cls.path}.{info.field_name}: {value} keeps no {what}. Set 1 or more.")
-        return value
-
-    @field_validator("seed")
-    @classmethod
-    def check_seed(cls, value: int | None) -> int | None:
-        if value is not None and value not in SEEDS:
-            raise ValueError(f"{cls.path}.seed: {value} is {describe_seeds()}")
         return value
 
     @field_validator("layers", "candidates")
@@ -370,7 +319,7 @@ class SelectionConfig(Block):
             if rank == "score":
                 ratio = 1.0  # the scores themselves say what gets no rank
             elif "keep" in method.keys:
-                keep = KEEP[0]
+                keep = "positive"
             else:
                 ratio = DEFAULT_RATIO
         return ResolvedSelection(
@@ -387,8 +336,8 @@ class SelectionConfig(Block):
             max_rank=self.max_rank,
             keep=keep,
             candidates=None if self.candidates is None else sort_names(self.candidates),
-            unselected=cast(Unselected, self.unselected or DEFAULT_UNSELECTED),
-            outside_layers=cast(OutsideLayers, self.outside_layers or DEFAULT_OUTSIDE_LAYERS),
+            unselected=self.unselected or DEFAULT_UNSELECTED,
+            outside_layers=self.outside_layers or DEFAULT_OUTSIDE_LAYERS,
             stacks=self.stacks or DEFAULT_STACKS,
             num_samples=(self.num_samples or DEFAULT_NUM_SAMPLES) if "num_samples" in method.keys else None,
             token=(self.token or DEFAULT_TOKEN) if "token" in method.keys else None,
@@ -412,7 +361,7 @@ class ResolvedSelection:
     budget_parameters: int | None
     min_rank: int | None
     max_rank: int | None
-    keep: str | None
+    keep: Literal["positive"] | None
     candidates: list[LayerName] | None
     unselected: Unselected
     outside_layers: OutsideLayers

@@ -15,7 +15,7 @@ def selection(method: str = "cka", **values) -> dict:
 # The best checkpoint is the first one: the loss falls, so the greatest eval loss is the earliest.
 BEST_IS_FIRST = {
     "eval_steps": 2,
-    "val_set_size": 0.1,
+    "val_set_size": 0.03,
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_loss",
     "greater_is_better": True,

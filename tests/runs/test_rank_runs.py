@@ -3,12 +3,11 @@
 import json
 
 import pytest
-from helpers.launched import KILLED, Run, RunsByEngine, difference, load_merged, load_with_stock_peft
+from helpers.launched import Run, RunsByEngine, difference, load_merged, load_with_stock_peft
 from helpers.places import ENGINES
 from helpers.settings import PACKED_QLORA, l1ra, selection
 
 SETTINGS = {**selection("gradient"), "max_steps": 4, "save_steps": 2}
-RESUMED = ["single", "ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +63,6 @@ def test_axolotl_merges_an_adapter_whose_modules_have_other_ranks(
     stock = load_with_stock_peft(base_model, [run.folder], tmp_path)[str(run.folder)]
     merged = load_merged(run.folder, tmp_path)
     assert float((merged - stock).abs().max()) <= 1e-4, "merging adds B·A to the weight, which rounds once more"
-
-
-@pytest.mark.parametrize("engine", RESUMED)
-def test_a_killed_run_resumes_with_its_ranks(train, whole_runs, engine):
-    killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:3"}, **SETTINGS)
-    run = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **SETTINGS)
-    assert "nothing is scored" in run.log
-    assert run.plan["ranks"] == whole_runs[engine].plan["ranks"]
-    assert difference(run.adapter(), whole_runs[engine].adapter()) <= (0 if engine == "single" else 1e-6)
 
 
 def test_a_run_that_is_given_the_plan_is_the_run_that_made_it(train, whole_runs):
