@@ -225,7 +225,7 @@ def list_setting_differences(
         rank_pattern: the ranks that the YAML file sets for modules.
     """
     asked, made_with = settings.resolve(run_seed=plan.seed), plan.resolve_settings()
-    differences = []
+    differences: list[str] = []
     for key in KEYS:
         if key == "rank_allocation":
             differences += find_lora_differences(plan, lora_r, room, rank_pattern)
