@@ -21,10 +21,11 @@ from axolotl_layersel.config.selection import DEFAULT_STACKS, DEFAULT_UNSELECTED
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.engines.trainers import CONFIG_ONLY_TRAINERS
 from axolotl_layersel.lora.layers import describe_missing_tower, find_layer_counts
-from axolotl_layersel.selection.choosing import check_naming, check_range, count_kept
+from axolotl_layersel.selection.candidates import check_naming, check_range, count_kept
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.provenance import describe_shape
-from axolotl_layersel.selection.select import KnownRun, check_continuing, find_plan
+from axolotl_layersel.selection.reuse import KnownRun, find_plan
+from axolotl_layersel.selection.select import check_continuing
 from axolotl_layersel.training.checkpoints import find_resumed_checkpoint
 from axolotl_layersel.training.contents import describe_yaml
 from axolotl_layersel.training.prepare import OUTPUT_FILES, check_resumed, pass_over_unread

@@ -28,7 +28,8 @@ from axolotl_layersel.lora.readiness import Readiness, check_trains
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.writer import AdapterWriter
 from axolotl_layersel.selection.plan import Plan
-from axolotl_layersel.selection.select import read_reused, select_layers
+from axolotl_layersel.selection.reuse import read_reused
+from axolotl_layersel.selection.select import select_layers
 from axolotl_layersel.training import nodes
 from axolotl_layersel.training.callbacks import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
 from axolotl_layersel.training.checkpoints import check_best, check_resumable, holds, is_resumable

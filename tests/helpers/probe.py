@@ -44,11 +44,11 @@ from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.kernels import is_fused
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.methods.flexora import search
 from axolotl_layersel.selection.methods.flexora.search import GateSearch
 from axolotl_layersel.selection.passes import forward
 from axolotl_layersel.selection.select import make_plan
+from axolotl_layersel.selection.types import Selection
 from helpers.support import make_selection_config
 
 TOKENS = torch.arange(40).reshape(2, 20) + 300

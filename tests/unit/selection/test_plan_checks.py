@@ -177,7 +177,7 @@ CONTRADICTIONS = {
         "layers",
         ["ranks"],
         {"model.layers.0.mlp.down_proj": 3},
-        "settings.rank is 'same'",
+        "settings.rank_allocation is 'same'",
     ),
     "a rank above max_rank": ("ranks", ["ranks", 0], 64, "rank 64, more than 8, the highest of its settings"),
     "a rank beyond measure": ("match", ["ranks", 0], 10**9, "rank 1000000000, more than 1024, the highest"),

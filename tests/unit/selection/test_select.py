@@ -20,7 +20,8 @@ from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.modules import find_lora_modules
-from axolotl_layersel.selection.choosing import choose_highest, count_kept
+from axolotl_layersel.selection.candidates import count_kept
+from axolotl_layersel.selection.choosing import choose_highest
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.plan_file import check_checkpoint, read_plan, write_plan
 from axolotl_layersel.selection.report import print_plan
@@ -303,7 +304,7 @@ def test_a_plan_without_towers_is_applied_again_and_on_resume(tmp_path):
         again, plan_again = select_with_towers(tmp_path / "again", resume=resume, **settings)
         assert set(find_lora_modules(again.model.get_base_model())) == set(plan.modules)
         assert (plan_again.outside_layers, plan_again.outside) == ("remove", plan.outside)
-        with pytest.raises(LayerselError, match=r"towers: 'keep' is not the 'remove' that it was made with"):
+        with pytest.raises(LayerselError, match=r"outside_layers: 'keep' is not the 'remove' that it was made with"):
             select_with_towers(tmp_path / "again", resume=resume, outside_layers="keep", **settings)
 
 
