@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from peft import LoraConfig
-
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.lora.factors import DOWN, UP, Factors, fold, split
 from axolotl_layersel.lora.layouts import WAY_OUT, lay_out, read_adapter, write_adapter
-from axolotl_layersel.lora.patterns import find_scalings, read_pattern
+from axolotl_layersel.lora.patterns import resolve
 
 LAYOUTS = ("ragged", "uniform")
 
@@ -16,11 +14,10 @@ LAYOUTS = ("ragged", "uniform")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def find_factor_fault(config: LoraConfig, factors: dict[str, Factors]) -> str | None:
-    """Return why PEFT could not load these matrices under ``config``, None where it can."""
-    ranks = read_pattern(config.rank_pattern or {}, factors)
+def find_factor_fault(factors: dict[str, Factors], ranks: dict[str, int]) -> str | None:
+    """Return why PEFT could not load these matrices into modules of these ranks, None if it can."""
     for name, pair in factors.items():
-        rank = ranks.get(name, config.r)
+        rank = ranks[name]
         if pair.down.dim() != 2 or pair.up.dim() != 2 or (pair.down.shape[0], pair.up.shape[1]) != (rank, rank):
             shapes = f"{tuple(pair.down.shape)} and {tuple(pair.up.shape)}"
             return f"the matrices of {name} have the shapes {shapes}, and its rank is {rank}"
@@ -43,11 +40,11 @@ def export_adapter(folder: str | Path, layout: str, output: str | Path) -> int:
     factors, rest = split(tensors)
     if not factors:
         raise LayerselError(f"ADAPTER: {folder} holds no LoRA matrices. {WAY_OUT}")
-    fault = find_factor_fault(config, factors)
+    resolved = resolve(config, factors)
+    fault = find_factor_fault(factors, {module: rank for module, (rank, _) in resolved.items()})
     if fault:
         raise LayerselError(f"ADAPTER: {folder} is damaged ({fault}). {WAY_OUT}")
-    scalings = find_scalings(config, factors)
-    folded = {module: fold(pair, scalings[module]) for module, pair in factors.items()}
+    folded = {module: fold(pair, resolved[module][1]) for module, pair in factors.items()}
     tensors, config = lay_out(folded, rest, config, layout)
     write_adapter(output, tensors, config)
     return config.r

@@ -3,8 +3,11 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from peft import LoraConfig
+
+V = TypeVar("V")
 
 
 def write_pattern(values: Mapping[str, float]) -> dict[str, float]:
@@ -21,7 +24,7 @@ def write_pattern(values: Mapping[str, float]) -> dict[str, float]:
     return {"|".join(names[value]): value for value in sorted(names)}
 
 
-def read_pattern(patterns: dict[str, float], modules: Iterable[str]) -> dict[str, float]:
+def read_pattern(patterns: Mapping[str, V], modules: Iterable[str]) -> dict[str, V]:
     """Return the values that PEFT reads from a ``rank_pattern`` or ``alpha_pattern``, of the modules that it names."""
     compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
     found = {name: next((value for pattern, value in compiled if pattern.match(name)), None) for name in modules}
@@ -34,12 +37,12 @@ def list_ends(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(1, len(parts))]
 
 
-def find_scalings(config: LoraConfig, modules: Iterable[str]) -> dict[str, float]:
-    """Return the scaling that PEFT gives each of ``modules``."""
+def resolve(config: LoraConfig, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """Return the rank and the scaling that PEFT gives each of ``modules`` under ``config``."""
     modules = list(modules)
     ranks, alphas = (read_pattern(pattern or {}, modules) for pattern in (config.rank_pattern, config.alpha_pattern))
-    scalings = {}
+    resolved = {}
     for name in modules:
         rank, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
-        scalings[name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    return scalings
+        resolved[name] = rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return resolved

@@ -1,24 +1,20 @@
-"""Checks of a written adapter: the gathered weights, the files, and what they compute once they are loaded."""
+"""Checks of a written adapter: the gathered weights, the files, and the updates that they make once loaded."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.facts import find_text_config, read_fact
 from axolotl_layersel.engines import collectives
-from axolotl_layersel.lora.eval_mode import evaluating
 from axolotl_layersel.lora.run import Run
 
 if TYPE_CHECKING:
@@ -26,7 +22,6 @@ if TYPE_CHECKING:
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 1 << 22  # elements whose fingerprint is computed at once
-PROBE_TOKENS = 32
 REPORT = "Report it: what was written would not compute what was trained. Resume from the last checkpoint."
 
 
@@ -159,7 +154,7 @@ def find_fault(stored: torch.Tensor, tensor: torch.Tensor) -> str | None:
     return None
 
 
-# --- What the files compute -------------------------------------------------------------------------------------------
+# --- Updates ----------------------------------------------------------------------------------------------------------
 
 
 def check_update(
@@ -202,78 +197,3 @@ def check_update(
             f"training, where rounding explains {float(allowed.max()):.3g}",
             REPORT,
         )
-
-
-def check_logits(path: Path, live: torch.Tensor, stored: torch.Tensor, epsilon: float) -> None:
-    """Check that a model's output under the file's adapter is that under the adapter in training.
-
-    Where nothing was folded they are the same numbers. Where gates and scaling are in B, each layer rounds
-    differently, and the layers above carry it on: half of the digits of the precision, √ε of the largest logit, is far
-    more than that was ever seen to make, and far less than a wrong scaling does. ``check_update`` is the sharp check.
-
-    Raises:
-        LayerselError: if they differ by more.
-    """
-    finite = live.isfinite()
-    scale = float(live[finite].abs().max()) if finite.any() else 0.0
-    difference = (live - stored).abs()[finite]
-    worst = float(difference.max()) if difference.numel() else 0.0
-    if not worst <= epsilon**0.5 * scale:
-        fail(
-            path,
-            f"once it is loaded, logits differ by {worst:.3g} from those of the model in training, the largest of "
-            f"which is {scale:.3g}",
-            REPORT,
-        )
-
-
-def find_probe_tokens(run: Run) -> torch.Tensor | None:
-    """Return a short micro-batch of one row for a model that takes nothing but token ids; None for another model.
-
-    The beginning of the first row of data where it is there to be read, else the first tokens of the vocabulary.
-    """
-    config = getattr(run.base, "config", None)
-    if config is None or not hasattr(config, "get_text_config") or run.base.main_input_name != "input_ids":
-        return None
-    vocabulary = read_fact(config, "vocab_size")
-    # The text model of a multimodal one has a configuration of its own.
-    if not vocabulary or find_text_config(config) is not config:
-        return None
-    data: Any = run.trainer.train_dataset
-    ids = list(range(PROBE_TOKENS))
-    if hasattr(data, "__getitem__") and "input_ids" in (getattr(data, "column_names", None) or ()):
-        ids = list(data[0]["input_ids"][:PROBE_TOKENS])
-    return torch.tensor([[token % vocabulary for token in ids]], device=run.device)
-
-
-@torch.no_grad()
-def compute_logits(model: PeftModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the model's output for ``tokens`` in fp32, without dropout; nothing of the model changes."""
-    has_decoder = read_fact(getattr(model, "config", None), "is_encoder_decoder")
-    with evaluating(model):
-        return model(input_ids=tokens, **({"decoder_input_ids": tokens} if has_decoder else {}))[0].float()
-
-
-@contextlib.contextmanager
-def hold(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let whole parameters hold other data, of any shape, then their own again: the same memory as before."""
-    origins = {name: parameters[name].data for name in tensors}
-    try:
-        for name, tensor in tensors.items():
-            parameters[name].data = tensor.to(origins[name].device)
-        yield
-    finally:
-        for name, data in origins.items():
-            parameters[name].data = data
-
-
-def find_epsilon(run: Run) -> float:
-    """Return the precision of a forward pass: ε of the coarsest type that takes part in it."""
-    arguments, types = run.trainer.args, {parameter.dtype for parameter in run.model.parameters()}
-    if arguments.bf16 or torch.bfloat16 in types or not all(dtype.is_floating_point for dtype in types):
-        return torch.finfo(torch.bfloat16).eps  # quantised weights are multiplied in bf16, or finer
-    if arguments.fp16 or torch.float16 in types:
-        return torch.finfo(torch.float16).eps
-    if run.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        return torch.finfo(torch.float16).eps  # TF32 has as many digits
-    return torch.finfo(torch.float32).eps

@@ -1,8 +1,8 @@
 """The one writer of a run's adapter, on every engine. It checks what it wrote before it keeps it."""
 
-import contextlib
+import functools
 import logging
-from collections.abc import Iterator
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +13,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.lora import adapters, verification
-from axolotl_layersel.lora.eval_mode import precision
 from axolotl_layersel.lora.factors import split
 from axolotl_layersel.lora.gates import ATTRIBUTE as GATE
-from axolotl_layersel.lora.layouts import write_adapter
-from axolotl_layersel.lora.modules import find_key
-from axolotl_layersel.lora.patterns import find_scalings
+from axolotl_layersel.lora.layouts import join, write_adapter
+from axolotl_layersel.lora.modules import count_experts, find_key
+from axolotl_layersel.lora.patterns import resolve
 from axolotl_layersel.lora.readiness import Readiness
 from axolotl_layersel.lora.run import Run
 
@@ -28,10 +27,10 @@ LOG = logging.getLogger("axolotl.layersel")
 class AdapterWriter:
     """Writes the adapter of a run as plain PEFT files, and checks each before it takes its place.
 
-    The gathered weights must be those of the ranks, bit for bit. The file must read back as it was written, name the
-    modules that carry LoRA and no other, and add to each module's output what the module in training adds. The first
-    time, the model also runs on a few tokens with the written adapter in place of its own, and must give the same
-    logits. That is left out on ZeRO-3 and FSDP2, whose modules hold shards of another shape.
+    The gathered weights must be those that the processes hold, bit for bit. The files must read back as they were
+    written. By PEFT's rules their configuration must name the modules that carry LoRA and no other, with the rank of
+    each, and each must add to its output what the module in training adds. Nothing of this runs the model, so it is
+    the same on every engine.
 
     Args:
         run: whose model carries the adapter.
@@ -43,7 +42,7 @@ class AdapterWriter:
         self.run = run
         self.fold = fold
         self.readiness = readiness
-        self.computed = False  # whether logits have been compared
+        self.reported = False  # whether the log says that adapters are checked
 
     def save(self, folder: str | Path) -> dict[str, torch.Tensor]:
         """Write the adapter to ``folder``, which is made where it does not exist; every rank must call this.
@@ -98,81 +97,52 @@ class AdapterWriter:
     def check(
         self, folder: Path, tensors: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], config: LoraConfig
     ) -> None:
-        """Raise LayerselError unless what was read back computes what the model computes, see the class."""
-        path, base = folder / SAFETENSORS_WEIGHTS_NAME, self.run.base
-        modules, adapter = self.run.lora_modules, self.run.adapter
-        if not self.computed:
-            for name in sorted({*adapters.find_targets(config, base, adapter)} ^ modules.keys()):
-                makes = "no LoRA on" if name in modules else "LoRA on"
-                verification.fail(folder / CONFIG_NAME, f"PEFT would make {makes} {name} of it", verification.REPORT)
+        """Raise LayerselError unless PEFT would rebuild the model's LoRA from the files that were read back.
+
+        Args:
+            folder: where the files will be.
+            tensors: the whole weights in training, not folded.
+            stored: the tensors in the file.
+            config: the configuration in the file.
+        """
+        path, modules, adapter = folder / SAFETENSORS_WEIGHTS_NAME, self.run.lora_modules, self.run.adapter
+        fail_config = functools.partial(verification.fail, folder / CONFIG_NAME, advice=verification.REPORT)
+        fail_weights = functools.partial(verification.fail, path, advice=verification.REPORT)
+        # The configuration names the modules that carry the adapter, and no others.
+        for name in sorted({*adapters.find_targets(config, self.run.base, adapter)} ^ modules.keys()):
+            makes = "no LoRA on" if name in modules else "LoRA on"
+            fail_config(f"PEFT would make {makes} {name} of it")
         for name in sorted(tensors.keys() ^ stored.keys()):
-            fault = "was left out" if name in tensors else "is not of this model"
-            verification.fail(path, f"{name} {fault}", verification.REPORT)
+            fail_weights(f"{name} {'was left out' if name in tensors else 'is not of this model'}")
         for name, tensor in tensors.items():
             if stored[name].dtype != tensor.dtype:
-                fault = f"{name} is {stored[name].dtype} in it, and {tensor.dtype} in training"
-                verification.fail(path, fault, verification.REPORT)
+                fail_weights(f"{name} is {stored[name].dtype} in it, and {tensor.dtype} in training")
         (live, _), (written, _) = split(tensors), split(stored)
+        matrices = {name: pair for name, pair in live.items() if pair.down.dim() == pair.up.dim() == 2}
+        # Folding changes only A and B of linear modules and of experts.
+        for name in tensors.keys() - join(matrices).keys():
+            if not torch.equal(stored[name], tensors[name]):
+                fail_weights(f"{name} has other values in it than in training")
+        # PEFT's own rule gives each module the rank of its matrices, and the scaling under which it adds the same.
         keys = {name: find_key(name, module) for name, module in modules.items()}
-        found = find_scalings(config, keys.values())
-        scalings = {name: found[key] for name, key in keys.items()}
+        resolved = resolve(config, keys.values())
         for name, module in modules.items():
-            scaling, pair = module.scaling[adapter], live.get(name)
-            if pair is not None and pair.down.dim() == pair.up.dim() == 2:
+            rank, scaling = resolved[keys[name]]
+            pair = matrices.get(name)
+            held = module.r[adapter] if pair is None else written[name].rank // count_experts(module)
+            if rank != held:
+                fail_config(f"PEFT would give LoRA on {name} the rank {rank}, and its matrices have rank {held}")
+            if module.use_dora.get(adapter, False) != config.use_dora:
+                fail_config(f"use_dora: {config.use_dora} is not what {name} computes in training")
+            if pair is not None:
                 gates = getattr(module.lora_A[adapter], GATE, None)
                 gates = None if gates is None else gates.detach().cpu()
-                verification.check_update(path, name, pair, scaling, gates, written[name], scalings[name])
-            elif scaling != scalings[name]:
-                fault = f"PEFT would scale LoRA on {name} by {scalings[name]}, which is {scaling} in training"
-                verification.fail(folder / CONFIG_NAME, fault, verification.REPORT)
-        if not self.computed:
-            compared = self.compare_logits(path, stored, scalings)
-            self.computed = True
-            LOG.info(
-                "layersel: the adapter in %s was read back: %s",
-                folder,
-                "logits under it are the model's" if compared else "its modules add what the model's add",
-            )
-
-    def compare_logits(self, path: Path, stored: dict[str, torch.Tensor], scalings: dict[str, float]) -> bool:
-        """Return whether the model can be run with the adapter that was read back in place of its own, and was.
-
-        Raises:
-            LayerselError: if its logits are others then.
-        """
-        if self.run.engine.is_streamed:
-            return False
-        tokens = verification.find_probe_tokens(self.run)
-        if tokens is None:
-            return False
-        with precision(self.run.trainer):  # which the model is given when it begins to train, and it may not have begun
-            logits = verification.compute_logits(self.run.model, tokens)
-            with hold_adapter(self.run, stored, scalings):
-                found = verification.compute_logits(self.run.model, tokens)
-        verification.check_logits(path, logits, found, verification.find_epsilon(self.run))
-        return True
-
-
-@contextlib.contextmanager
-def hold_adapter(run: Run, tensors: dict[str, torch.Tensor], scalings: dict[str, float]) -> Iterator[None]:
-    """Let a model whose weights are whole compute with a plain adapter, without gates, then with its own again."""
-    adapter, modules = run.adapter, run.lora_modules
-    own = {name: module.scaling[adapter] for name, module in modules.items()}
-    gates = {
-        linear: getattr(linear, GATE)
-        for module in modules.values()
-        for linear in module.lora_A.values()
-        if hasattr(linear, GATE)
-    }
-    try:
-        for name, module in modules.items():
-            module.scaling[adapter] = scalings[name]
-        for linear, gate in gates.items():
-            setattr(linear, GATE, torch.ones(1, device=gate.device))
-        with verification.hold(adapters.adapter_parameters(run.model, embeddings=True), tensors):
-            yield
-    finally:
-        for name, module in modules.items():
-            module.scaling[adapter] = own[name]
-        for linear, gate in gates.items():
-            setattr(linear, GATE, gate)
+                verification.check_update(path, name, pair, module.scaling[adapter], gates, written[name], scaling)
+            # Folding puts the scaling into B; B of zero would show no wrong one.
+            if (pair is None or self.fold is None) and not math.isclose(scaling, module.scaling[adapter]):
+                fail_config(
+                    f"PEFT would scale LoRA on {name} by {scaling}, which is {module.scaling[adapter]} in training"
+                )
+        if not self.reported:
+            LOG.info("layersel: the adapter in %s was read back: its modules add what the model's add", folder)
+            self.reported = True
