@@ -24,7 +24,6 @@ from axolotl_layersel.config.schedule import check_run_length
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.moments import find_library
 from axolotl_layersel.engines.trainers import check_no_optimizer, count_optimizer_steps, uses_vllm
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.factors import Factors, find_used
 from axolotl_layersel.lora.modules import (
     find_lora_modules,
@@ -34,8 +33,10 @@ from axolotl_layersel.lora.modules import (
     get_linears,
     list_linear,
 )
+from axolotl_layersel.lora.plain_lora import check_plain_lora
 from axolotl_layersel.lora.resizing import check_trained_rank, describe_ranks, resize_linear, set_ranks
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.weights import initialize_module
 
 
 def check_trainer(run: Run, settings: L1RAConfig, lora_r: int) -> str:
@@ -104,7 +105,7 @@ def make_room(run: Run, settings: L1RAConfig, lora_r: int | None, scaling: float
     Raises:
         LayerselError: if rank cannot move.
     """
-    adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
+    check_plain_lora(run, run.lora_modules, "layersel.l1ra")
     check_generation(uses_vllm(run.trainer))
     lora_r = lora_r or run.config.r
     library = check_trainer(run, settings, lora_r)
@@ -120,7 +121,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
     the parameters of experts keeps its rank.
 
     Args:
-        model: with plain LoRA modules, see ``adapters.check_plain_lora``.
+        model: with plain LoRA modules, see ``lora.plain_lora.check_plain_lora``.
         max_rank: the capacity of a module.
         scaling: the scaling that all modules get, B being adapted; None: each keeps its own.
 
@@ -216,7 +217,7 @@ def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int, c
         )
     modules = run.lora_modules
     for name, rank in ranks.items():
-        adapters.initialize_module(run.model, name, modules[name], seed, capacity.lora_r)
+        initialize_module(run.model, name, modules[name], seed, capacity.lora_r)
         down, _ = get_linears(modules[name], run.adapter)
         down.weight[rank:] = 0
         capacity.slots[name] = list(range(rank))

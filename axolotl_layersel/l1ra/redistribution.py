@@ -26,11 +26,12 @@ from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.report import print_ranks
 from axolotl_layersel.l1ra.rules import RULES, Rule
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, write_state
-from axolotl_layersel.lora import adapters, layouts
+from axolotl_layersel.lora import layouts
 from axolotl_layersel.lora.factors import fold, split
 from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.lora.modules import count_component_parameters, find_key, get_linears, list_linear
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.weights import get_initialisation, restore_adapter, restore_live_adapter
 
 LOG = logging.getLogger("axolotl.layersel")
 # By how much a step may let a gate differ between ranks. Their gradients are the same average, so only the arithmetic
@@ -307,7 +308,7 @@ class RankRedistribution:
 
     def draw_row(self, module: str, slot: int, step: int) -> torch.Tensor:
         """Return the row of A that a component added after ``step`` starts from, (inputs,), fp32."""
-        method = adapters.get_initialisation(self.run.config)
+        method = get_initialisation(self.run.config)
         like = torch.empty(self.linears[module][0].in_features)
         return draw_row(like, method, self.run.trainer.args.seed, f"{module}\0{step}", slot, self.lora_r)
 
@@ -404,11 +405,11 @@ class RankRedistribution:
             path = state_path(model_id)
             if model is not self.run.model or adapter_name != self.run.adapter or not path.exists():
                 return upstream(model, model_id, adapter_name, *args, **kwargs)
-            adapters.restore_adapter(self.run, path, ADAPTER_PREFIX)
+            restore_adapter(self.run, path, ADAPTER_PREFIX)
             return None
 
         return load_adapter
 
     def restore_weights(self, checkpoint: str | Path) -> None:
         """Write the LoRA weights of ``checkpoint`` into the model in training; every rank must call this."""
-        adapters.restore_live_adapter(self.run, state_path(checkpoint), ADAPTER_PREFIX)
+        restore_live_adapter(self.run, state_path(checkpoint), ADAPTER_PREFIX)

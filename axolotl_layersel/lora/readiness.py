@@ -13,8 +13,8 @@ from torch import nn
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.root import describe_unscaled
 from axolotl_layersel.engines import collectives
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.weights import adapter_parameters, find_adapter, lora_parameters
 
 DEFAULT_NAME = "default"  # of the adapter that PEFT 0.20.0 saves to the folder itself
 ANEW = "Build the model and the trainer anew, and prepare the trainer last."
@@ -45,9 +45,9 @@ def check_trains(run: Run) -> None:
         or find_buffer_fault(run)
     )
     refuse_together(fault)
-    unsaved = find_unsaved(run, adapters.adapter_parameters(run.model).values())
+    unsaved = find_unsaved(run, adapter_parameters(run.model).values())
     if any(collectives.gather_from_all(unsaved)):
-        refuse_together(describe_unsaved(find_unsaved(run, adapters.find_adapter(run).values())))
+        refuse_together(describe_unsaved(find_unsaved(run, find_adapter(run).values())))
 
 
 def find_name_fault(run: Run) -> str | None:
@@ -62,7 +62,7 @@ def find_name_fault(run: Run) -> str | None:
 
 def find_idle_fault(run: Run) -> str | None:
     """Return why no LoRA weight of the run's adapter trains, None where one does."""
-    weights = [parameter for name in run.lora_modules for parameter in adapters.lora_parameters(run, name)]
+    weights = [parameter for name in run.lora_modules for parameter in lora_parameters(run, name)]
     if any(parameter.requires_grad and math.prod(run.engine.find_shape(parameter)) for parameter in weights):
         return None
     fault = f"adapter: none of the {len(weights)} LoRA matrices of {run.adapter!r} requires a gradient, so nothing "

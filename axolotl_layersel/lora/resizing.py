@@ -8,10 +8,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.modules import count_experts, find_key, get_linears
 from axolotl_layersel.lora.patterns import write_pattern
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.weights import initialize_module
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: boo
         resize_linear(up, 1, rank * experts)
         module.r[adapter] = rank
         module.lora_alpha[adapter] = scaling * rank
-        adapters.initialize_module(run.model, name, module, seed)
+        initialize_module(run.model, name, module, seed)
     run.model.peft_config[adapter] = describe_ranks(run.config, modules, adapter)
 
 

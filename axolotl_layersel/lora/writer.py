@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines import collectives
-from axolotl_layersel.lora import adapters, verification
+from axolotl_layersel.lora import verification
+from axolotl_layersel.lora.config import find_targets
 from axolotl_layersel.lora.factors import split
 from axolotl_layersel.lora.gates import ATTRIBUTE as GATE
 from axolotl_layersel.lora.layouts import join, write_adapter
@@ -20,8 +22,12 @@ from axolotl_layersel.lora.modules import count_experts, find_key
 from axolotl_layersel.lora.patterns import resolve
 from axolotl_layersel.lora.readiness import Readiness
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.weights import adapter_parameters, find_adapter
 
 LOG = logging.getLogger("axolotl.layersel")
+
+# Turns the tensors and the configuration in training into those of a plain adapter.
+Fold = Callable[[dict[str, torch.Tensor], LoraConfig], tuple[dict[str, torch.Tensor], LoraConfig]]
 
 
 class AdapterWriter:
@@ -38,7 +44,7 @@ class AdapterWriter:
         readiness: what knows whether the adapter is the one that was prepared.
     """
 
-    def __init__(self, run: Run, fold: adapters.Fold | None = None, readiness: Readiness | None = None) -> None:
+    def __init__(self, run: Run, fold: Fold | None = None, readiness: Readiness | None = None) -> None:
         self.run = run
         self.fold = fold
         self.readiness = readiness
@@ -55,7 +61,7 @@ class AdapterWriter:
         """
         if self.readiness:
             self.readiness.check()
-        parameters = adapters.find_adapter(self.run)
+        parameters = find_adapter(self.run)
         tensors = self.run.engine.gather_parameters(parameters)
         held = verification.fingerprint_parameters(self.run, parameters)
         collectives.decide_on_rank_zero(lambda: self.write(Path(folder), tensors, held))
@@ -64,7 +70,7 @@ class AdapterWriter:
     def save_alone(self, folder: str | Path, embeddings: bool | Literal["auto"] = "auto") -> None:
         """Write the adapter to ``folder`` from this process alone, whose weights are whole.
 
-        ``embeddings``: see ``adapters.adapter_parameters``.
+        ``embeddings``: see ``lora.weights.adapter_parameters``.
 
         Raises:
             LayerselError: if they are not, or what was written is not right.
@@ -78,7 +84,7 @@ class AdapterWriter:
         fault = self.readiness.find_fault() if self.readiness else None
         if fault:
             raise LayerselError(fault)
-        parameters = adapters.adapter_parameters(self.run.model, embeddings)
+        parameters = adapter_parameters(self.run.model, embeddings)
         tensors = {name: engine.gather_parameter(parameter).contiguous() for name, parameter in parameters.items()}
         held = {name: verification.fingerprint(p.detach().flatten()).tolist() for name, p in parameters.items()}
         self.write(Path(folder), tensors, held)
@@ -109,7 +115,7 @@ class AdapterWriter:
         fail_config = functools.partial(verification.fail, folder / CONFIG_NAME, advice=verification.REPORT)
         fail_weights = functools.partial(verification.fail, path, advice=verification.REPORT)
         # The configuration names the modules that carry the adapter, and no others.
-        for name in sorted({*adapters.find_targets(config, self.run.base, adapter)} ^ modules.keys()):
+        for name in sorted({*find_targets(config, self.run.base, adapter)} ^ modules.keys()):
             makes = "no LoRA on" if name in modules else "LoRA on"
             fail_config(f"PEFT would make {makes} {name} of it")
         for name in sorted(tensors.keys() ^ stored.keys()):

@@ -22,9 +22,11 @@ from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import read_state
-from axolotl_layersel.lora import adapters
+from axolotl_layersel.lora.config import check_target_parameters, complete_config
 from axolotl_layersel.lora.readiness import Readiness, check_trains
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.switching import keep_trained_alone
+from axolotl_layersel.lora.weights import initialize_lora, restore_live_adapter
 from axolotl_layersel.lora.writer import AdapterWriter
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.select import read_reused, select_layers
@@ -118,11 +120,11 @@ def prepare_trainer(
     run.engine.take_over_checkpointing()
     trainers.report_lost_gradients(trainer, run.base)
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
-    adapters.check_target_parameters(run)
-    adapters.complete_config(run)
-    adapters.keep_trained_alone(run.model)
+    check_target_parameters(run)
+    complete_config(run)
+    keep_trained_alone(run.model)
     check_trains(run)  # before minutes are spent on scores
-    seeded = not continues_adapter and adapters.initialize_lora(run.model, trainer.args.seed)
+    seeded = not continues_adapter and initialize_lora(run.model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
     share_new_weights(run, continues_adapter)
     # This comes first, because the weights may lie in shards after a search.
@@ -214,4 +216,4 @@ def list_foreign_files(settings: LayerselConfig, output_dir: Path) -> list[Path]
 
 def restore_plain_adapter(run: Run, checkpoint: str) -> None:
     """Write the plain adapter of ``checkpoint`` into the model in training; every rank must call this."""
-    adapters.restore_live_adapter(run, Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME)
+    restore_live_adapter(run, Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME)

@@ -15,7 +15,8 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.l1ra.callback import RankCallback
-from axolotl_layersel.lora import adapters, layouts
+from axolotl_layersel.lora import layouts
+from axolotl_layersel.lora.config import complete_config
 from axolotl_layersel.lora.modules import find_lora_modules, get_config
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.writer import AdapterWriter
@@ -47,7 +48,7 @@ def test_every_kind_of_lora_is_written_as_peft_would(tmp_path, settings, tied):
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(str(tmp_path / "peft"))
     run = Run.of(make_trainer(model, tmp_path))
-    adapters.complete_config(run)
+    complete_config(run)
     writer = AdapterWriter(run)
     writer.save(tmp_path / "together")
     writer.save_alone(tmp_path / "alone")
@@ -211,7 +212,7 @@ def test_a_file_of_which_peft_would_build_something_else_is_seen(tmp_path, fold,
     for parameter in (p for p in model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter, std=0.1)
     run = Run.of(make_trainer(model, tmp_path))
-    adapters.complete_config(run)
+    complete_config(run)
     AdapterWriter(run).save(tmp_path / "right")
     with pytest.raises(LayerselError, match=message):
         AdapterWriter(run, fold).save(tmp_path / "wrong")
@@ -258,3 +259,18 @@ def test_models_that_share_nothing_with_the_run_save_themselves(tmp_path):
     state = {name: value * 0 + 2 for name, value in trainer.model.state_dict().items()}
     trainer.model.save_pretrained(str(tmp_path / "given"), state_dict=state)
     assert all(value.eq(2).all() for value in load_file(tmp_path / "given" / "adapter_model.safetensors").values())
+
+
+def test_an_interrupted_write_leaves_the_files_that_were_there(tmp_path, monkeypatch):
+    model = make_lora(make_small_llama())
+    trainer = make_trainer(model, tmp_path)
+    AdapterWriter(Run.of(trainer)).save(tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(layouts, "save_tensors", fail)
+    with pytest.raises(LayerselError, match=r"adapter_model.safetensors cannot be written \(disk full\)"):
+        AdapterWriter(Run.of(trainer)).save(tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
