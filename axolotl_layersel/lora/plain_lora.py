@@ -1,4 +1,4 @@
-"""Check that LoRA modules are plain ones, on which gates or a change of rank can build."""
+"""Check that LoRA modules are plain linear ones, as gates and rank changes require."""
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -12,14 +12,14 @@ from axolotl_layersel.lora.run import Run
 
 
 def check_plain_lora(run: Run, modules: dict[str, LoraLayer], setting: str) -> None:
-    """Raise LayerselError unless gates can be put on LoRA modules: each is B·A·x·scaling with linear A and B.
+    """Raise LayerselError unless each LoRA module can carry a gate: it adds B·A·x·scaling with linear A and B.
 
-    LoRA on the parameters of experts gets no gate, and is passed over.
+    LoRA on expert parameters gets no gate and is skipped.
 
     Args:
-        run: whose adapter it is.
-        modules: those that get gates, by name.
-        setting: the YAML key that puts gates on them.
+        run: the run that owns the adapter.
+        modules: the modules that are to get gates, by name.
+        setting: the YAML key that asks for gates.
     """
     adapter, everything = run.adapter, modules
     modules = list_linear(everything)
@@ -42,7 +42,7 @@ def check_plain_lora(run: Run, modules: dict[str, LoraLayer], setting: str) -> N
 
 
 def check_linear(run: Run, modules: dict[str, LoraLayer], setting: str) -> None:
-    """Raise LayerselError unless A and B of all ``modules`` are linear, as the YAML key ``setting`` needs them."""
+    """Raise LayerselError unless A and B of all ``modules`` are linear, as the YAML key ``setting`` requires."""
     for name, module in modules.items():
         linear = run.adapter in module.lora_A and isinstance(module.lora_A[run.adapter], nn.Linear)
         shape = run.engine.find_shape(get_linears(module, run.adapter)[0].weight) if linear else ()

@@ -1,4 +1,4 @@
-"""Remove LoRA from modules, or freeze it there."""
+"""Remove or freeze the LoRA of modules."""
 
 from typing import Any
 
@@ -17,26 +17,24 @@ from axolotl_layersel.lora.weights import get_initialisation, lora_parameters
 
 
 def find_others(stack: LayerStack, kept: list[str]) -> list[str]:
-    """Return the names of the LoRA modules of the layers, except those ``kept``."""
+    """Return the names of the layers' LoRA modules without those ``kept``."""
     staying = set(kept)
     return [name for name in stack.list_modules(stack.lora_modules) if name not in staying]
 
 
 def remove_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:
-    """Put the base modules back in place of the LoRA modules of the layers, except those ``kept``."""
+    """Replace the layers' LoRA modules by their base modules, except those ``kept``."""
     remove_modules(run, find_others(stack, kept))
 
 
 def remove_modules(run: Run, removed: list[str]) -> None:
-    """Put the base modules back in place of the LoRA modules named ``removed``.
+    """Replace the LoRA modules named ``removed`` by their base modules, before LoRA has trained.
 
-    Where another adapter has LoRA in such a module, only that of the adapter in training is removed. The configuration
-    then names exactly the modules that carry the adapter, so that stock PEFT rebuilds them. Call it before LoRA has
-    trained.
+    A module that another adapter uses keeps that adapter's LoRA. Afterwards the configuration names exactly the modules
+    that carry the adapter, so that stock PEFT rebuilds them.
 
     Raises:
-        LayerselError: if PEFT has changed the weight of such a module, and it cannot be what it was, or another
-            adapter reads it.
+        LayerselError: if PEFT has changed a base weight that cannot be restored, or that another adapter reads.
     """
     base, lora = run.base, run.lora_modules
     restores, gone = changes_base(run.config.init_lora_weights), set(removed)
@@ -46,7 +44,7 @@ def remove_modules(run: Run, removed: list[str]) -> None:
         parent, _, child = name.rpartition(".")
         if child == "base_layer" and parent in lora:
             assert parent in gone, "LoRA on the parameters of one module is removed together"
-            continue  # it went with what was around it
+            continue  # removed together with the module around it
         if restores:
             restore_base(run, name, lora[name])
         freeze_bias(run, lora[name])
@@ -67,10 +65,10 @@ def has_others(module: LoraLayer, adapter: str) -> bool:
 
 
 def remove_adapter(module: LoraLayer, adapter: str) -> None:
-    """Remove the LoRA of ``adapter`` from a module in which others have LoRA; none of them becomes active by that."""
-    parts: Any = module  # LoRA modules are torch's, which the type does not say
+    """Remove the LoRA of ``adapter`` from a module that other adapters use, without activating one of them."""
+    parts: Any = module  # LoraLayer is not typed as an nn.Module
     trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
-    module.set_adapter([])  # which stops the others from training, too
+    module.set_adapter([])  # also stops the other adapters from training
     module.delete_adapter(adapter)
     module.set_adapter([adapter])
     for parameter in trained:
@@ -78,18 +76,18 @@ def remove_adapter(module: LoraLayer, adapter: str) -> None:
 
 
 def check_base_unshared(run: Run) -> None:
-    """Raise LayerselError where base weights would be restored under another adapter, which reads them."""
+    """Raise LayerselError if another adapter reads the base weights that would be restored."""
     others = [name for name in run.model.peft_config if name != run.adapter]
     if others:
         raise LayerselError(
-            f"layersel.selection.unselected: remove gives base weights back what {run.config.init_lora_weights!r} took "
-            f"out of them, and the adapter {others[0]!r} in the same model would then compute something else. Set "
+            f"layersel.selection.unselected: remove undoes the change that {run.config.init_lora_weights!r} made to "
+            f"base weights, which would change the output of the adapter {others[0]!r} in the same model. Set "
             "`unselected: freeze`, or delete that adapter first."
         )
 
 
 def freeze_bias(run: Run, module: LoraLayer) -> None:
-    """Stop the bias under a LoRA module, which ``bias: lora_only`` lets train with its LoRA, from training."""
+    """Freeze the bias of a module that ``bias: lora_only`` trains with its LoRA."""
     bias = getattr(module.get_base_layer(), "bias", None)
     if run.config.bias == "lora_only" and isinstance(bias, nn.Parameter):
         bias.requires_grad_(False)
@@ -97,15 +95,15 @@ def freeze_bias(run: Run, module: LoraLayer) -> None:
 
 @torch.no_grad()
 def restore_base(run: Run, name: str, module: LoraLayer) -> None:
-    """Give the base weight of a module back the product of the initial factors, which PEFT took out of it.
+    """Add the product of the initial factors, which PEFT subtracted, back to the base weight of a module.
 
     Raises:
-        LayerselError: if that would not be the weight that it was.
+        LayerselError: if that would not restore the original weight.
     """
     weight, method = module.get_base_layer().get_parameter("weight"), get_initialisation(run.config)
     if method not in RESTORED:
         raise LayerselError(
-            f"peft_init_lora_weights: {method!r} has changed the base weight of {name}, which cannot be undone. "
+            f"peft_init_lora_weights: {method!r} has changed the base weight of {name} irreversibly. "
             "Set `unselected: freeze`, or remove peft_init_lora_weights."
         )
     if weight.dtype != torch.float32:
@@ -113,8 +111,8 @@ def restore_base(run: Run, name: str, module: LoraLayer) -> None:
     transposed = getattr(module, "fan_in_fan_out", False)
     if transposed and method == "olora":
         raise LayerselError(
-            f"peft_init_lora_weights: 'olora' takes {name}, a {type(module.get_base_layer()).__name__}, for its "
-            "transpose, so PEFT computes something else from the start. Use `pissa`, or remove it."
+            f"peft_init_lora_weights: 'olora' initialises {name}, a {type(module.get_base_layer()).__name__}, from "
+            "the transpose of its weight, so PEFT computes a wrong output from the start. Use `pissa`, or remove it."
         )
     down, up = (linear.weight.float() for linear in get_linears(module, run.adapter))
     product = module.scaling[run.adapter] * (up @ down)
@@ -123,12 +121,9 @@ def restore_base(run: Run, name: str, module: LoraLayer) -> None:
 
 
 def freeze_unselected(run: Run, stack: LayerStack, kept: list[str]) -> None:
-    """Stop the LoRA weights of the layers, and the biases under them, from training, except the modules ``kept``.
-
-    Their values stay.
-    """
+    """Freeze the layers' LoRA weights, and the biases of these modules, except in the modules ``kept``."""
     lora = run.lora_modules
     for name in find_others(stack, kept):
-        bias = getattr(lora[name].get_base_layer(), "bias", None)  # trains too where the adapter's ``bias`` says so
+        bias = getattr(lora[name].get_base_layer(), "bias", None)  # may train, see LoraConfig.bias
         for parameter in [*lora_parameters(run, name), *([bias] if isinstance(bias, nn.Parameter) else [])]:
             parameter.requires_grad_(False)

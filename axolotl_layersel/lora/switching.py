@@ -12,24 +12,24 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from axolotl_layersel.lora.modules import TRAINED_ADAPTER, get_active_adapter
 
 
-def keep_trained_alone(model: PeftModel) -> None:
-    """Make sure that what trains now is what trains whenever the adapter is active, whatever PEFT is asked to do.
+def preserve_trained(model: PeftModel) -> None:
+    """Train exactly the weights that train now whenever the adapter is active, whatever PEFT is asked to do.
 
-    PEFT 0.20.0 makes every LoRA weight of an adapter train when it switches the adapter on, frozen ones too, and stops
-    all of them when it loads another adapter. Trainers that compare with a reference switch adapters in every loss.
+    PEFT 0.20.0 unfreezes every LoRA weight of an adapter that it switches on, and freezes all of them when it loads
+    another adapter. Trainers that compare with a reference model switch adapters in every loss.
     """
     tuner: Any = model.base_model
     vars(tuner)[TRAINED_ADAPTER] = get_active_adapter(model)
-    vars(tuner).pop(KEPT_WEIGHTS, None)  # of another adapter, which trained before
-    # Methods, not closures: a deep copy of the model switches its own adapter off.
+    vars(tuner).pop(KEPT_WEIGHTS, None)  # left by an adapter that trained before
+    # Bound methods, not closures, so that a deep copy of the model switches its own adapter.
     for name, method in KEEPING_METHODS.items():
         setattr(tuner, name, types.MethodType(method, tuner))
 
 
-def keep_through(name: str) -> Callable[..., Any]:
-    """Return what takes the place of a tuner's method ``name``, after which the same weights train as before.
+def preserving(name: str) -> Callable[..., Any]:
+    """Return a replacement of the tuner's method ``name`` that keeps the same weights training.
 
-    Where the call leaves the adapter switched off or inactive, they train again once it is back.
+    If the call leaves the adapter inactive, the weights train again once it is active.
     """
 
     @functools.wraps(getattr(LoraModel, name))
@@ -37,7 +37,7 @@ def keep_through(name: str) -> Callable[..., Any]:
         before = list_trained(tuner) if is_switched_on(tuner) else None
         result = getattr(type(tuner), name)(tuner, *args, **options)
         if is_switched_on(tuner):
-            let_train(tuner, before)
+            set_trained(tuner, before)
         elif before is not None:
             vars(tuner).setdefault(KEPT_WEIGHTS, before)
         return result
@@ -47,20 +47,20 @@ def keep_through(name: str) -> Callable[..., Any]:
 
 @functools.wraps(LoraModel.set_requires_grad)
 def set_requires_grad(tuner: BaseTuner, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Let an adapter's weights train or not; of the adapter in training, only those train again that did."""
+    """Set ``requires_grad`` of an adapter's weights; frozen weights of the adapter in training stay frozen."""
     before = list_trained(tuner)
     type(tuner).set_requires_grad(tuner, adapter_names, requires_grad)
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     if vars(tuner)[TRAINED_ADAPTER] not in names or not is_switched_on(tuner):
         return
     if requires_grad:
-        let_train(tuner, before)
+        set_trained(tuner, before)
     else:
         vars(tuner).setdefault(KEPT_WEIGHTS, before)
 
 
 def is_switched_on(tuner: BaseTuner) -> bool:
-    """Return whether the adapter in training takes part in a forward pass."""
+    """Return whether the adapter in training is active."""
     layers = (module for module in tuner.modules() if isinstance(module, BaseTunerLayer))
     return tuner.active_adapters == [vars(tuner)[TRAINED_ADAPTER]] and not any(
         layer.disable_adapters for layer in layers
@@ -72,18 +72,20 @@ def list_trained(tuner: BaseTuner) -> set[str]:
     return {name for name, parameter in tuner.named_parameters() if parameter.requires_grad}
 
 
-def let_train(tuner: BaseTuner, before: set[str] | None) -> None:
-    """Let those parameters train that did when the adapter was switched off, or else those ``before``, and no other."""
+def set_trained(tuner: BaseTuner, before: set[str] | None) -> None:
+    """Train exactly the parameters that trained when the adapter was switched off, by default those ``before``."""
     names = vars(tuner).pop(KEPT_WEIGHTS, before)
     for name, parameter in tuner.named_parameters() if names is not None else ():
-        if parameter.requires_grad != (name in names) and parameter.is_leaf:  # FSDP2 may have left other tensors
+        if (
+            parameter.requires_grad != (name in names) and parameter.is_leaf
+        ):  # FSDP2 may leave tensors that are not leaves
             parameter.requires_grad_(name in names)
 
 
 KEPT_WEIGHTS = "layersel_trained"
-# By all of these methods of PEFT 0.20.0's tuners weights train that did not, or the other way round.
+# The methods of PEFT 0.20.0's tuners that change which weights train.
 SWITCHES = ("disable_adapter_layers", "enable_adapter_layers", "set_adapter", "inject_adapter", "delete_adapter")
 KEEPING_METHODS: dict[str, Callable[..., Any]] = {
-    **{name: keep_through(name) for name in SWITCHES},
+    **{name: preserving(name) for name in SWITCHES},
     "set_requires_grad": set_requires_grad,
 }

@@ -26,7 +26,7 @@ from axolotl_layersel.lora.run import Run
 
 
 def get_initialisation(config: LoraConfig) -> bool | str:
-    """Return ``init_lora_weights`` under the name that it has in ``initialisation``."""
+    """Return ``init_lora_weights`` as ``config.initialisation`` spells it."""
     return normalise(config.init_lora_weights)
 
 
@@ -34,12 +34,12 @@ def get_initialisation(config: LoraConfig) -> bool | str:
 def initialize_lora(model: PeftModel, seed: int) -> bool:
     """Draw the initial LoRA weights from ``seed``, in PEFT's distribution.
 
-    PEFT draws them from the process's unseeded stream. Here each row of A comes from (seed, module name, row)
-    alone, or with ``orthogonal`` a module from (seed, module name): the same on every engine and number of
-    processes, whatever other layers carry LoRA. The global random state is not touched.
+    A row of A depends only on (seed, module name, row); with ``orthogonal`` a module depends on (seed, module name).
+    The weights are therefore the same on every engine, on any number of processes, and whatever other layers carry
+    LoRA. The global random state is not touched.
 
     Returns:
-        Whether the weights were drawn. PiSSA and OLoRA depend on the base weights, so PEFT's result is kept there.
+        Whether the weights were drawn. PiSSA and OLoRA depend on the base weights, so PEFT's result stays.
     """
     if get_initialisation(get_config(model)) not in SEEDED:
         return False
@@ -50,9 +50,9 @@ def initialize_lora(model: PeftModel, seed: int) -> bool:
 
 @torch.no_grad()
 def initialize_module(model: PeftModel, name: str, module: LoraLayer, seed: int, rank: int | None = None) -> None:
-    """Draw the initial weights of one LoRA module, whose initialisation is in ``SEEDED``, see ``initialize_lora``.
+    """Draw the initial weights of one LoRA module, see ``initialize_lora``.
 
-    ``rank``: by which their size is chosen; default: the module's.
+    ``rank``: the rank that sets their scale; default: the module's.
     """
     adapter, method = get_adapter_name(model), get_initialisation(get_config(model))
     if method == "orthogonal":
@@ -77,66 +77,63 @@ def initialize_module(model: PeftModel, name: str, module: LoraLayer, seed: int,
 
 
 def lora_parameters(run: Run, name: str) -> list[nn.Parameter]:
-    """Return the parameters that the run's adapter has of its own in the LoRA module ``name``."""
+    """Return the parameters of the run's adapter in the LoRA module ``name``."""
     named = run.base.get_submodule(name).named_parameters()
     return [each for key, each in named if not key.startswith("base_layer.") and run.adapter in key.split(".")]
 
 
 def adapter_parameters(model: PeftModel, embeddings: bool | Literal["auto"] = False) -> dict[str, nn.Parameter]:
-    """Return the parameters that an adapter file holds, by their name in that file (PEFT's naming); tied ones twice.
+    """Return the parameters of an adapter file by their name in the file; tied parameters appear twice.
 
-    ``embeddings``: whether base embeddings are among them; ``"auto"`` where PEFT would save them, after the
-    vocabulary was resized, for which it may look the base's configuration up.
+    ``embeddings``: whether to include base embeddings; ``"auto"`` leaves it to PEFT, which includes them after the
+    vocabulary was resized and may look up the base model's configuration.
     """
     adapter, named = get_adapter_name(model), dict(model.named_parameters(remove_duplicate=False))
     saved = get_peft_model_state_dict(model, state_dict=named, adapter_name=adapter, save_embedding_layers=embeddings)
     if get_config(model, adapter).bias != "lora_only":
         return saved
-    # PEFT 0.20.0 looks for these biases where they were before LoRA was put around them, and leaves them out.
+    # PEFT 0.20.0 looks for these biases at their names without LoRA, and so leaves them out.
     under = (f"{name}.base_layer.bias" for name in find_lora_modules(model, adapter))
     return {**saved, **{name: named[name] for name in under if name in named}}
 
 
 def find_adapter(run: Run) -> dict[str, nn.Parameter]:
-    """Return the parameters of the adapter's file by name, as the engine trains them; every rank must call this.
-
-    FSDP2 may have left whole copies of them in the model, in the precision of a forward pass. They are dropped.
-    """
-    run.engine.reshard()
+    """Return the parameters of the adapter file by name, as the engine trains them; every process must call this."""
+    run.engine.reshard()  # drops whole copies that an FSDP2 forward pass may have left, in its own precision
     names = collectives.decide_on_rank_zero(lambda: list(adapter_parameters(run.model, embeddings="auto")))
     parameters = adapter_parameters(run.model, embeddings=True)
     return {name: parameters[name] for name in names}
 
 
 def load_adapter_tensors(run: Run, path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Return the tensors in the file ``path``, under ``prefix``, that the model has parameters for.
+    """Return the adapter's tensors in the file ``path``, without the ``prefix`` of their names.
 
     Raises:
-        LayerselError: if the file is missing or damaged, or its tensors are not those of the adapter in training.
+        LayerselError: if the file is missing or damaged, or does not match the adapter in training.
     """
     key, way_out = "resume_from_checkpoint", "Resume a checkpoint of this run."
     stored, _ = load_tensors(key, path, way_out)
     stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
     for name in adapter_parameters(run.model):
         if name not in stored:
-            raise refuse(key, path, f"does not hold this run's {name}", way_out)
+            raise refuse(key, path, f"lacks this run's {name}", way_out)
     parameters = adapter_parameters(run.model, embeddings=True)
     for name, tensor in stored.items():
         if name not in parameters:
-            raise refuse(key, path, f"holds {name}, which this run does not have", way_out)
+            raise refuse(key, path, f"has {name}, which this run lacks", way_out)
         shape = run.engine.find_shape(parameters[name])
         if tensor.shape != shape or not tensor.is_floating_point():
-            fault = f"holds {name} as {tensor.dtype} of shape {tuple(tensor.shape)}, and this run's is {tuple(shape)}"
+            fault = f"has {name} of {tensor.dtype} and shape {tuple(tensor.shape)}, this run has shape {tuple(shape)}"
             raise refuse(key, path, fault, way_out)
     return stored
 
 
 @torch.no_grad()
 def restore_adapter(run: Run, path: Path, prefix: str = "") -> None:
-    """Write the adapter's tensors in the file ``path`` into a model whose weights are whole, before an engine exists.
+    """Load the adapter in the file ``path`` into a model with whole weights, before the engine is built.
 
     Raises:
-        LayerselError: if the file's tensors are not those of the model.
+        LayerselError: if the file does not match the model.
     """
     parameters = adapter_parameters(run.model, embeddings=True)
     for name, value in load_adapter_tensors(run, path, prefix).items():
@@ -144,12 +141,12 @@ def restore_adapter(run: Run, path: Path, prefix: str = "") -> None:
 
 
 def restore_live_adapter(run: Run, path: Path, prefix: str = "") -> None:
-    """Write the adapter's tensors in the file ``path`` into a model in training; every rank must call this.
+    """Load the adapter in the file ``path`` into a model in training; every process must call this.
 
-    ``prefix``: before the names of the adapter's tensors in the file.
+    ``prefix``: prefix of the adapter's tensor names in the file.
 
     Raises:
-        LayerselError: if the file's tensors are not those of the model.
+        LayerselError: if the file does not match the model.
     """
     tensors: dict[str, torch.Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""The one writer of a run's adapter, on every engine. It checks what it wrote before it keeps it."""
+"""Save the adapter of a run on every engine, and check the files before they replace earlier ones."""
 
 import functools
 import logging
@@ -31,17 +31,19 @@ Fold = Callable[[dict[str, torch.Tensor], LoraConfig], tuple[dict[str, torch.Ten
 
 
 class AdapterWriter:
-    """Writes the adapter of a run as plain PEFT files, and checks each before it takes its place.
+    """Writes a run's adapter as plain PEFT files, and checks them before they replace earlier ones.
 
-    The gathered weights must be those that the processes hold, bit for bit. The files must read back as they were
-    written. By PEFT's rules their configuration must name the modules that carry LoRA and no other, with the rank of
-    each, and each must add to its output what the module in training adds. Nothing of this runs the model, so it is
-    the same on every engine.
+    * The gathered weights equal the shards of the processes, bit for bit.
+    * The files read back as they were written.
+    * By PEFT's rules the configuration names the LoRA modules of the model and no others, with their ranks.
+    * The update of each module is that of the module in training.
+
+    None of these checks runs the model, so they are the same on every engine.
 
     Args:
-        run: whose model carries the adapter.
-        fold: what makes a plain adapter of the tensors and the configuration in training.
-        readiness: what knows whether the adapter is the one that was prepared.
+        run: the run that owns the adapter.
+        fold: turns the weights and the configuration in training into a plain adapter; default: they are one.
+        readiness: checks that the prepared adapter is still in place.
     """
 
     def __init__(self, run: Run, fold: Fold | None = None, readiness: Readiness | None = None) -> None:
@@ -51,13 +53,13 @@ class AdapterWriter:
         self.reported = False  # whether the log says that adapters are checked
 
     def save(self, folder: str | Path) -> dict[str, torch.Tensor]:
-        """Write the adapter to ``folder``, which is made where it does not exist; every rank must call this.
+        """Write the adapter to ``folder``, which is created if needed; every process must call this.
 
         Returns:
-            The tensors in training, whole and not folded, on rank 0; nothing elsewhere.
+            The whole tensors in training, not folded, on process 0; an empty mapping elsewhere.
 
         Raises:
-            LayerselError: on every rank, naming file and fault, if what was written is not right; it is not kept.
+            LayerselError: on every process, naming file and fault, if a check fails. The file is discarded.
         """
         if self.readiness:
             self.readiness.check()
@@ -68,18 +70,18 @@ class AdapterWriter:
         return tensors
 
     def save_alone(self, folder: str | Path, embeddings: bool | Literal["auto"] = "auto") -> None:
-        """Write the adapter to ``folder`` from this process alone, whose weights are whole.
+        """Write the adapter to ``folder`` from this process only, which holds whole weights.
 
-        ``embeddings``: see ``lora.weights.adapter_parameters``.
+        ``embeddings``: see ``adapter_parameters``.
 
         Raises:
-            LayerselError: if they are not, or what was written is not right.
+            LayerselError: if the weights are sharded, or a check fails.
         """
         engine = self.run.engine
         if engine.is_streamed:
             raise LayerselError(
-                f"{folder}: the adapter cannot be saved by one process alone under "
-                f"{engine.name}, whose weights lie in shards. Call `trainer.save_model`."
+                f"{folder}: a single process cannot save the adapter under {engine.name}, which shards the weights. "
+                "Call `trainer.save_model` on every process."
             )
         fault = self.readiness.find_fault() if self.readiness else None
         if fault:
@@ -90,7 +92,7 @@ class AdapterWriter:
         self.write(Path(folder), tensors, held)
 
     def write(self, folder: Path, tensors: dict[str, torch.Tensor], held: dict[str, list[int]]) -> None:
-        """Write whole tensors and check what was written; ``held``: their fingerprints on the ranks."""
+        """Write whole tensors and check the files; ``held``: fingerprints of the shards on the processes."""
         verification.check_gathered(folder / SAFETENSORS_WEIGHTS_NAME, tensors, held)
         config = self.run.config
         plain, plain_config = self.fold(tensors, config) if self.fold else (tensors, config)
@@ -117,18 +119,18 @@ class AdapterWriter:
         # The configuration names the modules that carry the adapter, and no others.
         for name in sorted({*find_targets(config, self.run.base, adapter)} ^ modules.keys()):
             makes = "no LoRA on" if name in modules else "LoRA on"
-            fail_config(f"PEFT would make {makes} {name} of it")
+            fail_config(f"PEFT would put {makes} {name}")
         for name in sorted(tensors.keys() ^ stored.keys()):
-            fail_weights(f"{name} {'was left out' if name in tensors else 'is not of this model'}")
+            fail_weights(f"{name} {'is missing' if name in tensors else 'does not belong to this model'}")
         for name, tensor in tensors.items():
             if stored[name].dtype != tensor.dtype:
-                fail_weights(f"{name} is {stored[name].dtype} in it, and {tensor.dtype} in training")
+                fail_weights(f"{name} has dtype {stored[name].dtype}, and {tensor.dtype} in training")
         (live, _), (written, _) = split(tensors), split(stored)
         matrices = {name: pair for name, pair in live.items() if pair.down.dim() == pair.up.dim() == 2}
         # Folding changes only A and B of linear modules and of experts.
         for name in tensors.keys() - join(matrices).keys():
             if not torch.equal(stored[name], tensors[name]):
-                fail_weights(f"{name} has other values in it than in training")
+                fail_weights(f"{name} has other values than in training")
         # PEFT's own rule gives each module the rank of its matrices, and the scaling under which it adds the same.
         keys = {name: find_key(name, module) for name, module in modules.items()}
         resolved = resolve(config, keys.values())
@@ -137,9 +139,9 @@ class AdapterWriter:
             pair = matrices.get(name)
             held = module.r[adapter] if pair is None else written[name].rank // count_experts(module)
             if rank != held:
-                fail_config(f"PEFT would give LoRA on {name} the rank {rank}, and its matrices have rank {held}")
+                fail_config(f"PEFT would give LoRA on {name} rank {rank}, but its matrices have rank {held}")
             if module.use_dora.get(adapter, False) != config.use_dora:
-                fail_config(f"use_dora: {config.use_dora} is not what {name} computes in training")
+                fail_config(f"use_dora: {config.use_dora} contradicts {name} in training")
             if pair is not None:
                 gates = getattr(module.lora_A[adapter], GATE, None)
                 gates = None if gates is None else gates.detach().cpu()
@@ -147,8 +149,10 @@ class AdapterWriter:
             # Folding puts the scaling into B; B of zero would show no wrong one.
             if (pair is None or self.fold is None) and not math.isclose(scaling, module.scaling[adapter]):
                 fail_config(
-                    f"PEFT would scale LoRA on {name} by {scaling}, which is {module.scaling[adapter]} in training"
+                    f"PEFT would scale LoRA on {name} by {scaling}, training scales it by {module.scaling[adapter]}"
                 )
         if not self.reported:
-            LOG.info("layersel: the adapter in %s was read back: its modules add what the model's add", folder)
+            LOG.info(
+                "layersel: the adapter in %s was read back, and its modules compute what the model's compute", folder
+            )
             self.reported = True

@@ -25,7 +25,7 @@ from axolotl_layersel.l1ra.state import read_state
 from axolotl_layersel.lora.config import check_target_parameters, complete_config
 from axolotl_layersel.lora.readiness import Readiness, check_trains
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.lora.switching import keep_trained_alone
+from axolotl_layersel.lora.switching import preserve_trained
 from axolotl_layersel.lora.weights import initialize_lora, restore_live_adapter
 from axolotl_layersel.lora.writer import AdapterWriter
 from axolotl_layersel.selection.plan import Plan
@@ -122,7 +122,7 @@ def prepare_trainer(
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
     check_target_parameters(run)
     complete_config(run)
-    keep_trained_alone(run.model)
+    preserve_trained(run.model)
     check_trains(run)  # before minutes are spent on scores
     seeded = not continues_adapter and initialize_lora(run.model, trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")

@@ -133,8 +133,8 @@ def test_one_process_alone_writes_what_is_the_same_on_all(whole_runs, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_run_says_once_that_it_reads_its_adapters_back(whole_runs, engine):
     run = whole_runs[engine]
-    said = "its modules add what the model's add"
-    assert run.log.count(f"the adapter in {run.folder}/checkpoint-2 was read back: {said}") == 1
+    said = "its modules compute what the model's compute"
+    assert run.log.count(f"the adapter in {run.folder}/checkpoint-2 was read back, and {said}") == 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)

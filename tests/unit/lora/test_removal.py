@@ -85,7 +85,7 @@ def test_layers_that_lose_their_lora_have_the_base_weights_that_they_had(tmp_pat
         (
             make_small_gpt2,
             {**CONV1D, "init_lora_weights": "olora"},
-            "'olora' takes transformer.h.0.attn.c_attn, a Conv",
+            "'olora' initialises transformer.h.0.attn.c_attn, a Conv",
         ),
         (
             lambda: make_small_llama().to(torch.bfloat16),

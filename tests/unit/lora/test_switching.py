@@ -21,7 +21,7 @@ from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.removal import freeze_unselected
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.lora.switching import KEEPING_METHODS, keep_trained_alone
+from axolotl_layersel.lora.switching import KEEPING_METHODS, preserve_trained
 from axolotl_layersel.training.prepare import prepare_trainer
 
 FROZEN = LayerselConfig(selection=SelectionConfig(method="explicit", layers=[3, 5], unselected="freeze"))
@@ -247,7 +247,7 @@ def test_every_method_of_pefts_tuners_by_which_weights_train_is_kept():
 
 def test_frozen_weights_stay_frozen_when_the_adapter_was_switched_off(tmp_path):
     model = make_lora(make_small_llama())
-    keep_trained_alone(model)
+    preserve_trained(model)
     stack = find_layer_stack(model)
     freeze_unselected(Run.of(make_trainer(model, tmp_path)), stack, stack.lora_modules[1])
     twin = copy.deepcopy(model)

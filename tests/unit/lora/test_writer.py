@@ -87,10 +87,10 @@ def test_saving_leaves_training_as_it_was(tmp_path, block):
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
-        (zero_one, "is all zeros in it"),
+        (zero_one, "contains only zeros"),
         (spoil_one, "holds NaN or infinite numbers"),
-        (leave_one_out, "is not in it"),
-        (round_one, "is torch.bfloat16 in it, and should be torch.float32"),
+        (leave_one_out, "is missing"),
+        (round_one, "has dtype torch.bfloat16, not torch.float32"),
     ],
 )
 def test_a_corrupted_write_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, block, corrupt, message):
@@ -146,7 +146,9 @@ def gated(tmp_path):
 def test_gates_that_are_not_in_the_file_are_seen(gated, tmp_path):
     trainer, ranks, forget = gated
     AdapterWriter(Run.of(trainer), ranks.fold).save(tmp_path / "right")
-    with pytest.raises(LayerselError, match=r"once it is loaded, LoRA on model.layers.0.self_attn.q_proj adds up to"):
+    with pytest.raises(
+        LayerselError, match=r"the LoRA output of model.layers.0.self_attn.q_proj would differ by up to"
+    ):
         AdapterWriter(Run.of(trainer), forget).save(tmp_path / "wrong")
     assert not (tmp_path / "wrong" / "adapter_model.safetensors").exists()
 
@@ -197,13 +199,13 @@ def forget_dora(tensors: dict, config):
 @pytest.mark.parametrize(
     ("fold", "settings", "message"),
     [
-        (change_rest, {"modules_to_save": ["lm_head"]}, "model.safetensors: .*lm_head.weight has other values in it"),
-        (change_rank, {}, "config.json: PEFT would give LoRA on model.layers.0.* the rank 5, and its matrices have"),
-        (change_one_rank, {}, "config.json: PEFT would give LoRA on model.layers.4.self_attn.q_proj the rank 2"),
-        (change_scaling, {}, "once it is loaded, LoRA on model.layers.0.*adds up to"),
-        (change_rank, {"targets": ["embed_tokens"]}, "LoRA on model.embed_tokens the rank 5"),
+        (change_rest, {"modules_to_save": ["lm_head"]}, "model.safetensors: .*lm_head.weight has other values than"),
+        (change_rank, {}, "config.json: PEFT would give LoRA on model.layers.0.* rank 5, but its matrices have"),
+        (change_one_rank, {}, "config.json: PEFT would give LoRA on model.layers.4.self_attn.q_proj rank 2"),
+        (change_scaling, {}, "once loaded, the LoRA output of model.layers.0.* would differ by"),
+        (change_rank, {"targets": ["embed_tokens"]}, "LoRA on model.embed_tokens rank 5"),
         (change_scaling, {"targets": ["embed_tokens"]}, "PEFT would scale LoRA on model.embed_tokens by"),
-        (forget_dora, {"use_dora": True}, "config.json: use_dora: False is not what model.layers.0"),
+        (forget_dora, {"use_dora": True}, "config.json: use_dora: False contradicts model.layers.0"),
     ],
 )
 def test_a_file_of_which_peft_would_build_something_else_is_seen(tmp_path, fold, settings, message):
@@ -222,7 +224,7 @@ def test_a_file_of_which_peft_would_build_something_else_is_seen(tmp_path, fold,
 def test_a_wrong_scaling_is_seen_before_b_is_more_than_zero(tmp_path):
     trainer = prepare(tmp_path, CHOSEN)
     next(iter(find_lora_modules(trainer.model).values())).scaling["default"] = 5.0
-    with pytest.raises(LayerselError, match=r"PEFT would scale LoRA on model.layers.1.* by 2.0, which is 5.0"):
+    with pytest.raises(LayerselError, match=r"PEFT would scale LoRA on model.* by 2.0, training scales it by 5.0"):
         trainer.save_model()
 
 
@@ -230,13 +232,13 @@ def test_a_configuration_that_names_other_modules_is_seen(tmp_path):
     trainer = prepare(tmp_path, CHOSEN)
     config = get_config(trainer.model)
     config.layers_to_transform = [1]
-    with pytest.raises(LayerselError, match=r"adapter_config.json: PEFT would make no LoRA on model.layers.4"):
+    with pytest.raises(LayerselError, match=r"adapter_config.json: PEFT would put no LoRA on model.layers.4"):
         trainer.save_model()
     config.layers_to_transform = None
     with pytest.raises(LayerselError, match=r"adapter_config.json: PEFT cannot read it \(When `layers_pattern` is"):
         trainer.save_model()
     config.layers_pattern = None
-    with pytest.raises(LayerselError, match=r"adapter_config.json: PEFT would make LoRA on model.layers.0"):
+    with pytest.raises(LayerselError, match=r"adapter_config.json: PEFT would put LoRA on model.layers.0"):
         trainer.save_model()
 
 
@@ -245,7 +247,7 @@ def test_a_scaling_that_the_configuration_does_not_know_is_seen(tmp_path):
     for parameter in (p for p in trainer.model.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter)
     next(iter(find_lora_modules(trainer.model).values())).scaling["default"] = 5.0
-    with pytest.raises(LayerselError, match=r"once it is loaded, LoRA on model.layers.1.*adds up to"):
+    with pytest.raises(LayerselError, match=r"once loaded, the LoRA output of model.layers.1.* would differ by"):
         trainer.save_model()
 
 
