@@ -1,4 +1,4 @@
-"""What happened to the ranks: ranks.csv, and numbers for the run's trackers."""
+"""Record ranks by step: ranks.csv, and metrics for the run's trackers."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ class RankHistory:
     ranks: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def to_csv(self) -> str:
-        """Return the rows ``step,module,rank`` in the order of the steps."""
+        """Return rows ``step,module,rank``, by ascending step."""
         steps = sorted(self.ranks)
         rows = ([step, module, rank] for step in steps for module, rank in self.ranks[step].items())
         return format_csv([HEADER, *rows])
 
     @classmethod
     def from_csv(cls, text: str) -> "RankHistory":
-        """Return the history that ``to_csv`` wrote.
+        """Return the history in the text of a ranks.csv.
 
         Raises:
-            ValueError: saying what is wrong with the text, csv.Error too.
+            ValueError, csv.Error: naming the fault in the text.
         """
         header, *rows = parse_csv(text)
         if header != HEADER:
@@ -51,7 +51,7 @@ class RankHistory:
 
     @classmethod
     def read(cls, folder: str | Path, key: str = "PATH") -> "RankHistory":
-        """Return the history in ranks.csv of the run or checkpoint in ``folder``.
+        """Return the history in the ranks.csv of a run or checkpoint.
 
         Raises:
             LayerselError: naming ``key`` if the file is missing or damaged.
@@ -59,12 +59,12 @@ class RankHistory:
         return read_parsed(key, ranks_path(folder), "Give another run or checkpoint.", cls.from_csv)
 
     def write(self, folder: str | Path) -> None:
-        """Write ranks.csv for the run or checkpoint in ``folder``; it appears at once and complete."""
+        """Write the ranks.csv of a run or checkpoint atomically."""
         write_atomically(ranks_path(folder), self.to_csv().encode())
 
 
 def group_by_type(ranks: Mapping[str, int]) -> dict[str, list[int]]:
-    """Return the ranks by the modules' type, such as ``q_proj``, types in the order in which they come."""
+    """Return the ranks by type of module, such as ``q_proj``, in order of appearance."""
     grouped: dict[str, list[int]] = defaultdict(list)
     for module, rank in ranks.items():
         grouped[module.rpartition(".")[2]].append(rank)
@@ -72,7 +72,7 @@ def group_by_type(ranks: Mapping[str, int]) -> dict[str, list[int]]:
 
 
 def describe_update(ranks: dict[str, int], costs: dict[str, int], pool: int, pruned: int, added: int) -> dict:
-    """Return an update as numbers for trackers. ``costs``: trainable parameters of one component, by module."""
+    """Return the metrics of an update. ``costs``: trainable parameters of one component, by module."""
     return {
         "layersel/total_rank": sum(ranks.values()),
         "layersel/pool": pool,
