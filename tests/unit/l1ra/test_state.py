@@ -67,7 +67,7 @@ EDITS = {
     "negative steps": (lambda t, m: t["gates/steps"].fill_(-1), "a second moment or a count of steps is negative"),
     "all inactive": (lambda t, m: t["gates/active"].fill_(False), "an inactive component has a gate"),
     "a gate less": (lambda t, m: flip_first_active(t), "does not end with the ranks of the state next to it"),
-    "no gates": (lambda t, m: [t.pop(name) for name in list(t) if name.startswith("gates/")], "its tensors of the gates are missing"),
+    "no gates": (lambda t, m: [t.pop(name) for name in list(t) if name.startswith("gates/")], "the gates are missing"),
     "a pool that cannot be": (lambda t, m: m.update(pool="7"), "began with a budget of 24, but "),
     "a pool beyond measure": (lambda t, m: m.update(pool=str(10**30)), "is no whole number from 0"),
     "a negative pool": (lambda t, m: m.update(pool="-1"), "'-1' is no whole number from 0"),
