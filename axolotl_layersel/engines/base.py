@@ -87,7 +87,6 @@ class Engine:
         return False
 
     def find_shape(self, parameter: torch.Tensor) -> torch.Size:
-        """Return the shape of the whole parameter."""
         return parameter.shape
 
     def holds_whole(self, parameter: torch.Tensor) -> bool:
@@ -98,7 +97,10 @@ class Engine:
 
     def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return copies of the trained parameters for ``restore_trained``, by name, before the engine is built."""
-        return {name: p.detach().clone().cpu() for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if self.is_streamed:
+            return self.gather_parameters(trained)  # only rank 0 holds the copies
+        return {name: parameter.detach().clone().cpu() for name, parameter in trained.items()}
 
     @torch.no_grad()
     def restore_trained(self, model: nn.Module, values: dict[str, torch.Tensor]) -> None:

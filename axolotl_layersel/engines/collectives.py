@@ -17,7 +17,6 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Return whether several processes train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -67,7 +66,6 @@ def gather_on_rank_zero(values: dict[int, torch.Tensor], ranks: list[int]) -> to
 
 
 def wait_for_everyone() -> None:
-    """Wait until all ranks call this."""
     if is_distributed():
         torch.distributed.barrier()
 
@@ -85,7 +83,6 @@ def add_up(tensor: torch.Tensor) -> None:
 
 
 def average(tensor: torch.Tensor) -> None:
-    """Average ``tensor`` over all ranks in place; a collective call."""
     if is_distributed():
         add_up(tensor)
         tensor.div_(torch.distributed.get_world_size())

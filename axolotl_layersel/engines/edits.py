@@ -54,7 +54,6 @@ def multiply_columns(factors: torch.Tensor) -> Edit:
 
 
 def add(change: torch.Tensor) -> Edit:
-    """Return an edit that adds ``change``, which has the size of the whole tensor."""
 
     def edit(part: torch.Tensor, start: int, shape: torch.Size) -> None:
         held = trim(part, start, shape)
@@ -64,7 +63,6 @@ def add(change: torch.Tensor) -> Edit:
 
 
 def trim(part: torch.Tensor, start: int, shape: torch.Size) -> torch.Tensor:
-    """Return ``part`` without padding."""
     return part[: max(0, shape.numel() - start)]
 
 

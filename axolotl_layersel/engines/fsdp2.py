@@ -88,10 +88,6 @@ class ShardedEngine(Engine):
     def writes_whole_state(self) -> bool:
         return self.trainer.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
 
-    def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        # Only rank 0 holds the copies.
-        return self.gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
-
     def release(self, model: nn.Module) -> None:
         super().release(model)
         for parameter in model.parameters():

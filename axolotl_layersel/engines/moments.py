@@ -57,7 +57,6 @@ class Layout:
 
 
 def read_numbers(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tuple[torch.Tensor, float] | None:
-    """Read plain numbers, see ``Layout.read``."""
     return (held.data, 0.0) if type(held) is torch.Tensor and held.is_floating_point() else None
 
 
@@ -80,7 +79,6 @@ def read_low_bits(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tu
 
 
 def find_zero(numbers: torch.Tensor) -> int:
-    """Return the code of 0, its index in the map ``numbers``."""
     return numbers.tolist().index(0.0)
 
 

@@ -66,7 +66,6 @@ class SignalWatch:
             raise KeyboardInterrupt
 
     def restore(self) -> None:
-        """Restore the previous handlers of both signals."""
         for signum, handler in self.previous.items():
             signal.signal(signum, handler or signal.SIG_DFL)
         self.previous, self.received = {}, 0
@@ -89,7 +88,6 @@ def outlive_signals(worker: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Exit at a SIGTERM of the parent process."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -118,42 +118,49 @@ def count_optimizer_steps(trainer: Trainer) -> int:
         return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
+def replacing(trainer: Trainer, name: str) -> Callable[[Callable], Callable]:
+    """Return a decorator that replaces a method of one trainer by a function, which gets the method first."""
+
+    def replace(function: Callable) -> Callable:
+        upstream = getattr(trainer, name)
+
+        @functools.wraps(upstream)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return function(upstream, *args, **kwargs)
+
+        setattr(trainer, name, method)
+        return function
+
+    return replace
+
+
 def respect_stop_before_first_step(trainer: Trainer) -> None:
     """Make no step if a callback stops training at ``on_train_begin``."""
-    upstream = trainer._run_epoch
 
-    @functools.wraps(upstream)
-    def run_epoch(*args: Any, **kwargs: Any) -> None:
+    @replacing(trainer, "_run_epoch")
+    def run_epoch(upstream: Callable, *args: Any, **kwargs: Any) -> None:
         if not trainer.control.should_training_stop:
             upstream(*args, **kwargs)
-
-    trainer._run_epoch = run_epoch  # type: ignore[method-assign]  # on this instance only
 
 
 def call_before_training(trainer: Trainer, function: Callable[[], None]) -> None:
     """Call ``function`` at the start of every ``trainer.train``, before the engine is built."""
-    upstream = trainer.train
 
-    @functools.wraps(upstream)
-    def train(*args: Any, **kwargs: Any) -> Any:
+    @replacing(trainer, "train")
+    def train(upstream: Callable, *args: Any, **kwargs: Any) -> Any:
         function()
         return upstream(*args, **kwargs)
-
-    trainer.train = train  # type: ignore[method-assign]  # on this instance only
 
 
 def call_after_backward(trainer: Trainer, function: Callable[[], None]) -> None:
     """Call ``function`` once per optimizer step, when gradients are averaged but not clipped; not for DeepSpeed."""
-    upstream = trainer.training_step
 
-    @functools.wraps(upstream)
-    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+    @replacing(trainer, "training_step")
+    def training_step(upstream: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = upstream(*args, **kwargs)
         if trainer.accelerator.sync_gradients:
             function()
         return loss
-
-    trainer.training_step = training_step  # type: ignore[method-assign]  # on this instance only
 
 
 def restore_callbacks(callbacks: list[TrainerCallback], state: TrainerState) -> None:
@@ -220,21 +227,17 @@ def find_callback_fault(stored: dict[str, Any]) -> str | None:
 def initialize_loaders(trainer: Trainer, initialize: Callable[[int], None]) -> None:
     """Run ``initialize`` first in every data loading process of ``trainer``, with that process's number."""
 
-    def initializing(upstream: Callable) -> Callable:
-        @functools.wraps(upstream)
-        def get_dataloader(*args: Any, **kwargs: Any) -> Any:
-            prepared = upstream(*args, **kwargs)
-            loader = getattr(prepared, "base_dataloader", prepared)
-            own = getattr(loader, "worker_init_fn", None)
-            # A loader with persistent workers is returned repeatedly.
-            if getattr(own, "func", None) is not initialize_both:
-                loader.worker_init_fn = functools.partial(initialize_both, initialize, own)
-            return prepared
-
-        return get_dataloader
+    def get_dataloader(upstream: Callable, *args: Any, **kwargs: Any) -> Any:
+        prepared = upstream(*args, **kwargs)
+        loader = getattr(prepared, "base_dataloader", prepared)
+        own = getattr(loader, "worker_init_fn", None)
+        # A loader with persistent workers is returned repeatedly.
+        if getattr(own, "func", None) is not initialize_both:
+            loader.worker_init_fn = functools.partial(initialize_both, initialize, own)
+        return prepared
 
     for name in ("get_train_dataloader", "get_eval_dataloader"):
-        setattr(trainer, name, initializing(getattr(trainer, name)))
+        replacing(trainer, name)(get_dataloader)
 
 
 def initialize_both(first: Callable[[int], None], then: Callable[[int], None] | None, worker: int) -> None:
@@ -297,14 +300,11 @@ def save_checkpoint(trainer: Trainer) -> None:
 
 def let_one_process_write(trainer: Trainer) -> None:
     """Restrict ``_save`` to ranks on which ``should_save`` is true."""
-    upstream = trainer._save
 
-    @functools.wraps(upstream)
-    def save(*args: Any, **kwargs: Any) -> None:
+    @replacing(trainer, "_save")
+    def save(upstream: Callable, *args: Any, **kwargs: Any) -> None:
         if trainer.args.should_save:
             upstream(*args, **kwargs)
-
-    trainer._save = save  # type: ignore[method-assign]  # on this instance only
 
 
 def restore_best_model_by(
@@ -323,10 +323,9 @@ def restore_best_model_by(
         restore: loads a checkpoint that only rank 0 needs to have; every rank calls it.
         check: raises an error on every rank if a checkpoint must not be loaded; every rank calls it.
     """
-    upstream = trainer._load_best_model
 
-    @functools.wraps(upstream)
-    def load_best_model() -> None:
+    @replacing(trainer, "_load_best_model")
+    def load_best_model(upstream: Callable) -> None:
         best = trainer.state.best_model_checkpoint
         assert best is not None, "upstream calls this only if there is one"
         check(best)
@@ -334,8 +333,6 @@ def restore_best_model_by(
             upstream()
         else:
             restore(best)
-
-    trainer._load_best_model = load_best_model  # type: ignore[method-assign]  # on this instance only
 
 
 def is_evaluation_due(trainer: Trainer) -> bool:
@@ -359,12 +356,10 @@ def check_no_optimizer(trainer: Trainer) -> None:
 
 
 def scales_loss(trainer: Trainer) -> bool:
-    """Return whether the trainer scales the loss, as in fp16."""
     return bool(trainer.args.fp16 or trainer.accelerator.mixed_precision == "fp16")
 
 
 def generates(trainer: Trainer) -> bool:
-    """Return whether the trainer generates its training data."""
     return hasattr(trainer, "_generate_and_score_completions")
 
 

@@ -39,6 +39,8 @@ from axolotl_layersel.engines.collectives import get_rank
 from axolotl_layersel.engines.edits import Edit, fill
 from axolotl_layersel.engines.moments import NAMES, find_maps, find_moments, unwrap_optimizer
 
+MISSING_STATE = "deepspeed: the engine has no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3."
+
 
 class DeepSpeedEngine(Engine):
     """ZeRO stage 0, which is DDP by DeepSpeed."""
@@ -55,7 +57,6 @@ class DeepSpeedEngine(Engine):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The DeepSpeed configuration."""
         return self.trainer.accelerator.state.deepspeed_plugin.deepspeed_config
 
     @classmethod
@@ -143,9 +144,7 @@ class ZeroEngine(DeepSpeedEngine):
         Raises:
             LayerselError: if DeepSpeed has no fp32 state of the parameter.
         """
-        if not hasattr(parameter, "_hp_mapping"):
-            raise LayerselError(describe_missing_state())
-        mapping: Any = parameter._hp_mapping
+        mapping = get_mapping(parameter)
         return None if mapping is None else {**find_maps(optimizer.state), **mapping.optim_fragment}
 
     def edit_state(self, parameter: torch.Tensor, edit: Edit, moment: str | None) -> None:
@@ -154,9 +153,7 @@ class ZeroEngine(DeepSpeedEngine):
         Raises:
             LayerselError: if DeepSpeed has no fp32 state of the parameter.
         """
-        if not hasattr(parameter, "_hp_mapping"):
-            raise LayerselError(describe_missing_state())
-        mapping = parameter._hp_mapping  # None on ranks without a part of it
+        mapping = get_mapping(parameter)
         if mapping is not None:
             edit(mapping.get_hp_fragment(moment), mapping.lp_fragment_address.start, parameter.shape)
 
@@ -191,10 +188,6 @@ class PartitionedEngine(ZeroEngine):
 
     def holds_whole(self, parameter: torch.Tensor) -> bool:
         return not hasattr(parameter, "ds_id")
-
-    def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        # Only rank 0 holds the copies.
-        return self.gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
 
     def restore_trained(self, model: nn.Module, values: dict[str, torch.Tensor]) -> None:
         self.release_weights(model)
@@ -266,13 +259,20 @@ class PartitionedEngine(ZeroEngine):
             part = utils.safe_get_local_optimizer_state(parameter, moment)
             store = functools.partial(utils.safe_set_local_optimizer_state, optim_state_key=moment)
         if part is None:
-            raise LayerselError(describe_missing_state())
+            raise LayerselError(MISSING_STATE)
         edit_partition(parameter, part, edit)
         store(parameter, part)
 
 
-def describe_missing_state() -> str:
-    return "deepspeed: the engine has no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3."
+def get_mapping(parameter: Any) -> Any:
+    """Return DeepSpeed's fp32 state of a parameter under ZeRO-1 and 2, or None on ranks without a part of it.
+
+    Raises:
+        LayerselError: if DeepSpeed has none on any rank.
+    """
+    if not hasattr(parameter, "_hp_mapping"):
+        raise LayerselError(MISSING_STATE)
+    return parameter._hp_mapping
 
 
 def edit_partition(parameter: Any, part: torch.Tensor, edit: Edit) -> None:

@@ -41,7 +41,6 @@ class Components:
         self.pool = 0
 
     def ranks(self) -> dict[str, int]:
-        """Return the rank of every module."""
         return dict(zip(self.gates.parts, self.active.view(-1, self.max_rank).sum(dim=1).tolist()))
 
     def describe_modules(self) -> dict[str, ModuleState]:

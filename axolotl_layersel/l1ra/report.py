@@ -28,7 +28,6 @@ def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Tabl
 
 
 def print_ranks(before: Mapping[str, int], after: Mapping[str, int], console: Console | None = None) -> None:
-    """Print the ranks of all modules at the start and at the end."""
     console = console or make_console()
     total = f"{sum(before.values())} before, {sum(after.values())} now"
     console.print(f"layersel: ranks after l1ra, in all {total}, from {min(after.values())} to {max(after.values())}")

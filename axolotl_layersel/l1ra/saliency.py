@@ -39,7 +39,6 @@ class ModuleWorth:
 
     @property
     def rank(self) -> int:
-        """The number of active components."""
         return len(self.worth) + len(self.young)
 
 

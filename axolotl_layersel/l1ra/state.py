@@ -65,7 +65,6 @@ def write_state(
 
 
 def find_ranks_digest(history: RankHistory) -> str:
-    """Return the SHA-256 of the content of ranks.csv."""
     return hashlib.sha256(history.to_csv().encode()).hexdigest()
 
 
@@ -109,7 +108,6 @@ def read_state(checkpoint: str | Path, settings: L1RAConfig, key: str) -> State:
 
 
 def check_settings(then: dict, settings: L1RAConfig, checkpoint: str | Path) -> None:
-    """Raise LayerselError unless a checkpoint has the run's settings."""
     for name, value in settings.model_dump().items():
         if then.get(name) != value:
             raise LayerselError(

@@ -37,7 +37,6 @@ class Gates:
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:
-        """Make the modules multiply by their gates."""
         for name, linears in self.linears.items():
             gate = self.values[self.parts[name]].detach().requires_grad_()
             # Backward accumulates into an existing gradient in place, here a view of the flat one.
@@ -49,7 +48,6 @@ class Gates:
                 self.handles.append(linear.register_forward_hook(multiply_by_gate))
 
     def detach(self) -> None:
-        """Make the modules plain LoRA modules again."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -63,7 +61,6 @@ class Gates:
         collectives.average(self.gradient)
 
     def clear_gradient(self) -> None:
-        """Reset the accumulated gradient to zero."""
         self.gradient.zero_()
 
     def name_component(self, index: int) -> str:

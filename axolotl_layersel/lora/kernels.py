@@ -146,5 +146,4 @@ def remove_kernels(model: nn.Module) -> list[tuple[nn.Module, dict[str, types.Me
 
 
 def is_fused(value: object) -> bool:
-    """Return whether an attribute of a module is a method of Axolotl's kernels."""
     return isinstance(value, types.MethodType) and value.__func__.__module__ in KERNEL_MODULES

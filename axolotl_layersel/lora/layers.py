@@ -57,7 +57,6 @@ class LayerStack:
 
     @functools.cached_property
     def layers(self) -> list[nn.Module]:
-        """All layers."""
         return [layer for side in self.sides for layer in side.layers]
 
     @functools.cached_property
@@ -197,7 +196,6 @@ def find_language_side(base: PreTrainedModel, lora_names: list[str], name: str =
 
 
 def make_side(base: PreTrainedModel, name: str, path: str) -> Side:
-    """Return the layers at ``path`` in a model as the side ``name``."""
     layers = base.get_submodule(path)
     assert isinstance(layers, nn.ModuleList), "find_lists returns only these"
     return Side(name, path, layers, base.get_submodule(path.rpartition(".")[0]))
@@ -232,7 +230,6 @@ def keep_outermost(names: list[str]) -> list[str]:
 
 
 def refuse(base: PreTrainedModel, problem: str) -> LayerselError:
-    """Return the error for a model whose layers are not found."""
     found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
     counts = " or ".join(map(str, list_layer_counts(find_text_config(base.config)))) or "no number of"

@@ -50,7 +50,6 @@ def get_config(model: PeftModel, adapter: str | None = None) -> LoraConfig:
 
 
 def get_base_model(model: PeftModel) -> PreTrainedModel:
-    """Return the transformers model that carries the adapter."""
     return cast(PreTrainedModel, model.get_base_model())
 
 
@@ -103,6 +102,5 @@ def find_key(name: str, module: LoraLayer) -> str:
 
 
 def count_component_parameters(module: LoraLayer, adapter: str) -> int:
-    """Return the number of parameters in one rank component of a LoRA module."""
     down, up = get_linears(module, adapter)
     return (down.in_features + up.out_features) * count_experts(module)

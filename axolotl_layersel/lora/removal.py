@@ -60,7 +60,6 @@ def remove_modules(run: Run, removed: list[str]) -> None:
 
 
 def has_others(module: LoraLayer, adapter: str) -> bool:
-    """Return whether another adapter than ``adapter`` has LoRA in a module."""
     return any(name != adapter for name in module.r)
 
 

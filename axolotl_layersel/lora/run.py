@@ -49,7 +49,6 @@ class Run:
 
     @property
     def config(self) -> LoraConfig:
-        """The configuration of the adapter."""
         return get_config(self.model, self.adapter)
 
     @property
@@ -64,11 +63,9 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """The trainer's device."""
         return self.trainer.args.device
 
     @property
     def output_dir(self) -> Path:
-        """The run's output folder."""
         assert self.trainer.args.output_dir is not None, "transformers fills it in"
         return Path(self.trainer.args.output_dir)

@@ -60,7 +60,6 @@ def set_requires_grad(tuner: BaseTuner, adapter_names: str | Sequence[str], requ
 
 
 def is_switched_on(tuner: BaseTuner) -> bool:
-    """Return whether the adapter in training is active."""
     layers = (module for module in tuner.modules() if isinstance(module, BaseTunerLayer))
     return tuner.active_adapters == [vars(tuner)[TRAINED_ADAPTER]] and not any(
         layer.disable_adapters for layer in layers
@@ -68,7 +67,6 @@ def is_switched_on(tuner: BaseTuner) -> bool:
 
 
 def list_trained(tuner: BaseTuner) -> set[str]:
-    """Return the names of the parameters that train."""
     return {name for name, parameter in tuner.named_parameters() if parameter.requires_grad}
 
 

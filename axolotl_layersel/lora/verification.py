@@ -26,7 +26,6 @@ REPORT = "Please report it: the saved adapter would not compute what was trained
 
 
 def fail(path: Path, fault: str, advice: str) -> NoReturn:
-    """Raise LayerselError for a file that is discarded."""
     raise LayerselError(f"{path}: {fault}. It was not kept; earlier files are unchanged. {advice}")
 
 
