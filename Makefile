@@ -1,5 +1,5 @@
-# make demo: train the demo. make check: what can be known in two minutes. make test: everything. make coverage:
-# everything, and which lines of the package it ran, which takes half as long again.
+# make demo: train the demo. make check: what can be known in two minutes. make test: that, and then all tests that train
+# or start processes. make coverage: everything, and which lines of the package it ran, which takes half as long again.
 # All install into .venv first.
 PYTHON ?= python3
 VENV := .venv
@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Processes that share the tests. Each takes one core and, at the most, some 5 GB.
 WORKERS ?= 2
+# In the order of tests/conftest.py, not by the number of tests in a file.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 export AXOLOTL_DO_NOT_TRACK := 1
 # Nothing is downloaded but packages.
@@ -32,11 +34,12 @@ lint: $(STAMP)
 check: lint
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not launches and not trains"
 
-test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=25
+# A file's tests share their runs, so they stay on one process.
+test: check
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "launches or trains"
 
 coverage: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --durations=25 --cov --cov-report=term
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 --cov --cov-report=term
 
 $(STAMP): pyproject.toml | $(BIN)/python
 # torch first: where the index has a CPU build, a machine without a GPU gets that one.

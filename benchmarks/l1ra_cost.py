@@ -190,7 +190,7 @@ def make_arm(
     if arm in (OURS, PRESSED):
         # Where gates are closed by hand, no others shall close.
         pressure = {"gate_lr": 1e-3, "l1_lambda": 0.0} if job.closed_share else {}
-        rule = {"rule": "pressure", "budget": "rank", **pressure} if arm == PRESSED else {"last_update": 1.0}
+        rule = {"rule": "pressure", "budget_unit": "rank", **pressure} if arm == PRESSED else {"last_update_ratio": 1.0}
         l1ra = L1RAConfig(max_rank=job.max_rank, update_ratio=job.update_ratio, **rule)
         prepare_trainer(trainer, LayerselConfig(l1ra=l1ra))
         (ranks,) = (one.ranks for one in trainer.callback_handler.callbacks if isinstance(one, RankCallback))

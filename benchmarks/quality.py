@@ -47,8 +47,8 @@ from axolotl_layersel.training.prepare import prepare_trainer
 DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ENCODER_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 SAMPLES = 128
-HALF = {"ratio": 0.5, "rank": "match"}
-SCORED = {"rank": "score", "num_samples": SAMPLES}
+HALF = {"ratio": 0.5, "rank_allocation": "match"}
+SCORED = {"rank_allocation": "score", "num_samples": SAMPLES}
 # The layersel block of every arm; EVA is PEFT's own way to give rank by the data, and has none.
 ARMS: dict[str, dict[str, Any] | None] = {
     "lora": {"selection": {"method": "first", "ratio": 1.0}},

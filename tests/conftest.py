@@ -69,8 +69,15 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     """
     session.stash[COLLECTED] = {item.nodeid for item in items}
     for item in items:
-        for mark in MARKS[item.path.relative_to(TESTS).parts[0]]:
+        for mark in MARKS[find_folder(item)]:
             item.add_marker(mark)
+    # Files of long tests first: the short ones then fill what one process has left when the other ends.
+    items.sort(key=lambda item: list(MARKS)[::-1].index(find_folder(item)))
+
+
+def find_folder(item: pytest.Item) -> str:
+    """Return the folder of tests/ that a test lies in."""
+    return item.path.relative_to(TESTS).parts[0]
 
 
 @pytest.hookimpl(wrapper=True)

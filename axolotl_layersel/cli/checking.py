@@ -87,5 +87,9 @@ def describe_selection(selection: SelectionConfig) -> str:
         kept = f"the {units} whose gate is above 0"
     else:
         kept = f"a share of {settings.ratio} of the {units}"
-    rank = "with lora_r each" if settings.rank == "same" else f"with ranks by rank: {settings.rank}"
+    rank = (
+        "with lora_r each"
+        if settings.rank_allocation == "same"
+        else f"with ranks by rank_allocation: {settings.rank_allocation}"
+    )
     return f"selection by {settings.method} keeps LoRA in {kept}, {rank}"

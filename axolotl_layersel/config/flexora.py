@@ -2,18 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.engines import LABELS, find_shards
 from axolotl_layersel.config.gate_requirements import check_gated_file
-from axolotl_layersel.config.strict_block import Block, check_known, list_plugins
+from axolotl_layersel.config.strict_block import Block, list_plugins
 
 SETTING = "layersel.selection.method: flexora"
-VALIDATION_SOURCES = ("train", "eval")
-HYPERGRADIENTS = ("first_order", "unrolled")
 # Code that can be differentiated once only: the second time autograd fails or takes what it saved for constants.
 FUSED_PLUGINS = ("liger", "cut_cross_entropy", "kernels")
 FUSED_ATTENTION = ("flash", "flex", "xformers", "sage")
@@ -38,52 +36,35 @@ class FlexoraConfig(Block):
     """``layersel.selection.flexora``: the search that ``method: flexora`` makes."""
 
     path: ClassVar[str] = "layersel.selection.flexora"
-    steps: int | None = Field(default=None, description="Optimizer steps of the search. Default 200.")
-    inner_steps: int | None = Field(default=None, description="K: LoRA steps between two gate steps. Default 1.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps of the search. Default 200.")
+    inner_steps: int | None = Field(default=None, ge=1, description="K: LoRA steps between two gate steps. Default 1.")
     gate_lr: float | None = Field(
-        default=None, description="Learning rate of the gates (Adam, constant). Default 0.01."
+        default=None, ge=0, examples=[0.01], description="Learning rate of the gates (Adam, constant). Default 0.01."
     )
     val_batches: int | None = Field(
-        default=None, description="Validation micro-batches of a gate step, on every process. Default 1."
+        default=None, ge=1, description="Validation micro-batches of a gate step, on every process. Default 1."
     )
-    val_source: str | None = Field(
+    val_source: Literal["train", "eval"] | None = Field(
         default=None,
         description="Where validation rows are from. `train` (default): training rows, which the search does not train "
         "on; `eval`: the run's own eval set.",
     )
     val_samples: int | None = Field(
         default=None,
+        ge=1,
         description="Validation rows. Of a smaller eval set all are taken. Default 200, and of training rows at "
         "most a third of those that have a label to learn.",
     )
-    hypergradient: str | None = Field(
+    hypergradient: Literal["first_order", "unrolled"] | None = Field(
         default=None,
         description="`first_order` (default): the gradient of the validation loss with the LoRA weights as they are; "
         "`unrolled`: exact through K LoRA steps made as SGD steps. Needs whole weights: one process, DDP, ZeRO-1 or 2.",
     )
     patience: int | None = Field(
-        default=None, description="Stop when what is kept has not changed for this many gate steps. Default: never."
+        default=None,
+        ge=1,
+        description="Stop when what is kept has not changed for this many gate steps. Default: never.",
     )
-
-    @field_validator("val_source", "hypergradient", mode="before")
-    @classmethod
-    def check_choice(cls, value: Any, info: Any) -> Any:
-        known = {"val_source": VALIDATION_SOURCES, "hypergradient": HYPERGRADIENTS}
-        return check_known(f"{cls.path}.{info.field_name}", value, known[info.field_name])
-
-    @field_validator("steps", "inner_steps", "val_batches", "val_samples", "patience")
-    @classmethod
-    def check_count(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError(f"{cls.path}.{info.field_name}: {value} is too few. Set 1 or more.")
-        return value
-
-    @field_validator("gate_lr")
-    @classmethod
-    def check_gate_lr(cls, value: float | None) -> float | None:
-        if value is not None and value < 0:
-            raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.01.")
-        return value
 
     @model_validator(mode="after")
     def check_steps(self) -> "FlexoraConfig":

@@ -77,12 +77,12 @@ def check_supported(value: bool | str | None) -> None:
 def check_redrawn(value: bool | str | None, rank: str) -> None:
     """Raise LayerselError for an initialisation by which modules of other ranks cannot be begun anew.
 
-    ``rank``: the value of ``layersel.selection.rank`` that asks for them.
+    ``rank``: the value of ``layersel.selection.rank_allocation``.
     """
     if normalise(value) not in PLAIN:
         raise LayerselError(
-            f"peft_init_lora_weights: {value!r} does not go with layersel.selection.rank: {rank}, which begins modules "
-            "anew with other ranks. Remove it, use `gaussian`, or set `rank: same`."
+            f"peft_init_lora_weights: {value!r} does not go with layersel.selection.rank_allocation: {rank}, which "
+            "begins modules anew with other ranks. Remove it, use `gaussian`, or set `rank_allocation: same`."
         )
 
 

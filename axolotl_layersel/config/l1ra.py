@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.engines import find_engine_name, writes_whole_state
 from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS, check_gated_file, check_generation
-from axolotl_layersel.config.strict_block import Block, as_mapping, as_number, as_whole, check_known, quote, read_choice
+from axolotl_layersel.config.strict_block import Block, as_mapping, as_number, as_whole, quote, read_choice
 
 # No model has matrices with more rows and columns; room for such a rank would take all memory.
 HIGHEST_RANK = 2**16
@@ -21,9 +21,9 @@ DEFAULT_GATE_LR = 0.02
 SHORT_RUN = 200
 # The rules, and the defaults of those keys that not all rules have, or not with the same default.
 RULE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "saliency": {"last_update": 0.5, "move_ratio": 0.1},
+    "saliency": {"last_update_ratio": 0.5, "move_ratio": 0.1},
     "pressure": {
-        "last_update": 1.0,
+        "last_update_ratio": 1.0,
         "l1_lambda": "auto",
         "gate_lr": None,
         "prune_threshold": 1e-10,
@@ -84,24 +84,31 @@ class L1RAConfig(Block):
     """``layersel.l1ra``: how much rank each LoRA module gets while the model trains."""
 
     path: ClassVar[str] = "layersel.l1ra"
+    renamed: ClassVar[dict[str, str]] = {"budget": "budget_unit", "last_update": "last_update_ratio"}
 
-    rule: str = Field(
+    rule: Literal["saliency", "pressure"] = Field(
         default="saliency",
         description="`saliency`: components that the loss would miss least give their rank to modules in which all "
         "are worth more; `pressure`: the L1RA paper's rule, by which a pressure shrinks gates until some are 0.",
     )
     max_rank: int | None = Field(
         default=None,
+        ge=1,
+        le=HIGHEST_RANK,
         description="The highest rank that a module can reach. Default: 2 × lora_r, or the rank that "
         "`selection.max_rank`, a plan or a continued adapter asks for, where that is more.",
     )
-    min_rank: int = Field(default=1, description="The rank that pruning leaves every module.")
-    budget: str = Field(
+    min_rank: int = Field(default=1, ge=1, le=HIGHEST_RANK, description="The rank that pruning leaves every module.")
+    budget_unit: Literal["parameters", "rank"] = Field(
         default="parameters",
-        description="`parameters`: the trainable parameters never grow; `rank`: the sum of all ranks stays.",
+        description="What the budget counts. `parameters`: the trainable parameters never grow; `rank`: the sum of all "
+        "ranks stays.",
     )
     move_ratio: float | None = Field(
         default=None,
+        gt=0,
+        le=1,
+        examples=[0.1],
         description="With `rule: saliency`: share of the rank in use that an update moves at most. Default 0.1, and in "
         "small adapters what it takes for one component to move.",
     )
@@ -112,18 +119,30 @@ class L1RAConfig(Block):
     )
     gate_lr: float | None = Field(
         default=None,
+        ge=0,
+        examples=[DEFAULT_GATE_LR],
         description=f"With `rule: pressure`: learning rate of the gates, constant. Default {DEFAULT_GATE_LR}, and more "
         f"in runs of fewer than {SHORT_RUN} optimizer steps: {DEFAULT_GATE_LR} × {SHORT_RUN} / steps.",
     )
-    update_ratio: float = Field(default=0.1, description="Share of the optimizer steps between two updates of rank.")
-    warmup_ratio: float = Field(default=0.0, description="Share of the optimizer steps before the first update.")
-    last_update: float | None = Field(
+    update_ratio: float = Field(
+        default=0.1, gt=0, le=1, examples=[0.1], description="Share of the optimizer steps between two updates of rank."
+    )
+    warmup_ratio: float = Field(
+        default=0.0, ge=0, lt=1, examples=[0.1], description="Share of the optimizer steps before the first update."
+    )
+    last_update_ratio: float | None = Field(
         default=None,
+        gt=0,
+        le=1,
+        examples=[0.5],
         description="Share of the optimizer steps after which rank stays where it is. Default 0.5 with "
         "`rule: saliency`, or as late as the second update of a short run or a long warmup; 1 with `rule: pressure`.",
     )
     prune_threshold: float | None = Field(
         default=None,
+        gt=0,
+        lt=1,
+        examples=[1e-10],
         description="With `rule: pressure`: an update prunes components with a gate below this. Default 1e-10.",
     )
     reassign: bool | None = Field(
@@ -137,12 +156,6 @@ class L1RAConfig(Block):
         "some in the same update.",
     )
 
-    @field_validator("budget", "rule", mode="before")
-    @classmethod
-    def check_choice(cls, value: Any, info: Any) -> Any:
-        choices = {"budget": tuple(BUDGETS), "rule": tuple(RULE_DEFAULTS)}
-        return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
-
     @field_validator("l1_lambda", mode="before")
     @classmethod
     def check_lambda(cls, value: Any) -> Any:
@@ -153,32 +166,6 @@ class L1RAConfig(Block):
             raise ValueError(f"{cls.path}.l1_lambda: {quote(value)} is not `auto` or a number from 0. Set `auto`.")
         return number
 
-    @field_validator("max_rank", "min_rank")
-    @classmethod
-    def check_rank(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError(f"{cls.path}.{info.field_name}: {value} is no rank of a module. Set 1 or more.")
-        if value is not None and value > HIGHEST_RANK:
-            raise ValueError(
-                f"{cls.path}.{info.field_name}: {value} is more than the rank of any weight. "
-                f"Set {HIGHEST_RANK} or less."
-            )
-        return value
-
-    @field_validator("gate_lr")
-    @classmethod
-    def check_gate_lr(cls, value: float | None) -> float | None:
-        if value is not None and value < 0:
-            raise ValueError(f"{cls.path}.gate_lr: {value} is not a learning rate. Set 0 or more, such as 0.02.")
-        return value
-
-    @field_validator("update_ratio", "move_ratio", "last_update")
-    @classmethod
-    def check_share(cls, value: float | None, info: Any) -> float | None:
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{cls.path}.{info.field_name}: {value} is outside (0, 1]. Set a share such as 0.1.")
-        return value
-
     @field_validator("update_ratio")
     @classmethod
     def check_updates(cls, value: float) -> float:
@@ -186,23 +173,6 @@ class L1RAConfig(Block):
             raise ValueError(
                 f"{cls.path}.update_ratio: {value} leaves fewer than two updates in a run of any length, for there is "
                 "none in the last such share of it. Set 0.33 or less."
-            )
-        return value
-
-    @field_validator("warmup_ratio")
-    @classmethod
-    def check_warmup_ratio(cls, value: float) -> float:
-        if not 0 <= value < 1:
-            raise ValueError(f"{cls.path}.warmup_ratio: {value} is outside [0, 1). Set a share such as 0.1.")
-        return value
-
-    @field_validator("prune_threshold")
-    @classmethod
-    def check_prune_threshold(cls, value: float | None) -> float | None:
-        if value is not None and not 0 < value < 1:
-            raise ValueError(
-                f"{cls.path}.prune_threshold: {value} is outside (0, 1): gates lie from 0 to 1, and only one below the "
-                "threshold is pruned. Leave the key out."
             )
         return value
 
@@ -225,10 +195,10 @@ class L1RAConfig(Block):
     def check_ranks_and_gates(self) -> "L1RAConfig":
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}.")
-        if self.last_update is not None and self.last_update <= self.warmup_ratio:
+        if self.last_update_ratio is not None and self.last_update_ratio <= self.warmup_ratio:
             raise ValueError(
-                f"{self.path}.last_update: {self.last_update} comes before the first update, after warmup_ratio: "
-                f"{self.warmup_ratio}. Raise it."
+                f"{self.path}.last_update_ratio: {self.last_update_ratio} is before the first update, which is after "
+                f"warmup_ratio: {self.warmup_ratio}. Raise it."
             )
         if self.drop_unread().gate_lr == 0 and self.get("l1_lambda") != 0:
             raise ValueError(

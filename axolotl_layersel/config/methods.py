@@ -34,7 +34,7 @@ class Method:
         needs_backward: whether it runs the model backward.
         keys: of the ``selection`` block, those that not every method has.
         units: what it can choose among, see ``units.UNITS``; the first is the default.
-        rank: what ``rank`` is by default.
+        rank_allocation: its default.
         fewest_samples: rows that it needs at least.
         more_evidence: what to give more of when its scores do not tell layers apart.
         way_out: what to do when layers cannot be scored.
@@ -48,7 +48,7 @@ class Method:
     needs_backward: bool = False
     keys: tuple[str, ...] = ("num_samples", "seed")
     units: tuple[str, ...] = ("layer",)
-    rank: str = "same"
+    rank_allocation: str = "same"
     fewest_samples: int = 2
     more_evidence: str = "more `num_samples`"
     way_out: str = "Keep fewer layers."
@@ -115,7 +115,7 @@ METHODS = {
             reads=LABELS,
             needs_backward=True,
             units=("module", "group", "layer"),
-            rank="score",
+            rank_allocation="score",
         ),
         Method(
             "flexora",

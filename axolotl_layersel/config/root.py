@@ -108,7 +108,7 @@ def check_ranks(data: Mapping[str, Any], block: LayerselConfig, moving: L1RAConf
     if chosen:
         selection.check_room(chosen.max_rank, most)
         selection.check_even_ranks(data, chosen, most)
-    ranked = chosen and (chosen.plan or chosen.resolve(run_seed=0).rank != "same")
+    ranked = chosen and (chosen.plan or chosen.resolve(run_seed=0).rank_allocation != "same")
     if not (ranked or data.get("lora_rank_pattern") or data.get("lora_model_dir")):
         l1ra.check_movable(moving, [lora_r], most)
 

@@ -20,25 +20,28 @@ def find_interval(steps: int, update_ratio: float) -> int:
     return max(math.ceil(Fraction(str(update_ratio)) * steps), 1)
 
 
-def find_update_steps(steps: int, update_ratio: float, warmup_ratio: float, last_update: float = 1.0) -> list[int]:
+def find_update_steps(
+    steps: int, update_ratio: float, warmup_ratio: float, last_update_ratio: float = 1.0
+) -> list[int]:
     """Return the optimizer steps after which rank moves, ascending.
 
-    Every ``find_interval`` steps; none before ``warmup_ratio`` of the run, none after ``last_update`` of it, and not in
-    the last interval, so that whatever is added has an interval to train.
+    Every ``find_interval`` steps; none before ``warmup_ratio`` of the run, none after ``last_update_ratio`` of it, and
+    not in     the last interval, so that whatever is added has an interval to train.
     """
     interval = find_interval(steps, update_ratio)
-    warmup, end = Fraction(str(warmup_ratio)) * steps, Fraction(str(last_update)) * steps
+    warmup, end = Fraction(str(warmup_ratio)) * steps, Fraction(str(last_update_ratio)) * steps
     return [step for step in range(interval, steps - interval + 1, interval) if warmup <= step <= end]
 
 
 def plan_updates(steps: int, settings: L1RAConfig) -> list[int]:
     """Return the optimizer steps after which rank moves in a run of ``steps``, ascending.
 
-    Where ``last_update`` is not written and its default leaves fewer than two, the first two that the run has room for.
+    Where ``last_update_ratio`` is not written and its default leaves fewer than two, these are the first two that the
+    run has room for.
     """
     possible = find_update_steps(steps, settings.update_ratio, settings.warmup_ratio)
-    updates = find_update_steps(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update"))
-    return possible[:2] if settings.last_update is None and len(updates) < 2 else updates
+    updates = find_update_steps(steps, settings.update_ratio, settings.warmup_ratio, settings.get("last_update_ratio"))
+    return possible[:2] if settings.last_update_ratio is None and len(updates) < 2 else updates
 
 
 def check_run_length(steps: int, settings: L1RAConfig, key: str = "") -> None:
@@ -46,8 +49,8 @@ def check_run_length(steps: int, settings: L1RAConfig, key: str = "") -> None:
     updates = plan_updates(steps, settings)
     if len(updates) < 2:
         written, raised = "", ""
-        if settings.last_update is not None:
-            written, raised = f", last_update: {settings.last_update}", ", or raise last_update"
+        if settings.last_update_ratio is not None:
+            written, raised = f", last_update_ratio: {settings.last_update_ratio}", ", or raise last_update_ratio"
         raise LayerselError(
             f"layersel.l1ra.update_ratio: {settings.update_ratio} (warmup_ratio: {settings.warmup_ratio}{written}) "
             f"leaves {len(updates)} rank updates in a run of {key}{steps} optimizer steps; it takes two or more for "

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,7 +14,7 @@ from axolotl_layersel.config.engines import find_shards
 from axolotl_layersel.config.flexora import FlexoraConfig, Search
 from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS
 from axolotl_layersel.config.initialisation import check_initialisation, check_redrawn
-from axolotl_layersel.config.layer_names import STACKS, LayerName, format_names, sort_names, split_name
+from axolotl_layersel.config.layer_names import LayerName, format_names, sort_names, split_name
 from axolotl_layersel.config.methods import LABELS, METHODS, Method, get_method, list_data_free
 from axolotl_layersel.config.strict_block import (
     SEEDS,
@@ -24,32 +24,26 @@ from axolotl_layersel.config.strict_block import (
     as_whole,
     as_whole_list,
     check_known,
-    describe_seeds,
     quote,
     read_choice,
 )
 
-TOKENS = ("auto", "last", "mean", "cls")
 # What they come to in a model: `ending` is the last token before the ending that nearly all rows share.
 Token = Literal["cls", "mean", "last", "ending"]
 Unselected = Literal["remove", "freeze"]
-UNSELECTED = get_args(Unselected)
 DEFAULT_RATIO = 0.5
 DEFAULT_NUM_SAMPLES = 128
 DEFAULT_TOKEN = "auto"
-DEFAULT_UNSELECTED = "remove"
-Towers = Literal["keep", "remove"]
-TOWERS = get_args(Towers)
-DEFAULT_TOWERS = "keep"
+DEFAULT_UNSELECTED: Unselected = "remove"
+OutsideLayers = Literal["keep", "remove"]
+DEFAULT_OUTSIDE_LAYERS: OutsideLayers = "keep"
 DEFAULT_STACKS = "language"
-KEEP = ("positive",)
-PLAN_CHECKS = ("error", "ignore")
-RANKS = ("same", "match", "score")
-BUDGET = "parameters"
-HIGHEST_FACTOR = 64
+RankAllocation = Literal["same", "match", "score"]
+DEFAULT_BUDGET = 1.0
+HIGHEST_BUDGET = 64
 MAX_RANK_FACTOR = 4
 HIGHEST_RANK = 1024
-# The bounds that nothing reads, by the value of `rank`.
+# The bounds that nothing reads, by the value of `rank_allocation`.
 IDLE_BOUNDS: dict[str | None, tuple[str, ...]] = {"same": ("max_rank", "min_rank"), "match": ("min_rank",)}
 
 
@@ -57,16 +51,22 @@ class SelectionConfig(Block):
     """``layersel.selection``: which layers keep their adapter."""
 
     path: ClassVar[str] = "layersel.selection"
+    renamed: ClassVar[dict[str, str]] = {"rank": "rank_allocation", "towers": "outside_layers"}
 
     method: str = Field(description=f"How layers are chosen: {', '.join(METHODS)}.")
     ratio: float | None = Field(
         default=None,
+        gt=0,
+        le=1,
+        examples=[DEFAULT_RATIO],
         description=f"Share of the candidate layers that is kept, in (0, 1]. Default {DEFAULT_RATIO}, of a lone "
         "candidate 1, unless `num_layers` or `layers` is given; with flexora see `keep`.",
     )
-    num_layers: int | None = Field(default=None, description="Number of layers kept, instead of `ratio`.")
+    num_layers: int | None = Field(default=None, ge=1, description="Number of layers kept, instead of `ratio`.")
     num_units: int | None = Field(
-        default=None, description="With `granularity: group` or `module`: number of them kept, instead of `ratio`."
+        default=None,
+        ge=1,
+        description="With `granularity: group` or `module`: number of them kept, instead of `ratio`.",
     )
     layers: list[LayerName] | None = Field(
         default=None,
@@ -78,28 +78,35 @@ class SelectionConfig(Block):
         description="What is chosen among: `layer`, `group` (the attention or the MLP of a layer) or `module`. "
         "Default: the first that the method has, see its table.",
     )
-    rank: str | None = Field(
+    rank_allocation: RankAllocation | None = Field(
         default=None,
-        description="The rank of what is kept. `same`: `lora_r`; `match`: one rank for all, as high as `budget` "
-        "allows; `score`: more where the score is higher. Default: `score` with gradient, `same` with the others.",
+        description="How rank is given to the chosen units. `same`: `lora_r` each; `match`: one rank for all, as high "
+        "as `budget` allows; `score`: more where the score is higher. Default: `score` with gradient, `same` with the "
+        "others.",
     )
-    budget: float | str | None = Field(
+    budget: float | None = Field(
         default=None,
-        description="What `rank: match` and `score` may spend. `parameters` (default): as many trainable parameters "
-        "as LoRA with `lora_r` in all candidates; a number up to 64, such as 0.5: so many times that; a larger one: so "
-        "many parameters.",
+        description="With `rank_allocation: match` and `score`: the trainable parameters that may be spent, as a "
+        "multiple of those of LoRA with `lora_r` in all candidates. Default 1.",
+    )
+    budget_parameters: int | None = Field(
+        default=None, ge=1, description="The same as a number of parameters, instead of `budget`."
     )
     min_rank: int | None = Field(
         default=None,
-        description="With `rank: score`: the rank of what is kept at least. Default 0: what would gain nothing "
-        "by rank is left out.",
+        ge=0,
+        le=HIGHEST_RANK,
+        description="With `rank_allocation: score`: the lowest rank of a chosen unit. Default 0: units that would gain "
+        "nothing by rank are left out.",
     )
     max_rank: int | None = Field(
         default=None,
-        description=f"With `rank: match` and `score`: the highest rank. Default {MAX_RANK_FACTOR} × lora_r, and with "
-        "l1ra the highest that it allows.",
+        ge=1,
+        le=HIGHEST_RANK,
+        description="With `rank_allocation: match` and `score`: the highest rank. Default "
+        f"{MAX_RANK_FACTOR} × lora_r, and with l1ra the highest that it allows.",
     )
-    keep: str | None = Field(
+    keep: Literal["positive"] | None = Field(
         default=None,
         description="flexora: `positive` (default) keeps what has a gate above zero, instead of `ratio` or "
         "`num_layers`.",
@@ -109,26 +116,26 @@ class SelectionConfig(Block):
         description="Layers that may be chosen, named as in `layers`. Default: every layer that carries LoRA, of the "
         "language model, of both an encoder and a decoder, or of what `stacks` says.",
     )
-    unselected: str | None = Field(
+    unselected: Unselected | None = Field(
         default=None,
         description="`remove` (default): the other layers get no adapter; `freeze`: they keep it, untrained.",
     )
-    towers: str | None = Field(
+    outside_layers: OutsideLayers | None = Field(
         default=None,
         description="LoRA outside of the language model's layers, such as in a vision tower or a projector. "
         "`keep` (default): it stays and trains; `remove`: it gets no adapter.",
     )
-    stacks: str | None = Field(
+    stacks: Literal["language", "vision", "both"] | None = Field(
         default=None,
         description="Of a multimodal model, whose layers are chosen among. `language` (default): the language model's; "
-        "`vision`: the vision tower's, and the language model is one of the `towers`; `both`.",
+        "`vision`: the vision tower's, and LoRA in the language model is what `outside_layers` is about; `both`.",
     )
     num_samples: int | None = Field(
         default=None,
         description=f"Training rows that the scores are computed from. Default {DEFAULT_NUM_SAMPLES}, or all rows of a "
         "smaller training set.",
     )
-    token: str | None = Field(
+    token: Literal["auto", "last", "mean", "cls"] | None = Field(
         default=None,
         description="cka: the token that stands for a row. `auto` (default): of an encoder the first, or the mean "
         "where its pooling is one; else the last one before the ending that nearly all rows share (others are "
@@ -136,12 +143,15 @@ class SelectionConfig(Block):
         "`last`, `mean` (of the row's tokens), `cls` (the first).",
     )
     seed: int | None = Field(
-        default=None, description="Seed of the calibration sample, or of the search. Default: the run's seed."
+        default=None,
+        ge=SEEDS.start,
+        le=SEEDS.stop - 1,
+        description="Seed of the calibration sample, or of the search. Default: the run's seed.",
     )
     plan: str | None = Field(
         default=None, description="Path of a saved plan.json: it is checked and applied, nothing is scored."
     )
-    plan_check: str | None = Field(
+    plan_check: Literal["error", "ignore"] | None = Field(
         default=None,
         description="What a plan, or a checkpoint, that was made for another base model is. `error` (default); "
         "`ignore`: it is applied, for a model that has another name only.",
@@ -150,67 +160,25 @@ class SelectionConfig(Block):
         default=None, description="The search of `method: flexora`, see below. Default: its defaults."
     )
 
-    @field_validator(
-        "method", "token", "unselected", "towers", "stacks", "keep", "plan_check", "granularity", "rank", mode="before"
-    )
+    @field_validator("method", "granularity", mode="before")
     @classmethod
     def check_choice(cls, value: Any, info: Any) -> Any:
-        choices = {
-            "method": tuple(METHODS),
-            "token": TOKENS,
-            "unselected": UNSELECTED,
-            "towers": TOWERS,
-            "stacks": tuple(STACKS),
-            "keep": KEEP,
-            "plan_check": PLAN_CHECKS,
-            "granularity": tuple(dict.fromkeys(unit for method in METHODS.values() for unit in method.units)),
-            "rank": RANKS,
-        }
-        return check_known(f"{cls.path}.{info.field_name}", value, choices[info.field_name])
+        units = tuple(dict.fromkeys(unit for method in METHODS.values() for unit in method.units))
+        known = {"method": tuple(METHODS), "granularity": units}
+        return check_known(f"{cls.path}.{info.field_name}", value, known[info.field_name])
 
     @field_validator("budget", mode="before")
     @classmethod
     def check_budget(cls, value: Any) -> Any:
-        if value in (None, BUDGET):
-            return value
+        if value == "parameters":
+            raise ValueError(f"{cls.path}.budget: 'parameters' is 1, the default, now. Leave the key out.")
         number = as_number(value)
-        if number is not None and 0 < number <= HIGHEST_FACTOR:
-            return number
-        if number is not None and number > HIGHEST_FACTOR and number.is_integer():
-            return number
-        raise ValueError(
-            f"{cls.path}.budget: {quote(value)} is neither `{BUDGET}`, nor a multiple of them such as 0.5, nor a "
-            f"number of parameters such as 1000000. Leave the key out for `{BUDGET}`."
-        )
-
-    @field_validator("min_rank", "max_rank")
-    @classmethod
-    def check_rank(cls, value: int | None, info: Any) -> int | None:
-        lowest = {"min_rank": 0, "max_rank": 1}[info.field_name]
-        if value is not None and not lowest <= value <= HIGHEST_RANK:
-            raise ValueError(f"{cls.path}.{info.field_name}: {value} is outside {lowest} to {HIGHEST_RANK}.")
-        return value
-
-    @field_validator("ratio")
-    @classmethod
-    def check_ratio(cls, value: float | None) -> float | None:
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{cls.path}.ratio: {value} is outside (0, 1]. Set the share to keep, such as 0.5.")
-        return value
-
-    @field_validator("num_layers", "num_units")
-    @classmethod
-    def check_number(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value < 1:
-            what = {"num_layers": "layer", "num_units": "unit"}[info.field_name]
-            raise ValueError(f"{cls.path}.{info.field_name}: {value} keeps no {what}. Set 1 or more.")
-        return value
-
-    @field_validator("seed")
-    @classmethod
-    def check_seed(cls, value: int | None) -> int | None:
-        if value is not None and value not in SEEDS:
-            raise ValueError(f"{cls.path}.seed: {value} is {describe_seeds()}")
+        if number is not None and not 0 < number <= HIGHEST_BUDGET:
+            raise ValueError(
+                f"{cls.path}.budget: {quote(value)} is outside (0, {HIGHEST_BUDGET}]: it is a multiple of the "
+                "parameters of LoRA with `lora_r` in all candidates. Set one such as 0.5, or give a number of "
+                "parameters as `budget_parameters`."
+            )
         return value
 
     @field_validator("layers", "candidates")
@@ -310,19 +278,28 @@ class SelectionConfig(Block):
 
     def check_ranks(self, method: Method) -> None:
         """Raise ValueError for settings of rank that contradict each other or have no effect."""
-        rank = self.rank or method.rank
+        rank = self.rank_allocation or method.rank_allocation
         if rank == "score" and not method.needs_data:
             raise ValueError(
-                f"{self.path}.rank: 'score' needs scores, and method {self.method} gives none. Use `match` or `same`."
+                f"{self.path}.rank_allocation: 'score' needs scores, and method {self.method} gives none. Use "
+                "`match` or `same`."
             )
-        for key in ("budget", *(IDLE_BOUNDS["same"] if self.rank is None else ())):
+        bounds = IDLE_BOUNDS["same"] if self.rank_allocation is None else ()
+        for key in ("budget", "budget_parameters", *bounds):
             if rank == "same" and getattr(self, key) is not None:
-                asked = f"rank: {rank}" if self.rank else f"rank: {rank}, the default of method {self.method}"
-                way_out = "`rank: match` or `score`" if method.needs_data else "`rank: match`"
+                asked = f"rank_allocation: {rank}"
+                if self.rank_allocation is None:
+                    asked += f", the default of method {self.method}"
+                way_out = "`rank_allocation: match` or `score`" if method.needs_data else "`rank_allocation: match`"
                 raise ValueError(
                     f"{self.path}.{key}: {getattr(self, key)} has no effect with {asked}. Set {way_out}, or remove the "
                     "key."
                 )
+        if self.budget is not None and self.budget_parameters is not None:
+            raise ValueError(
+                f"{self.path}.budget_parameters: {self.budget_parameters} and budget: {self.budget} both say what may "
+                "be spent. Keep one of them."
+            )
         if (self.min_rank or 0) > (self.max_rank or HIGHEST_RANK):
             raise ValueError(f"{self.path}.min_rank: {self.min_rank} is more than max_rank: {self.max_rank}.")
 
@@ -331,18 +308,18 @@ class SelectionConfig(Block):
         keys = {key for method in METHODS.values() for key in method.keys} - {"layers", "keep"}
         unread = {key: f"method: {self.method}" for key in sorted(keys - {*get_method(self.method).keys})}
         # Where the rank is not written, a bound is taken for a wish for different ranks, and refused.
-        unread |= {key: f"rank: {self.rank}" for key in IDLE_BOUNDS.get(self.rank, ())}
+        unread |= {key: f"rank_allocation: {self.rank_allocation}" for key in IDLE_BOUNDS.get(self.rank_allocation, ())}
         return {key: why for key, why in unread.items() if getattr(self, key) is not None}
 
     def resolve(self, run_seed: int) -> "ResolvedSelection":
         """Return the settings as they take effect; ``run_seed``: the seed where the block gives none."""
         method = get_method(self.method)
-        ratio, keep, rank = self.ratio, self.keep, self.rank or method.rank
+        ratio, keep, rank = self.ratio, self.keep, self.rank_allocation or method.rank_allocation
         if not any((ratio, keep, self.num_layers, self.num_units, self.layers)):
             if rank == "score":
                 ratio = 1.0  # the scores themselves say what gets no rank
             elif "keep" in method.keys:
-                keep = KEEP[0]
+                keep = "positive"
             else:
                 ratio = DEFAULT_RATIO
         return ResolvedSelection(
@@ -352,14 +329,15 @@ class SelectionConfig(Block):
             num_units=self.num_units,
             layers=None if self.layers is None else sort_names(self.layers),
             granularity=self.granularity or method.units[0],
-            rank=rank,
-            budget=None if rank == "same" else (BUDGET if self.budget is None else self.budget),
+            rank_allocation=rank,
+            budget=None if rank == "same" or self.budget_parameters else self.budget or DEFAULT_BUDGET,
+            budget_parameters=self.budget_parameters,
             min_rank=(self.min_rank or 0) if rank == "score" else None,
             max_rank=self.max_rank,
             keep=keep,
             candidates=None if self.candidates is None else sort_names(self.candidates),
-            unselected=cast(Unselected, self.unselected or DEFAULT_UNSELECTED),
-            towers=cast(Towers, self.towers or DEFAULT_TOWERS),
+            unselected=self.unselected or DEFAULT_UNSELECTED,
+            outside_layers=self.outside_layers or DEFAULT_OUTSIDE_LAYERS,
             stacks=self.stacks or DEFAULT_STACKS,
             num_samples=(self.num_samples or DEFAULT_NUM_SAMPLES) if "num_samples" in method.keys else None,
             token=(self.token or DEFAULT_TOKEN) if "token" in method.keys else None,
@@ -378,14 +356,15 @@ class ResolvedSelection:
     num_units: int | None
     layers: list[LayerName] | None
     granularity: str
-    rank: str
-    budget: float | str | None
+    rank_allocation: str
+    budget: float | None
+    budget_parameters: int | None
     min_rank: int | None
     max_rank: int | None
-    keep: str | None
+    keep: Literal["positive"] | None
     candidates: list[LayerName] | None
     unselected: Unselected
-    towers: Towers
+    outside_layers: OutsideLayers
     stacks: str
     num_samples: int | None
     token: str | None
@@ -431,13 +410,13 @@ def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionConfi
 
 def check_new_ranks(data: Mapping[str, Any], selection: SelectionConfig) -> None:
     """Raise LayerselError where modules cannot be given other ranks than ``lora_r``."""
-    rank, shards = selection.resolve(run_seed=0).rank, find_shards(data)
+    rank, shards = selection.resolve(run_seed=0).rank_allocation, find_shards(data)
     if rank == "same":
         return
     if data.get("lora_rank_pattern"):
         raise LayerselError(
-            f"lora_rank_pattern: {data['lora_rank_pattern']!r} contradicts layersel.selection.rank: {rank}, by which "
-            "the plugin decides the ranks. Remove lora_rank_pattern, or set `rank: same`."
+            f"lora_rank_pattern: {data['lora_rank_pattern']!r} contradicts layersel.selection.rank_allocation: {rank}, "
+            "by which the plugin decides the ranks. Remove lora_rank_pattern, or set `rank_allocation: same`."
         )
     if selection.plan is not None:
         return
@@ -446,17 +425,17 @@ def check_new_ranks(data: Mapping[str, Any], selection: SelectionConfig) -> None
         raise LayerselError(describe_sharded_ranks(rank, shards))
 
 
-def find_budget(asked: float | str, lora: int) -> int:
+def find_budget(settings: ResolvedSelection, lora: int) -> int:
     """Return the budget in parameters, rounded down.
 
     Args:
-        asked: the setting: ``parameters``, a multiple of them, or a number of parameters.
-        lora: the parameters that LoRA with ``lora_r`` has in all candidates.
+        settings: they allocate rank, and so have a budget.
+        lora: the parameters of LoRA with ``lora_r`` in all candidates.
     """
-    if asked == BUDGET:
-        return lora
-    assert not isinstance(asked, str), "settings are validated"
-    return int(asked * lora + 1e-9) if asked <= HIGHEST_FACTOR else int(asked)
+    if settings.budget_parameters is not None:
+        return settings.budget_parameters
+    assert settings.budget is not None, "settings that allocate rank have a budget"
+    return int(settings.budget * lora + 1e-9)
 
 
 def find_matched_room(selection: SelectionConfig, lora_r: int) -> int:
@@ -465,10 +444,9 @@ def find_matched_room(selection: SelectionConfig, lora_r: int) -> int:
     ``l1ra`` takes it for its room by default, so that modules that start alike can gain rank.
     """
     settings = selection.resolve(run_seed=0)
-    factor = 1.0 if settings.budget == BUDGET else as_number(settings.budget)
-    if settings.rank != "match" or settings.ratio is None or factor is None or factor > HIGHEST_FACTOR:
+    if settings.rank_allocation != "match" or settings.ratio is None or settings.budget is None:
         return 0
-    rank = math.ceil(factor * lora_r / settings.ratio)
+    rank = math.ceil(settings.budget * lora_r / settings.ratio)
     return 2 * min(rank, MAX_RANK_FACTOR * lora_r)
 
 
@@ -483,12 +461,11 @@ def check_even_ranks(data: Mapping[str, Any], selection: SelectionConfig, room: 
     ``room``: the highest rank that ``layersel.l1ra`` has room for, None without it.
     """
     settings, lora_r = selection.resolve(run_seed=0), as_whole(data.get("lora_r"))
-    factor = 1.0 if settings.budget == BUDGET else as_number(settings.budget)
-    if settings.rank != "score" or settings.ratio != 1 or selection.plan is not None or lora_r is None:
+    if settings.rank_allocation != "score" or settings.ratio != 1 or selection.plan is not None or lora_r is None:
         return
-    if factor is not None and factor <= HIGHEST_FACTOR:
+    if settings.budget is not None:
         most = settings.max_rank or room or MAX_RANK_FACTOR * lora_r
-        check_forced(get_method(settings.method), factor * lora_r, settings.min_rank or 0, most)
+        check_forced(get_method(settings.method), settings.budget * lora_r, settings.min_rank or 0, most)
 
 
 def check_forced(method: Method, paid: float, least: int, most: int, step: float = 1e-9) -> None:
@@ -503,16 +480,16 @@ def check_forced(method: Method, paid: float, least: int, most: int, step: float
     """
     way_out = f"so all ranks would be equal, whatever the scores of {method.name} are"
     # Other methods leave out what has the score 0.
-    if method.rank == "score" and paid >= most:
+    if method.rank_allocation == "score" and paid >= most:
         raise LayerselError(
             f"layersel.selection.budget: it pays for rank {paid:.4g} everywhere, which is max_rank: {most} or more, "
             f"{way_out}. "
-            "Lower budget, raise max_rank, or use `rank: match`."
+            "Lower budget, raise max_rank, or use `rank_allocation: match`."
         )
     if least and paid - least < step:
         raise LayerselError(
             f"layersel.selection.min_rank: {least} everywhere takes the whole budget, which pays for rank {paid:.4g}, "
-            f"{way_out}. Lower min_rank, raise budget, or use `rank: match`."
+            f"{way_out}. Lower min_rank, raise budget, or use `rank_allocation: match`."
         )
 
 
@@ -528,9 +505,9 @@ def check_room(max_rank: int | None, room: int) -> None:
 def describe_sharded_ranks(rank: str, engine: str) -> str:
     """Return the message for ranks that follow a search, on an engine that splits weights, by its name."""
     return (
-        f"layersel.selection.rank: {rank!r} builds modules anew, which {SHARDED[engine]} does not allow after a search "
-        "by flexora. Make the plan on one process with `axolotl-layersel plan --launcher python` and give it as `plan`"
-        ", or use `rank: same`."
+        f"layersel.selection.rank_allocation: {rank!r} builds modules anew, which {SHARDED[engine]} does not allow "
+        "after a search by flexora. Make the plan on one process with `axolotl-layersel plan --launcher python` and "
+        "give it as `plan`, or use `rank_allocation: same`."
     )
 
 

@@ -3,9 +3,10 @@
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from axolotl_layersel.common.errors import suggest
 from axolotl_layersel.config.layer_names import NAME, LayerName
@@ -27,6 +28,8 @@ class Block(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     path: ClassVar[str]
+    # Keys of earlier versions, and what they are called now.
+    renamed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -36,6 +39,8 @@ class Block(BaseModel):
                 f"{cls.path}: {quote(data)} is not a mapping. Write its keys on lines of their own below it."
             )
         for key in data:
+            if key in cls.renamed:
+                raise ValueError(f"{cls.path}.{key}: the key is called `{cls.renamed[key]}` now. Rename it.")
             if key not in cls.model_fields:
                 word = key if isinstance(key, str) else quote(key)
                 raise ValueError(f"{cls.path}.{word} is not a setting: {suggest(word, cls.model_fields)}")
@@ -48,8 +53,11 @@ class Block(BaseModel):
     @classmethod
     def check_type(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None, "only fields are validated"
-        field = cls.model_fields[info.field_name]
-        return read(f"{cls.path}.{info.field_name}", value, field.annotation, field.description)
+        key, field = f"{cls.path}.{info.field_name}", cls.model_fields[info.field_name]
+        result = read(key, value, field.annotation, field.description)
+        if isinstance(result, int | float):
+            check_bounds(key, result, field)
+        return result
 
     def find_unread(self) -> dict[str, str]:
         """Return the keys that were written and that nothing reads, each with the setting under which it is so."""
@@ -100,6 +108,8 @@ def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
         result, expected = as_number(value), "a finite number"
     elif bool in kinds:
         result, expected = value if isinstance(value, bool) else None, "true or false"
+    elif any(get_origin(kind) is Literal for kind in kinds):
+        return check_known(key, value, [choice for kind in kinds for choice in get_args(kind)])
     elif str in kinds:
         result, expected = value if isinstance(value, str) and value else None, "some text"
     elif list[LayerName] in kinds:
@@ -109,6 +119,26 @@ def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
     if result is None:
         raise ValueError(f"{key}: {quote(value)}{hint} is not {expected}. Write {expected}, or leave the key out.")
     return result
+
+
+def check_bounds(key: str, value: float, field: FieldInfo) -> None:
+    """Raise ValueError for a number outside the bounds of its field, whose first example is named in the message."""
+    lowest, above, highest, below = (
+        next((getattr(bound, name) for bound in field.metadata if hasattr(bound, name)), None)
+        for name in ("ge", "gt", "le", "lt")
+    )
+    too_low = (lowest is not None and value < lowest) or (above is not None and value <= above)
+    too_high = (highest is not None and value > highest) or (below is not None and value >= below)
+    if not (too_low or too_high):
+        return
+    such = f", such as {field.examples[0]}" if field.examples else ""
+    if highest is None and below is None:
+        raise ValueError(f"{key}: {value} is too low. Set {lowest} or more{such}.")
+    if isinstance(value, int):
+        raise ValueError(f"{key}: {value} is outside {lowest} to {highest}. Set a value in this range{such}.")
+    interval = f"{'[' if above is None else '('}{lowest if above is None else above}, "
+    interval += f"{highest if below is None else below}{']' if below is None else ')'}"
+    raise ValueError(f"{key}: {value} is outside {interval}. Set a value in this range{such}.")
 
 
 def check_known(key: str, value: Any, known: Iterable[str]) -> Any:

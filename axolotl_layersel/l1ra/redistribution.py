@@ -74,7 +74,7 @@ class RankRedistribution:
             name: count_component_parameters(module, run.adapter) for name, module in self.modules.items()
         }
         self.gates = Gates({name: [down] for name, (down, _) in self.linears.items()}, capacity.max_rank, run.device)
-        costs = BUDGETS[settings.budget](self.parameters_per_component)
+        costs = BUDGETS[settings.budget_unit](self.parameters_per_component)
         self.components = Components(self.gates, capacity.slots, costs, capacity.max_rank)
         self.history = RankHistory({0: self.components.ranks()})
         self.update_steps: set[int] = set()
@@ -127,11 +127,14 @@ class RankRedistribution:
             steps,
             self.rule.describe(),
         )
-        if self.settings.last_update is None and max(self.update_steps) > self.settings.get("last_update") * steps:
+        if (
+            self.settings.last_update_ratio is None
+            and max(self.update_steps) > self.settings.get("last_update_ratio") * steps
+        ):
             LOG.info(
-                "layersel: last_update is %.3g in place of %.3g by default, so that there are two updates of rank",
+                "layersel: last_update_ratio is %.3g in place of %.3g by default, so that rank moves twice",
                 max(self.update_steps) / steps,
-                self.settings.get("last_update"),
+                self.settings.get("last_update_ratio"),
             )
         LOG.info(
             "layersel: %s trainable LoRA parameters in use; %s counts the room for rank %d in every module",

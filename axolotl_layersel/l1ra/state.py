@@ -157,7 +157,7 @@ def find_rank_fault(
     low = next((name for name in ranks if ranks[name] < min(settings.min_rank, start[name])), None)
     if low is not None:
         return f"leaves {low} fewer than min_rank: {settings.min_rank} components"
-    cost = BUDGETS[settings.budget](costs)
+    cost = BUDGETS[settings.budget_unit](costs)
     before, now = (sum(count * cost[name] for name, count in counts.items()) for counts in (start, ranks))
     reassigns = settings.get("reassign") is not False
     if (reassigns and now + pool != before) or (not reassigns and (pool or now > before)):

@@ -90,7 +90,7 @@ class Selection:
     @property
     def highest_rank(self) -> int:
         """The highest rank that a unit can get."""
-        if self.settings.rank == "same":
+        if self.settings.rank_allocation == "same":
             return self.lora_r
         return self.settings.max_rank or self.room or MAX_RANK_FACTOR * self.lora_r
 

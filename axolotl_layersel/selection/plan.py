@@ -8,14 +8,14 @@ from axolotl_layersel.config.layer_names import LayerName, Place
 from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.config.selection import (
     DEFAULT_STACKS,
+    OutsideLayers,
     ResolvedSelection,
     SelectionConfig,
     Token,
-    Towers,
     Unselected,
 )
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 FILE = "plan.json"
 # Parameters and ranks; a larger number is none of a model's.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -73,11 +73,11 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     method: str
     layers: list[LayerChoice]
     unselected: Unselected
-    towers: Towers = Field(default="keep", description="what became of LoRA outside of the layers")
+    outside_layers: OutsideLayers = Field(default="keep", description="what became of LoRA outside of the layers")
     outside: list[Tower] = Field(
         default_factory=list,
         description="LoRA modules outside of the layers, before any were removed, by place in the base model",
@@ -147,4 +147,4 @@ class Plan(BaseModel):
     @property
     def modules_outside(self) -> list[str]:
         """The LoRA modules outside of the layers that are kept."""
-        return [name for tower in self.outside for name in tower.modules] if self.towers == "keep" else []
+        return [name for tower in self.outside for name in tower.modules] if self.outside_layers == "keep" else []

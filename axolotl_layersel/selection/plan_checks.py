@@ -50,9 +50,10 @@ KEYS = (
     "ratio",
     "keep",
     "unselected",
-    "towers",
-    "rank",
+    "outside_layers",
+    "rank_allocation",
     "budget",
+    "budget_parameters",
     "min_rank",
     "max_rank",
     "flexora",
@@ -61,7 +62,7 @@ KEYS = (
     "num_samples",
 )
 # Fields of a plan that repeat what is in its settings.
-REPEATED = ("method", "granularity", "unselected", "towers")
+REPEATED = ("method", "granularity", "unselected", "outside_layers")
 # More problems of a file's form than this are counted only.
 SHOWN_PROBLEMS = 8
 
@@ -188,9 +189,13 @@ def list_module_faults(plan: Plan) -> list[str]:
 def list_rank_faults(plan: Plan, settings: ResolvedSelection) -> list[str]:
     """Return what is wrong with ranks and their budget."""
     given = {"ranks": bool(plan.ranks), "budget": plan.budget is not None}
-    if settings.rank == "same":
-        return [f"`{key}` is given, and settings.rank is 'same'" for key, has in given.items() if has]
-    faults = [f"`{key}` is empty, and settings.rank {settings.rank!r}" for key, has in given.items() if not has]
+    if settings.rank_allocation == "same":
+        return [f"`{key}` is given, and settings.rank_allocation is 'same'" for key, has in given.items() if has]
+    faults = [
+        f"`{key}` is empty, and settings.rank_allocation {settings.rank_allocation!r}"
+        for key, has in given.items()
+        if not has
+    ]
     if plan.ranks and plan.ranks.keys() != set(plan.modules):
         faults.append("`ranks` does not name just the modules that are in `modules`")
     lowest, highest = max(1, settings.min_rank or 0), find_highest_rank(plan, settings)
@@ -212,13 +217,11 @@ def find_highest_rank(plan: Plan, settings: ResolvedSelection) -> int:
 
 def list_budget_faults(budget: Budget, settings: ResolvedSelection) -> list[str]:
     """Return what is wrong with the numbers of a budget."""
-    asked = settings.budget
-    assert asked is not None, "ranks that are not the same have a budget"
-    allowed = find_budget(asked, budget.lora)
+    allowed = find_budget(settings, budget.lora)
     return choose_true(
         (
             allowed != budget.allowed,
-            f"`budget` allows {budget.allowed}, and settings.budget: {asked} of {budget.lora} is {allowed}",
+            f"`budget` allows {budget.allowed}, and its settings {allowed} of {budget.lora}",
         ),
         (
             budget.spent > budget.allowed,
@@ -282,7 +285,7 @@ def list_setting_differences(
     asked, made_with = settings.resolve(run_seed=plan.seed), plan.resolve_settings()
     differences = []
     for key in KEYS:
-        if key == "rank":
+        if key == "rank_allocation":
             differences += list_lora_differences(plan, lora_r, room, rank_pattern)
         given = getattr(settings, key)
         if given is None:
@@ -387,7 +390,7 @@ def list_lora_places(plan: Plan, model: ModelFacts) -> list[str]:
     known = set(plan.module_scores) or set(plan.modules)
     layers = {find_layer(plan.stack, name) for name in known}
     present = {name for layer in layers if layer is not None for name in model.modules.get(layer, [])}
-    if plan.towers == "keep":
+    if plan.outside_layers == "keep":
         known |= set(plan.modules_outside)
         present |= set(model.outside)
     if plan.granularity != "layer" and not plan.module_scores:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,13 +21,11 @@ def read_plan(path: str | Path, key: str = "layersel.selection.plan") -> Plan:
     way_out = "Give the path of a plan.json, or make the plan anew."
     content = read_json(key, path, way_out)
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(version, bool) or version not in (1, SCHEMA_VERSION):
+    if isinstance(version, bool) or version != SCHEMA_VERSION:
         raise LayerselError(
-            f"{key}: {path} has schema_version {version!r}, this version of axolotl-layersel reads 1 to "
+            f"{key}: {path} has schema_version {version!r}, and this version of axolotl-layersel reads "
             f"{SCHEMA_VERSION}. Make the plan anew with `axolotl-layersel plan`."
         )
-    if version == 1:
-        content = upgrade(content)
     try:
         # As JSON, whose keys are text, and strictly: "yes" is no Boolean and 1.0 is no layer.
         plan = Plan.model_validate_json(json.dumps(content), strict=True)
@@ -39,15 +36,6 @@ def read_plan(path: str | Path, key: str = "layersel.selection.plan") -> Plan:
         way_out = "Undo what was edited by hand, or make the plan anew."
         raise refuse(key, path, f"contradicts itself: {enumerate_faults(contradictions)}", way_out)
     return plan
-
-
-def upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a plan of schema 1, in which all ranks are the same, as one of schema 2."""
-    settings = dict(content["settings"]) if isinstance(content.get("settings"), dict) else {}
-    search = dict(settings["flexora"]) if isinstance(settings.get("flexora"), dict) else None
-    granularity = "layer" if search is None else search.pop("granularity", "layer")
-    settings |= {"flexora": search, "granularity": granularity, "rank": "same"}
-    return {**content, "schema_version": SCHEMA_VERSION, "granularity": granularity, "settings": settings}
 
 
 def write_plan(plan: Plan, path: str | Path) -> None:

@@ -30,17 +30,16 @@ def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int]
         LayerselError: if the budget does not pay for any, or there are no scores to give ranks by.
     """
     settings, most = selection.settings, selection.highest_rank
-    if settings.rank == "same":
+    if settings.rank_allocation == "same":
         return {}, None
     kept = set(choice.modules)
     units = [unit for unit in selection.units if kept.issuperset(unit.modules)]
     prices = find_prices(selection)
-    assert settings.budget is not None, "settings as they take effect have one"
     lora = selection.lora_r * sum(prices.values())
-    budget = find_budget(settings.budget, lora)
+    budget = find_budget(settings, lora)
     costs = {unit.name: prices[unit.name] for unit in units}
     least, even = settings.min_rank or 0, 0
-    if settings.rank == "match":
+    if settings.rank_allocation == "match":
         ranks = match_budget(costs, budget, most)
     elif choice.gains:
         gains = {unit.name: choice.gains[unit.name] for unit in units}
@@ -81,9 +80,8 @@ def find_prices(selection: Selection) -> dict[str, int]:
 def check_spread(selection: Selection) -> None:
     """Raise LayerselError where all units are kept and the budget leaves scores nothing to decide."""
     settings, prices = selection.settings, find_prices(selection)
-    assert settings.budget is not None, "ranks that follow scores have one"
     total, least = sum(prices.values()), settings.min_rank or 0
-    budget = find_budget(settings.budget, selection.lora_r * total)
+    budget = find_budget(settings, selection.lora_r * total)
     check_floor(prices, budget, least)
     check_forced(selection.method, budget / total, least, selection.highest_rank, min(prices.values()) / total)
 
@@ -173,7 +171,8 @@ def share_by_score(
     largest = max(scores.values())
     if largest <= 0:
         raise LayerselError(
-            "layersel.selection.rank: 'score' needs scores above zero, and there are none. Use `rank: match`."
+            "layersel.selection.rank_allocation: 'score' needs scores above zero, and there are none. Use "
+            "`rank_allocation: match`."
         )
     shares_of_largest = {unit: score / largest for unit, score in scores.items()}
     positive = {unit: share if share > NEGLIGIBLE else 0.0 for unit, share in shares_of_largest.items()}

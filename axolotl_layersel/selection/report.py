@@ -70,7 +70,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(describe_budget(plan.ranks, plan.budget), soft_wrap=True)
     console.print(make_module_table(plan) if plan.module_scores else make_table(plan, bar))
     for tower in plan.outside:
-        console.print(f"{clean(tower.place)}: {describe_tower(tower, plan.towers)}", soft_wrap=True)
+        console.print(f"{clean(tower.place)}: {describe_tower(tower, plan.outside_layers)}", soft_wrap=True)
     if plan.stability is not None:
         print_stability(plan.stability, console)
     for choice in plan.layers:

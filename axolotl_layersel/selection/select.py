@@ -107,7 +107,7 @@ def select_layers(
         # This comes before anything is scored or searched, so that what the run will not have takes no part in it.
         resolved = fit_to_data(run, settings, settings.resolve(trainer.args.seed))
         check_ranks(run, stack, resolved, continues_adapter)
-        remove_towers(run, stack, resolved.towers)
+        remove_towers(run, stack, resolved.outside_layers)
         selection = Selection.of(
             run, stack, resolved, capacity.lora_r if capacity else None, capacity.max_rank if capacity else None
         )
@@ -126,7 +126,7 @@ def select_layers(
         plan, source = reused
         correct_spending(plan, facts, source)
         report_data(plan, trainer, source)
-        remove_towers(run, stack, plan.towers)
+        remove_towers(run, stack, plan.outside_layers)
         plan.outside = describe_towers(run, stack)
         LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
         decide_on_rank_zero(lambda: carry_over(plan, Path(source), output))
@@ -152,11 +152,11 @@ def report_idle(selection: Selection) -> None:
     said: list[str] = []
     count, method = f"{len(units)} × {unit}", settings.method
     everywhere = len(selection.candidates) == len(selection.stack.lora_modules)
-    if settings.rank == "score" and len(units) > 1:
+    if settings.rank_allocation == "score" and len(units) > 1:
         decide_on_rank_zero(lambda: check_spread(selection))
     elif selection.method.needs_data:
         said.append(f"all that may be chosen is kept ({count}), so the scores of {method} decide nothing")
-    if settings.unselected == "freeze" and settings.rank != "score" and everywhere:
+    if settings.unselected == "freeze" and settings.rank_allocation != "score" and everywhere:
         said.append("`unselected: freeze` freezes nothing, for LoRA is kept in all layers")
     if said and get_rank() == 0:
         LOG.warning("layersel: %s", "; ".join(said))
@@ -211,20 +211,21 @@ def check_continuing(settings: SelectionConfig) -> None:
 def check_ranks(run: Run, stack: LayerStack, settings: ResolvedSelection, continues_adapter: bool) -> None:
     """Raise LayerselError where modules cannot be given other ranks than ``lora_r``, or not be seen by a sketch."""
     modules = run.lora_modules
-    if settings.rank != "same" or settings.method == "gradient":
+    if settings.rank_allocation != "same" or settings.method == "gradient":
         inside = {name: modules[name] for name in stack.list_modules(stack.lora_modules)}
-        key = "method: gradient" if settings.method == "gradient" else f"rank: {settings.rank}"
+        key = "method: gradient" if settings.method == "gradient" else f"rank_allocation: {settings.rank_allocation}"
         check_linear(run, inside, f"layersel.selection.{key}")
-    if settings.rank == "same":
+    if settings.rank_allocation == "same":
         return
     if continues_adapter:
         raise LayerselError(
-            f"layersel.selection.rank: {settings.rank!r} gives modules new ranks, and lora_model_dir continues an "
-            "adapter that has its own. Set `rank: same`, or start without lora_model_dir."
+            f"layersel.selection.rank_allocation: {settings.rank_allocation!r} gives modules new ranks, and "
+            "lora_model_dir continues an adapter that has its own. Set `rank_allocation: same`, or start without "
+            "lora_model_dir."
         )
-    check_redrawn(run.config.init_lora_weights, settings.rank)
+    check_redrawn(run.config.init_lora_weights, settings.rank_allocation)
     if settings.method == "flexora" and run.engine.is_streamed:
-        raise LayerselError(describe_sharded_ranks(settings.rank, run.engine.name))
+        raise LayerselError(describe_sharded_ranks(settings.rank_allocation, run.engine.name))
 
 
 def check_base(run: Run, continues_adapter: bool, removes: bool) -> None:
@@ -345,7 +346,7 @@ def find_facts(run: Run, stack: LayerStack, plan: Plan, continues_adapter: bool)
     """
     lora, settings = run.lora_modules, plan.resolve_settings()
     ranked = {name: lora[name] for name in plan.ranks if name in lora}
-    check_linear(run, ranked, "layersel.selection.rank")
+    check_linear(run, ranked, "layersel.selection.rank_allocation")
     names = stack.names if settings.candidates is None else settings.candidates
     carrying = [layer for layer in sorted(stack.lora_modules) if layer not in stack.idle]
     candidates = [layer for layer in carrying if stack.names[layer] in set(names)]
@@ -390,7 +391,7 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
         method=settings.method,
         layers=layers,
         unselected=settings.unselected,
-        towers=settings.towers,
+        outside_layers=settings.outside_layers,
         outside=describe_towers(run, stack),
         unscored=choice.unscored,
         stack=stack.place,
@@ -477,9 +478,9 @@ def apply_plan(run: Run, stack: LayerStack, plan: Plan) -> None:
 def apply_ranks(run: Run, plan: Plan, capacity: Capacity | None, continues_adapter: bool) -> None:
     """Give the modules that ``plan`` keeps their ranks."""
     if not continues_adapter:
-        check_redrawn(run.config.init_lora_weights, plan.resolve_settings().rank)
+        check_redrawn(run.config.init_lora_weights, plan.resolve_settings().rank_allocation)
     modules = run.lora_modules
-    check_linear(run, {name: modules[name] for name in plan.ranks}, "layersel.selection.rank")
+    check_linear(run, {name: modules[name] for name in plan.ranks}, "layersel.selection.rank_allocation")
     trainers.check_no_optimizer(run.trainer)
     seed = run.trainer.args.seed
     if capacity is None:

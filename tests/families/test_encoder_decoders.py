@@ -351,7 +351,9 @@ def test_attention_to_the_encoder_is_a_branch_of_its_own(name, method, tmp_path)
     targets = {"T5": ["q", "wi", "wo"], "Bart": ["q_proj", "fc1", "fc2"]}[name]
     model = make_lora(make_encoder_decoder(name), targets)
     sampled = {} if method == "random" else {"num_samples": 9}
-    _, plan = choose(name, tmp_path, model=model, method=method, granularity="group", ratio=1, rank="same", **sampled)
+    _, plan = choose(
+        name, tmp_path, model=model, method=method, granularity="group", ratio=1, rank_allocation="same", **sampled
+    )
     branches = {"T5": ["layer.0", "layer.1", "layer.2"], "Bart": ["self_attn", "encoder_attn", "fc1"]}[name]
     if method == "random":
         assert len(plan.modules) == len(find_lora_modules(model.get_base_model()))
@@ -444,7 +446,7 @@ def make_classifier(kind: str):
 def test_a_classifier_of_rows_gives_its_decoder_the_row_itself(kind, method, tmp_path):
     rows = [{**row, "labels": number % 3} for number, row in enumerate(make_pairs())]
     model = make_lora(make_classifier(kind), ARCHITECTURES[kind[: -len("ForSequenceClassification")]][1])
-    _, plan = choose("", tmp_path, rows, model, method=method, num_samples=9, rank="same", ratio=0.5)
+    _, plan = choose("", tmp_path, rows, model, method=method, num_samples=9, rank_allocation="same", ratio=0.5)
     assert torch.tensor([choice.score for choice in plan.layers]).isfinite().all()
 
 

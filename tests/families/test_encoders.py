@@ -115,7 +115,7 @@ def test_what_is_measured_in_an_encoder_is_what_the_model_itself_has(name, task,
 def test_rank_moves_in_an_encoder_and_stock_peft_loads_it_with_its_classifier(name, task, tmp_path, support):
     trainer, classifier = train_rows(name, task, tmp_path, max_steps=10, save_strategy="no", disable_tqdm=True)
     selection = None if name in ALBERT else SelectionConfig(method="last", ratio=0.5)
-    l1ra = L1RAConfig(update_ratio=0.2, last_update=0.8, move_ratio=0.3)
+    l1ra = L1RAConfig(update_ratio=0.2, last_update_ratio=0.8, move_ratio=0.3)
     prepare_trainer(trainer, LayerselConfig(selection=selection, l1ra=l1ra))
     trainer.train()
     trainer.save_model()

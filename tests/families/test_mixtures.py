@@ -82,7 +82,7 @@ def test_parameters_that_the_user_names_stay_at_their_rank_too(tmp_path, caplog)
 
 def test_the_sum_of_ranks_stays_under_pressure_too(tmp_path):
     trainer = make_trainer(make_mixture(r=4), tmp_path, max_steps=10, save_strategy="no")
-    settings = L1RAConfig(rule="pressure", budget="rank", update_ratio=0.1, l1_lambda=0.3, gate_lr=0.2)
+    settings = L1RAConfig(rule="pressure", budget_unit="rank", update_ratio=0.1, l1_lambda=0.3, gate_lr=0.2)
     prepare_trainer(trainer, LayerselConfig(l1ra=settings))
     trainer.train()
     trainer.save_model()

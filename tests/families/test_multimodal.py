@@ -216,7 +216,7 @@ def test_rows_of_images_and_texts_are_scored_by_every_method_in_the_language_mod
     settings = {"num_samples": 9} if METHODS[method].draws_rows else {}
     settings |= {"layers": [1, 2]} if method == "explicit" else {"ratio": 0.7}
     _trainer, plan = choose("Qwen2_5_VL", tmp_path, Rows(10, without=(4,)), method=method, **settings)
-    assert plan.rows_left_out == [] and plan.towers == "keep"
+    assert plan.rows_left_out == [] and plan.outside_layers == "keep"
     assert [choice.layer for choice in plan.layers] == [0, 1, 2]
     assert {tower.place: tower.trained for tower in plan.outside} == {"model.visual": 8}
     if METHODS[method].draws_rows:
@@ -306,7 +306,7 @@ def test_nothing_that_trains_is_cut_off(stacks, targets, lowest):
 def test_rank_moves_in_the_chosen_layers_and_stock_peft_loads_them(stacks, tmp_path):
     chosen = ["vision.1", "vision.2"] if stacks == "vision" else ["vision.1", "language.1"]
     trainer = make_trainer("Qwen2_5_VL", make_lora_multimodal("Qwen2_5_VL"), tmp_path, max_steps=10)
-    selection = SelectionConfig(method="explicit", stacks=stacks, layers=chosen, towers="remove")
+    selection = SelectionConfig(method="explicit", stacks=stacks, layers=chosen, outside_layers="remove")
     prepare_trainer(trainer, LayerselConfig(selection=selection, l1ra=L1RAConfig(update_ratio=0.2)))
     trainer.train()
     trainer.save_model()

@@ -20,7 +20,7 @@ NOT_PLAIN = {column: "is not plain LoRA (DoRA, aLoRA, lora_bias or the like)" fo
 DORA = {column: "peft_use_dora: true. DoRA ties its magnitudes" for column in ("flexora", L1RA)}
 CHANGED = {
     **{column: "whose gates need an adapter that starts from nothing" for column in ("flexora", L1RA)},
-    "gradient": "does not go with layersel.selection.rank: score",
+    "gradient": "does not go with layersel.selection.rank_allocation: score",
 }
 
 

@@ -202,3 +202,9 @@ def difference(first: dict, second: dict) -> float:
 
 def scores(plan: dict) -> list[float]:
     return [choice["score"] for choice in plan["layers"]]
+
+
+def read_state(run: Run, checkpoint: str) -> dict[str, torch.Tensor]:
+    """Return the tensors that ``l1ra`` resumes from, as floats."""
+    state = load_file(run.folder / checkpoint / "layersel" / "state.safetensors")
+    return {name: value.float() for name, value in state.items()}

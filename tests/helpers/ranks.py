@@ -122,7 +122,9 @@ def train_and_resume(engine: str, base: str, folder: str) -> None:
     saving = {"use_cpu": False, "save_strategy": "steps", "save_steps": 2}
     arguments = {**make_arguments(engine, ["LlamaDecoderLayer"]), **saving}
     selection = SelectionConfig(method="cosine", num_samples=8, ratio=0.5)
-    block = LayerselConfig(selection=selection, l1ra=L1RAConfig(update_ratio=0.25, last_update=0.8, move_ratio=0.3))
+    block = LayerselConfig(
+        selection=selection, l1ra=L1RAConfig(update_ratio=0.25, last_update_ratio=0.8, move_ratio=0.3)
+    )
 
     def make(place: str):
         def load(arguments):

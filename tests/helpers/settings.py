@@ -15,7 +15,7 @@ def selection(method: str = "cka", **values) -> dict:
 # The best checkpoint is the first one: the loss falls, so the greatest eval loss is the earliest.
 BEST_IS_FIRST = {
     "eval_steps": 2,
-    "val_set_size": 0.1,
+    "val_set_size": 0.03,
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_loss",
     "greater_is_better": True,
@@ -57,7 +57,7 @@ def l1ra(**values) -> dict:
 
 def pressure(**values) -> dict:
     """Return a ``layersel`` block that redistributes rank by the paper's rule, with the sum of ranks as the budget."""
-    return l1ra(**{"rule": "pressure", "budget": "rank", **values})
+    return l1ra(**{"rule": "pressure", "budget_unit": "rank", **values})
 
 
 def preferences(folder: Path, rl: str = "dpo") -> dict:

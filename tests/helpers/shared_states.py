@@ -15,7 +15,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj"]
 CHOICES = {
     "cka": {"num_samples": 9, "num_layers": 2},
     "fisher": {"num_samples": 9, "num_layers": 2},
-    "gradient": {"num_samples": 9, "granularity": "layer", "num_layers": 2, "rank": "same"},
+    "gradient": {"num_samples": 9, "granularity": "layer", "num_layers": 2, "rank_allocation": "same"},
 }
 
 

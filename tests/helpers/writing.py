@@ -6,7 +6,7 @@ from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.training.prepare import prepare_trainer
 from helpers.models import make_lora, make_small_llama, make_trainer
 
-MOVING = LayerselConfig(l1ra=L1RAConfig(update_ratio=0.2, last_update=1.0))
+MOVING = LayerselConfig(l1ra=L1RAConfig(update_ratio=0.2, last_update_ratio=1.0))
 
 
 CHOSEN = LayerselConfig(selection=SelectionConfig(method="explicit", layers=[1, 4]))

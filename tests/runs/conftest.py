@@ -13,14 +13,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 import pytest
 import yaml
 from helpers.launched import Run, RunsByEngine, Zygote
-from helpers.places import ENVIRONMENT, ROOT, TESTS
+from helpers.places import ENVIRONMENT, ROOT
 from helpers.settings import PLAIN, engine_settings, selection
 
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory):
     process = subprocess.Popen(
-        [sys.executable, str(TESTS / "helpers" / "zygote.py")],
+        [sys.executable, "-m", "helpers.zygote"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -111,6 +111,7 @@ def make_config(base_model, data, tmp_path_factory):
             "val_set_size": 0,
             "save_steps": 2,
             "logging_steps": 1,
+            "dataloader_num_workers": 0,
             **selection(ratio=0.5),
             **chosen,
             **overrides,

@@ -59,7 +59,9 @@ def test_plan_selects_without_training_and_writes_what_training_would(trained, m
 
 def test_plan_prints_the_sentence_alone_for_a_file_that_cannot_be_honoured(make_config):
     path, _, _ = make_config(layersel={"selection": {"method": "cka", "ratio": 2}}, logging_steps="often")
-    sentence = "axolotl-layersel: layersel.selection.ratio: 2.0 is outside (0, 1]. Set the share to keep, such as 0.5."
+    sentence = (
+        "axolotl-layersel: layersel.selection.ratio: 2.0 is outside (0, 1]. Set a value in this range, such as 0.5."
+    )
     assert call("axolotl-layersel", "plan", str(path), expect=1).splitlines() == [sentence]
     text = call("axolotl", "layersel", "check", str(path), expect=1)
     assert sentence in text.splitlines()[-2:]

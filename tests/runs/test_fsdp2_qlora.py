@@ -15,7 +15,7 @@ BLOCKS = {
     "last": selection("last"),
     # Updates after steps 1, 2 and 3.
     "cka and l1ra": {
-        "layersel": {**selection("cka")["layersel"], **l1ra(update_ratio=0.25, last_update=0.8)["layersel"]}
+        "layersel": {**selection("cka")["layersel"], **l1ra(update_ratio=0.25, last_update_ratio=0.8)["layersel"]}
     },
     "flexora": selection("flexora", flexora={"steps": 4, "val_samples": 8}),
 }

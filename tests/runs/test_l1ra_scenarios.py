@@ -233,7 +233,7 @@ def test_early_stopping_counts_what_came_before_a_resume_and_ends_with_the_best_
 
 
 def test_a_budget_of_parameters_is_never_exceeded(train):
-    run = train(**{**SETTINGS, **pressure(update_ratio=0.2, budget="parameters", max_rank=16)})
+    run = train(**{**SETTINGS, **pressure(update_ratio=0.2, budget_unit="parameters", max_rank=16)})
     widths = {"q_proj": 64 + 64, "v_proj": 64 + 32, "down_proj": 160 + 64}
     used = {
         step: sum(rank * widths[module.rpartition(".")[2]] for module, rank in ranks.items())

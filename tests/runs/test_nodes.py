@@ -21,7 +21,7 @@ ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 SETTINGS = {
     "layersel": {
         **selection("cka", ratio=0.5)["layersel"],
-        **l1ra(update_ratio=1 / 3, last_update=0.8, move_ratio=0.3)["layersel"],
+        **l1ra(update_ratio=1 / 3, last_update_ratio=0.8, move_ratio=0.3)["layersel"],
     },
     "max_steps": 6,
     **BEST_IS_FIRST,

@@ -22,7 +22,7 @@ from axolotl_layersel import __version__
 # What `axolotl-layersel show` needs of all that the package depends on.
 NEEDED_BY_SHOW = {"pydantic", "rich", "safetensors", "typer"}
 PLAN = {
-    "schema_version": 1,
+    "schema_version": 3,
     "method": "cka",
     "layers": [{"layer": 0, "score": 0.25, "selected": False}, {"layer": 1, "score": 0.5, "selected": True}],
     "unselected": "remove",

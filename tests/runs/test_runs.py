@@ -1,14 +1,15 @@
-"""Whole runs of Axolotl on every engine: selection, saving, killing, resuming, interrupting."""
+"""Whole runs of Axolotl on every engine: selection, training and saving."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers.launched import INTERRUPTED, KILLED, Run, RunsByEngine, difference, load_with_stock_peft
+from helpers.launched import Run, RunsByEngine, difference, load_with_stock_peft
 from helpers.places import ENGINES
 from helpers.settings import BEST_IS_FIRST, selection
 from safetensors.torch import load_file
 
+from axolotl_layersel import engines
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.training.checkpoints import find_fault
 
@@ -39,25 +40,6 @@ VARIABLES = {
 def whole_runs(train) -> dict[str, Run]:
     """An uninterrupted run on each engine."""
     return RunsByEngine(lambda engine: train(engine, **SETTINGS))
-
-
-@pytest.fixture(scope="module")
-def resumed_runs(train) -> dict[str, tuple[Run, Run]]:
-    """On each engine a run that was killed at step 3, and what resumed it."""
-
-    def make(engine: str) -> tuple[Run, Run]:
-        killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:3"}, **SETTINGS)
-        assert not (killed.folder / "checkpoint-4").exists()
-        return killed, train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **SETTINGS)
-
-    return RunsByEngine(make)
-
-
-@pytest.fixture(scope="module")
-def interrupted_runs(train) -> dict[str, Run]:
-    """On each engine a run of which rank 0 got a SIGINT at step 3."""
-    env = {"LAYERSEL_TEST_SIGNAL": "INT:3"}
-    return RunsByEngine(lambda engine: train(engine, expect=INTERRUPTED, env=env, **SETTINGS))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -182,41 +164,9 @@ def test_stock_peft_computes_what_the_trained_model_computes(whole_runs, base_mo
         assert float((stock[str(folder)] - trained).abs().max()) <= 1e-5, engine
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(whole_runs, resumed_runs, engine):
-    whole, (_, resumed) = whole_runs[engine], resumed_runs[engine]
-    assert (resumed.folder / "weights_at_2.safetensors").exists(), "it did not resume at step 2"
-    tolerance = 0 if engine == "single" else 1e-6
-    assert difference(whole.adapter("checkpoint-6"), resumed.adapter("checkpoint-6")) <= tolerance
-    assert difference(whole.adapter(), resumed.adapter()) <= tolerance
-
-
-@pytest.mark.parametrize("engine", ["single", "zero3"])
-def test_a_run_that_has_ended_leaves_its_files_as_they_are_when_it_is_started_again(train, resumed_runs, engine):
-    ended = resumed_runs[engine][1]
-    before = ended.digest()
-    again = train(engine, output=ended.folder, auto_resume_from_checkpoints=True, **SETTINGS)
-    assert again.engine["engine"] == engine.split("-")[0]
-    assert "the run has ended at step 6 already; nothing is trained" in again.log
-    assert again.digest() == before
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_resumed_run_keeps_its_plan_and_selects_nothing_again(resumed_runs, engine):
-    _, resumed = resumed_runs[engine]
-    assert "nothing is scored" in resumed.log
-    assert "checkpoint-2/layersel/plan.json is applied" in resumed.log
-    in_checkpoint = {int(name.split(".layers.")[1].split(".")[0]) for name in resumed.adapter("checkpoint-2")}
-    assert set(resumed.selected) == in_checkpoint
-
-
-def test_an_interrupted_run_leaves_an_adapter_that_loads(interrupted_runs, whole_runs, base_model, tmp_path):
-    runs = {engine: interrupted_runs[engine] for engine in ENGINES}
-    stock = load_with_stock_peft(base_model, [run.folder for run in runs.values()], tmp_path)
-    for engine, run in runs.items():
-        adapter = run.adapter()
-        assert adapter.keys() == whole_runs[engine].adapter().keys(), engine
-        assert all(value.numel() > 0 for value in adapter.values()), engine
-        assert difference(adapter, whole_runs[engine].adapter("checkpoint-2")) > 1e-5, engine
-        assert stock[str(run.folder)].isfinite().all()
-        assert "interrupted; the adapter as trained so far is in" in run.log
+def test_the_first_stage_of_deepspeed_runs_by_the_class_of_the_second(train, whole_runs):
+    run = train("zero1", **SETTINGS)
+    assert (run.engine["engine"], run.engine["processes"]) == ("zero1", 2)
+    assert engines.ENGINES["zero1"] == engines.ENGINES["zero2"]
+    assert run.selected == whole_runs["zero2"].selected
+    assert difference(run.adapter(), whole_runs["zero2"].adapter()) <= 1e-6

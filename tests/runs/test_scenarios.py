@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.launched import KILLED, difference, load_with_stock_peft, scores
+from helpers.launched import KILLED, RunsByEngine, difference, load_with_stock_peft, scores
 from helpers.places import ENGINES, SCORING
 from helpers.settings import PACKED_QLORA, engine_settings, l1ra, selection
 from safetensors.torch import load_file
@@ -49,20 +49,30 @@ def test_packed_and_unpacked_runs_score_the_same(computed, make_plan):
     assert packed["modules"] == computed.plan["modules"]
 
 
+@pytest.fixture(scope="module")
+def plans(make_plan) -> dict[str, dict]:
+    """The plan of one process by each method, and by ``cka`` for branches of layers."""
+    blocks = {**{method: selection(method) for method in SCORING}, "group": selection("cka", granularity="group")}
+    return RunsByEngine(lambda case: make_plan(**blocks[case]))
+
+
+# Where all processes hold all weights, where they hold parts, and where the first one holds them. On fsdp2-sharded all
+# do until the engine is built, as with DDP, and its own runs show cka.
+SCORED_ON = ["ddp", "zero3", "fsdp2-full"]
+
+
 @pytest.mark.parametrize("method", [method for method in SCORING if method != "cka"])  # its own runs show it
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-full", "fsdp2-sharded"])
-def test_every_score_is_the_same_on_one_process_and_on_sharded_weights(make_plan, method, engine):
-    alone = make_plan(**selection(method))
-    together = make_plan(engine, **selection(method))
+@pytest.mark.parametrize("engine", SCORED_ON)
+def test_every_score_is_the_same_on_one_process_and_on_sharded_weights(make_plan, plans, method, engine):
+    alone, together = plans[method], make_plan(engine, **selection(method))
     assert scores(together) == pytest.approx(scores(alone), rel=1e-5)
     assert together["modules"] == alone["modules"]
     assert len(set(scores(alone))) == 8
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-full", "fsdp2-sharded"])
-def test_branches_score_the_same_on_one_process_and_on_sharded_weights(make_plan, engine):
-    alone = make_plan(**selection("cka", granularity="group"))
-    together = make_plan(engine, **selection("cka", granularity="group"))
+@pytest.mark.parametrize("engine", SCORED_ON)
+def test_branches_score_the_same_on_one_process_and_on_sharded_weights(make_plan, plans, engine):
+    alone, together = plans["group"], make_plan(engine, **selection("cka", granularity="group"))
     assert together["module_scores"] == pytest.approx(alone["module_scores"], rel=1e-5)
     assert together["modules"] == alone["modules"]
     assert len(set(alone["module_scores"].values())) == 16
@@ -112,7 +122,7 @@ def test_fsdp2s_own_checkpointing_is_the_one_of_transformers(train, tmp_path):
     """Its own would enter the names in the adapter."""
     engine = "fsdp2-sharded"
     config = engine_settings(engine, tmp_path)[0]["fsdp_config"]
-    block = {**selection()["layersel"], **l1ra(update_ratio=0.25, last_update=0.8)["layersel"]}
+    block = {**selection()["layersel"], **l1ra(update_ratio=0.25, last_update_ratio=0.8)["layersel"]}
     settings = {"layersel": block, "max_steps": 4}
     usual = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     expected = train(engine, **settings, **usual)

@@ -124,7 +124,7 @@ def test_what_is_no_file_of_axolotl_is_said(tmp_path, content):
         ),
         (
             selection("gradient"),
-            "selection by gradient keeps LoRA in a share of 1.0 of the modules, with ranks by rank: ",
+            "selection by gradient keeps LoRA in a share of 1.0 of the modules, with ranks by rank_allocation: ",
         ),
         (selection(num_layers=3), "selection by cka keeps LoRA in 3 layers, with lora_r each."),
         (selection(plan="p.json"), "selection applies the plan p.json."),

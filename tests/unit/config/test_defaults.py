@@ -123,7 +123,7 @@ def test_the_only_candidate_is_not_refused_before_the_model_loads(tmp_path):
 
 @pytest.mark.trains
 @pytest.mark.parametrize(
-    "block", [{"method": "gradient", "max_rank": 14}, {"method": "cka", "ratio": 0.5, "rank": "match"}]
+    "block", [{"method": "gradient", "max_rank": 14}, {"method": "cka", "ratio": 0.5, "rank_allocation": "match"}]
 )
 def test_a_resumed_run_has_the_room_of_the_run_that_it_resumes(tmp_path, block):
     checkpoint = str(tmp_path / "checkpoint-10")
@@ -228,7 +228,13 @@ KEPT = "all that may be chosen is kept"
         ({"method": "cosine", "ratio": 1.0}, f"{KEPT} (6 × layer), so the scores of cosine decide nothing"),
         ({"method": "cosine", "candidates": [1, 2], "num_layers": 2}, f"{KEPT} (2 × layer)"),
         (
-            {"method": "cosine", "granularity": "group", "ratio": 1.0, "unselected": "freeze", "rank": "match"},
+            {
+                "method": "cosine",
+                "granularity": "group",
+                "ratio": 1.0,
+                "unselected": "freeze",
+                "rank_allocation": "match",
+            },
             f"{KEPT} (12 × group), so the scores of cosine decide nothing; `unselected: freeze` freezes nothing",
         ),
         ({"method": "gradient", "granularity": "layer", "candidates": [3]}, f"{KEPT} (1 × layer), so the scores of gr"),
@@ -256,13 +262,16 @@ def test_scores_that_decide_nothing_are_said_to(tmp_path, logged, block, said):
     ("block", "message"),
     [
         (
-            {"method": "gradient", "budget": 10**6},
+            {"method": "gradient", "budget_parameters": 10**6},
             r"budget: it pays for rank .* max_rank: 16 or more, so all ranks would",
         ),
         ({"method": "gradient", "max_rank": 3}, r"budget: it pays for rank 4 everywhere, which is max_rank: 3 or more"),
-        ({"method": "cosine", "rank": "score", "min_rank": 4}, r"min_rank: 4 everywhere takes the whole budget"),
         (
-            {"method": "cosine", "rank": "score", "min_rank": 4, "budget": 0.5},
+            {"method": "cosine", "rank_allocation": "score", "min_rank": 4},
+            r"min_rank: 4 everywhere takes the whole budget",
+        ),
+        (
+            {"method": "cosine", "rank_allocation": "score", "min_rank": 4, "budget": 0.5},
             r"budget: .* do not pay for rank 4 in all",
         ),
     ],

@@ -87,7 +87,7 @@ REFUSALS = {
     "no room for more rank": ({"l1ra": {"max_rank": 4}}, {}, {}, leave),
     "ranks that are equal by force": ({"selection": {"method": "gradient", "max_rank": 4}}, {}, {}, leave),
     "a floor that takes the whole budget": (
-        {"selection": {"method": "cosine", "rank": "score", "min_rank": 4, "num_samples": 9}},
+        {"selection": {"method": "cosine", "rank_allocation": "score", "min_rank": 4, "num_samples": 9}},
         {},
         {},
         leave,

@@ -80,7 +80,9 @@ def count_waits(folder, monkeypatch, config: LayerselConfig | None, layers: list
 def test_gates_make_the_host_wait_no_more_than_plain_lora_does(tmp_path, monkeypatch, rule):
     plain = count_waits(tmp_path / "plain", monkeypatch, None)
     moved = count_waits(
-        tmp_path / "moved", monkeypatch, LayerselConfig(l1ra=L1RAConfig(rule=rule, update_ratio=0.3, last_update=1.0))
+        tmp_path / "moved",
+        monkeypatch,
+        LayerselConfig(l1ra=L1RAConfig(rule=rule, update_ratio=0.3, last_update_ratio=1.0)),
     )
     assert sum(plain[1].values()) > 0, "the trainer looks at its loss"
     for step in QUIET_STEPS:

@@ -20,7 +20,7 @@ NAMED = ("model.layers.0.self_attn.q_proj", 4)
 def prepare(folder, settings: dict | None = None, model=None, resume_from: str | None = None, **arguments):
     trainer = make_trainer(model or make_lora(make_small_llama()), folder, **{"max_steps": 12, **arguments})
     block = LayerselConfig(
-        l1ra=L1RAConfig(**{"rule": "pressure", "budget": "rank", **(settings or {"update_ratio": 0.2})})
+        l1ra=L1RAConfig(**{"rule": "pressure", "budget_unit": "rank", **(settings or {"update_ratio": 0.2})})
     )
     prepare_trainer(trainer, block, resume_from)
     ranks = next(c.ranks for c in trainer.callback_handler.callbacks if isinstance(c, RankCallback))
@@ -37,7 +37,9 @@ def test_preparing_and_training_leave_the_users_random_stream_to_the_user(tmp_pa
         return torch.get_rng_state()
 
     plain = train(None)
-    assert torch.equal(train(LayerselConfig(l1ra=L1RAConfig(rule="pressure", budget="rank", update_ratio=0.2))), plain)
+    assert torch.equal(
+        train(LayerselConfig(l1ra=L1RAConfig(rule="pressure", budget_unit="rank", update_ratio=0.2))), plain
+    )
 
 
 @pytest.mark.trains
@@ -57,7 +59,13 @@ def test_by_saliency_a_run_in_which_nothing_moves_is_plain_lora(tmp_path, monkey
 @pytest.mark.trains
 def test_by_saliency_a_run_without_gates_ends_as_one_with_them(tmp_path, monkeypatch):
     """A's gradients tell as much, read once a step of several micro-batches, before they are clipped."""
-    settings = {"rule": "saliency", "budget": "parameters", "update_ratio": 0.2, "move_ratio": 0.5, "last_update": 1.0}
+    settings = {
+        "rule": "saliency",
+        "budget_unit": "parameters",
+        "update_ratio": 0.2,
+        "move_ratio": 0.5,
+        "last_update_ratio": 1.0,
+    }
     arguments = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01, "max_steps": 20}
     ends = []
     for keeps_gradients in (True, False):
@@ -87,7 +95,7 @@ def test_added_components_start_from_the_seed_the_module_and_the_step(tmp_path):
 
 def test_a_run_given_in_epochs_is_counted_in_optimizer_steps(tmp_path):
     # 24 rows in batches of 4, two a step: 3 steps an epoch.
-    late = {"update_ratio": 0.3, "last_update": 0.5}
+    late = {"update_ratio": 0.3, "last_update_ratio": 0.5}
     with pytest.raises(LayerselError, match="in a run of 6 optimizer steps"):
         prepare(tmp_path, late, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2)
 

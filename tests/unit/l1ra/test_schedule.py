@@ -39,8 +39,10 @@ def test_whatever_is_added_has_a_whole_interval_to_train(steps, update_ratio, wa
 def test_a_run_too_short_for_two_updates_is_refused_with_its_length():
     with pytest.raises(LayerselError, match=r"update_ratio: 0.3 .* leaves 1 rank updates in a run of 7 optimizer"):
         check_run_length(7, L1RAConfig(update_ratio=0.3))
-    with pytest.raises(LayerselError, match=r"last_update: 0.5\) leaves 1 rank updates in .*, or raise last_update\."):
-        check_run_length(3, L1RAConfig(last_update=0.5))
+    with pytest.raises(
+        LayerselError, match=r"last_update_ratio: 0.5\) leaves 1 rank updates in .*, or raise last_update_ratio\."
+    ):
+        check_run_length(3, L1RAConfig(last_update_ratio=0.5))
     with pytest.raises(LayerselError, match=r"\(warmup_ratio: 0.0\) leaves 1 .* 2 optimizer .* or warmup_ratio\."):
         check_run_length(2, L1RAConfig())
 
@@ -49,7 +51,7 @@ def test_a_default_end_of_the_updates_is_as_late_as_it_takes_for_two():
     assert plan_updates(3, L1RAConfig()) == [1, 2]
     assert plan_updates(100, L1RAConfig(warmup_ratio=0.6)) == [60, 70]
     assert plan_updates(100, L1RAConfig()) == [10, 20, 30, 40, 50]
-    assert plan_updates(100, L1RAConfig(last_update=0.1)) == [10]
+    assert plan_updates(100, L1RAConfig(last_update_ratio=0.1)) == [10]
     assert plan_updates(100, L1RAConfig(rule="pressure")) == list(range(10, 100, 10))
 
 

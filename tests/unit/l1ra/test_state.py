@@ -18,7 +18,7 @@ from axolotl_layersel.training.prepare import prepare_trainer
 
 pytestmark = pytest.mark.trains
 
-SETTINGS = L1RAConfig(rule="pressure", budget="rank", update_ratio=0.2, l1_lambda=0.9)
+SETTINGS = L1RAConfig(rule="pressure", budget_unit="rank", update_ratio=0.2, l1_lambda=0.9)
 Tensors = dict[str, torch.Tensor]
 
 

@@ -63,7 +63,7 @@ def prepare(base, text, seed: int, folder, settings: LayerselConfig, steps: int 
 
 def move_rank(base, text, seed: int, folder, rule: str) -> dict[int, dict[str, int]]:
     """Fine-tune with a rule of l1ra and the sum of ranks as the budget, and return the ranks by step."""
-    trainer, _ = prepare(base, text, seed, folder, LayerselConfig(l1ra=L1RAConfig(rule=rule, budget="rank")))
+    trainer, _ = prepare(base, text, seed, folder, LayerselConfig(l1ra=L1RAConfig(rule=rule, budget_unit="rank")))
     trainer.train()
     ranks = next(c.ranks for c in trainer.callback_handler.callbacks if isinstance(c, RankCallback))
     updates = [entry for entry in trainer.state.log_history if "layersel/pool" in entry]

@@ -29,11 +29,11 @@ def test_what_is_written_is_read_back(tmp_path_factory, scores):
     ("content", "message"),
     [
         (None, "cannot be read .No such file"),
-        ('{"schema_version": 1, "meth', "not valid JSON, truncated or damaged"),
-        ("[]", "schema_version None, this version of axolotl-layersel reads 1 to 2"),
+        ('{"schema_version": 3, "meth', "not valid JSON, truncated or damaged"),
+        ("[]", "schema_version None, and this version of axolotl-layersel reads 3"),
         ('{"schema_version": 7}', "schema_version 7"),
         (
-            '{"schema_version": 1, "method": "cka"}',
+            '{"schema_version": 3, "method": "cka"}',
             r"is not a plan: \(1\) layers: Field required; \(2\) unselected: Field required; .*; \(9\) \d more\.",
         ),
     ],
@@ -125,34 +125,11 @@ def test_a_checkpoint_must_hold_the_plans_ranks(tmp_path):
     ],
 )
 def test_ranks_that_contradict_the_plan_are_found(tmp_path, ranks, fault):
-    settings = asdict(SelectionConfig(method="cka", rank="score").resolve(run_seed=1))
+    settings = asdict(SelectionConfig(method="cka", rank_allocation="score").resolve(run_seed=1))
     budget = Budget(lora=80, lora_r=8, allowed=80, spent=80)
     write_plan(make_plan(ranks=ranks, settings=settings, budget=budget), tmp_path / "plan.json")
     with pytest.raises(LayerselError, match=rf"contradicts itself: .*{fault}"):
         read_plan(tmp_path / "plan.json")
-
-
-SEARCHED = {
-    "method": "flexora",
-    "settings": asdict(SelectionConfig(method="flexora").resolve(run_seed=1)),
-    "module_scores": {"model.layers.0.self_attn.q_proj": 0.5},
-}
-
-
-@pytest.mark.parametrize("search", [None, {"steps": 9, "granularity": "module"}])
-def test_a_plan_of_schema_1_is_still_read(tmp_path, search):
-    content = json.loads(make_plan(**({} if search is None else SEARCHED)).model_dump_json())
-    for key in ("granularity", "ranks", "budget"):
-        del content[key]
-    for key in ("granularity", "rank", "budget", "min_rank", "max_rank"):
-        del content["settings"][key]
-    content |= {"schema_version": 1, "settings": {**content["settings"], "flexora": search}}
-    (tmp_path / "plan.json").write_text(json.dumps(content))
-    plan = read_plan(tmp_path / "plan.json")
-    granularity = "layer" if search is None else "module"
-    assert (plan.schema_version, plan.granularity, plan.ranks) == (2, granularity, {})
-    assert plan.settings["granularity"] == granularity and plan.settings["rank"] == "same"
-    assert plan.settings["flexora"] == (search and {"steps": 9})
 
 
 def make_sided_plan(names: list[str], selected: str = "encoder.1", **values) -> Plan:

@@ -32,12 +32,15 @@ PLANS = {
     "layers": (make_small_llama, {"method": "cka", **SCORED}),
     "frozen": (make_small_llama, {"method": "explicit", "layers": [1, 4], "unselected": "freeze"}),
     "ranks": (make_small_llama, {"method": "gradient", **SCORED, "num_units": 9, "max_rank": 8}),
-    "match": (make_small_llama, {"method": "first", "num_layers": 2, "rank": "match", "candidates": [0, 1, 2]}),
-    "groups": (make_small_llama, {"method": "fisher", **SCORED, "granularity": "group", "rank": "score"}),
+    "match": (
+        make_small_llama,
+        {"method": "first", "num_layers": 2, "rank_allocation": "match", "candidates": [0, 1, 2]},
+    ),
+    "groups": (make_small_llama, {"method": "fisher", **SCORED, "granularity": "group", "rank_allocation": "score"}),
     "random": (make_small_llama, {"method": "random", "granularity": "module"}),
     "search": (make_small_llama, {"method": "flexora", "ratio": 0.5, "flexora": {"steps": 2, "val_samples": 4}}),
     "towers": (make_llava, {"method": "last", "num_layers": 1}),
-    "stacks": (make_llava, {"method": "last", "num_layers": 1, "stacks": "both", "towers": "remove"}),
+    "stacks": (make_llava, {"method": "last", "num_layers": 1, "stacks": "both", "outside_layers": "remove"}),
     "sides": (make_t5, {"method": "random", "seed": 5}),
 }
 TARGETS = {make_small_llama: ["q_proj", "v_proj", "down_proj"], make_llava: ["q_proj", "v_proj"], make_t5: ["q", "v"]}
@@ -81,7 +84,7 @@ def describe_lora(trainer) -> dict[str, tuple[int, bool]]:
 def expect_lora(content: dict, everything: set[str]) -> dict[str, tuple[int, bool]]:
     """Return what a plan says in plain words: which of all LoRA modules there are, their rank, and which train."""
     inside, outside = set(content["modules"]), {name for tower in content["outside"] for name in tower["modules"]}
-    kept = inside | (outside if content["towers"] == "keep" else set())
+    kept = inside | (outside if content["outside_layers"] == "keep" else set())
     there = kept if content["unselected"] == "remove" else everything
     return {name: (content["ranks"].get(name, 4), name in kept) for name in there}
 
@@ -151,13 +154,13 @@ def test_a_changed_plan_means_what_it_says_or_is_refused_in_one_sentence(made, t
             return
         counts["applied"] += 1
         said = json.loads(text)
-        for key, default in (("ranks", {}), ("towers", "keep"), ("outside", content["outside"])):
+        for key, default in (("ranks", {}), ("outside_layers", "keep"), ("outside", content["outside"])):
             said.setdefault(key, default)
         assert describe_lora(trainer) == expect_lora({**said, "outside": content["outside"]}, everything)
         # Ranks may be edited by hand, where the budget pays for them. All else that decides is as it was.
         for key in ("modules", "unselected"):
             assert sorted(said[key]) == sorted(content[key])
-        assert said["towers"] == content["towers"] and said["ranks"].keys() == content["ranks"].keys()
+        assert said["outside_layers"] == content["outside_layers"] and said["ranks"].keys() == content["ranks"].keys()
         if said["ranks"]:
             assert all(1 <= rank <= (said["settings"].get("max_rank") or 16) for rank in said["ranks"].values())
 
@@ -168,8 +171,8 @@ def test_a_changed_plan_means_what_it_says_or_is_refused_in_one_sentence(made, t
 # --- One fault of each kind ---------------------------------------------------------------------------------------
 
 CONTRADICTIONS = {
-    "no ranks": ("ranks", ["ranks"], {}, "`ranks` is empty, and settings.rank 'score'"),
-    "no budget": ("ranks", ["budget"], None, "`budget` is empty, and settings.rank 'score'"),
+    "no ranks": ("ranks", ["ranks"], {}, "`ranks` is empty, and settings.rank_allocation 'score'"),
+    "no budget": ("ranks", ["budget"], None, "`budget` is empty, and settings.rank_allocation 'score'"),
     "ranks that all are the same": (
         "layers",
         ["ranks"],
@@ -179,10 +182,15 @@ CONTRADICTIONS = {
     "a rank above max_rank": ("ranks", ["ranks", 0], 64, "rank 64, more than 8, the highest of its settings"),
     "a rank beyond measure": ("match", ["ranks", 0], 10**9, "rank 1000000000, more than 1024, the highest"),
     "more spent than allowed": ("match", ["budget", "spent"], 10**9, "`budget` has 1000000000 parameters spent of"),
-    "another budget": ("match", ["settings", "budget"], 0.5, "and settings.budget: 0.5 of"),
+    "another budget": ("match", ["settings", "budget"], 0.5, "`budget` allows"),
     "frozen": ("layers", ["unselected"], "freeze", "`unselected` is 'freeze', and settings.unselected 'remove'"),
     "removed": ("frozen", ["settings", "unselected"], "remove", "`unselected` is 'freeze', and settings.unselected"),
-    "towers": ("towers", ["towers"], "remove", "`towers` is 'remove', and settings.towers 'keep'"),
+    "towers": (
+        "towers",
+        ["outside_layers"],
+        "remove",
+        "`outside_layers` is 'remove', and settings.outside_layers 'keep'",
+    ),
     "granularity": ("layers", ["granularity"], "x", "`granularity` is 'x', and settings.granularity 'layer'"),
     "unknown granularity": ("layers", ["settings", "granularity"], "x", "settings.granularity: 'x' is not known"),
     "no stacks": ("layers", ["settings", "stacks"], [], "settings.stacks: [] is not known"),
@@ -240,7 +248,7 @@ def test_all_contradictions_are_told_the_most_important_first(made, tmp_path):
     told = (
         "contradicts itself: (1) `granularity` is 'x', and settings.granularity 'module'; "
         "(2) `modules` is not of just the layers that are selected at 'model.layers'; "
-        "(3) `ranks` is empty, and settings.rank 'score'; "
+        "(3) `ranks` is empty, and settings.rank_allocation 'score'; "
         "(4) `calibration_rows` or `rows_left_out` has a negative row; "
         "(5) 9 rows were drawn, and settings.num_samples is 8. "
     )
@@ -348,7 +356,7 @@ def test_a_group_is_kept_whole(made, tmp_path):
     content["modules"].remove(name)
     del content["ranks"][name]
     with pytest.raises(LayerselError, match=rf"keeps modules of a group without {name}, and granularity: group keeps"):
-        prepare("groups", tmp_path / "run", method="fisher", rank="score", plan=write(content, tmp_path))
+        prepare("groups", tmp_path / "run", method="fisher", rank_allocation="score", plan=write(content, tmp_path))
 
 
 @pytest.mark.parametrize("kind", PLANS)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.selection.ranks import fill_evenly, find_budget, match_budget, share_by_score, spend_by_gain
 
 UNITS = st.integers(1, 8).flatmap(
@@ -142,4 +143,6 @@ def test_what_is_left_of_a_budget_favours_no_end_of_the_model():
 
 
 def test_a_budget_is_what_lora_has_a_multiple_or_a_number():
-    assert [find_budget(asked, 700) for asked in ("parameters", 0.5, 2, 1234)] == [700, 350, 1400, 1234]
+    asked = [{}, {"budget": 0.5}, {"budget": 2}, {"budget_parameters": 1234}]
+    settings = [SelectionConfig(method="gradient", **keys).resolve(run_seed=0) for keys in asked]
+    assert [find_budget(each, 700) for each in settings] == [700, 350, 1400, 1234]

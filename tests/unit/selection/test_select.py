@@ -56,7 +56,7 @@ def test_ties_go_to_the_lower_layer():
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in ("explicit", "flexora")])
 def test_every_method_leaves_lora_in_the_chosen_layers_alone(tmp_path, method):
-    trainer, plan = select(tmp_path, method=method, num_layers=2, granularity="layer", rank="same")
+    trainer, plan = select(tmp_path, method=method, num_layers=2, granularity="layer", rank_allocation="same")
     assert len(plan.selected) == 2
     assert set(find_lora_modules(trainer.model.get_base_model())) == set(plan.modules)
     assert {int(name.split(".")[2]) for name in plan.modules} == set(plan.selected)
@@ -225,7 +225,7 @@ def test_lora_that_the_run_itself_freezes_is_not_said_to_train(tmp_path, capsys)
 @pytest.mark.trains
 @pytest.mark.parametrize("unselected", ["remove", "freeze"])
 def test_towers_can_be_left_without_an_adapter(tmp_path, capsys, unselected):
-    trainer, plan = select_with_towers(tmp_path, towers="remove", unselected=unselected, num_layers=1)
+    trainer, plan = select_with_towers(tmp_path, outside_layers="remove", unselected=unselected, num_layers=1)
     assert "model.vision_tower: 8 LoRA modules outside of the layers, removed" in capsys.readouterr().out
     left = find_lora_modules(trainer.model.get_base_model())
     assert set(left) >= set(plan.modules)
@@ -296,15 +296,15 @@ def test_candidates_can_be_those_of_one_side_alone(tmp_path, make, unselected):
 
 @pytest.mark.trains
 def test_a_plan_without_towers_is_applied_again_and_on_resume(tmp_path):
-    trainer, plan = select_with_towers(tmp_path, towers="remove", num_layers=1)
+    trainer, plan = select_with_towers(tmp_path, outside_layers="remove", num_layers=1)
     checkpoint = tmp_path / "checkpoint-2"
     trainer.train()
     for resume, settings in ((str(checkpoint), {}), (None, {"plan": str(plan_path(tmp_path))})):
         again, plan_again = select_with_towers(tmp_path / "again", resume=resume, **settings)
         assert set(find_lora_modules(again.model.get_base_model())) == set(plan.modules)
-        assert (plan_again.towers, plan_again.outside) == ("remove", plan.outside)
+        assert (plan_again.outside_layers, plan_again.outside) == ("remove", plan.outside)
         with pytest.raises(LayerselError, match=r"towers: 'keep' is not the 'remove' that it was made with"):
-            select_with_towers(tmp_path / "again", resume=resume, towers="keep", **settings)
+            select_with_towers(tmp_path / "again", resume=resume, outside_layers="keep", **settings)
 
 
 @pytest.mark.trains
@@ -317,7 +317,7 @@ def test_a_plan_with_towers_needs_them_in_the_model_and_in_the_checkpoint(tmp_pa
         select_with_towers(tmp_path / "again", targets=language_model, **given)
     with pytest.raises(LayerselError, match=r"LoRA on model\.multi_modal_projector\.linear_1, unknown to the plan"):
         select_with_towers(tmp_path / "again", targets=["q_proj", "v_proj", "linear_1"], **given)
-    other, _ = select_with_towers(tmp_path / "other", towers="remove", num_layers=1)
+    other, _ = select_with_towers(tmp_path / "other", outside_layers="remove", num_layers=1)
     for each in (other, trainer):
         each.train()
     checkpoint = tmp_path / "other" / "checkpoint-2"
@@ -341,9 +341,11 @@ def test_a_search_trains_lora_outside_of_the_layers_without_a_gate_if_the_run_do
         return Trainer.training_step(trainer, *args, **kwargs)
 
     trainer.training_step = training_step
-    settings = SelectionConfig(method="flexora", ratio=0.5, towers=towers, flexora={"steps": 3, "val_samples": 4})
+    settings = SelectionConfig(
+        method="flexora", ratio=0.5, outside_layers=towers, flexora={"steps": 3, "val_samples": 4}
+    )
     plan = prepare_trainer(trainer, LayerselConfig(selection=settings))
-    assert plan.towers == towers
+    assert plan.outside_layers == towers
     assert plan.outside[0].modules == ["lm_head"]
     assert len(seen) == 3
     assert [bool(step and sum(step.values()) > 0) for step in seen] == [False, *[towers == "keep"] * 2]
@@ -380,7 +382,7 @@ def test_rank_moves_in_both_sides_of_an_encoder_decoder_model(tmp_path):
 def test_rank_moves_outside_of_the_layers_too_where_lora_is_kept_there(tmp_path, towers):
     model = make_lora(make_small_llama(), ["q_proj", "lm_head"])
     trainer = make_trainer(model, tmp_path, max_steps=10)
-    selection = SelectionConfig(method="last", num_layers=2, towers=towers) if towers else None
+    selection = SelectionConfig(method="last", num_layers=2, outside_layers=towers) if towers else None
     prepare_trainer(trainer, LayerselConfig(selection=selection, l1ra={"update_ratio": 0.2}))
     trainer.train()
     ranks = RankHistory.read(tmp_path).ranks[10]
@@ -393,11 +395,11 @@ RANKED = {
     "gradient, by group": {"method": "gradient", "granularity": "group", "min_rank": 1},
     "gradient, by layer, half of the budget": {"method": "gradient", "granularity": "layer", "budget": 0.5},
     "gradient, half of the modules": {"method": "gradient", "ratio": 0.5},
-    "fisher, by module": {"method": "fisher", "granularity": "module", "rank": "score", "max_rank": 9},
-    "cka, by score": {"method": "cka", "rank": "score"},
-    "cka, matched": {"method": "cka", "rank": "match"},
-    "random groups, matched": {"method": "random", "granularity": "group", "rank": "match"},
-    "last, matched": {"method": "last", "rank": "match", "budget": 2500},
+    "fisher, by module": {"method": "fisher", "granularity": "module", "rank_allocation": "score", "max_rank": 9},
+    "cka, by score": {"method": "cka", "rank_allocation": "score"},
+    "cka, matched": {"method": "cka", "rank_allocation": "match"},
+    "random groups, matched": {"method": "random", "granularity": "group", "rank_allocation": "match"},
+    "last, matched": {"method": "last", "rank_allocation": "match", "budget_parameters": 2500},
 }
 
 
@@ -443,17 +445,19 @@ def test_a_module_begins_as_it_would_with_that_rank_from_the_start(tmp_path):
 
 def test_a_budget_that_buys_nothing_is_refused(tmp_path):
     with pytest.raises(LayerselError, match="budget: 65 parameters do not pay for rank 1 in all units"):
-        select(tmp_path, method="cka", rank="match", budget=65)
+        select(tmp_path, method="cka", rank_allocation="match", budget_parameters=65)
 
 
 def test_a_trained_adapter_keeps_its_ranks(tmp_path):
-    with pytest.raises(LayerselError, match="rank: 'score' gives modules new ranks, and lora_model_dir continues"):
+    with pytest.raises(
+        LayerselError, match="rank_allocation: 'score' gives modules new ranks, and lora_model_dir continues"
+    ):
         select(tmp_path, method="gradient", unselected="freeze", continues_adapter=True)
 
 
 @pytest.mark.parametrize("granularity", ["group", "module"])
 def test_a_choice_without_scores_can_be_used_again(tmp_path, granularity):
-    _, plan = select(tmp_path, method="random", granularity=granularity, rank="match")
+    _, plan = select(tmp_path, method="random", granularity=granularity, rank_allocation="match")
     _, again = select(tmp_path, method="random", plan=str(plan_path(tmp_path)))
     assert (again.modules, again.ranks) == (plan.modules, plan.ranks)
 
@@ -479,7 +483,7 @@ def test_a_plan_with_other_ranks_does_not_touch_a_trained_adapter(tmp_path, bloc
 
 def test_a_plan_with_ranks_refuses_what_cannot_be_drawn_again(tmp_path):
     select(tmp_path, method="gradient")
-    with pytest.raises(LayerselError, match=r"'orthogonal' does not go with layersel.selection.rank: score"):
+    with pytest.raises(LayerselError, match=r"'orthogonal' does not go with layersel.selection.rank_allocation: score"):
         give_plan(tmp_path, make_lora(make_small_llama(), init_lora_weights="orthogonal"))
 
 
@@ -495,7 +499,7 @@ def test_a_module_that_l1ra_grew_begins_with_rows_of_the_usual_size(tmp_path):
 
 def test_a_budget_below_the_best_offer_is_named(tmp_path):
     with pytest.raises(LayerselError, match="budget: 65 parameters do not pay for rank 1"):
-        select(tmp_path, method="gradient", budget=65, granularity="layer")
+        select(tmp_path, method="gradient", budget_parameters=65, granularity="layer")
 
 
 def test_a_floor_above_the_highest_rank_is_refused(tmp_path):
@@ -507,6 +511,6 @@ def test_a_floor_above_the_highest_rank_is_refused(tmp_path):
 def test_lora_on_a_convolution_is_refused_where_rank_is_given_by_gradients(tmp_path, rank):
     base = make_small_llama()
     base.model.layers[2].mlp.mixer = torch.nn.Conv1d(32, 32, 3)
-    settings = LayerselConfig(selection=SelectionConfig(method="gradient", num_samples=8, rank=rank))
+    settings = LayerselConfig(selection=SelectionConfig(method="gradient", num_samples=8, rank_allocation=rank))
     with pytest.raises(LayerselError, match=r"model.layers.2.mlp.mixer is a Conv1d, whose LoRA layersel.selection"):
         prepare_trainer(make_trainer(make_lora(base, ["q_proj", "mixer"]), tmp_path), settings)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.trains
 
 BLOCK = LayerselConfig(
     selection=SelectionConfig(method="first", num_layers=3),
-    l1ra=L1RAConfig(rule="pressure", budget="rank", update_ratio=0.2),
+    l1ra=L1RAConfig(rule="pressure", budget_unit="rank", update_ratio=0.2),
 )
 READ = [
     "trainer_state.json",

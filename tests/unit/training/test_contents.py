@@ -21,7 +21,7 @@ from axolotl_layersel.training.prepare import prepare_trainer
 pytestmark = pytest.mark.trains
 
 SELECTION = {"method": "explicit", "layers": [0, 2]}
-L1RA = {"rule": "pressure", "budget": "rank", "update_ratio": 0.25, "l1_lambda": 0.9}
+L1RA = {"rule": "pressure", "budget_unit": "rank", "update_ratio": 0.25, "l1_lambda": 0.9}
 BLOCKS = {
     "selection": LayerselConfig.model_validate({"selection": SELECTION}),
     "l1ra": LayerselConfig.model_validate({"l1ra": L1RA}),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.trains
 BLOCK = LayerselConfig.model_validate(
     {
         "selection": {"method": "first", "num_layers": 2},
-        "l1ra": {"rule": "pressure", "budget": "rank", "update_ratio": 0.25},
+        "l1ra": {"rule": "pressure", "budget_unit": "rank", "update_ratio": 0.25},
     }
 )
 
