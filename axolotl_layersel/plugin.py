@@ -55,7 +55,7 @@ class LayerSelectionPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         from axolotl_layersel.engines.collectives import decide_on_rank_zero
-        from axolotl_layersel.lora.kernels import let_kernels_pass_by, while_choosing
+        from axolotl_layersel.lora.kernels import make_kernels_accept_bare_modules, while_choosing
         from axolotl_layersel.training.preflight import find_scaling, read_settings
         from axolotl_layersel.training.prepare import prepare_trainer
         from axolotl_layersel.training.saving import take_over_fsdp2_writer
@@ -74,7 +74,7 @@ class LayerSelectionPlugin(BasePlugin):
                 checked=True,
                 given=self.given,
             )
-        let_kernels_pass_by(trainer.model)
+        make_kernels_accept_bare_modules(trainer.model)
         take_over_fsdp2_writer(trainer)
 
     def post_train_unload(self, cfg: Any) -> None:

@@ -1,4 +1,4 @@
-"""What happened to the ranks: ranks.csv, and numbers for the run's trackers."""
+"""Record ranks by step: ranks.csv, and metrics for the run's trackers."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -49,7 +49,7 @@ class RankHistory(CsvRecord):
 
 
 def group_by_type(ranks: Mapping[str, int]) -> dict[str, list[int]]:
-    """Return the ranks by the modules' type, such as ``q_proj``, types in the order in which they come."""
+    """Return the ranks by type of module, such as ``q_proj``, in order of appearance."""
     grouped: dict[str, list[int]] = defaultdict(list)
     for module, rank in ranks.items():
         grouped[module.rpartition(".")[2]].append(rank)
@@ -57,7 +57,7 @@ def group_by_type(ranks: Mapping[str, int]) -> dict[str, list[int]]:
 
 
 def describe_update(ranks: dict[str, int], costs: dict[str, int], pool: int, pruned: int, added: int) -> dict:
-    """Return an update as numbers for trackers. ``costs``: trainable parameters of one component, by module."""
+    """Return the metrics of an update. ``costs``: trainable parameters of one component, by module."""
     return {
         "layersel/total_rank": sum(ranks.values()),
         "layersel/pool": pool,

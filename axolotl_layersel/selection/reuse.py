@@ -10,9 +10,9 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import FOLDER, gates_path, plan_path
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.engines.collectives import get_rank
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.layers import LayerStack
 from axolotl_layersel.lora.modules import count_component_parameters
+from axolotl_layersel.lora.plain_lora import check_linear
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.plan import Plan
@@ -144,7 +144,7 @@ def find_facts(run: Run, stack: LayerStack, plan: Plan, continues_adapter: bool)
     """
     lora, settings = run.lora_modules, plan.resolve_settings()
     ranked = {name: lora[name] for name in plan.ranks if name in lora}
-    adapters.check_linear(run, ranked, "layersel.selection.rank_allocation")
+    check_linear(run, ranked, "layersel.selection.rank_allocation")
     names = set(stack.names if settings.candidates is None else settings.candidates)
     carrying = [layer for layer in sorted(stack.lora_modules) if layer not in stack.idle]
     units = find_units(stack, plan.granularity, [layer for layer in carrying if stack.names[layer] in names])

@@ -24,10 +24,12 @@ from axolotl_layersel.engines import trainers
 from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
 from axolotl_layersel.engines.signals import ending_on_signal
 from axolotl_layersel.l1ra.capacity import Capacity, start_from
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.layers import LayerStack, find_layer_stack
+from axolotl_layersel.lora.plain_lora import check_linear
+from axolotl_layersel.lora.removal import freeze_unselected, remove_modules, remove_unselected
 from axolotl_layersel.lora.resizing import set_ranks
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.weights import lora_parameters
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import find_mean_overlap
 from axolotl_layersel.selection.fitting import fit_to_data, fit_to_units
@@ -171,7 +173,7 @@ def check_ranks(run: Run, stack: LayerStack, settings: ResolvedSelection, contin
     if settings.rank_allocation != "same" or settings.method == "gradient":
         inside = {name: modules[name] for name in stack.list_modules(stack.lora_modules)}
         key = "method: gradient" if settings.method == "gradient" else f"rank_allocation: {settings.rank_allocation}"
-        adapters.check_linear(run, inside, f"layersel.selection.{key}")
+        check_linear(run, inside, f"layersel.selection.{key}")
     if settings.rank_allocation == "same":
         return
     if continues_adapter:
@@ -338,7 +340,7 @@ def measure_stability(selection: Selection, plan: Plan, repeat: int) -> Stabilit
 def remove_towers(run: Run, stack: LayerStack, towers: str) -> None:
     """Remove the LoRA modules outside the layers, or keep them."""
     if {"keep": False, "remove": bool(stack.towers)}[towers]:
-        adapters.remove_modules(run, [name for names in stack.towers.values() for name in names])
+        remove_modules(run, [name for names in stack.towers.values() for name in names])
 
 
 def describe_towers(run: Run, stack: LayerStack) -> list[Tower]:
@@ -346,14 +348,14 @@ def describe_towers(run: Run, stack: LayerStack) -> list[Tower]:
     lora = run.lora_modules
 
     def trains(name: str) -> bool:
-        return name in lora and any(p.requires_grad for p in adapters.lora_parameters(run, name))
+        return name in lora and any(p.requires_grad for p in lora_parameters(run, name))
 
     return [Tower(place=place, modules=names, trained=sum(map(trains, names))) for place, names in stack.towers.items()]
 
 
 def apply_plan(run: Run, stack: LayerStack, plan: Plan) -> None:
     """Remove or freeze the LoRA modules that ``plan`` does not select."""
-    changes = {"remove": adapters.remove_unselected, "freeze": adapters.freeze_unselected}
+    changes = {"remove": remove_unselected, "freeze": freeze_unselected}
     changes[plan.unselected](run, stack, plan.modules)
 
 
@@ -362,7 +364,7 @@ def apply_ranks(run: Run, plan: Plan, capacity: Capacity | None, continues_adapt
     if not continues_adapter:
         check_redrawn(run.config.init_lora_weights, plan.resolve_settings().rank_allocation)
     modules = run.lora_modules
-    adapters.check_linear(run, {name: modules[name] for name in plan.ranks}, "layersel.selection.rank_allocation")
+    check_linear(run, {name: modules[name] for name in plan.ranks}, "layersel.selection.rank_allocation")
     trainers.check_no_optimizer(run.trainer)
     seed = run.trainer.args.seed
     if capacity is None:

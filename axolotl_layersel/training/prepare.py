@@ -23,9 +23,11 @@ from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import read_state
-from axolotl_layersel.lora import adapters
+from axolotl_layersel.lora.config import check_target_parameters, complete_config
 from axolotl_layersel.lora.readiness import Readiness, check_trains
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.switching import preserve_trained
+from axolotl_layersel.lora.weights import initialize_lora, restore_live_adapter
 from axolotl_layersel.lora.writer import AdapterWriter
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.reuse import read_reused
@@ -154,7 +156,7 @@ def check(
         has_plan = settings.selection is not None
         resumed_step = collectives.decide_on_rank_zero(lambda: check_lora(resume_from, lora, "lora", has_plan))
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
-    adapters.check_target_parameters(run)
+    check_target_parameters(run)
     return Start(run, settings, resume_from, resumed_step, continues_adapter, lora)
 
 
@@ -164,10 +166,10 @@ def initialize(start: Start) -> None:
     run.engine.take_over_checkpointing()
     trainers.report_lost_gradients(run.trainer, run.base)
     trainers.initialize_loaders(run.trainer, outlive_signals)
-    adapters.complete_config(run)
-    adapters.keep_trained_alone(run.model)
+    complete_config(run)
+    preserve_trained(run.model)
     check_trains(run)  # before minutes are spent on scoring
-    seeded = not start.continues_adapter and adapters.initialize_lora(run.model, run.trainer.args.seed)
+    seeded = not start.continues_adapter and initialize_lora(run.model, run.trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
     share_new_weights(run, start.continues_adapter)
 
@@ -282,4 +284,4 @@ def list_foreign_files(settings: LayerselConfig, output_dir: Path) -> list[Path]
 
 def restore_plain_adapter(run: Run, checkpoint: str) -> None:
     """Write the plain adapter of ``checkpoint`` into the model in training; a collective call."""
-    adapters.restore_live_adapter(run, Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME)
+    restore_live_adapter(run, Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME)

@@ -113,11 +113,10 @@ def test_one_process_alone_writes_what_is_the_same_on_all(whole_runs, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_run_reads_its_first_adapter_back_and_computes_with_it(whole_runs, engine):
+def test_every_run_says_once_that_it_reads_its_adapters_back(whole_runs, engine):
     run = whole_runs[engine]
-    streamed = engine == "zero3" or engine.startswith("fsdp2")
-    said = "its modules add what the model's add" if streamed else "logits under it are the model's"
-    assert run.log.count(f"the adapter in {run.folder}/checkpoint-2 was read back: {said}") == 1
+    said = "its modules compute what the model's compute"
+    assert run.log.count(f"the adapter in {run.folder}/checkpoint-2 was read back, and {said}") == 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)

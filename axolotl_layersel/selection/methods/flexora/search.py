@@ -17,10 +17,11 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.flexora import SETTING, Search, check_attention, describe_sharded
 from axolotl_layersel.config.selection import describe_generated
 from axolotl_layersel.engines import collectives, trainers
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.lora.layers import LayerStack
 from axolotl_layersel.lora.modules import get_linears, list_linear
+from axolotl_layersel.lora.plain_lora import check_plain_lora
+from axolotl_layersel.lora.removal import freeze_unselected
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.data.calibration import check_indexable
 from axolotl_layersel.selection.data.label_alignment import find_kind
@@ -123,7 +124,7 @@ SOURCES = {"train": take_training_rows, "eval": take_eval_rows}
 
 def check_search(run: Run, settings: Search, modules: dict[str, LoraLayer]) -> None:
     """Raise LayerselError if no search with gates on ``modules`` can be made in this run."""
-    adapters.check_plain_lora(run, modules, SETTING)
+    check_plain_lora(run, modules, SETTING)
     if trainers.generates(run.trainer):
         raise LayerselError(describe_generated(f"trainer: {type(run.trainer).__name__}", "flexora"))
     trainers.check_no_optimizer(run.trainer)
@@ -137,7 +138,7 @@ def check_search(run: Run, settings: Search, modules: dict[str, LoraLayer]) -> N
 def leaving_out(run: Run, stack: LayerStack, taking_part: list[str]) -> Iterator[None]:
     """Train no LoRA weights of the stack within the block except for those of the modules ``taking_part``."""
     before = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
-    adapters.freeze_unselected(run, stack, taking_part)
+    freeze_unselected(run, stack, taking_part)
     try:
         yield
     finally:
