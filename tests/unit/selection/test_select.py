@@ -478,7 +478,7 @@ def test_a_plan_with_other_ranks_does_not_touch_a_trained_adapter(tmp_path, bloc
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    with pytest.raises(LayerselError, match=r"lora_model_dir: the adapter has rank 4 in .*, and the plan gives it"):
+    with pytest.raises(LayerselError, match=r"lora_model_dir: the adapter has rank 4 in .*, but the plan says"):
         give_plan(tmp_path, model, continues_adapter=True, **blocks)
 
 
