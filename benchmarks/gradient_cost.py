@@ -34,9 +34,9 @@ from transformers import Trainer
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.methods import gradient
+from axolotl_layersel.selection.types import Selection
 
 PLAIN, OURS = "plain", "gradient"
 WAYS = (PLAIN, OURS)

@@ -40,8 +40,8 @@ from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.methods.gradient import OVERSAMPLING
+from axolotl_layersel.selection.types import Selection
 
 SCORING = ("cka", "cosine", "relative", "fisher", "gradient")
 EXPONENT_GOAL = 1.2

@@ -41,9 +41,9 @@ from transformers import Trainer
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import Sample, place_token
 from axolotl_layersel.selection.methods import cka
+from axolotl_layersel.selection.types import Selection
 
 PLAIN, OURS = "plain", "layersel"
 WAYS = (PLAIN, OURS)

@@ -35,7 +35,6 @@ from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.callback import LayerSelectionCallback
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import Sample, read_sample, read_samples
 from axolotl_layersel.selection.data.decoder_inputs import give_decoder_inputs
 from axolotl_layersel.selection.gate_history import GateHistory
@@ -43,6 +42,7 @@ from axolotl_layersel.selection.methods import cka, cosine, fisher, gradient
 from axolotl_layersel.selection.passes import forward
 from axolotl_layersel.selection.plan_file import read_plan
 from axolotl_layersel.selection.report import print_plan
+from axolotl_layersel.selection.types import Selection
 
 CHEAP = [name for name, method in METHODS.items() if method.reads != "batches"]
 

@@ -46,5 +46,5 @@ def ask(i: int) -> str:
 
 def train_by_grpo(folder: Path) -> dict:
     rows = [{"instruction": ask(i), "input": "", "output": ""} for i in range(24)]
-    rewards = {"reward_funcs": ["generation.reward_variety"], "num_generations": 2, "max_completion_length": 8}
-    return {**write_rows(folder, rows, "generation.make_prompts"), "rl": "grpo", "trl": rewards}
+    rewards = {"reward_funcs": ["helpers.generation.reward_variety"], "num_generations": 2, "max_completion_length": 8}
+    return {**write_rows(folder, rows, "helpers.generation.make_prompts"), "rl": "grpo", "trl": rewards}

@@ -50,7 +50,7 @@ def make_selection(trainer, method: str = "cka", **settings):
     """Return the ``Selection`` of a trainer's run by ``method``."""
     from axolotl_layersel.config.selection import SelectionConfig
     from axolotl_layersel.lora.run import Run
-    from axolotl_layersel.selection.choosing import Selection
+    from axolotl_layersel.selection.types import Selection
 
     run = Run.of(trainer)
     settings = SelectionConfig(method=method, **settings)

@@ -40,15 +40,15 @@ from axolotl_layersel.engines import collectives, find_engine, list_classes
 from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.engines.moments import unwrap_optimizer
 from axolotl_layersel.l1ra.callback import RankCallback
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.kernels import is_fused
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
+from axolotl_layersel.lora.weights import adapter_parameters
 from axolotl_layersel.selection.methods.flexora import search
 from axolotl_layersel.selection.methods.flexora.search import GateSearch
 from axolotl_layersel.selection.passes import forward
 from axolotl_layersel.selection.select import make_plan
+from axolotl_layersel.selection.types import Selection
 from helpers.support import make_selection_config
 
 TOKENS = torch.arange(40).reshape(2, 20) + 300
@@ -90,7 +90,7 @@ class ProbeCallback(TrainerCallback):
         self.watch_saves()
         engine = find_engine(self.trainer)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        parameters = adapters.adapter_parameters(model)
+        parameters = adapter_parameters(model)
         weights = {name: engine.gather_parameter(p).contiguous() for name, p in parameters.items()}
         if engine.name == "fsdp2":
             # The tensors of the optimizer are shards, even if the model holds whole weights later.
@@ -426,7 +426,7 @@ class RankProbe(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if os.environ.get("LAYERSEL_TEST_SIGNAL", "").startswith("BIT"):
-            weights = adapters.adapter_parameters(self.ranks.run.model)
+            weights = adapter_parameters(self.ranks.run.model)
             save_file(
                 {name: weight.detach().contiguous() for name, weight in weights.items()},
                 self.folder / f"end_{args.process_index}.safetensors",

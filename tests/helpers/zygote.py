@@ -119,8 +119,10 @@ def main() -> None:
     import axolotl.train  # noqa: F401
     import bitsandbytes  # noqa: F401
     import deepspeed  # noqa: F401
-    import torch.distributed.checkpoint
-    import torch.distributed.fsdp  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    # The package and what watches it: half a second of every process. Runs that are started as users do import it anew.
+    import helpers.probe  # noqa: F401
 
     # Objects of the imports stay alive, so the garbage collector of the children can skip them.
     gc.collect()

@@ -56,7 +56,7 @@ def test_axolotl_trains_on_rows_that_are_tokenised_already(train, t5_settings):
     assert [choice.layer for choice in plan.layers] == NAMES["T5"] and len(plan.selected) == 2
     adapter = load_file(run.folder / "adapter_model.safetensors")
     assert {find_layer(plan.stack, name.removeprefix("base_model.model.")) for name in adapter} == set(plan.selected)
-    assert "logits under it are the model's" in run.log
+    assert "was read back, and its modules compute what the model's compute" in run.log
 
 
 def test_layers_by_number_are_refused_before_the_model_loads(train, t5_settings):

@@ -15,6 +15,8 @@ SETTINGS = {
     "max_steps": 10,
     "num_epochs": 2,
     **BEST_IS_FIRST,
+    # With these rows rank moves at most updates.
+    "val_set_size": 0.1,
     "save_total_limit": 10,
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": True},

@@ -75,7 +75,7 @@ def test_axolotl_scores_rows_that_its_collator_tokenises_and_trains_both_stacks(
     adapter = load_file(run.folder / "adapter_model.safetensors")
     assert {find_layer(plan.stack, name.removeprefix("base_model.model.")) for name in adapter} == set(plan.selected)
     assert all(value.any() for name, value in adapter.items() if "lora_B" in name)
-    assert "was read back: its modules add what the model's add" in run.log
+    assert "was read back, and its modules compute what the model's compute" in run.log
 
 
 def test_axolotl_scores_and_trains_both_stacks_of_gemma_3_too(train, tmp_path):

@@ -245,7 +245,10 @@ def test_a_node_that_was_given_the_other_ones_number_is_told_what_to_copy(whole_
 def test_output_folders_that_differ_between_nodes_are_refused(train_on_nodes, nodes):
     other = str(nodes[0].root / "elsewhere")
     refused = train_on_nodes("ddp", expect=1, output="here", elsewhere={"output_dir": other}, **SETTINGS)
-    assert refused.log.count(f"LayerselError: output_dir: '{other}' on rank 1, '{nodes[0].root / 'here'}' on rank") == 2
+    assert (
+        refused.log.count(f"LayerselError: output_dir: '{other}' on process 1, '{nodes[0].root / 'here'}' on process")
+        == 2
+    )
     assert MODEL_LOADS not in refused.log
 
 

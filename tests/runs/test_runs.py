@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import find_fault
 from helpers.launched import Run, RunsByEngine, difference, load_with_stock_peft
 from helpers.places import ENGINES
 from helpers.settings import BEST_IS_FIRST, selection
@@ -11,7 +12,6 @@ from safetensors.torch import load_file
 
 from axolotl_layersel import engines
 from axolotl_layersel.config.root import LayerselConfig
-from axolotl_layersel.training.checkpoints import find_fault
 
 SETTINGS = BEST_IS_FIRST
 NOT_RESUMED_FROM = {
@@ -113,11 +113,10 @@ def test_one_process_alone_writes_what_is_the_same_on_all(whole_runs, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_run_reads_its_first_adapter_back_and_computes_with_it(whole_runs, engine):
+def test_every_run_says_once_that_it_reads_its_adapters_back(whole_runs, engine):
     run = whole_runs[engine]
-    streamed = engine == "zero3" or engine.startswith("fsdp2")
-    said = "its modules add what the model's add" if streamed else "logits under it are the model's"
-    assert run.log.count(f"the adapter in {run.folder}/checkpoint-2 was read back: {said}") == 1
+    said = "its modules compute what the model's compute"
+    assert run.log.count(f"the adapter in {run.folder}/checkpoint-2 was read back, and {said}") == 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -16,7 +16,7 @@ from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.selection import select
-from axolotl_layersel.training.preflight import check_layers_exist
+from axolotl_layersel.training.preflight import check_layers
 from axolotl_layersel.training.prepare import prepare_trainer
 
 
@@ -116,9 +116,9 @@ KINDS = ("q_proj", "v_proj", "down_proj")
 def test_the_only_candidate_is_not_refused_before_the_model_loads(tmp_path):
     make_small_llama().config.save_pretrained(tmp_path)
     cfg = DictDefault(base_model=str(tmp_path), base_model_config=str(tmp_path))
-    check_layers_exist(cfg, SelectionConfig(method="cka", candidates=[2]), [""])
+    check_layers(cfg, SelectionConfig(method="cka", candidates=[2]))
     with pytest.raises(LayerselError, match=r"ratio: 0.5 of 1 layers keeps none"):
-        check_layers_exist(cfg, SelectionConfig(method="cka", candidates=[2], ratio=0.5), [""])
+        check_layers(cfg, SelectionConfig(method="cka", candidates=[2], ratio=0.5))
 
 
 @pytest.mark.trains

@@ -21,7 +21,8 @@ from axolotl_layersel.config.root import LayerselArgs, LayerselConfig, describe_
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.config.strict_block import as_number, as_whole_list, quote
 from axolotl_layersel.selection.plan import LayerChoice, Plan
-from axolotl_layersel.selection.plan_checks import check_reuse, list_setting_differences
+from axolotl_layersel.selection.plan_checks import list_setting_differences
+from axolotl_layersel.selection.reuse import check_differences
 
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
 FSDP2 = {"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}}
@@ -540,4 +541,4 @@ def test_a_plan_of_another_search_is_refused_by_the_key_that_differs():
         assert list_setting_differences(plan, SelectionConfig(method="flexora", flexora=left_out)) == []
     other = SelectionConfig(method="flexora", flexora={"steps": 8})
     with pytest.raises(LayerselError, match=r"there does not .*: layersel\.selection\.flexora\.steps: 8 is not the 9 "):
-        check_reuse("there", False, [], list_setting_differences(plan, other))
+        check_differences("there", False, [], list_setting_differences(plan, other))

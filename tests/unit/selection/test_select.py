@@ -20,7 +20,8 @@ from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.modules import find_lora_modules
-from axolotl_layersel.selection.choosing import choose_highest, count_kept
+from axolotl_layersel.selection.candidates import count_kept
+from axolotl_layersel.selection.choosing import choose_highest
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.plan_file import check_checkpoint, read_plan, write_plan
 from axolotl_layersel.selection.report import print_plan
@@ -477,7 +478,7 @@ def test_a_plan_with_other_ranks_does_not_touch_a_trained_adapter(tmp_path, bloc
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    with pytest.raises(LayerselError, match=r"lora_model_dir: the adapter has rank 4 in .*, and the plan gives it"):
+    with pytest.raises(LayerselError, match=r"lora_model_dir: the adapter has rank 4 in .*, but the plan says"):
         give_plan(tmp_path, model, continues_adapter=True, **blocks)
 
 

@@ -84,7 +84,7 @@ def test_the_file_is_found_among_the_arguments(tmp_path, monkeypatch):
         [],
     ):
         assert find_file(arguments) is None
-    assert startup.speaks_of_layersel(Path("a.yml")) and not startup.speaks_of_layersel(Path("none.yml"))
+    assert startup.mentions_layersel(Path("a.yml")) and not startup.mentions_layersel(Path("none.yml"))
 
 
 UNPLUGGED = {

@@ -303,7 +303,7 @@ def test_choices_with_several_seeds_are_compared(tmp_path, capsys):
 def test_a_plan_that_is_given_cannot_be_repeated(tmp_path):
     search(tmp_path)
     settings = SelectionConfig(method="flexora", plan=str(plan_path(tmp_path)))
-    with pytest.raises(LayerselError, match=r"--repeat: nothing is chosen with .*plan.json as the plan"):
+    with pytest.raises(LayerselError, match=r"--repeat has no effect with the plan of .*plan.json, because"):
         prepare_trainer(make(tmp_path), LayerselConfig(selection=settings), repeat=2)
 
 
