@@ -23,6 +23,8 @@ SCORING = [name for name, method in METHODS.items() if method.draws_rows]
 
 
 ENVIRONMENT = {
+    # The rows of a data set are made in the process itself: others would be started for it, and import all anew.
+    "AXOLOTL_DATASET_NUM_PROC": "0",
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
