@@ -68,8 +68,8 @@ def prepare_trainer(
     adapter, or keep it untrained. New LoRA weights are drawn again from ``trainer.args.seed``. ``modules_to_save``,
     such as the classifier that PEFT adds for ``SEQ_CLS``, train and are saved as without this.
 
-    ``trainer.train()`` then trains, and Ctrl-C and SIGTERM end it as the README says. ``trainer.save_model``, the
-    model's ``save_pretrained`` and every checkpoint leave a plain PEFT adapter that has been read back and compared
+    ``trainer.train()`` then trains, and Ctrl-C and SIGTERM end it as docs/checkpoints.md says. ``trainer.save_model``,
+    the model's ``save_pretrained`` and every checkpoint leave a plain PEFT adapter that has been read back and compared
     with the model, with the plan beside it. ``trainer.save_adapter(folder)`` saves as a checkpoint does, on every
     engine; all ranks must call it.
 
