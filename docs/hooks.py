@@ -40,7 +40,10 @@ def on_page_content(html: str, page, **others) -> str:
     """Return a page's HTML, with the script that draws its pictures where it has any and the script is there."""
     if 'class="mermaid"' not in html or not MERMAID.exists():
         return html
-    return f'{html}\n<script src="{"../" * page.url.count("/")}assets/mermaid.min.js"></script>'
+    root = "../" * page.url.count("/")
+    # The theme draws the pictures, in its own colours.
+    start = "<script>mermaid.initialize({startOnLoad: false})</script>"
+    return f'{html}\n<script src="{root}assets/mermaid.min.js"></script>{start}'
 
 
 def on_post_build(config, **others) -> None:

@@ -59,9 +59,11 @@ def draw(path: Path) -> None:
     """Draw the held-out loss less plain LoRA's, by the rank whose parameters all arms have."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, len(MODELS), sharey=True)
+    said = []
     for panel, (title, name) in zip(panels, MODELS.items()):
         panel.axhline(0, color="black", linewidth=1)
         for shift, (arm, points) in enumerate(find_differences(ROOT / "benchmarks" / "results" / name).items()):
+            said += [f"{title}, {arm}, r {rank}: {mean:+.2f} ± {half:.2f} %" for rank, mean, half in points]
             if points:
                 ranks, means, halves = zip(*points)
                 label, style = ARMS[arm]
@@ -74,7 +76,8 @@ def draw(path: Path) -> None:
     panels[0].set_ylabel("held-out loss, less LoRA's, %")
     panels[-1].annotate("plain LoRA", (1, 0), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
     panels[-1].legend(frameon=False, fontsize=9, loc="lower right")
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    metadata = {"Date": None, "Creator": None, "Description": "; ".join(said)}
+    figure.savefig(path, metadata=metadata if path.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_a_browser_asks_no_other_host(site):
 
 
 def test_pictures_are_drawn_by_a_script_of_the_site_where_it_was_fetched(site):
-    hooks = load_hooks()
+    hooks = load_script("hooks")
     drawn = [path for path in site.rglob("*.html") if 'class="mermaid"' in path.read_text()]
     assert len(drawn) >= 3
     for path in drawn:
@@ -70,8 +70,9 @@ def test_pictures_are_drawn_by_a_script_of_the_site_where_it_was_fetched(site):
         assert all((path.parent / name).exists() for name in names)
 
 
-def load_hooks():
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+def load_script(name: str):
+    """Return a script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -87,3 +88,17 @@ def test_a_link_to_nothing_is_an_error(link, tmp_path):
     )
     with pytest.raises(Abort):
         build(config)
+
+
+def read_texts(path: Path) -> list[str]:
+    """Return the words of a picture and the description of its data."""
+    return re.findall(r"<(?:text|dc:description)[^>]*>([^<]*)<", path.read_text())
+
+
+def test_the_picture_of_the_readme_shows_the_runs_as_they_are(tmp_path):
+    pictures = load_script("pictures")
+    drawn = tmp_path / "drawn.svg"
+    pictures.draw(drawn)
+    # The curves' last digits may differ between releases of matplotlib.
+    assert read_texts(drawn) == read_texts(pictures.PICTURE), "run `python docs/pictures.py`"
+    assert "SmolLM2-135M, l1ra, r 4: +0.10 ± 0.17 %" in read_texts(drawn)[0]
