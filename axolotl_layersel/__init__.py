@@ -1,7 +1,7 @@
-"""axolotl-layersel: decide which layers get a LoRA adapter, from the user's own data.
+"""axolotl-layersel: choose the layers that get a LoRA adapter from the user's own data.
 
-``LayerSelectionPlugin`` is for Axolotl. ``prepare_trainer`` does the same for a plain ``transformers.Trainer``, as a
-``LayerselConfig`` says. Importing the package loads nothing heavy: each name is looked up when it is asked for.
+``LayerSelectionPlugin`` is for Axolotl. ``prepare_trainer`` does the same for a plain ``transformers.Trainer``, with a
+``LayerselConfig``. Importing the package is fast: each name is imported when it is used.
 """
 
 import importlib
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
     except ImportError as error:
         if name != "LayerSelectionPlugin" or "axolotl.integrations.base" not in sys.modules:
             raise
-        # Axolotl passes over a plugin with an ImportError, and would train plain LoRA.
+        # Axolotl ignores a plugin with an ImportError, and would train plain LoRA.
         raise RuntimeError(
             f"plugins: {__name__}.{name} cannot be loaded: {error}. Install axolotl-layersel again."
         ) from error

@@ -1,4 +1,4 @@
-"""``python -m axolotl_layersel``: the command, where its script is not on the path."""
+"""``python -m axolotl_layersel``: the command, if its script is not on the path."""
 
 from axolotl_layersel.cli.main import command
 

@@ -1,4 +1,4 @@
-"""The Axolotl plugin. Its hooks only delegate, and show which part of the package runs when."""
+"""The Axolotl plugin. Its hooks only delegate, and show when each part of the package runs."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ LOG = logging.getLogger("axolotl.layersel")
 
 
 class LayerSelectionPlugin(BasePlugin):
-    """Chooses the layers that LoRA trains before the run's engine is built, and moves rank while it trains."""
+    """Chooses the layers with LoRA before the run's engine is built, and redistributes rank during training."""
 
     def get_input_args(self) -> str:
         return "axolotl_layersel.config.root.LayerselArgs"
@@ -25,11 +25,11 @@ class LayerSelectionPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self.lock: RunLock | None = None
-        self.given: dict[str, Any] = {}  # the YAML file's settings of LoRA, before the model is loaded by them
-        self.repeat = 1  # choices that `axolotl-layersel plan --repeat` asks for
+        self.given: dict[str, Any] = {}  # the LoRA settings of the YAML file, before the model is loaded
+        self.repeat = 1  # the option of `axolotl-layersel plan`
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """See the YAML file as the user wrote it: only here can the user's own LoRA kernels be told from Axolotl's."""
+        """Check the YAML file as the user wrote it, before Axolotl adds its own choice of LoRA kernels."""
         from axolotl_layersel.training.ending import end_in_sentences
 
         end_in_sentences()
@@ -55,7 +55,7 @@ class LayerSelectionPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         from axolotl_layersel.engines.collectives import decide_on_rank_zero
-        from axolotl_layersel.lora.kernels import let_kernels_pass_by, while_choosing
+        from axolotl_layersel.lora.kernels import make_kernels_accept_bare_modules, while_choosing
         from axolotl_layersel.training.preflight import find_scaling, read_settings
         from axolotl_layersel.training.prepare import prepare_trainer
         from axolotl_layersel.training.saving import take_over_fsdp2_writer
@@ -74,7 +74,7 @@ class LayerSelectionPlugin(BasePlugin):
                 checked=True,
                 given=self.given,
             )
-        let_kernels_pass_by(trainer.model)
+        make_kernels_accept_bare_modules(trainer.model)
         take_over_fsdp2_writer(trainer)
 
     def post_train_unload(self, cfg: Any) -> None:
@@ -82,33 +82,33 @@ class LayerSelectionPlugin(BasePlugin):
             self.lock.release()
 
     def take_lock(self, folder: str) -> None:
-        """Let no other run write into ``folder`` until this process ends; on rank 0."""
+        """Lock ``folder`` until this process ends; on process 0."""
         if self.lock is not None:
             self.lock.release()
         self.lock = RunLock.take(folder)
 
     def confirm_lock(self) -> None:
-        """Raise LayerselError if another run has got the folder; on rank 0."""
+        """Raise LayerselError if another run has taken the folder; on process 0."""
         if self.lock is not None:
             self.lock.confirm()
 
 
 def settle_kernels(cfg: dict[str, Any], block: Mapping[str, Any]) -> None:
-    """Let Axolotl's fused LoRA kernels compute with gates where there are any, or keep them off where they cannot run.
+    """Make Axolotl's fused LoRA kernels compute with gates, or switch them off if they cannot run or cannot do that.
 
     Args:
-        cfg: the YAML file's content as the user wrote it, which is changed.
+        cfg: the content of the YAML file as the user wrote it, which is changed.
         block: its ``layersel`` block.
 
     Raises:
-        LayerselError: for a kernel that the user switched on and that cannot be given gates.
+        LayerselError: for a kernel that the user switched on and that cannot compute with gates.
     """
     import torch
 
     from axolotl_layersel.config.gate_requirements import keep_kernels_off, switch_off_kernels
     from axolotl_layersel.lora.kernels import give_gates_to_kernels
 
-    # Of Ray, the process that reads the file first has no GPU, and those that train read it again.
+    # With Ray, the process that reads the file first has no GPU, and those that train read it again.
     if not torch.accelerator.is_available() and not cfg.get("use_ray"):
         keep_kernels_off(cfg)
     if block.get("l1ra") is not None and not give_gates_to_kernels():
@@ -116,7 +116,7 @@ def settle_kernels(cfg: dict[str, Any], block: Mapping[str, Any]) -> None:
 
 
 def describe_plugin(block: object) -> str:
-    """Return what the log says when Axolotl has loaded the plugin; its absence means that there is none."""
+    """Return the line of the log that says that Axolotl has loaded the plugin."""
     parts = [key for key in ("selection", "l1ra") if key in as_mapping(block)]
     method = as_mapping(as_mapping(block).get("selection")).get("method")
     asked = ", ".join(f"{part} by {method}" if part == "selection" else part for part in parts)

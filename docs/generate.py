@@ -1,4 +1,4 @@
-"""Write the parts of the documentation that the code and the tests know better: ``python docs/generate.py``."""
+"""Write the parts of the documentation that follow from code and test results: ``python docs/generate.py``."""
 
 import importlib.util
 import json
@@ -29,11 +29,6 @@ SELECTION, MESSAGES = DOCS / "selection.md", DOCS / "messages.md"
 KEYS, COMMANDS = DOCS / "reference-keys.md", DOCS / "reference-commands.md"
 BEGIN, END = "<!-- {} made by docs/generate.py. -->", "<!-- End of what docs/generate.py makes. -->"
 METHOD_TABLE, MESSAGE_LISTS = BEGIN.format("The table of methods is"), BEGIN.format("The messages are")
-# Where the summaries of methods say "below".
-LINKS = {
-    "[below](#rank-where-it-pays)": "[ranks and budgets](ranks.md)",
-    "[below](#searching-with-gates)": "[the search](flexora.md)",
-}
 BLOCKS = {
     "The block": (LayerselConfig, "The mapping `layersel`. At least one of its two parts must be there."),
     "Selection": (SelectionConfig, "What the keys do together is on [Selection](selection.md) and [Ranks](ranks.md)."),
@@ -44,24 +39,23 @@ TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text
 BOUNDS = {Gt: ("above", "gt"), Ge: ("from", "ge"), Lt: ("below", "lt"), Le: ("up to", "le")}
 COLUMNS = [*METHODS, "l1ra"]
 CHOSEN = (
-    "A method chose, all layers with LoRA had finite scores that tell them apart, and LoRA was in the chosen layers "
-    "alone afterwards. For `l1ra` rank moved while the model trained, and stock PEFT computes with the saved adapter "
-    "what the model computed."
+    "A method works if it chose layers, all layers with LoRA had finite scores that differ, and only the chosen layers "
+    "had LoRA afterwards. `l1ra` works if rank moved in training, and stock PEFT computes the same with the saved "
+    "adapter as the model."
 )
 TABLES = {
     "model": (
         "Models",
-        "Small random models of each family, with a plain `transformers.Trainer` on one process. Of encoders the row "
-        f"says what they are trained for. {CHOSEN} In encoders `cka` has no score for the lowest layer, whose first "
-        "token is the same in all rows, and `gradient` need not tell layers apart: labels there follow from nothing.",
+        "Small random models of each family, with a plain `transformers.Trainer` on one process. For encoders the row "
+        f"names the task. {CHOSEN} In encoders `cka` has no score for the lowest layer, whose first token is the same "
+        "in all rows. The scores of `gradient` may be equal in them, because their labels are random.",
     ),
     "trainer": (
         "Trainers",
         "Whole runs of Axolotl on one process with each trainer and kind of data. In each run all methods that are not "
-        "refused chose, with finite scores that tell layers apart, and nothing was changed by it. Then the choice by "
-        "`cka`, or where that is refused a plan that a run of SFT had left, was applied, and the model trained with "
-        "`l1ra`: rank moved, the adapter was in the chosen layers alone, and stock PEFT computes with it what the "
-        "model computed.",
+        "refused chose layers, with finite scores that differ, and without changes to the model. Then the choice of "
+        "`cka`, or the plan of a run of SFT if `cka` is refused, was applied, and the model trained with `l1ra`. Rank "
+        "moved, only the chosen layers had an adapter, and stock PEFT computes the same with it as the model.",
     ),
     "adapter": (
         "Kinds of adapter",
@@ -69,14 +63,14 @@ TABLES = {
     ),
 }
 SURVEYED = (
-    "All classes of transformers that its mappings have for text, each built from the defaults of its configuration, "
-    "but with few layers, without memory for weights. In those found, the layers, the shape that a plan records and "
-    "the lowest layer that trains are found, with LoRA in each list of layers; nothing was trained or scored."
+    "All classes for text in the mappings of transformers. Each was built from its default configuration with few "
+    'layers, on the meta device. "Found" means that the layers, the shape that a plan records and the lowest layer '
+    "that trains are found, with LoRA in each list of layers. Nothing was trained or scored."
 )
-REFUSED = "Refused, in these sentences (without their details), where `it` is the class and `n` a number:"
+REFUSED = "Refused with these messages, shortened; `it` is the class and `n` a number:"
 UNBUILT = (
-    "Not built: the defaults leave out what transformers itself needs, a library is missing, or PEFT has no linear "
-    "module in a list of modules to put LoRA on."
+    "Not built, because the defaults lack a setting that transformers needs, a library is missing, or the class has no "
+    "linear module in a list of modules for LoRA:"
 )
 KEYS_HEAD = """# YAML keys
 
@@ -93,18 +87,18 @@ With this page you can look up every command and option. `axolotl-layersel`, `ax
 `python -m axolotl_layersel` are the same command. It exits with 0, with 1 after a message that says what is wrong, and
 with 2 where it does not know an option. `plan` exits with the code of the processes that it started, if they fail.
 """
-HEAD = """# What is known to work
+HEAD = """# Tested models, trainers and adapters
 
 <!-- Made by docs/generate.py from docs/support.json, which `pytest --write-support` writes. -->
 
 With this page you can look up whether a method works with your model, trainer and kind of adapter. The tables are made
-from the results of this project's tests, and a test whose result is not in them fails.
+from the results of this project's tests. A test fails if its result is not in them.
 
-- **yes**: a test shows what is said above the table. `l1ra` has its default rule.
-- **no**: it is refused, in one sentence, which the note below the table gives.
-- **?**: there is no test of it, so nothing is known. Nor is it of what has no row.
+- **yes**: a test shows that it works, as described above the table. `l1ra` has its default rule.
+- **no**: it is refused with the message in the note below the table.
+- **?**: no test covers it. Models, trainers and adapters without a row are not tested either.
 
-All of it ran on a CPU. The page on [engines](engines.md) says what was tested with several processes.
+All tests ran on a CPU. [Engines](engines.md) says what was tested with several processes.
 """
 
 
@@ -112,10 +106,7 @@ def make_method_table() -> str:
     """Return the methods as a table in Markdown."""
     lines = ["| method | reads | chooses among | the score |", "|---|---|---|---|"]
     for method in METHODS.values():
-        summary = method.summary
-        for below, page in LINKS.items():
-            summary = summary.replace(below, page)
-        lines.append(f"| `{method.name}` | {method.reads} | {', '.join(method.units)} | {summary} |")
+        lines.append(f"| `{method.name}` | {method.reads} | {', '.join(method.units)} | {method.summary} |")
     return "\n".join(lines)
 
 
@@ -264,10 +255,10 @@ def make_messages() -> str:
 
 
 def make_support_table(entries: list[dict], kind: str) -> str:
-    """Return what is known of every row of a table by every method, in Markdown.
+    """Return the results of every row and method as a table in Markdown.
 
     Raises:
-        ValueError: where one test has shown that something works, and another that it is refused.
+        ValueError: if one test shows that something works, and another that it is refused.
     """
     tested: dict[str, set[str]] = {}
     refused: dict[str, dict[str, str]] = {}
@@ -294,7 +285,7 @@ def make_support_table(entries: list[dict], kind: str) -> str:
 
 
 def make_survey(entries: list[dict]) -> str:
-    """Return in how many classes of transformers layers are found, and which are refused and why, in Markdown."""
+    """Return in Markdown in how many classes of transformers layers are found, and which are refused and why."""
     lines = ["| classes | tried | layers found | refused | not built |", "|---|---|---|---|---|"]
     reasons: dict[str, list[str]] = {}
     unbuilt: set[str] = set()
@@ -313,7 +304,7 @@ def make_survey(entries: list[dict]) -> str:
 
 
 def make_support() -> str:
-    """Return docs/support.md as docs/support.json has it."""
+    """Return the text of docs/support.md, made from docs/support.json."""
     entries = [entry for shown in json.loads(SHOWN.read_text()).values() for entry in shown]
     parts = [HEAD]
     for kind, (title, text) in TABLES.items():

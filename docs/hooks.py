@@ -26,7 +26,7 @@ def on_page_markdown(markdown: str, page, **others) -> str:
     if page.file.src_uri == "contributing.md":
         # The repository's own page is where GitHub looks for it; its links begin at the root.
         markdown = (ROOT / "CONTRIBUTING.md").read_text()
-        markdown = re.sub(r"\]\(docs/", "](", markdown)
+        markdown = re.sub(r"\]\((?!https?:|#)", "](../", markdown).replace("](../docs/", "](")
     return OUTSIDE.sub(lambda match: link(page.file.src_uri, match[1], match[2] or ""), markdown)
 
 

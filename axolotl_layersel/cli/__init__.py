@@ -1,1 +1,1 @@
-"""The command ``axolotl-layersel``, and the pictures that it draws."""
+"""The command ``axolotl-layersel``, and its plots of ranks and gates."""

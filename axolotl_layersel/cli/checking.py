@@ -1,7 +1,7 @@
-"""The whole check of a YAML file without its model and its data, for ``axolotl-layersel check``.
+"""The check of a YAML file without its model and its data, for ``axolotl-layersel check``.
 
 Relied on in axolotl 0.19.0 (``tests/unit/cli/test_checking.py`` fails when it changes): the steps of
-``axolotl.cli.config.load_cfg``, here without its log in the output folder, its telemetry and what it tells trackers.
+``axolotl.cli.config.load_cfg``, except its log in the output folder, its telemetry and its calls of trackers.
 """
 
 from pathlib import Path
@@ -18,13 +18,10 @@ from axolotl_layersel.training.ending import describe_error
 
 
 def check_config(path: Path) -> str:
-    """Validate a YAML file as Axolotl does and look at what this package finds before the model loads.
-
-    Returns:
-        what will be done, in a sentence.
+    """Validate a YAML file as Axolotl does, run this package's checks before the model, and return the result as text.
 
     Raises:
-        SystemExit: where something is refused, after it was told.
+        SystemExit: if the file is refused, after printing why.
     """
     from axolotl_layersel.training.ending import tell
 
@@ -40,8 +37,8 @@ def load_settings(path: Path) -> LayerselConfig:
     """Return the validated ``layersel`` block of a YAML file.
 
     Raises:
-        LayerselError: for what cannot be honoured.
-        ValidationError: for what Axolotl or this package refuses of the file.
+        LayerselError: if a check of this package fails.
+        ValidationError: if the validation by Axolotl or this package fails.
     """
     from axolotl.cli import config
     from axolotl.utils.dict import DictDefault
@@ -64,7 +61,7 @@ def load_settings(path: Path) -> LayerselConfig:
 
 
 def describe_settings(settings: LayerselConfig) -> str:
-    """Return what a ``layersel`` block asks for, in a sentence."""
+    """Return the effect of a ``layersel`` block in a sentence."""
     parts = []
     if settings.selection is not None:
         parts.append(describe_selection(settings.selection))
@@ -74,7 +71,7 @@ def describe_settings(settings: LayerselConfig) -> str:
 
 
 def describe_selection(selection: SelectionConfig) -> str:
-    """Return what a selection does and how much it keeps, as a clause."""
+    """Return the effect of a selection as a clause."""
     if selection.plan is not None:
         return f"selection applies the plan {selection.plan}"
     settings = selection.resolve(run_seed=0)

@@ -12,13 +12,13 @@ import typer
 
 from axolotl_layersel import __version__
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.terminal import clean, make_encodable, say
+from axolotl_layersel.common.terminal import report_errors, say
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
 
 def print_version(asked: bool) -> None:
-    """Print the version and leave, where ``--version`` asks for it."""
+    """Print the version and exit for ``--version``."""
     if asked:
         say(f"axolotl-layersel {__version__}")
         raise typer.Exit()
@@ -30,11 +30,11 @@ def start(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Choose the layers that get a LoRA adapter, and look at what was chosen."""
+    """Choose the layers that get a LoRA adapter, and show the choice."""
 
 
 class Launcher(str, Enum):
-    """How the processes are started, as in ``axolotl train``."""
+    """A launcher of processes, as in ``axolotl train``."""
 
     accelerate = "accelerate"
     torchrun = "torchrun"
@@ -47,10 +47,10 @@ def plan(
     config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")],
     launcher: Annotated[
         Launcher | None,
-        typer.Option(help="What starts the processes. Default: accelerate, if there are several."),
+        typer.Option(help="The launcher of the processes. Default: accelerate, if there are several."),
     ] = None,
     repeat: Annotated[
-        int, typer.Option(min=1, help="Choose with so many seeds, and say how far the choices agree.")
+        int, typer.Option(min=1, help="The number of seeds to choose with. Above 1, report how far the choices agree.")
     ] = 1,
 ) -> None:
     """Select layers and write the plan, without training. Arguments after -- go to the launcher."""
@@ -75,7 +75,7 @@ def plan(
 
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")]) -> None:
-    """Say what is wrong with a YAML file, as far as it can be known without the model and the data."""
+    """Report the faults of a YAML file that can be found without the model and the data."""
     from axolotl_layersel.cli.checking import check_config
     from axolotl_layersel.config.textual import check_plugin
 
@@ -84,14 +84,14 @@ def check(config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")]
 
 
 def check_early(config: Path, check: Callable[[Path], None]) -> None:
-    """Leave with a sentence for what a YAML file says by itself, and see to how this command ends.
+    """Check a YAML file by its text, and make this command end in sentences.
 
     Args:
         config: the YAML file.
-        check: raises ValueError for what is wrong.
+        check: raises ValueError for a fault.
 
     Raises:
-        typer.Exit: where the file cannot be honoured.
+        typer.Exit: if the file has a fault, after printing it.
     """
     from axolotl_layersel.training.ending import collect, describe_error
 
@@ -111,9 +111,9 @@ def show(
         Path | None, typer.Option(help="Also draw ranks, or a search's gates, to this file, such as run.png.")
     ] = None,
 ) -> None:
-    """Print what was decided: the chosen layers, and the rank of every module.
+    """Print the chosen layers, and the rank of every module.
 
-    Of a run with both ranks and a search, the picture of the gates has -gates in its name.
+    If a run has both ranks and a search, the picture of the gates has -gates in its name.
     """
     from axolotl_layersel.cli.pictures import check_picture, draw_gates, draw_ranks
     from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path
@@ -123,7 +123,7 @@ def show(
     from axolotl_layersel.selection.plan_file import read_plan
     from axolotl_layersel.selection.report import print_plan
 
-    is_folder = os.path.isdir(path)  # which, unlike Path.is_dir, raises for no name, however long
+    is_folder = os.path.isdir(path)  # unlike Path.is_dir, it accepts names of any length
     has_ranks = is_folder and ranks_path(path).exists()
     has_gates = is_folder and gates_path(path).exists()
     kept: list[str] = []
@@ -148,7 +148,7 @@ def show(
         if picture and has_gates:
             target = picture.with_stem(f"{picture.stem}-gates") if has_ranks else picture
             gates = GateHistory.read(path)
-            # A unit is called by its layer, or by a part of the model around its modules.
+            # The name of a unit is its layer's number, or the common beginning of its modules' names.
             kept += [unit for unit in gates.names if any(name.startswith(f"{unit}.") for name in modules)]
             draw_gates(gates, kept, target)
     except LayerselError as error:
@@ -156,7 +156,7 @@ def show(
 
 
 class Layout(str, Enum):
-    """How modules of different ranks lie in an adapter's file."""
+    """The layout of modules with different ranks in an adapter's file."""
 
     ragged = "ragged"
     uniform = "uniform"
@@ -170,14 +170,14 @@ def export(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="The folder that it is written to. Default: beside ADAPTER, such as uniform-NAME."),
+        typer.Option(help="The folder to write to. Default: next to ADAPTER, such as uniform-NAME."),
     ] = None,
 ) -> None:
     """Write a LoRA adapter in a layout that other programs read, with the same result."""
     from axolotl_layersel.lora.export import export_adapter, find_vllm_rank
 
-    # Not in a folder of the run, which would look like a checkpoint or an adapter of its own.
-    place = Path(os.path.realpath(adapter))  # which, unlike Path.resolve, raises for no loop of links
+    # Next to the folder, not in it, where it would look like a checkpoint or an adapter of the run.
+    place = Path(os.path.realpath(adapter))  # unlike Path.resolve, it accepts a loop of links
     output = output or place.parent / f"{layout.value}-{place.name}"
     try:
         rank = export_adapter(adapter, layout.value, output)
@@ -185,16 +185,15 @@ def export(
         fail(str(error))
     needed = find_vllm_rank(rank)
     say(f"{output}: highest rank {rank}")
-    say(f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: 512 is its highest")
+    say(f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: its highest is 512")
 
 
 def fail(message: str) -> None:
-    """Print a message, each line by itself, and leave with exit code 1."""
-    for line in message.splitlines():
-        print(make_encodable(f"axolotl-layersel: {clean(line)}", sys.stderr.encoding), file=sys.stderr)
+    """Print the lines of a message to standard error and exit with code 1."""
+    report_errors(message.splitlines())
     raise typer.Exit(1)
 
 
-# The same command without the options that install shell completion, which complete the script ``axolotl-layersel``
-# alone. Axolotl finds it by the entry point ``layersel`` of the group ``axolotl.cli_commands``.
+# The command without the options for shell completion, which works only for the script ``axolotl-layersel``. Axolotl
+# finds it by the entry point ``layersel`` of the group ``axolotl.cli_commands``.
 command = typer.main.get_group(app)

@@ -1,4 +1,4 @@
-"""Pictures for people: the course of a search's gates, and where rank went. matplotlib is an extra."""
+"""Plots of a search's gates and losses, and of the ranks of a run. They need the extra ``plots`` (matplotlib)."""
 
 import io
 import math
@@ -19,31 +19,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Endings of matplotlib's that need LaTeX, or that nothing opens.
-UNUSABLE = ("pgf", "raw", "rgba")
-# More names than this at the ends of lines are not read any more; of more lines the outermost ones have names.
-MOST_NAMES = 40
-OUTERMOST = 15
-# In inches.
-NAME_HEIGHT = 0.15
-ROW_HEIGHT = 0.17
+UNUSABLE = ("pgf", "raw", "rgba")  # formats of matplotlib that need LaTeX, or that no viewer opens
+MOST_NAMES = 40  # more names at the ends of lines are not readable
+OUTERMOST = 15  # with more lines, so many of the highest and of the lowest have names
+NAME_HEIGHT = 0.15  # inches
+ROW_HEIGHT = 0.17  # inches
 GREY, DARK_GREY = "0.75", "0.4"
 MISSING = "--picture needs matplotlib. Install it: pip install 'axolotl-layersel[plots]'."
 
 
 def check_picture(path: Path) -> None:
-    """Check that a picture can be written to ``path``.
-
-    Raises:
-        LayerselError: if matplotlib is not installed, does not write files of that ending, or there is no such folder.
-    """
+    """Raise LayerselError unless matplotlib is installed and can write a picture to ``path``."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise LayerselError(MISSING) from error
     endings = sorted(set(FigureCanvasBase.get_supported_filetypes()) - set(UNUSABLE))
     if path.suffix[1:].lower() not in endings:
-        what = f"{path.suffix!r} is no ending" if path.suffix else "there is no ending"
+        what = f"{path.suffix!r} is not an ending" if path.suffix else "it lacks the ending"
         raise LayerselError(f"--picture: {path}: {what} of a picture. Use one of {', '.join(endings)}.")
     if os.path.isdir(path):
         raise LayerselError(f"--picture: {path} is a folder. Give the path of a file, such as {path / 'run.png'}.")
@@ -52,16 +45,17 @@ def check_picture(path: Path) -> None:
 
 
 def draw_gates(history: GateHistory, kept: Collection[str], path: Path) -> None:
-    """Draw the gates and both losses over the steps of a search, and gates of modules at its end by layer and type.
+    """Draw the gates and both losses over the steps of a search, and the final gates of modules by layer and type.
 
     Args:
-        history: of the search.
-        kept: names of the gates whose layers or modules are kept.
-        path: of the picture; its ending says the format.
+        history: the history of the search.
+        kept: the names of the gates whose layers or modules are kept.
+        path: the file; its ending selects the format.
 
     Raises:
         LayerselError: if matplotlib is not installed, or the picture cannot be written.
     """
+    kept = [name for name in history.names if name in set(kept)]  # a plan lists layers and modules together
     by_module = not all(map(is_layer_name, history.names))
     if by_module:
         figure = make_figure((15, max(9.0, 1.5 + ROW_HEIGHT * len(arrange(history.names)[0]))))
@@ -78,10 +72,10 @@ def draw_gates(history: GateHistory, kept: Collection[str], path: Path) -> None:
 
 
 def draw_gate_lines(axes: "Axes", history: GateHistory, kept: Collection[str]) -> None:
-    """Draw every gate over the steps: in colour those kept, thin and grey the others."""
+    """Draw every gate over the steps: kept ones in colour, the others thin and grey."""
     named, kept = choose_named(history.final, kept), set(kept)
     shown = [name for name in history.names if name in kept]
-    # By depth, so that lines that end side by side are told apart; of more than can be, none.
+    # Colours follow depth, so that neighbouring lines differ. Too many lines cannot be told apart by colour.
     colours = spread_colours(shown) if len(shown) <= MOST_NAMES else dict.fromkeys(shown, "tab:blue")
     width = 1.8 if len(shown) <= MOST_NAMES else 0.7
     steps = range(1, len(history.gates) + 1)
@@ -90,11 +84,10 @@ def draw_gate_lines(axes: "Axes", history: GateHistory, kept: Collection[str]) -
         axes.plot(steps, [gates[index] for gates in history.gates], zorder=2 + (name in kept), **style)
     axes.axhline(0, color="black", linewidth=0.8, zorder=2)
     modules = not all(map(is_layer_name, history.names))
-    title = f"gates of {len(history.names)} {'modules' if modules else 'layers'}, in colour the {len(kept)} kept"
+    title = f"gates of {len(history.names)} {'modules' if modules else 'layers'}, the {len(kept)} kept in colour"
     if len(named) < len(history.names):
-        title += (
-            f"\nnamed: {'those kept' if set(named) == kept else f'the {OUTERMOST} highest and the {OUTERMOST} lowest'}"
-        )
+        which = "kept" if set(named) == kept else f"the {OUTERMOST} highest and the {OUTERMOST} lowest"
+        title += f"\nnamed: {which}"
     axes.set(xlabel="optimizer step of the search", ylabel="gate", title=title)
     places = find_places(history.names) if modules else {}
     labels = {name: " ".join(filter(None, places[name])) if modules else f"layer {name}" for name in named}
@@ -108,7 +101,7 @@ def draw_gate_lines(axes: "Axes", history: GateHistory, kept: Collection[str]) -
 
 
 def draw_losses(axes: "Axes", history: GateHistory) -> None:
-    """Draw both losses of a search over its steps."""
+    """Draw the training and the validation loss over the steps of a search."""
     steps = range(1, len(history.gates) + 1)
     axes.plot(steps, history.train_losses, label="training", alpha=0.6)
     validated = [(step, loss) for step, loss in zip(steps, history.validation_losses) if loss is not None]
@@ -118,11 +111,11 @@ def draw_losses(axes: "Axes", history: GateHistory) -> None:
 
 
 def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
-    """Draw the mean rank of each type of module over the steps, and the last ranks by layer and type.
+    """Draw the mean rank of each type of module over the steps, and the final ranks by layer and type.
 
     Args:
-        history: rank of every module, by optimizer step.
-        path: of the picture; its ending says the format.
+        history: the rank of every module, by optimizer step.
+        path: the file; its ending selects the format.
 
     Raises:
         LayerselError: if matplotlib is not installed, or the picture cannot be written.
@@ -132,7 +125,7 @@ def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
     members = {kind: [row[kind] for row in rows.values() if kind in row] for kind in kinds}
     height = max(5.0, 1.5 + ROW_HEIGHT * len(rows))
     figure = make_figure((12, height))
-    # The lines need no more height in a model of many layers.
+    # The grid grows with the number of layers, the lines do not.
     axes = figure.subplot_mosaic(
         [["lines", "grid"], [".", "grid"]], height_ratios=(5, max(height - 5, 0.01)), width_ratios=(5, 4)
     )
@@ -151,7 +144,7 @@ def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
 
 
 def choose_named(final: Mapping[str, float], kept: Collection[str]) -> list[str]:
-    """Return the gates whose names there is room for: all, or those kept, or the highest and the lowest."""
+    """Return the gates to name: all if there is room, else the kept ones, else the highest and the lowest."""
     for names in (list(final), [name for name in final if name in set(kept)]):
         if 0 < len(names) <= MOST_NAMES:
             return names
@@ -160,7 +153,7 @@ def choose_named(final: Mapping[str, float], kept: Collection[str]) -> list[str]
 
 
 def spread_colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """Return a colour for each name, along a scale, dark enough for names on white."""
+    """Return a colour for each name along a colour map, dark enough for text on white."""
     from matplotlib import colormaps
 
     points = [0.03 + 0.94 * index / max(1, len(names) - 1) for index in range(len(names))]
@@ -170,19 +163,19 @@ def spread_colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
 def name_ends(
     axes: "Axes", step: int, ends: Mapping[str, float], colours: Mapping[str, object], bold: Collection[str]
 ) -> None:
-    """Write names beside the ends of lines at ``step``, moved up or down so that none covers another.
+    """Write names next to the ends of lines at ``step``, moved up or down so that none covers another.
 
     Args:
-        axes: with all its lines.
-        step: where the lines end.
-        ends: the values that they end at, by name.
-        colours: of the names.
-        bold: names that stand out.
+        axes: the axes, which have all their lines.
+        step: the last step of the lines.
+        ends: the last value of each line, by name.
+        colours: the colour of each name.
+        bold: the names in bold.
     """
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     figure: Any = axes.figure
-    figure.draw_without_rendering()  # only then is it known how high the axes are
+    figure.draw_without_rendering()  # determines the height of the axes
     height = axes.get_window_extent().height / figure.dpi
     lines = {name: (value - low) / (high - low) for name, value in ends.items()}
     texts = spread_out(lines, NAME_HEIGHT / height)
@@ -199,78 +192,64 @@ def name_ends(
             va="center",
             annotation_clip=False,
             parse_math=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colours[name],
-                "linewidth": 0.5,
-                "shrinkA": 0,
-                "shrinkB": 0,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=dict(arrowstyle="-", color=colours[name], linewidth=0.5, shrinkA=0, shrinkB=0, relpos=(0, 0.5)),
         )
 
 
 def spread_out(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Return heights from 0 to 1, near to ``heights`` and in their order, none nearer to another than ``gap``.
+    """Return heights from 0 to 1, close to ``heights`` and in their order, at least ``gap`` apart.
 
-    Where there is not room for that, the gaps are smaller and equal.
+    The gaps are smaller and equal if there is too little room.
     """
-    if len(heights) > 1:
-        gap = min(gap, 1 / (len(heights) - 1))
-    groups: list[tuple[list[str], float]] = []  # names that lie side by side, and the height of the lowest
-    for name in sorted(heights, key=lambda name: heights[name]):
-        group, lowest = [name], min(max(heights[name], 0.0), 1.0)
-        while groups and lowest < groups[-1][1] + gap * len(groups[-1][0]) - 1e-12:
-            group = groups.pop()[0] + group
-            # Where all are nearest to their lines, within the picture.
-            nearest = mean(heights[member] - gap * i for i, member in enumerate(group))
-            lowest = min(max(nearest, 0.0), 1 - gap * (len(group) - 1))
-        groups.append((group, lowest))
-    return {name: lowest + gap * i for group, lowest in groups for i, name in enumerate(group)}
+    gap = min(gap, 1 / max(1, len(heights) - 1))
+    names = sorted(heights, key=lambda name: heights[name])
+    # One pass moves crowded names up, the other down; the mean keeps both distances and centres the names.
+    up = push_up([heights[name] for name in names], gap)
+    down = push_up([1 - heights[name] for name in reversed(names)], gap)[::-1]
+    return {name: (low + 1 - high) / 2 for name, low, high in zip(names, up, down)}
+
+
+def push_up(heights: Sequence[float], gap: float) -> list[float]:
+    """Return ascending heights from 0 to 1, each at least ``gap`` above the one before it."""
+    placed: list[float] = []
+    for index, height in enumerate(heights):
+        room = 1 - gap * (len(heights) - 1 - index)  # for the names above
+        placed.append(min(max(height, placed[-1] + gap if placed else 0.0), room))
+    return placed
 
 
 def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str], numbers: bool = False) -> None:
-    """Draw a number of every module in colour, by layer and type.
+    """Draw a value of every module as a coloured cell, by layer and type.
 
     Args:
-        axes: empty.
-        values: by the module's name.
-        marked: modules that get a dot.
-        numbers: write them too, instead of a scale beside.
+        axes: empty axes.
+        values: the values by the module's name.
+        marked: the modules that get a dot.
+        numbers: write the values into the cells, instead of drawing a colour bar.
     """
     rows, columns = arrange(values)
+    cells = {name: (columns.index(column), y) for y, row in enumerate(rows.values()) for column, name in row.items()}
     grid = [[values[row[column]] if column in row else math.nan for column in columns] for row in rows.values()]
-    where = {
-        row[column]: (y, x) for y, row in enumerate(rows.values()) for x, column in enumerate(columns) if column in row
-    }
     largest = max(map(abs, values.values())) or 1
-    scale = (
-        {"cmap": "Blues", "vmin": 0, "vmax": 1.3 * largest}
-        if numbers
-        else {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
-    )
-    image = axes.imshow(grid, aspect="auto", **scale)
-    for name in values if numbers else ():
-        row, column = where[name]
-        axes.text(column, row, str(values[name]), ha="center", va="center", fontsize=7)
-    dots = [where[name] for name in values if name in set(marked)]
-    axes.scatter([column for _, column in dots], [row for row, _ in dots], s=6, color="black")
+    cmap, low, high = ("Blues", 0.0, 1.3 * largest) if numbers else ("RdBu_r", -largest, largest)
+    image = axes.imshow(grid, aspect="auto", cmap=cmap, vmin=low, vmax=high)
+    dots = [cells[name] for name in marked if name in cells]
+    axes.scatter([x for x, _ in dots], [y for _, y in dots], s=6, color="black")
     axes.set_xticks(
         range(len(columns)), map(clean, columns), rotation=45, ha="right", fontsize="small", parse_math=False
     )
     axes.set_yticks(range(len(rows)), map(clean, rows), fontsize=7, parse_math=False)
     axes.set_ylabel("layer")
-    if not numbers:
+    if numbers:
+        for name, cell in cells.items():
+            axes.text(*cell, str(values[name]), ha="center", va="center", fontsize=7)
+    else:
         figure: Any = axes.figure
         figure.colorbar(image, ax=axes, shrink=min(1.0, 5 / figure.get_size_inches()[1]), anchor=(0, 1))
 
 
 def make_figure(size: tuple[float, float]) -> "Figure":
-    """Return an empty figure of ``size`` inches.
-
-    Raises:
-        LayerselError: if matplotlib is not installed.
-    """
+    """Return an empty figure of ``size`` inches. Raise LayerselError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

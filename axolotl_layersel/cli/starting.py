@@ -1,4 +1,4 @@
-"""Whether ``axolotl-layersel plan`` needs a launcher, which starts one process or more and imports torch once more."""
+"""The choice of a launcher for ``axolotl-layersel plan``. A launcher costs a further import of torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,17 +8,17 @@ from axolotl_layersel.config.textual import read_yaml
 
 
 def find_launcher(config: Path, arguments: Sequence[str]) -> str:
-    """Return what starts the processes that a plan needs where the user has not said it: accelerate or python.
+    """Return the default launcher of a plan: accelerate or python.
 
     Args:
-        config: the YAML file. DeepSpeed and FSDP2 need what accelerate tells a process.
-        arguments: of the launcher.
+        config: the YAML file. DeepSpeed and FSDP2 need the environment that accelerate sets.
+        arguments: arguments for the launcher.
     """
     if arguments or find_engine_name(read_yaml(config) or {}) is not None:
         return "accelerate"
     import torch
     from accelerate.commands.config.config_args import default_config_file
 
-    # What `accelerate config` has written holds the number of processes, and more.
+    # The file of `accelerate config` has the number of processes.
     several = torch.accelerator.device_count() > 1
     return "accelerate" if several or Path(default_config_file).is_file() else "python"

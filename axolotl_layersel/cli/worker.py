@@ -1,4 +1,4 @@
-"""Selection alone, in the processes that ``axolotl-layersel plan`` launches, or in its own."""
+"""Selection without training, in the processes that ``axolotl-layersel plan`` launches, or in its own."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from axolotl_layersel.common.terminal import say
 from axolotl_layersel.training.ending import describe_error, end_in_sentences, tell
 
 
-def plan_alone(config: str, repeat: int = 1) -> Path:
+def make_plan(config: str, repeat: int = 1) -> Path:
     """Run Axolotl up to its trainer, where the plugin selects, and return the path of the plan.
 
     ``repeat``: see ``select_layers``.
@@ -45,10 +45,10 @@ def plan_alone(config: str, repeat: int = 1) -> Path:
 
 
 def main(config: str, repeat: int = 1) -> None:
-    """Make the plan and print where it is, or only the sentences of what is refused."""
+    """Make the plan and print its path, or print the sentences of a refusal and exit with code 1."""
     end_in_sentences()
     try:
-        path = plan_alone(config, repeat)
+        path = make_plan(config, repeat)
     except (LayerselError, ValidationError) as error:
         tell(describe_error(error).splitlines())
         raise SystemExit(1) from None

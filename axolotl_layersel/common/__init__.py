@@ -1,1 +1,1 @@
-"""What every other folder builds on: errors, files and their places, tables, and random streams."""
+"""The parts that all other folders use: errors, files and their paths, digests, tables, and random streams."""

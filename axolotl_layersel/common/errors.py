@@ -1,4 +1,4 @@
-"""The one error of this package, and the sentence it ends in."""
+"""The error of this package, and suggestions for misspelt words in its messages."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,14 +7,14 @@ from axolotl_layersel.common.terminal import clean
 
 
 class LayerselError(ValueError):
-    """A setting, a file or a model that cannot be honoured: the message, one line, names it and the way out."""
+    """A setting, a file or a model that is refused. The message is one line that names it and a way out."""
 
     def __init__(self, message: str) -> None:
         super().__init__(clean(message))
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ``"did you mean X?"`` for the nearest of ``known``, or the whole list where none is near."""
+    """Return ``"did you mean X?"`` with the closest of ``known``, or the whole list if none is close."""
     known = sorted(known)
     nearest = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"

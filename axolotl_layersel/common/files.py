@@ -1,4 +1,4 @@
-"""This package's files: written complete or not at all, and read with one clear error."""
+"""Reading and writing files: a write is complete or leaves nothing, and every failure is one clear error."""
 
 import contextlib
 import csv
@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import FOLDER
 
-# Longer paths are cut in the message for one that cannot be made.
-LONG = 200
+LONGEST_PATH = 200  # characters; messages cut longer paths in the middle
 
 T = TypeVar("T")
 
@@ -40,11 +39,11 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replace_atomically(path: str | Path, size: int) -> Iterator[Path]:
-    """Yield a temporary file beside ``path``, then flush it to disk and rename it to ``path``; on failure remove it.
+    """Yield a temporary file in the folder of ``path``, then flush it and rename it to ``path``; on failure remove it.
 
     Args:
-        path: the file; its folder is made where it does not exist.
-        size: bytes that will be written, for the message.
+        path: the file; its folder is created if necessary.
+        size: the number of bytes that will be written, for the message.
 
     Raises:
         LayerselError: if it cannot be written.
@@ -65,18 +64,14 @@ def replace_atomically(path: str | Path, size: int) -> Iterator[Path]:
 
 
 def flush(path: str | Path) -> None:
-    """Return when the file ``path`` lies on the disk."""
+    """Return when the file ``path`` is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def writing(path: Path, size: int) -> Iterator[None]:
-    """Say in one sentence why ``path``, of about ``size`` bytes, cannot be written within the block.
-
-    Raises:
-        LayerselError: naming the path, and where the disk is full the bytes.
-    """
+    """Turn an error within the block into a LayerselError that says why ``path``, of about ``size`` bytes, failed."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -84,8 +79,7 @@ def writing(path: Path, size: int) -> Iterator[None]:
 
 
 def describe_write_failure(path: Path, size: int, error: OSError | SafetensorError) -> str:
-    """Return the message for a file that cannot be written."""
-    code = find_code(error)
+    code = find_error_number(error)
     blocked = next((parent for parent in path.parents if os.path.exists(parent) and not parent.is_dir()), None)
     if blocked is not None:
         return f"{path} cannot be written: {blocked} is a file, where a folder is needed. Move it, or set another one."
@@ -99,8 +93,8 @@ def describe_write_failure(path: Path, size: int, error: OSError | SafetensorErr
     return f"{path} cannot be written ({reason}). Let this process write there, or set `output_dir` to another folder."
 
 
-def find_code(error: OSError | SafetensorError) -> int | None:
-    """Return the operating system's number of an error; safetensors has it in its text only."""
+def find_error_number(error: OSError | SafetensorError) -> int | None:
+    """Return the ``errno`` of an error, which safetensors has only in its text."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)", str(error))
@@ -108,11 +102,11 @@ def find_code(error: OSError | SafetensorError) -> int | None:
 
 
 def check_output(folder: str | Path, names: Iterable[str]) -> None:
-    """Check that files of this package can be written for the run in ``folder``, and leave no trace.
+    """Check that a run can write the files ``names`` of this package, and leave no trace.
 
     Args:
-        folder: of the run; it need not exist.
-        names: of the files.
+        folder: the folder of the run, which need not exist.
+        names: the names of the files.
 
     Raises:
         LayerselError: naming what is in the way.
@@ -123,12 +117,11 @@ def check_output(folder: str | Path, names: Iterable[str]) -> None:
         raise LayerselError(
             f"output_dir: {existing} is a file, where a folder is needed. Move it, or set another output_dir."
         )
-    for name in names:
-        if (target / name).is_dir():
-            raise LayerselError(
-                f"output_dir: {target / name} is a folder, where a file is to be written. Move it, or set another "
-                "output_dir."
-            )
+    occupied = next((target / name for name in names if (target / name).is_dir()), None)
+    if occupied is not None:
+        raise LayerselError(
+            f"output_dir: {occupied} is a folder, where a file is needed. Move it, or set another output_dir."
+        )
     try:
         with tempfile.NamedTemporaryFile(dir=existing, prefix=".layersel-") as file:
             file.write(b"\0")
@@ -141,10 +134,10 @@ def check_output(folder: str | Path, names: Iterable[str]) -> None:
 
 
 def find_existing(target: Path) -> Path:
-    """Return the lowest of a folder and its parents that exists.
+    """Return ``target`` or its nearest parent that exists.
 
     Raises:
-        LayerselError: if the folder cannot be made below that, because of its name or of a link in its path.
+        LayerselError: if the folder cannot be created there, because of its name or of a link in its path.
     """
     for place in (target, *target.parents):
         try:
@@ -152,44 +145,36 @@ def find_existing(target: Path) -> Path:
         except (FileNotFoundError, NotADirectoryError):
             if not place.is_symlink():
                 continue
-            fault = f"the link {place} leads to nothing that is there"
+            fault = f"the link {place} is broken"
         except (OSError, ValueError) as error:  # a null character in a name is a ValueError
-            fault = (error.strerror if isinstance(error, OSError) else str(error)) or "it cannot be looked at"
+            fault = getattr(error, "strerror", None) or str(error)
         else:
             return place
-        folder = target if place == target else target.parent
-        raise LayerselError(f"output_dir: {shorten(folder)} cannot be made ({fault}). Set another output_dir.")
+        folder = str(target if place == target else target.parent)
+        if len(folder) > LONGEST_PATH:
+            folder = f"{folder[: LONGEST_PATH // 2]}…{folder[-LONGEST_PATH // 2 :]}"
+        raise LayerselError(f"output_dir: {folder} cannot be made ({fault}). Set another output_dir.")
     raise AssertionError("the root of a file system exists")
-
-
-def shorten(path: Path) -> str:
-    """Return a path as it may stand in a message: of a long one its ends."""
-    text = str(path)
-    return text if len(text) <= LONG else f"{text[: LONG // 2]}…{text[-LONG // 2 :]}"
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
 def refuse(key: str, path: str | Path, fault: str, way_out: str) -> LayerselError:
-    """Return the error for a file with a fault.
+    """Return the error for a faulty file.
 
     Args:
-        key: the YAML key, or the argument of a command, by which the file was given.
-        path: of the file.
-        fault: ends the sentence that begins with the path.
-        way_out: a sentence.
+        key: the YAML key, or the argument of a command, that named the file.
+        path: the path of the file.
+        fault: the rest of the sentence that begins with the path.
+        way_out: a sentence that says what to do.
     """
     return LayerselError(f"{key}: {path} {fault}. {way_out}")
 
 
 @contextlib.contextmanager
 def reading(key: str, path: str | Path, way_out: str) -> Iterator[None]:
-    """Say in one sentence why ``path`` cannot be read within the block; see ``refuse`` for the arguments.
-
-    Raises:
-        LayerselError: if it is missing, no file, or its content is damaged.
-    """
+    """Turn an error within the block into a LayerselError that says why ``path`` cannot be read; see ``refuse``."""
     try:
         yield
     except LayerselError:
@@ -202,22 +187,15 @@ def reading(key: str, path: str | Path, way_out: str) -> Iterator[None]:
         raise refuse(key, path, f"is damaged ({type(error).__name__}: {error})", way_out) from error
 
 
-def read_text(key: str, path: str | Path, way_out: str) -> str:
-    """Return the text of a UTF-8 file; see ``reading``."""
-    with reading(key, path, way_out):
-        return Path(path).read_bytes().decode("utf-8")
-
-
 def read_parsed(key: str, path: str | Path, way_out: str, parse: Callable[[str], T]) -> T:
-    """Return what ``parse`` makes of the text of a UTF-8 file; see ``reading``."""
-    text = read_text(key, path, way_out)
+    """Return ``parse(text)`` for the text of a UTF-8 file; see ``reading``."""
     with reading(key, path, way_out):
-        return parse(text)
+        return parse(Path(path).read_bytes().decode("utf-8"))
 
 
 def read_json(key: str, path: str | Path, way_out: str) -> Any:
-    """Return the content of a JSON file; see ``reading``. Keys that come twice, NaN and infinities are damage."""
-    text = read_text(key, path, way_out)
+    """Return the content of a JSON file; see ``reading`` and ``parse_json``."""
+    text = read_parsed(key, path, way_out, str)
     try:
         return parse_json(text)
     except RecursionError as error:
@@ -230,45 +208,34 @@ def parse_json(text: str) -> Any:
     """Return the content of JSON.
 
     Raises:
-        ValueError: also for keys that come twice, numbers that are not finite, and text that is not Unicode.
+        ValueError: also for duplicate keys, numbers that are not finite, and text that is not Unicode.
         RecursionError: if it is nested too deeply.
     """
-    content = json.loads(text, object_pairs_hook=take_pairs, parse_constant=refuse_number, parse_float=parse_number)
-    json.dumps(content, ensure_ascii=False).encode("utf-8")  # a lone half of a surrogate pair cannot be printed
+    content = json.loads(text, object_pairs_hook=join_pairs, parse_constant=parse_number, parse_float=parse_number)
+    json.dumps(content, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair cannot be printed
     return content
 
 
-def take_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON."""
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+def join_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raise ValueError for a duplicate key."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"the key {name!r} occurs twice")
+        content[name] = value
     return content
 
 
 def parse_number(text: str) -> float:
-    """Return a finite number.
-
-    Raises:
-        ValueError: if ``text`` is none.
-    """
+    """Return a finite number. Raise ValueError for any other text."""
     number = float(text)
-    return number if math.isfinite(number) else refuse_number(text)
-
-
-def refuse_number(text: str) -> float:
-    """Raise ValueError for a number that is not finite."""
-    raise ValueError(f"{text} is no finite number")
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def parse_csv(text: str) -> list[list[str]]:
-    """Return the rows of CSV.
-
-    Raises:
-        ValueError: if there are none.
-        csv.Error: if it is not CSV.
-    """
+    """Return the rows of CSV. Raise ValueError if there is none, and csv.Error for damage."""
     rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     if not rows:
         raise ValueError("it is empty")
@@ -283,11 +250,7 @@ def format_csv(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def parse_count(text: str) -> int:
-    """Return a whole number from 0.
-
-    Raises:
-        ValueError: if ``text`` is none, or one that no file of this package can hold.
-    """
+    """Return a whole number of at least 0. Raise ValueError for other text and for more than 15 digits."""
     if not re.fullmatch(r"[0-9]{1,15}", text):
-        raise ValueError(f"{text[:40]!r} is no whole number from 0")
+        raise ValueError(f"{text[:40]!r} is not a whole number of at least 0")
     return int(text)

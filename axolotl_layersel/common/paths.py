@@ -1,26 +1,25 @@
-"""Where the files of this package lie in the folder of a run or of a checkpoint."""
+"""The paths of this package's files in the folder of a run or of a checkpoint."""
 
 from pathlib import Path
 
-# The folder, in that of a run and of each of its checkpoints.
-FOLDER = "layersel"
+FOLDER = "layersel"  # in the folder of a run and of each checkpoint
 
 
 def plan_path(folder: str | Path) -> Path:
-    """Return where the plan of a run or checkpoint in ``folder`` lies."""
+    """Return the path of the plan of a run or checkpoint."""
     return Path(folder) / FOLDER / "plan.json"
 
 
 def ranks_path(folder: str | Path) -> Path:
-    """Return where the ranks of a run or checkpoint in ``folder`` lie, by optimizer step."""
+    """Return the path of the ranks of a run or checkpoint by optimizer step."""
     return Path(folder) / FOLDER / "ranks.csv"
 
 
 def gates_path(folder: str | Path) -> Path:
-    """Return where the gates of a search lie, by its steps, of a run or checkpoint in ``folder``."""
+    """Return the path of the gates of a run's search by its steps."""
     return Path(folder) / FOLDER / "gates.csv"
 
 
 def state_path(checkpoint: str | Path) -> Path:
-    """Return where the state lies from which ``l1ra`` resumes at ``checkpoint``."""
+    """Return the path of the state that ``l1ra`` resumes from."""
     return Path(checkpoint) / FOLDER / "state.safetensors"

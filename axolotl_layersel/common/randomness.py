@@ -1,4 +1,4 @@
-"""Random numbers: drawn from a seed alone, with the user's own random streams left as they were."""
+"""Random numbers that depend only on a seed and leave the user's random streams unchanged."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ import torch
 
 @contextlib.contextmanager
 def keep_random_state() -> Iterator[None]:
-    """Give Python's, NumPy's and torch's global random streams back as they were."""
+    """Restore Python's, NumPy's and torch's global random streams after the block."""
     python, arrays = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield
@@ -21,15 +21,15 @@ def keep_random_state() -> Iterator[None]:
 
 
 def make_row_generator(seed: int, module: str, row: int) -> torch.Generator:
-    """Return a CPU generator for one rank component of one module; it shares no state with any other."""
+    """Return a CPU generator for one rank component of one module, independent of all others."""
     digest = hashlib.sha256(f"{seed}\0{module}\0{row}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def draw_row(like: torch.Tensor, method: bool | str, seed: int, module: str, row: int, rank: int) -> torch.Tensor:
-    """Return one row of A in fp32, of the shape of ``like``.
+    """Return one row of A, with the shape of ``like``, in fp32, as PEFT initialises it.
 
-    ``True``: Kaiming-uniform with a = √5, U(−1/√fan_in, 1/√fan_in); ``"gaussian"``: N(0, 1/r²). Both are PEFT's.
+    ``method``: ``True`` for Kaiming-uniform with a = √5, U(−1/√fan_in, 1/√fan_in); ``"gaussian"`` for N(0, 1/r²).
 
     Raises:
         ValueError: for another ``method``.
@@ -46,7 +46,7 @@ def draw_row(like: torch.Tensor, method: bool | str, seed: int, module: str, row
 def draw_orthogonal(
     inputs: int, outputs: int, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B in fp32 as PEFT makes them: from rows that are orthogonal, so that their product is zero."""
+    """Return A, (rank, inputs), and B, (outputs, rank), in fp32 as PEFT draws them: orthogonal, so that B·A is 0."""
     rows, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
     down = torch.randn(inputs, rank // 2, generator=generator) @ rows[1::2]
     up = torch.randn(outputs, rank // 2, generator=generator) @ rows[0::2]

@@ -1,4 +1,4 @@
-"""What tables of LoRA modules share: which row and column a module has, and how text of files is printed."""
+"""Tables of LoRA modules: the row and the column of each module, and safe text from files."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ from axolotl_layersel.common.terminal import clean
 
 
 def cell(text: str) -> Text:
-    """Return what a file says, to be printed as it stands."""
+    """Return text from a file without markup and control characters."""
     return Text(clean(text))
 
 
 def arrange(modules: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Return the names of modules by row and column of a table, see ``find_places``, and the columns, both in order."""
+    """Return the names of modules by row and column, see ``find_places``, and the columns, both in order."""
     rows: dict[str, dict[str, str]] = {}
     for name, (row, column) in find_places(modules).items():
         rows.setdefault(row, {})[column] = name
@@ -22,13 +22,13 @@ def arrange(modules: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str
 
 
 def find_places(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Return the row and the column of each module in a table, no two the same: ``("3", "q_proj")``.
+    """Return a distinct row and column for each module, such as ``("3", "q_proj")``.
 
-    What PEFT has wrapped within another LoRA module, which is chosen with that, has none.
+    Modules that PEFT has wrapped in another LoRA module, which are chosen together with it, are left out.
 
-    The row is the number of the layer, with the stack's name where there are several, such as a vision tower's; outside
-    of a stack it is what the name begins with. The column is the module's type, with as much of its name before it
-    as tells it from the others in its row, such as an attention to the encoder.
+    The row is the number of the layer, after the stack's name if there are several stacks; outside of a stack it is the
+    name without its last part. The column is the module's type, after as many parts of its name as distinguish it from
+    the others in its row.
     """
     split = {name: split_at_layer(name) for name in modules if not name.endswith(".base_layer")}
     several = len({stack for stack, layer, _ in split.values() if layer}) > 1
@@ -44,9 +44,9 @@ def find_places(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def split_at_layer(module: str) -> tuple[str, str, list[str]]:
-    """Return the name of the stack that a module is in, the number of its layer, and the parts of its name in that.
+    """Return the stack of a module, the number of its layer, and the parts of its name within the layer.
 
-    Outside of a stack: what its name begins with, nothing, and the last part.
+    Outside of a stack, these are the name without its last part, an empty text, and the last part.
     """
     parts = module.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)

@@ -1,6 +1,5 @@
-"""Tensors in safetensors files: written with a digest of all that is in them, and read with one clear error."""
+"""Tensors in safetensors files, with a digest of their content that is checked on reading."""
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -10,61 +9,47 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from axolotl_layersel.common.digests import hash_tensors
 from axolotl_layersel.common.files import reading
 
 DIGEST = "sha256"
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to the file ``path``. The same tensors give the same bytes, and other programs can read them.
+    """Write tensors to ``path``, not atomically, and with the same bytes for the same tensors.
 
     Args:
-        tensors: whole ones, by name.
-        path: the file, which is not written atomically.
-        metadata: is in the file's header.
+        tensors: the tensors by name.
+        path: the file.
+        metadata: further metadata for the file's header.
     """
     metadata = {"format": "pt", **(metadata or {})}
-    save_file(tensors, path, metadata={**metadata, DIGEST: find_digest(tensors, metadata)})
+    save_file(tensors, path, metadata={**metadata, DIGEST: hash_tensors(tensors, metadata)})
     sort_metadata(path)
 
 
 def load_tensors(key: str, path: str | Path, way_out: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors of a file by name, and its metadata.
-
-    A file that is not of this package has no digest, and then none is compared.
-
-    Args:
-        key: see ``files.refuse``, as for the others.
-        path: the file.
-        way_out: a sentence.
+    """Return the tensors of a file by name, and its metadata. See ``files.refuse`` for the arguments.
 
     Raises:
-        LayerselError: if it is missing or damaged, holds other than its digest says, or numbers that are not finite.
+        LayerselError: if the file is missing or damaged, contradicts its digest, or has numbers that are not finite.
+            Files of other programs have no digest.
     """
     with reading(key, path, way_out):
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         digest = metadata.pop(DIGEST, None)
-        if digest is not None and digest != find_digest(tensors, metadata):
-            raise ValueError(f"its content is not what the {DIGEST} in it says")
+        if digest is not None and digest != hash_tensors(tensors, metadata):
+            raise ValueError(f"its content does not match its {DIGEST}")
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not (tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all():
                 raise ValueError(f"{name!r} holds NaN or infinite numbers")
     return tensors, metadata
 
 
-def find_digest(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Return the SHA-256 of metadata and of the tensors' names, types, shapes and bytes."""
-    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
-    digest = hashlib.sha256(json.dumps([sorted(metadata.items()), described]).encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def sort_metadata(path: str | Path) -> None:
-    """Put a file's metadata in order: safetensors writes them in another one each time."""
+    """Sort a file's metadata, which safetensors writes in random order."""
     with open(path, "r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))

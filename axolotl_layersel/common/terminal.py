@@ -1,4 +1,4 @@
-"""Text for a terminal or a log: it holds nothing that steers a terminal, and only what its encoding knows."""
+"""Text for a terminal or a log: free of control characters, and escaped where the encoding lacks a character."""
 
 import sys
 from typing import IO, Any, TextIO, cast
@@ -7,20 +7,23 @@ from rich.console import Console
 
 
 def clean(text: str) -> str:
-    """Return ``text`` on one line, control characters written out: files that are read could hold any."""
+    """Return ``text`` on one line with control characters escaped, because files may hold any."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
     )
 
 
 def make_encodable(text: str, encoding: str | None) -> str:
-    """Return ``text`` with what ``encoding`` does not know written out, such as a bar on an ASCII terminal."""
+    """Return ``text`` with the characters escaped that ``encoding`` lacks, such as a bar on an ASCII terminal."""
     encoding = encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class EncodableFile:
-    """A text file that writes out what its encoding does not know, where the file itself would raise."""
+    """A text file that escapes the characters that its encoding lacks, instead of raising an error.
+
+    ``reconfigure(errors="backslashreplace")`` would do, but Axolotl's copy of standard output does not have it.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
@@ -33,11 +36,17 @@ class EncodableFile:
 
 
 def make_console(file: TextIO | None = None, width: int | None = None) -> Console:
-    """Return what prints tables to ``file``, by default standard output: text as it is, no markup and no emoji."""
+    """Return a console that prints tables to ``file``, by default standard output, without markup and emoji."""
     encodable = cast(IO[str], EncodableFile(file or sys.stdout))
     return Console(file=encodable, width=width, markup=False, emoji=False, highlight=False)
 
 
 def say(text: str) -> None:
-    """Print one line of text."""
+    """Print one line to standard output."""
     EncodableFile(sys.stdout).write(f"{clean(text)}\n")
+
+
+def report_errors(lines: list[str]) -> None:
+    """Print lines to standard error, which escapes by default what its encoding lacks."""
+    for line in lines:
+        print(f"axolotl-layersel: {clean(line)}", file=sys.stderr, flush=True)

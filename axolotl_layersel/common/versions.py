@@ -4,7 +4,7 @@ import importlib.metadata
 
 
 def find_version(package: str) -> str | None:
-    """Return the version of an installed package, None where there is none."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

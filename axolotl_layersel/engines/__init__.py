@@ -1,7 +1,4 @@
-"""How a model is distributed: one class for each engine, and the table of them.
-
-Nothing here imports torch, so that settings can be checked without it.
-"""
+"""The engines that distribute a model: their table, and how a run's engine is found. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ if TYPE_CHECKING:
 
     from axolotl_layersel.engines.base import Engine
 
-# The sizes of accelerate's ``ParallelismConfig``, by the YAML keys that set them.
+# Fields of accelerate's ``ParallelismConfig``, by the YAML keys that set them.
 SIZES = {"tensor_parallel_size": "tp_size", "context_parallel_size": "cp_size", "sequence_parallel_degree": "sp_size"}
-# Module and class of each engine, by its name.
+# Module and class of each engine, by name.
 ENGINES = {
     "single": ("base", "Engine"),
     "ddp": ("base", "Engine"),
@@ -32,10 +29,10 @@ ENGINES = {
 
 
 def find_engine(trainer: Trainer) -> Engine:
-    """Return the engine that ``trainer`` runs on, or will run on.
+    """Return the engine of ``trainer``, which need not be built yet.
 
     Raises:
-        LayerselError: for an engine that is not supported.
+        LayerselError: if the engine is not supported.
     """
     accelerator = trainer.accelerator
     if accelerator.parallelism_config is not None:
@@ -57,21 +54,18 @@ def find_engine(trainer: Trainer) -> Engine:
 
 
 def find_launched_class() -> type[Engine]:
-    """Return the class of the engine that this process was launched for.
-
-    The variables that accelerate reads, and that Axolotl sets, say it before a trainer exists.
-    """
+    """Return the class of this process's engine before a trainer exists, from accelerate's environment variables."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return load_class(f"zero{int(os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 0))}")
     return load_class("fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp")
 
 
 def list_classes() -> list[type[Engine]]:
-    """Return the class of every engine, each once."""
+    """Return the distinct classes of all engines."""
     return list(dict.fromkeys(load_class(name) for name in ENGINES))
 
 
 def load_class(name: str) -> type[Engine]:
-    """Return the class of the engine ``name``, a key of ``ENGINES``; another name is a KeyError."""
+    """Return the class of the engine ``name``, a key of ``ENGINES``."""
     module, kind = ENGINES[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)

@@ -1,7 +1,7 @@
-"""How the processes of a run communicate, whatever their engine. With one process every call is about it alone.
+"""Communication between the ranks of a run, whatever the engine; it is trivial if there is one process.
 
 Relied on in torch 2.13.0: the process group's store is ``distributed_c10d._get_default_store()``, and its ``wait``
-raises ``DistStoreError`` when the time is over.
+raises ``DistStoreError`` after the timeout.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,6 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Return whether several processes train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -32,11 +31,11 @@ def count_ranks() -> int:
 
 
 def decide_on_rank_zero(decide: Callable[[], T]) -> T:
-    """Return ``decide()`` as rank 0 computed it, on every rank. Files that it reads are needed on rank 0's disk only.
+    """Compute ``decide()`` on rank 0 and return the result on every rank; a collective call.
 
     Raises:
-        LayerselError: on every rank, if rank 0 raised it. Another exception of rank 0 is raised there, and
-            named in a LayerselError elsewhere, so that no rank waits for one that is gone.
+        LayerselError: on every rank, if rank 0 raised it. If rank 0 raised another exception, it is raised there, and
+            the other ranks raise a LayerselError that names it, so that none waits for rank 0.
     """
     if not is_distributed():
         return decide()
@@ -47,7 +46,7 @@ def decide_on_rank_zero(decide: Callable[[], T]) -> T:
             outcome[0] = decide()
         except Exception as error:
             failure = error
-            outcome[1] = str(error) if isinstance(error, LayerselError) else f"rank 0 failed: {error!r}"
+            outcome[1] = str(error) if isinstance(error, LayerselError) else f"process 0 failed: {error!r}"
     torch.distributed.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
@@ -57,7 +56,7 @@ def decide_on_rank_zero(decide: Callable[[], T]) -> T:
 
 
 def gather_on_rank_zero(values: dict[int, torch.Tensor], ranks: list[int]) -> torch.Tensor | None:
-    """Return the values that ``ranks`` hold, stacked in the order of their index, on rank 0; None elsewhere."""
+    """Return the values of ``ranks`` on rank 0, stacked in the order of their index; None elsewhere."""
     if is_distributed() and ranks != [0]:
         world = torch.distributed.get_world_size()
         parts: list[dict[int, torch.Tensor]] | None = [{} for _ in range(world)] if get_rank() == 0 else None
@@ -67,32 +66,30 @@ def gather_on_rank_zero(values: dict[int, torch.Tensor], ranks: list[int]) -> to
 
 
 def wait_for_everyone() -> None:
-    """Return when all ranks have come here."""
     if is_distributed():
         torch.distributed.barrier()
 
 
 def broadcast(tensor: torch.Tensor) -> None:
-    """Give every rank rank 0's ``tensor``, in place; a collective call."""
+    """Overwrite ``tensor`` with rank 0's on every rank; a collective call."""
     if is_distributed():
         torch.distributed.broadcast(tensor, src=0)
 
 
 def add_up(tensor: torch.Tensor) -> None:
-    """Add ``tensor`` up over all ranks in place; a collective call."""
+    """Sum ``tensor`` over all ranks in place; a collective call."""
     if is_distributed():
         torch.distributed.all_reduce(tensor)
 
 
 def average(tensor: torch.Tensor) -> None:
-    """Average ``tensor`` over all ranks in place; a collective call."""
     if is_distributed():
         add_up(tensor)
         tensor.div_(torch.distributed.get_world_size())
 
 
 def average_differentiably(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the averages over all ranks. Gradients flow through them; both directions are collective calls."""
+    """Return the averages over all ranks; forward and backward pass are collective calls."""
     if not is_distributed():
         return tensors
     from torch.distributed.nn.functional import all_reduce
@@ -104,7 +101,7 @@ def average_differentiably(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def gather_from_all(value: T) -> list[T]:
-    """Return what every rank passed, by rank; a collective call."""
+    """Return the values of all ranks, by rank; a collective call."""
     if not is_distributed():
         return [value]
     values: list[T] = [value] * torch.distributed.get_world_size()
@@ -113,12 +110,12 @@ def gather_from_all(value: T) -> list[T]:
 
 
 def gather_union(values: Iterable[T]) -> set[T]:
-    """Return all that any rank passed, on every rank; a collective call."""
+    """Return the union of the values of all ranks; a collective call."""
     return {value for passed in gather_from_all(list(values)) for value in passed}
 
 
 def find_differing_ranks(digest: bytes | None) -> list[int]:
-    """Return the ranks whose ``digest`` is not that of rank 0, ascending; None has no say. A collective call."""
+    """Return the ranks whose ``digest`` is neither None nor that of rank 0, ascending; a collective call."""
     digests = gather_from_all(digest)
     return [rank for rank, other in enumerate(digests) if other not in (None, digests[0])]
 
@@ -126,7 +123,7 @@ def find_differing_ranks(digest: bytes | None) -> list[int]:
 def find_absent_ranks(place: str, seconds: float) -> list[int]:
     """Return the ranks that have not called this with ``place`` within ``seconds``, ascending.
 
-    This is not a collective call: in one a rank would wait, or worse, be answered by a call of somebody else's.
+    It uses the store instead of a collective call, which would wait or match another library's call.
     """
     if not is_distributed():
         return []
@@ -141,9 +138,9 @@ def find_absent_ranks(place: str, seconds: float) -> list[int]:
 
 
 def begin_to_share(number: int, device: torch.device) -> Callable[[], int]:
-    """Begin to find the largest ``number`` of all ranks, and return a function that returns it; a collective call.
+    """Start to compute the largest ``number`` of all ranks; a collective call.
 
-    No rank waits for another until it asks for the result. That waits for the device too.
+    Return a function that waits for the other ranks and the device, and returns the result.
     """
     if not is_distributed():
         return lambda: number
@@ -158,12 +155,12 @@ def begin_to_share(number: int, device: torch.device) -> Callable[[], int]:
 
 
 def share_largest(number: int, device: torch.device) -> int:
-    """Return the largest ``number`` of all ranks; a collective call, in which each waits for all."""
+    """Return the largest ``number`` of all ranks; a collective call that waits for all of them."""
     return begin_to_share(number, device)()
 
 
 def leave(code: int) -> None:
-    """End this process with ``code`` once all ranks are here, so that none is cut off in a collective call."""
+    """Exit with ``code`` once all ranks call this, so that none is left in a collective call."""
     wait_for_everyone()
     if is_distributed():
         torch.distributed.destroy_process_group()

@@ -1,19 +1,16 @@
-"""Changes of a tensor of which a rank may hold only a part: a stretch of the whole, flattened.
-
-Only the part is touched, so that an edit costs a rank as much as it holds.
-"""
+"""Edits of tensors of which a rank may hold only a part: consecutive elements of the flattened tensor."""
 
 from collections.abc import Callable, Mapping
 
 import torch
 
-# Changes in place what a rank holds of a tensor: the flat part, the place of its first element in the whole, and the
-# shape of the whole. Past the end of the whole, the part is padding. All ranks must come to the same elements.
+# Changes a rank's part of a tensor in place. Arguments: the flat part, its offset in the whole, and the shape of the
+# whole. Elements past the end of the whole are padding. All ranks must pass equivalent edits.
 Edit = Callable[[torch.Tensor, int, torch.Size], object]
 
 
 def edit_data(held: torch.Tensor, start: int, shape: torch.Size, edit: Edit) -> None:
-    """Change ``held``, of any shape, the elements from ``start`` on of a flattened tensor of ``shape``."""
+    """Edit ``held``, the elements from offset ``start`` of a tensor of ``shape``."""
     flat = held.contiguous().view(-1)
     edit(flat, start, shape)
     if flat.data_ptr() != held.data_ptr():
@@ -21,7 +18,7 @@ def edit_data(held: torch.Tensor, start: int, shape: torch.Size, edit: Edit) -> 
 
 
 def fill(lines: torch.Tensor, dim: int, value: float) -> Edit:
-    """Return the edit of a matrix that sets the rows (``dim`` 0) or columns (1) ``lines``, (count,), to ``value``."""
+    """Return an edit that sets rows (``dim`` 0) or columns (1) of a matrix to ``value``; ``lines``: (count,)."""
     numbers = lines.tolist()
 
     def edit(part: torch.Tensor, start: int, shape: torch.Size) -> None:
@@ -32,7 +29,7 @@ def fill(lines: torch.Tensor, dim: int, value: float) -> Edit:
 
 
 def write_rows(rows: Mapping[int, torch.Tensor | float]) -> Edit:
-    """Return the edit of a matrix that sets rows to a vector, (columns,), or all of a row to one number."""
+    """Return an edit that sets rows of a matrix to vectors, (columns,), or to a constant."""
 
     def edit(part: torch.Tensor, start: int, shape: torch.Size) -> None:
         for line, value in rows.items():
@@ -46,7 +43,7 @@ def write_rows(rows: Mapping[int, torch.Tensor | float]) -> Edit:
 
 
 def multiply_columns(factors: torch.Tensor) -> Edit:
-    """Return the edit of a matrix that multiplies each column by its factor, (columns,)."""
+    """Return an edit that multiplies each column of a matrix by its factor, (columns,)."""
 
     def edit(part: torch.Tensor, start: int, shape: torch.Size) -> None:
         held = trim(part, start, shape)
@@ -57,7 +54,6 @@ def multiply_columns(factors: torch.Tensor) -> Edit:
 
 
 def add(change: torch.Tensor) -> Edit:
-    """Return the edit that adds ``change``, which is as large as the whole tensor."""
 
     def edit(part: torch.Tensor, start: int, shape: torch.Size) -> None:
         held = trim(part, start, shape)
@@ -67,15 +63,14 @@ def add(change: torch.Tensor) -> Edit:
 
 
 def trim(part: torch.Tensor, start: int, shape: torch.Size) -> torch.Tensor:
-    """Return ``part`` without padding."""
     return part[: max(0, shape.numel() - start)]
 
 
 def find_line(part: torch.Tensor, start: int, shape: torch.Size, line: int, dim: int) -> tuple[torch.Tensor, int]:
-    """Return what ``part`` has of a row (``dim`` 0) or column (1) of a matrix, and the place of its first in that."""
+    """Return the elements of a row (``dim`` 0) or column (1) in ``part``, and the index of the first one in it."""
     held, columns = trim(part, start, shape), shape[1]
     if dim == 1:
-        first = -(-(start - line) // columns)  # the first row of which the part has this column
+        first = -(-(start - line) // columns)  # the first row whose element of this column lies in the part
         return held[first * columns + line - start :: columns], first
     begin = line * columns
     first = min(max(0, begin - start), held.numel())

@@ -1,19 +1,18 @@
-"""FSDP2: weights, masters and moments lie in parts, as DTensors.
+"""FSDP2: weights, masters and moments are sharded DTensors.
 
 Relied on beyond documented interfaces (``tests/unit/engines/test_fsdp2.py`` fails when one of them changes):
 
-* transformers 5.16.1 and accelerate 1.13.0: when the trainer is created the model lies whole on the CPU, or with
-  ``cpu_ram_efficient_loading`` on rank 0 alone. The names of the files that a run resumes from.
-* accelerate 1.13.0: restoring weights from FULL_STATE_DICT leaves the shards of ranks above 0 as they were
-  initialised.
-* accelerate 1.13.0, ``_prepare_fsdp2``: with ``activation_checkpointing`` wraps modules in others, whose names become
-  part of those of the weights. axolotl 0.19.0 does so too. Both look at the key when the model is prepared, after
-  ``Trainer.train`` of transformers 5.16.1 has done what ``gradient_checkpointing`` says.
-* accelerate 1.13.0, ``_prepare_fsdp2``: knows the parameters of a sharded model that is prepared again by the
+* transformers 5.16.1 and accelerate 1.13.0: the names of the files that a run resumes from. When the trainer is created
+  the model is whole on the CPU, with ``cpu_ram_efficient_loading`` only on rank 0.
+* accelerate 1.13.0: restoring from FULL_STATE_DICT leaves the shards of ranks above 0 as initialised.
+* accelerate 1.13.0, ``_prepare_fsdp2``, and axolotl 0.19.0: ``activation_checkpointing`` wraps modules in others, which
+  changes the names of weights. Both read the key when the model is prepared, after ``Trainer.train`` of transformers
+  5.16.1 has applied ``gradient_checkpointing``.
+* accelerate 1.13.0, ``_prepare_fsdp2``: identifies the parameters of a model that is prepared again by the
   ``data_ptr()`` of their local shards, which is 0 for every empty one.
-* torch 2.13.0: a parameter is a ``DTensor``, and so are its optimizer's moments; after a forward pass without a
-  backward pass it may be a whole plain parameter in the precision of the forward pass.
-  ``compute_local_shape_and_global_offset`` says where a DTensor's part lies in the whole.
+* torch 2.13.0: parameters and their optimizer's moments are ``DTensor``s. After a forward pass without a backward pass
+  a parameter may be whole and plain, in the precision of the forward pass. The offset of a part in the whole comes from
+  ``compute_local_shape_and_global_offset``.
 """
 
 import functools
@@ -58,10 +57,10 @@ class ShardedEngine(Engine):
     @staticmethod
     def list_state_files(checkpoint: Path, rank: int, world: int) -> list[str]:
         if find_state_dict_type() == "FULL_STATE_DICT":
-            # Rank 0 alone reads them, but a rank that does not see them takes another way through the Trainer.
+            # Only rank 0 reads them, but the Trainer behaves differently on a rank that does not see them.
             weights = ["pytorch_model_fsdp.bin", "optimizer.bin"]
         else:
-            # What is the same on all ranks lies in one rank's file, which the others read too.
+            # Replicated data is in one rank's file, which all ranks read.
             shards = [f"__{writer}_*.distcp" for writer in range(world)]
             weights = [f"{folder}/{name}" for folder in FOLDERS for name in (".metadata", *shards)]
         return [*weights, "scheduler.pt", name_random_state(rank, world)]
@@ -74,13 +73,13 @@ class ShardedEngine(Engine):
         plugin, arguments = self.trainer.accelerator.state.fsdp_plugin, self.trainer.args
         if not plugin.activation_checkpointing:
             return
-        # Accelerate wraps the parts of each layer and Axolotl the layer around them, which computes the parts once more
-        # than checkpointing does, and the adapter that Axolotl saves has names that PEFT passes over.
+        # Accelerate wraps the parts of each layer and Axolotl the whole layer, so that parts are recomputed twice. The
+        # adapter that Axolotl then saves has names that PEFT ignores.
         plugin.activation_checkpointing = False
         arguments.gradient_checkpointing = True
         arguments.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        # Another trainer may be made with these arguments, in which both keys would contradict each other.
-        config: Any = arguments.fsdp_config  # a file was read
+        # Another trainer may be created with these arguments, which must not contain both keys.
+        config: Any = arguments.fsdp_config  # a dictionary, also if the user gave a file
         config.pop("activation_checkpointing", None)
         LOG.info(
             "layersel: fsdp_config.activation_checkpointing is done by gradient_checkpointing with use_reentrant: false"
@@ -89,13 +88,10 @@ class ShardedEngine(Engine):
     def writes_whole_state(self) -> bool:
         return self.trainer.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"
 
-    def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        # Rank 0 alone holds the copies.
-        return self.gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
-
     def release(self, model: nn.Module) -> None:
         super().release(model)
         for parameter in model.parameters():
+            # Empty shards get distinct pointers, by which accelerate tells them apart.
             shard: Any = getattr(parameter, "_local_tensor", parameter)
             if parameter.requires_grad and shard.numel() == 0:
                 shard.data_ptr = functools.partial(id, parameter)
@@ -148,31 +144,31 @@ class ShardedEngine(Engine):
 
 
 def find_state_dict_type() -> str:
-    """Return how weights are saved: as the trainer has it, or before there is one, as the process was launched."""
+    """Return the type of saved state dicts, from the trainer or, before it exists, from the environment."""
     if is_initialized() and getattr(AcceleratorState(), "fsdp_plugin", None) is not None:
         return AcceleratorState().fsdp_plugin.state_dict_type.name
     return os.environ.get("FSDP_STATE_DICT_TYPE", "").upper()
 
 
 def gather_shards(shards: DTensor) -> torch.Tensor:
-    """Return the whole of a DTensor on its mesh's device; a collective call. Offloaded shards are copied there."""
+    """Return the whole tensor of shards, which may be offloaded, on the mesh's device; a collective call."""
     mesh = shards.device_mesh
     local = shards.to_local().detach().to(mesh.device_type)
     return DTensor.from_local(local, mesh, shards.placements, shape=shards.shape, stride=shards.stride()).full_tensor()
 
 
 def find_start(shards: DTensor) -> int:
-    """Return the place of the first element of this rank's part in the flattened whole.
+    """Return the offset of this rank's part in the flattened whole.
 
     Raises:
-        LayerselError: if other dimensions than the first are split.
+        LayerselError: if a dimension other than the first is sharded.
     """
     return find_start_of(shards.shape, shards.device_mesh, shards.placements)
 
 
 @functools.lru_cache
 def find_start_of(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> int:
-    """Return what ``find_start`` does, of any DTensor of these; torch takes long to find it."""
+    """Return ``find_start`` of DTensors with these properties; cached, because torch computes it slowly."""
     held, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
     if tuple(held[1:]) != tuple(shape[1:]):
         raise LayerselError(f"fsdp_config: shards of {placements} are not supported. Shard the first dimension.")

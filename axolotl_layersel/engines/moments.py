@@ -1,16 +1,15 @@
-"""Where an optimizer keeps Adam's moments of a weight, and what stands for zero there: a row for each layout.
+"""Where optimizers keep Adam's moments of a weight, and which value stands for zero there.
 
 Relied on beyond documented interfaces (``tests/unit/engines/test_moments.py`` fails when one of them changes):
 
 * torch 2.13.0: Adam's and AdamW's moments are ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``; deepspeed 0.18.9: its
   own Adam has the first two.
-* bitsandbytes 0.50.2: its Adam's are ``state1`` and ``state2``: numbers, or from 4096 elements on 8-bit codes. A code
-  stands for the number at its place in ``qmap1`` or ``qmap2``, times the maximum of its block of 256. Paged ones are
-  tensors of the CPU in memory that the GPU reads too, which is at rest after a step. ``GlobalPageManager`` lists every
-  one that was ever made.
-* torchao 0.17.0: its Adam's have torch's names. From 4096 elements on they are an ``OptimState8bit``, whose ``codes``
-  stand for the numbers in ``qmap`` times the scale of their block, or an ``OptimStateFp8``, whose ``codes`` are numbers
-  of 8 bits. Under FSDP2 they lie inside of DTensors.
+* bitsandbytes 0.50.2: Adam's moments are ``state1`` and ``state2``, which are numbers or, from 4096 elements, 8-bit
+  codes: indices into ``qmap1`` or ``qmap2``, scaled by the maximum of a block of 256. Paged moments are CPU tensors in
+  memory that the GPU reads too; nothing accesses it after a step. ``GlobalPageManager`` lists all that were ever made.
+* torchao 0.17.0: Adam's moments have torch's names. From 4096 elements they are an ``OptimState8bit``, whose ``codes``
+  are indices into ``qmap``, scaled per block, or an ``OptimStateFp8``, whose ``codes`` are 8-bit floats. Under FSDP2
+  they are inside DTensors.
 """
 
 import sys
@@ -29,10 +28,10 @@ class Moment:
     """One of Adam's moments of a weight.
 
     Attributes:
-        name: what it is called in the optimizer's state.
-        whole: the tensor there, which also says how it is split over the ranks.
-        values: what of it this rank holds and may write into, of the same shape: numbers, or codes for numbers.
-        zero: the value that stands for the number 0, whatever its block is scaled by.
+        name: its key in the optimizer's state.
+        whole: the tensor there, perhaps a DTensor.
+        values: this rank's writable part: numbers or codes.
+        zero: the value or code that stands for 0 at any scale.
     """
 
     name: str
@@ -43,13 +42,13 @@ class Moment:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to keep moments.
+    """A library's way to keep moments.
 
     Attributes:
-        names: of the moments in the state of a weight; the first two are always there.
-        read: returns what may be written of a moment, and its zero, from the state, the name, and what this rank holds;
-            None where it is kept in another way.
-        optimizers: the classes that keep them so, by their modules and names.
+        names: keys of the moments in the state of a weight; the first two are always there.
+        read: takes the state, a key and this rank's part; returns the writable part and its zero, or None if the moment
+            is kept in another way.
+        optimizers: full names of the classes that keep moments in this way.
     """
 
     names: tuple[str, ...]
@@ -58,12 +57,11 @@ class Layout:
 
 
 def read_numbers(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tuple[torch.Tensor, float] | None:
-    """See ``Layout.read``: plain numbers."""
     return (held.data, 0.0) if type(held) is torch.Tensor and held.is_floating_point() else None
 
 
 def read_blocks(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tuple[torch.Tensor, float] | None:
-    """See ``Layout.read``: bitsandbytes' codes beside the map of what they stand for, or numbers."""
+    """Read bitsandbytes' codes or numbers, see ``Layout.read``."""
     numbers = state.get(name.replace("state", "qmap"))
     if held.dtype == torch.uint8 and numbers is not None:
         return held.data, find_zero(numbers)
@@ -71,7 +69,7 @@ def read_blocks(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tupl
 
 
 def read_low_bits(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tuple[torch.Tensor, float] | None:
-    """See ``Layout.read``: torchao's tensors around codes."""
+    """Read torchao's codes, see ``Layout.read``."""
     wrapped: Any = held
     if type(held).__name__ == "OptimState8bit":
         return wrapped.codes, find_zero(wrapped.qmap)
@@ -81,13 +79,12 @@ def read_low_bits(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tu
 
 
 def find_zero(numbers: torch.Tensor) -> int:
-    """Return the code that stands for 0, its place in the map of all ``numbers``."""
     return numbers.tolist().index(0.0)
 
 
 ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# The libraries whose optimizers leave a weight of 0 there as long as its gradients are 0. bitsandbytes 0.50.2 rounds
-# 8-bit moments of 0 to the number beside it after the first step, by which such a weight drifts away.
+# Libraries whose optimizers keep a weight of 0 at 0 while its gradients are 0. After the first step bitsandbytes 0.50.2
+# rounds 8-bit moments of 0 to a neighbouring number, so that such a weight drifts.
 LEAVES_IDLE = ("PyTorch",)
 LAYOUTS = {
     "PyTorch": Layout(
@@ -122,19 +119,17 @@ NAMES = {name for layout in LAYOUTS.values() for name in layout.names}
 
 
 def find_maps(states: Mapping[Any, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return bitsandbytes' maps of what codes stand for, by name: an optimizer has the same for all its weights."""
+    """Return bitsandbytes' maps from codes to numbers, by key; an optimizer shares them between its weights."""
     return {name: state[name] for state in states.values() for name in ("qmap1", "qmap2") if name in state}
 
 
 def find_moments(state: Mapping[str, Any], optimizer: str) -> list[Moment]:
-    """Return Adam's moments in the ``state`` of a weight.
+    """Return Adam's moments in the optimizer's ``state`` of a weight.
 
-    Args:
-        state: what the optimizer keeps of the weight.
-        optimizer: its name, for the message.
+    ``optimizer``: name of the optimizer, for the message.
 
     Raises:
-        LayerselError: if they are kept in no way that is known here.
+        LayerselError: if no layout matches.
     """
     for layout in LAYOUTS.values():
         if all(torch.is_tensor(state.get(name)) for name in layout.names[:2]):
@@ -143,35 +138,35 @@ def find_moments(state: Mapping[str, Any], optimizer: str) -> list[Moment]:
             if len(found) == len(moments):
                 return found
     raise LayerselError(
-        f"optimizer: {optimizer} keeps Adam moments in no way that layersel.l1ra could move rank with. "
-        "Use `optimizer: adamw_torch`."
+        f"optimizer: layersel.l1ra cannot move rank with {optimizer}, because it does not know where its Adam moments "
+        "are. Use `optimizer: adamw_torch`."
     )
 
 
 def read_moment(layout: Layout, state: Mapping[str, Any], name: str) -> Moment | None:
-    """Return one moment, or None where it is not of ``layout``."""
+    """Return one moment, or None if it does not match ``layout``."""
     whole = state[name]
     part = layout.read(state, name, whole.to_local() if isinstance(whole, DTensor) else whole)
     return None if part is None else Moment(name, whole, *part)
 
 
 def find_library(optimizer: type) -> str | None:
-    """Return by which row of ``LAYOUTS`` optimizers of a class keep their moments, or None where that is unknown."""
+    """Return the key in ``LAYOUTS`` of an optimizer class, None if there is none."""
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in optimizer.__mro__}
     return next((library for library, layout in LAYOUTS.items() if names & set(layout.optimizers)), None)
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer inside of what accelerate and an engine have put around it."""
+    """Return the optimizer without the wrappers of accelerate and the engine."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def release_pages(optimizer: Any) -> None:
-    """Let go of the paged memory of an optimizer that will make no more steps, which bitsandbytes would keep.
+    """Release the paged memory of an optimizer that will not step again.
 
-    Its pages move to the CPU first: the memory itself is never freed by bitsandbytes, but the GPU then has it back.
+    bitsandbytes never frees this memory, so its pages are moved to the CPU, which frees them on the GPU.
     """
     bitsandbytes = sys.modules.get("bitsandbytes")
     if bitsandbytes is None or optimizer is None:

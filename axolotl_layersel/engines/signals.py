@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they are noted, and end the run at a place where all ranks can act on them together."""
+"""Record Ctrl-C and SIGTERM, and end the run where all ranks can act on them together."""
 
 import contextlib
 import logging
@@ -16,12 +16,12 @@ from axolotl_layersel.engines import collectives
 LOG = logging.getLogger("axolotl.layersel")
 
 WATCHED = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 3  # a launcher repeats the user's Ctrl-C once; a third one means that the user wants out at once
-SPACING = 8  # micro-batches between two looks
+PATIENCE = 3  # interrupts before an immediate stop; a launcher repeats the user's Ctrl-C once
+SPACING = 8  # micro-batches between two checks
 
 
 class Interrupted(BaseException):
-    """All ranks have agreed to end by a signal. Like KeyboardInterrupt it is no Exception, which others may catch."""
+    """All ranks have agreed to end by a signal. Like KeyboardInterrupt it does not derive from Exception."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -29,13 +29,13 @@ class Interrupted(BaseException):
 
 
 class SignalWatch:
-    """Remembers SIGINT and SIGTERM until all ranks can act on them.
+    """Records SIGINT and SIGTERM until all ranks can act on them.
 
-    A handler that saves at once, as Axolotl's does on one rank, cannot gather sharded weights: no
-    collective call is safe there.
+    A handler that saves immediately, as Axolotl's does on one rank, cannot gather sharded weights, since collective
+    calls are unsafe there.
 
     Attributes:
-        received: the signal that arrived, of both SIGTERM, or 0.
+        received: the signal that arrived, SIGTERM if both did, or 0.
     """
 
     def __init__(self) -> None:
@@ -45,16 +45,16 @@ class SignalWatch:
         self.process = 0
 
     def install(self) -> None:
-        """Take over both signals, and forget earlier ones."""
+        """Install the handler of both signals, and reset earlier ones."""
         self.received = self.interrupts = 0
-        # Signals reach the main thread only; a trainer run in another one keeps its owner's handling.
+        # Only the main thread can handle signals; in another one the owner's handlers stay.
         if not self.previous and threading.current_thread() is threading.main_thread():
             self.process = os.getpid()
             self.previous = {signum: signal.signal(signum, self.remember) for signum in WATCHED}
 
     def remember(self, signum: int, frame: FrameType | None) -> None:
-        """Note the signal; raise KeyboardInterrupt at the third SIGINT."""
-        if os.getpid() != self.process:  # a process forked since, which whoever forked it may want to end
+        """Record the signal; raise KeyboardInterrupt at the third SIGINT."""
+        if os.getpid() != self.process:  # a forked process, which its parent may end by SIGTERM
             if signum == signal.SIGTERM:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
@@ -66,41 +66,38 @@ class SignalWatch:
             raise KeyboardInterrupt
 
     def restore(self) -> None:
-        """Give both signals back to whoever had them."""
         for signum, handler in self.previous.items():
             signal.signal(signum, handler or signal.SIG_DFL)
         self.previous, self.received = {}, 0
 
 
-# A process has one handler for a signal, so it has one watch.
+# A process has one handler per signal, and so one watch.
 WATCH = SignalWatch()
 
 
 def outlive_signals(worker: int) -> None:
-    """Let a process that loads data end by its parent alone.
+    """Make a data loading process ignore signals that its parent does not send.
 
-    A terminal sends Ctrl-C to all processes, and Slurm and torchrun send SIGTERM to all. Without their data the ranks
-    could not finish their step.
+    A terminal sends Ctrl-C to all processes, and Slurm and torchrun send SIGTERM to all. Ranks without data could not
+    finish their step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Blocked here and waited for below, since only so one learns who has sent it.
+    # sigwaitinfo, which tells the sender, needs the signal blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """End this process at a SIGTERM of its parent's."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 class SharedSignal:
-    """The signal that any rank has received, as all ranks learn of it at the same place, so that they act together.
+    """Shares a signal that any rank has received, so that all ranks act on it at the same point.
 
-    Asking is a collective call, and waiting for the answer makes every rank wait for the slowest one. Between two
-    optimizer steps DDP's ranks need not wait for each other at all. There the question is asked after every ``SPACING``
-    micro-batches, and the answer is read ``SPACING`` micro-batches later, when it has long arrived.
+    Within an optimizer step the ranks need not wait for each other. Every ``SPACING`` micro-batches a collective call
+    starts, whose result is read ``SPACING`` micro-batches later, when it has long arrived.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -109,7 +106,7 @@ class SharedSignal:
         self.answer: Callable[[], int] | None = None
 
     def look(self) -> int:
-        """Return the signal that ended a look ``SPACING`` micro-batches ago, or 0; every rank must call this."""
+        """Return the signal found by the check started ``SPACING`` micro-batches ago, or 0; a collective call."""
         self.micro_batches += 1
         if self.micro_batches % SPACING:
             return 0
@@ -118,14 +115,14 @@ class SharedSignal:
         return signum
 
     def settle(self) -> int:
-        """Return the signal that any rank has received until now, or 0; every rank must call this, and waits."""
+        """Return a signal that any rank has received until now, or 0; a collective call that waits."""
         signum = self.answer() if self.answer else 0
         self.answer, self.micro_batches = None, 0
         return max(signum, collectives.share_largest(WATCH.received, self.device))
 
 
 def stop_if_signalled(device: torch.device) -> None:
-    """Raise Interrupted on all ranks if any has received a signal; a collective call, in which ranks wait."""
+    """Raise Interrupted on all ranks if any has received a signal; a collective call that waits."""
     signum = collectives.share_largest(WATCH.received, device)
     if signum:
         raise Interrupted(signum)
@@ -133,13 +130,13 @@ def stop_if_signalled(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def ending_on_signal(device: torch.device, message: str) -> Iterator[None]:
-    """Let a signal end the process at the next ``stop_if_signalled`` within the block, or at its end.
+    """Exit at the next ``stop_if_signalled`` in the block, or at its end, if a signal has arrived.
 
-    What the block has changed is put back first, while the ranks can still communicate.
+    Context managers within the block exit first, while the ranks can still communicate.
 
     Args:
-        device: of the ranks' communication.
-        message: says what is lost.
+        device: the device for communication.
+        message: what the user loses, for the log.
     """
     WATCH.install()
     try:
@@ -152,7 +149,7 @@ def ending_on_signal(device: torch.device, message: str) -> Iterator[None]:
 
 
 def leave(signum: int, message: str) -> None:
-    """End the process as a shell reports a signal, 128 + its number, with one line by rank 0; every rank calls this."""
+    """Log ``message`` on rank 0 and exit with 128 + ``signum``, as shells report it; every rank must call this."""
     if collectives.get_rank() == 0:
         LOG.warning("layersel: %s: %s", signal.Signals(signum).name, message)
     collectives.leave(128 + signum)

@@ -4,17 +4,16 @@ Relied on beyond documented interfaces (``tests/unit/engines/test_zero.py`` fail
 
 * accelerate 1.13.0 and deepspeed 0.18.9: the names of the files that a run resumes from. A ZeRO-3 model is
   partitioned when the trainer is created.
-* deepspeed 0.18.9: a partitioned parameter has ``ds_id``, ``ds_numel``, ``ds_shape`` and ``ds_process_group``, and
-  this rank's part of what the next forward gathers in ``ds_tensor``: flat, all ranks' parts of one size, the last
-  ones padded; its ``status`` says whether it is in memory. A parameter that is not gathered has no elements; one
-  under ``stage3_param_persistence_threshold`` stays gathered.
-* deepspeed 0.18.9: ``safe_get_local_*`` and ``safe_set_local_*`` pass the padded part of the fp32 master and of the
-  optimizer's state under ZeRO-3. Under ZeRO-1 and 2 ``_hp_mapping`` is None or holds this rank's part: of the flat
-  parameter from ``lp_fragment_address.start`` on what ``get_hp_fragment`` returns, itself and not a copy.
-* deepspeed 0.18.9: a second ZeRO-3 engine over the same parameters fails unless each one's ``ds_active_sub_modules``
-  was cleared and the first engine's ``empty_partition_cache`` called; ``destroy`` leaves ``module_forward_pre_hook``
-  and ``module_forward_post_hook`` on the module and, of ZeRO-3, ``_z3_optimizer`` on each parameter, by which the
-  first engine lives on. ``auto`` in the configuration is filled in place.
+* deepspeed 0.18.9: a partitioned parameter has ``ds_id``, ``ds_numel``, ``ds_shape`` and ``ds_process_group``. Its
+  ``ds_tensor`` is this rank's flat part; all parts have one size, and the last ones are padded. A parameter that is not
+  gathered has no elements; one below ``stage3_param_persistence_threshold`` stays gathered.
+* deepspeed 0.18.9: under ZeRO-3 ``safe_get_local_*`` and ``safe_set_local_*`` access the padded part of the fp32 master
+  and of the optimizer's state. Under ZeRO-1 and 2 ``_hp_mapping`` is None, or ``get_hp_fragment`` returns this rank's
+  part, not a copy, which starts at ``lp_fragment_address.start`` of the flat parameter.
+* deepspeed 0.18.9: a second ZeRO-3 engine over the same parameters fails unless their ``ds_active_sub_modules`` were
+  cleared and the first engine's ``empty_partition_cache`` was called. ``destroy`` leaves ``module_forward_pre_hook``
+  and ``module_forward_post_hook`` on the module, and under ZeRO-3 ``_z3_optimizer`` on each parameter, which keep the
+  first engine alive. ``auto`` in the configuration is filled in place.
 """
 
 import contextlib
@@ -40,13 +39,15 @@ from axolotl_layersel.engines.collectives import get_rank
 from axolotl_layersel.engines.edits import Edit, fill
 from axolotl_layersel.engines.moments import NAMES, find_maps, find_moments, unwrap_optimizer
 
+MISSING_STATE = "deepspeed: the engine has no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3."
+
 
 class DeepSpeedEngine(Engine):
-    """ZeRO stage 0: DDP by DeepSpeed's own engine."""
+    """ZeRO stage 0, which is DDP by DeepSpeed."""
 
     title: ClassVar[str] = "DeepSpeed"
     loads_adapter: ClassVar[bool] = False
-    # accelerate has DeepSpeed step within the backward pass.
+    # accelerate lets DeepSpeed step within the backward pass.
     keeps_gradients: ClassVar[bool] = False
     resumes_with_others: ClassVar[bool] = False
     state_writers: ClassVar[dict[str, str]] = {"global_step*": "DeepSpeed"}
@@ -56,23 +57,22 @@ class DeepSpeedEngine(Engine):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The content of the DeepSpeed file."""
         return self.trainer.accelerator.state.deepspeed_plugin.deepspeed_config
 
     @classmethod
     def list_state_files(cls, checkpoint: Path, rank: int, world: int) -> list[str]:
-        latest = checkpoint / "latest"  # names the folder of DeepSpeed's state
+        latest = checkpoint / "latest"  # contains the name of the folder with DeepSpeed's state
         if not latest.is_file():
             return ["latest", name_random_state(rank, world)]
         folder = glob.escape(Path(latest.read_text(errors="replace").strip()).name or "global_step")
         files = ["latest", *(f"{folder}/{name}" for name in cls.list_engine_files(rank))]
-        # DeepSpeed's own schedule is in its state.
-        scheduled = "scheduler" in read_config()
-        return [*files, *([] if scheduled else ["scheduler.pt"]), name_random_state(rank, world)]
+        # A schedule of DeepSpeed's own is part of its state.
+        schedule = [] if "scheduler" in read_config() else ["scheduler.pt"]
+        return [*files, *schedule, name_random_state(rank, world)]
 
     @staticmethod
     def list_engine_files(rank: int) -> list[str]:
-        """Return what of DeepSpeed's state a rank reads, as patterns in its folder."""
+        """Return patterns of the files that a rank reads in the folder of DeepSpeed's state."""
         return ["mp_rank_00_model_states.pt"]
 
     def check_storage(self, writes: bool) -> None:
@@ -97,24 +97,24 @@ class DeepSpeedEngine(Engine):
     def release(self, model: nn.Module) -> None:
         wrapped = self.trainer.model_wrapped
         super().release(model)
-        # destroy() leaves what holds the engine, and with it the fp32 masters and the moments.
+        # destroy() leaves these hooks, which keep the engine, its fp32 masters and moments alive.
         for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
             if hasattr(wrapped, hook):
                 getattr(wrapped, hook).remove()
 
 
 def read_config() -> dict[str, Any]:
-    """Return DeepSpeed's configuration: that of the trainer's arguments, or before there are any, of the launch."""
+    """Return the DeepSpeed config: from the training arguments if they exist, otherwise from the environment."""
     launched = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     return deepspeed_config() or (json.loads(Path(launched).read_text()) if launched else {})
 
 
 class ZeroEngine(DeepSpeedEngine):
-    """ZeRO-1 and ZeRO-2: weights are whole everywhere, their fp32 masters and moments lie in parts."""
+    """ZeRO-1 and ZeRO-2: weights are whole on all ranks, fp32 masters and moments are sharded."""
 
     @staticmethod
     def list_engine_files(rank: int) -> list[str]:
-        # Under bf16 the second one's name begins with that.
+        # Under bf16 the second name has a prefix.
         return ["mp_rank_00_model_states.pt", f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"]
 
     def check_optimizer(self) -> None:
@@ -139,31 +139,27 @@ class ZeroEngine(DeepSpeedEngine):
                 self.edit_state(parameter, fill(components, dim, moment.zero), moment.name)
 
     def read_state(self, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor] | None:
-        """Return this rank's part of what the optimizer keeps of a parameter, flat, or None where it has none.
+        """Return this rank's flat part of the optimizer's state of a parameter, or None if it has none.
 
         Raises:
-            LayerselError: if DeepSpeed keeps no fp32 state of the parameter.
+            LayerselError: if DeepSpeed has no fp32 state of the parameter.
         """
-        if not hasattr(parameter, "_hp_mapping"):
-            raise LayerselError(describe_missing_state())
-        mapping: Any = parameter._hp_mapping
+        mapping = get_mapping(parameter)
         return None if mapping is None else {**find_maps(optimizer.state), **mapping.optim_fragment}
 
     def edit_state(self, parameter: torch.Tensor, edit: Edit, moment: str | None) -> None:
-        """Change this rank's part of the fp32 master of a parameter, or of one of its Adam moments.
+        """Edit this rank's part of a parameter's fp32 master, or of the Adam moment named ``moment``.
 
         Raises:
-            LayerselError: if there is none.
+            LayerselError: if DeepSpeed has no fp32 state of the parameter.
         """
-        if not hasattr(parameter, "_hp_mapping"):
-            raise LayerselError(describe_missing_state())
-        mapping = parameter._hp_mapping  # None on ranks that hold no part of it
+        mapping = get_mapping(parameter)
         if mapping is not None:
             edit(mapping.get_hp_fragment(moment), mapping.lp_fragment_address.start, parameter.shape)
 
 
 class PartitionedEngine(ZeroEngine):
-    """ZeRO-3: weights lie in parts too, and are gathered for each layer's forward and backward pass."""
+    """ZeRO-3: weights are sharded too, and gathered for each layer's forward and backward pass."""
 
     is_streamed: ClassVar[bool] = True
     runs_in_lockstep: ClassVar[bool] = True
@@ -193,16 +189,12 @@ class PartitionedEngine(ZeroEngine):
     def holds_whole(self, parameter: torch.Tensor) -> bool:
         return not hasattr(parameter, "ds_id")
 
-    def copy_trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        # Rank 0 alone holds the copies.
-        return self.gather_parameters({name: p for name, p in model.named_parameters() if p.requires_grad})
-
     def restore_trained(self, model: nn.Module, values: dict[str, torch.Tensor]) -> None:
-        self.let_go_of_weights(model)
+        self.release_weights(model)
         super().restore_trained(model, values)
 
-    def let_go_of_weights(self, model: nn.Module) -> None:
-        """Partition every weight, also those of modules that no gradient came through, which keep theirs whole."""
+    def release_weights(self, model: nn.Module) -> None:
+        """Partition every weight, also those of modules without a gradient, which stay gathered."""
         for parameter in model.parameters():
             if hasattr(parameter, "ds_active_sub_modules"):
                 parameter.ds_active_sub_modules.clear()
@@ -213,7 +205,7 @@ class PartitionedEngine(ZeroEngine):
         parameters = list(model.parameters())
         for parameter in parameters:
             parameter.grad = None
-        self.let_go_of_weights(model)
+        self.release_weights(model)
         super().release(model)
         for parameter in parameters:
             if hasattr(parameter, "_z3_optimizer"):
@@ -240,13 +232,13 @@ class PartitionedEngine(ZeroEngine):
         ranks = torch.distributed.get_process_group_ranks(parameter.ds_process_group)
         part = parameter.ds_tensor.detach().flatten()
         offset = ranks.index(get_rank()) * part.numel()
-        # The last partition is padded.
+        # Without padding, and from one of several groups that hold replicas.
         return (part[: max(0, parameter.ds_numel - offset)], offset) if 0 in ranks else None
 
     def edit_held(self, tensor: Any, edit: Edit, part: torch.Tensor | None = None) -> None:
         if hasattr(tensor, "ds_id"):
             edit_partition(tensor, tensor.ds_tensor, edit)
-        # Small parameters stay whole between steps; the others have no data then.
+        # Small parameters also stay gathered between steps; the others have no data then.
         if tensor.numel():
             super().edit_held(tensor, edit, part)
 
@@ -267,16 +259,22 @@ class PartitionedEngine(ZeroEngine):
             part = utils.safe_get_local_optimizer_state(parameter, moment)
             store = functools.partial(utils.safe_set_local_optimizer_state, optim_state_key=moment)
         if part is None:
-            raise LayerselError(describe_missing_state())
+            raise LayerselError(MISSING_STATE)
         edit_partition(parameter, part, edit)
         store(parameter, part)
 
 
-def describe_missing_state() -> str:
-    """Return the message for a LoRA weight of which DeepSpeed keeps nothing."""
-    return "deepspeed: the engine keeps no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3."
+def get_mapping(parameter: Any) -> Any:
+    """Return DeepSpeed's fp32 state of a parameter under ZeRO-1 and 2, or None on ranks without a part of it.
+
+    Raises:
+        LayerselError: if DeepSpeed has none on any rank.
+    """
+    if not hasattr(parameter, "_hp_mapping"):
+        raise LayerselError(MISSING_STATE)
+    return parameter._hp_mapping
 
 
 def edit_partition(parameter: Any, part: torch.Tensor, edit: Edit) -> None:
-    """Change this rank's flat ``part`` of a tensor that has the shape of ``parameter`` and is split by ZeRO-3."""
+    """Edit this rank's flat ``part`` of a tensor that ZeRO-3 shards as it shards ``parameter``."""
     edit(part, part.numel() * torch.distributed.get_rank(parameter.ds_process_group), parameter.ds_shape)

@@ -18,16 +18,16 @@ def step_gates(
 ) -> None:
     """Step the gates of the active components in place.
 
-    c ← clamp(c − η·m̂/(√v̂ + ε) − η·λ·sign(c), 0, 1), with the sign of c before the step, as AdamW decays.
-    Every component counts its own steps, so that one added late has its moments corrected like any other.
+    c ← clamp(c − η·m̂/(√v̂ + ε) − η·λ·sign(c), 0, 1), where sign(c) is taken before the step, as in AdamW's decay. Every
+    component counts its own steps, so that the moments of one added late are corrected properly.
 
     Args:
-        gates: c, (components,), fp32. Inactive ones are and stay 0.
-        gradient: of the loss with respect to c, (components,), fp32.
+        gates: c, (components,), fp32; 0 for inactive components.
+        gradient: gradient of the loss by c, (components,), fp32.
         exp_avg: m, (components,), fp32.
         exp_avg_sq: v, (components,), fp32.
-        steps: steps that each component has made, (components,), int64.
-        active: which components there are, (components,), bool.
+        steps: number of steps of each component, (components,), int64.
+        active: whether each component is in use, (components,), bool.
         learning_rate: η, constant.
         l1_lambda: λ.
     """
@@ -35,7 +35,7 @@ def step_gates(
     steps.add_(active)
     exp_avg.mul_(BETA1).add_(gradient, alpha=1 - BETA1)
     exp_avg_sq.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    # In float64: 1 − 0.999 has lost three digits in fp32.
+    # In float64, because 1 − 0.999 loses three digits in fp32.
     count = steps.clamp(min=1).double()
     mean = exp_avg / (1 - BETA1**count)
     root = (exp_avg_sq / (1 - BETA2**count)).sqrt()

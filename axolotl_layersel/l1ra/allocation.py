@@ -1,4 +1,4 @@
-"""Which rank components a round prunes and where the freed rank goes (L1RA, section 3.2); no tensors, no processes."""
+"""Prune rank components and place the freed rank (L1RA, section 3.2); no tensors, no processes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModuleState:
-    """What the allocation knows of one LoRA module.
+    """The state of one LoRA module.
 
     Attributes:
-        gates: gate value of each active component, by its slot.
-        cost: what one component takes of the budget: 1, or its number of parameters.
-        capacity: number of slots, the highest rank that the module can have.
+        gates: gate of each active component, by slot.
+        cost: cost of one component in units of the budget: 1, or its number of parameters.
+        capacity: number of slots, the highest possible rank.
     """
 
     gates: Mapping[int, float]
@@ -21,12 +21,12 @@ class ModuleState:
 
 @dataclass(frozen=True)
 class Moves:
-    """What a round changes; modules that nothing happens to are not listed.
+    """The changes of one update; unchanged modules are not listed.
 
     Attributes:
         pruned: slots that become inactive, ascending, by module.
         added: slots that become active, ascending, by module.
-        pool: what of the budget waits to be placed afterwards.
+        pool: the unused part of the budget afterwards.
     """
 
     pruned: dict[str, tuple[int, ...]]
@@ -34,18 +34,16 @@ class Moves:
     pool: int
 
     def count_pruned(self) -> int:
-        """Return how many components become inactive."""
         return sum(map(len, self.pruned.values()))
 
     def count_added(self) -> int:
-        """Return how many components become active."""
         return sum(map(len, self.added.values()))
 
 
 def prune(modules: Mapping[str, ModuleState], threshold: float, min_rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the slots whose gate is below ``threshold``, by module, the smallest gates first to go.
+    """Return the slots with a gate below ``threshold``, by module, but leave each module ``min_rank`` components.
 
-    A module keeps ``min_rank`` components whatever their gates; of equal ones the higher slot goes first.
+    The smallest gates are pruned first, and of equal ones the higher slot.
     """
     pruned = {}
     for name, module in modules.items():
@@ -65,21 +63,19 @@ def allocate(
     reassign: bool = True,
     exclude_pruned: bool = True,
 ) -> Moves:
-    """Return the moves of one round.
+    """Return the moves of one update.
 
-    Components below ``threshold`` are pruned. What they took of the budget goes into the pool, and from there
-    one component at a time to the modules in turn, in the order of descending smallest gate: a module all of
-    whose components are in use comes first. Equal ones come in the order of ascending rank, then of their names.
-    What fits nowhere stays in the pool. Costs of active components and the pool add up to the same before and
-    after, unless ``reassign`` is False: then what is pruned is gone.
+    Components below ``threshold`` are pruned, and their cost goes into the pool. The pool then pays for new components,
+    one module after the other in rounds, in descending order of the modules' smallest gate, then ascending rank, then
+    name. The costs of active components plus the pool stay the same, unless ``reassign`` is False.
 
     Args:
         modules: every module, by name.
-        pool: what waits from earlier rounds.
+        pool: the unused part of the budget.
         threshold: gates below it are pruned.
-        min_rank: what every module keeps.
-        reassign: whether freed rank is placed again.
-        exclude_pruned: whether a module that lost a component in this round gains none.
+        min_rank: lowest rank of a module.
+        reassign: whether to place freed rank; otherwise the pool does not grow.
+        exclude_pruned: whether a module that lost a component in this update cannot gain one.
     """
     pruned = prune(modules, threshold, min_rank)
     if not reassign:
@@ -94,6 +90,7 @@ def allocate(
         key=lambda name: (-min(kept[name].values(), default=0.0), len(kept[name]), name),
     )
     gained = dict.fromkeys(order, 0)
+    # Rounds over all modules, until no module with a free slot is cheap enough.
     placed = True
     while placed:
         placed = False

@@ -1,4 +1,4 @@
-"""When the ranks of a run are restored, stepped and settled; it only delegates."""
+"""The trainer callback that restores, steps and finishes the ranks of a run."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from axolotl_layersel.l1ra.redistribution import RankRedistribution
 
 
 class RankCallback(TrainerCallback):
-    """Steps the gates after every optimizer step, and moves rank when it is time."""
+    """Calls ``RankRedistribution`` at the start, after every optimizer step, and at the end of training."""
 
     def __init__(self, ranks: RankRedistribution, resume_from: str | None) -> None:
         self.ranks = ranks
@@ -26,7 +26,7 @@ class RankCallback(TrainerCallback):
         self.ranks.start(state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # Where the trainer itself waits for the device, and before a checkpoint is written.
+        # Check gates when the trainer itself waits for the device, and before a checkpoint is written.
         look = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
         self.ranks.step(state.global_step, look)
 

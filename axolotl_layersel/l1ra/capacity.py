@@ -1,4 +1,4 @@
-"""Static shapes, dynamic ranks: modules built at the highest rank they may reach, before any engine exists."""
+"""Grow LoRA modules to the highest rank that they may reach, before any engine exists, so that shapes stay static."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,6 @@ from axolotl_layersel.config.schedule import check_run_length
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.moments import find_library
 from axolotl_layersel.engines.trainers import check_no_optimizer, count_optimizer_steps, uses_vllm
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.factors import Factors, find_used
 from axolotl_layersel.lora.modules import (
     find_lora_modules,
@@ -34,12 +33,14 @@ from axolotl_layersel.lora.modules import (
     get_linears,
     list_linear,
 )
+from axolotl_layersel.lora.plain_lora import check_plain_lora
 from axolotl_layersel.lora.resizing import check_trained_rank, describe_ranks, resize_linear, set_ranks
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.weights import initialize_module
 
 
 def check_trainer(run: Run, settings: L1RAConfig, lora_r: int) -> str:
-    """Return the library of the run's optimizer, see ``moments.LAYOUTS``.
+    """Return the library of the run's optimizer, a key of ``moments.LAYOUTS``.
 
     Raises:
         LayerselError: if rank cannot move in this run.
@@ -64,7 +65,7 @@ def check_optimizer_class(optimizer: Any, engine: str, whole_state: bool) -> str
     """Return the library of an optimizer's class.
 
     Raises:
-        LayerselError: for a class, or what makes an optimizer, that rank cannot move with; see check_optimizer.
+        LayerselError: for a class or factory of optimizers that rank cannot move with.
     """
     name = getattr(optimizer, "__name__", repr(optimizer))
     library = find_library(optimizer) if isinstance(optimizer, type) else None
@@ -76,13 +77,13 @@ def check_optimizer_class(optimizer: Any, engine: str, whole_state: bool) -> str
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the modules of a run were grown from and to.
+    """The ranks of grown modules.
 
     Attributes:
-        lora_r: the rank that they start with.
+        lora_r: their initial rank.
         max_rank: the rank that each has room for.
-        slots: the components in use of each module, by its name.
-        library: of the optimizer, see ``moments.LAYOUTS``.
+        slots: components in use, by module.
+        library: library of the optimizer, a key of ``moments.LAYOUTS``.
     """
 
     lora_r: int
@@ -95,16 +96,16 @@ def make_room(run: Run, settings: L1RAConfig, lora_r: int | None, scaling: float
     """Check that rank can move in this run, and grow its LoRA modules, see ``grow_modules``.
 
     Args:
-        run: before its engine is built.
+        run: a run whose engine is not built yet.
         settings: the ``l1ra`` block.
         lora_r: the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: see ``grow_modules``.
-        least: the rank that there must be room for by default.
+        least: lower bound of the default ``max_rank``.
 
     Raises:
         LayerselError: if rank cannot move.
     """
-    adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
+    check_plain_lora(run, run.lora_modules, "layersel.l1ra")
     check_generation(uses_vllm(run.trainer))
     lora_r = lora_r or run.config.r
     library = check_trainer(run, settings, lora_r)
@@ -114,18 +115,18 @@ def make_room(run: Run, settings: L1RAConfig, lora_r: int | None, scaling: float
 
 
 def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) -> dict[str, list[int]]:
-    """Give every linear LoRA module ``max_rank`` components, the new ones zero, without changing what it computes.
+    """Pad every linear LoRA module with zeros to ``max_rank`` components, without changing its output.
 
-    Call it before the optimizer or an engine exists. Padding of an adapter that was loaded becomes room too. LoRA on
-    the parameters of experts keeps its rank.
+    Call it before the optimizer or an engine exists. Padding in a loaded adapter becomes room, too. LoRA on expert
+    parameters keeps its rank.
 
     Args:
-        model: with plain LoRA modules, see ``adapters.check_plain_lora``.
+        model: a model with plain LoRA modules, see ``check_plain_lora``.
         max_rank: the capacity of a module.
-        scaling: the scaling that all modules get, B being adapted; None: each keeps its own.
+        scaling: new scaling of all modules, for which B is rescaled; None: each keeps its own.
 
     Returns:
-        The slots in use of each linear module, by its name.
+        The slots in use of each linear module, by name.
 
     Raises:
         LayerselError: if a module uses more than ``max_rank``.
@@ -157,7 +158,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
 
 
 def find_components(model: PeftModel) -> dict[str, list[int]]:
-    """Return the components in use of each linear LoRA module, by its name; every process must call this."""
+    """Return the components in use of each linear LoRA module, by name; every process must call this."""
     adapter = get_adapter_name(model)
     modules = list_linear(find_lora_modules(get_base_model(model), adapter))
     linears = {name: get_linears(module, adapter) for name, module in modules.items()}
@@ -168,13 +169,13 @@ def find_components(model: PeftModel) -> dict[str, list[int]]:
         }
         return {name: found.flatten().tolist() for name, found in components.items()}
 
-    # With FSDP's cpu_ram_efficient_loading the other ranks hold no weights.
+    # With FSDP's cpu_ram_efficient_loading only process 0 holds weights.
     return collectives.decide_on_rank_zero(find)
 
 
 @torch.no_grad()
 def grow_linear(linear: nn.Linear, dim: int, used: list[int], rank: int, factor: float) -> None:
-    """Let ``linear``, which is A with ``dim`` 0 or B with ``dim`` 1, have ``rank`` components, ``used`` ones first."""
+    """Resize A (``dim`` 0) or B (``dim`` 1) to ``rank`` components: the ``used`` ones times ``factor``, then zeros."""
     weight = linear.weight
     index = torch.tensor(used, dtype=torch.long, device=weight.device)
     resize_linear(linear, dim, rank)
@@ -183,7 +184,7 @@ def grow_linear(linear: nn.Linear, dim: int, used: list[int], rank: int, factor:
 
 @torch.no_grad()
 def rescale_experts(module: LoraLayer, adapter: str, scaling: float) -> None:
-    """Give LoRA on the parameters of experts another scaling, B being adapted."""
+    """Change the scaling of LoRA on expert parameters, and rescale B so that its output stays."""
     _, up = get_linears(module, adapter)
     up.weight.mul_(module.scaling[adapter] / scaling)
     module.scaling[adapter] = scaling
@@ -192,12 +193,12 @@ def rescale_experts(module: LoraLayer, adapter: str, scaling: float) -> None:
 
 @torch.no_grad()
 def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int, continues_adapter: bool) -> None:
-    """Let modules begin with ``ranks``, with new weights drawn from ``seed``; those that were not grown are resized.
+    """Start modules at ``ranks`` with new weights drawn from ``seed``; modules that were not grown are resized.
 
-    ``continues_adapter``: the weights are a trained adapter's, which must have these ranks, and stay.
+    ``continues_adapter``: the weights are those of a trained adapter, which must have these ranks; they stay.
 
     Raises:
-        LayerselError: if there is no room for them, or a trained adapter has others.
+        LayerselError: if there is no room for these ranks, or a trained adapter has others.
     """
     fixed = {name: rank for name, rank in ranks.items() if name not in capacity.slots}
     set_ranks(run, fixed, seed, continues_adapter)
@@ -216,7 +217,7 @@ def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int, c
         )
     modules = run.lora_modules
     for name, rank in ranks.items():
-        adapters.initialize_module(run.model, name, modules[name], seed, capacity.lora_r)
+        initialize_module(run.model, name, modules[name], seed, capacity.lora_r)
         down, _ = get_linears(modules[name], run.adapter)
         down.weight[rank:] = 0
         capacity.slots[name] = list(range(rank))

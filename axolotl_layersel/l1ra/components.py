@@ -1,4 +1,4 @@
-"""The components that rank is made of: their gates, the moments of these, and which components are active."""
+"""The state of all rank components: gates, their moments, and which components are active."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,22 +9,20 @@ from axolotl_layersel.lora.gates import Gates
 
 
 class Components:
-    """The components of all LoRA modules among which rank moves, in flat tensors.
-
-    Modules are built at ``max_rank``. A component that is not active has a gate of 0.
+    """The components of all LoRA modules among which rank moves, in flat tensors of shape (components,).
 
     Args:
         gates: one for each component, in the order of the model's modules.
         slots: the components of each module that are active at first.
-        costs: what one component of each module takes of the budget.
+        costs: the cost of one component of each module, in units of the budget.
         max_rank: the number of components of each module.
 
     Attributes:
-        active: which components take part, (components of all modules,), bool.
-        exp_avg: the first moments of the gates' gradients, (components of all modules,), fp32.
-        exp_avg_sq: their second moments, of the same shape and type.
-        steps: the optimizer steps that each component has taken part in, of the same shape, int64.
-        pool: the part of the budget that waits to be placed.
+        active: whether each component is in use, bool; an inactive one has a gate of 0.
+        exp_avg: first moments of the gates' gradients, fp32.
+        exp_avg_sq: their second moments, fp32.
+        steps: optimizer steps of each component since it became active, int64.
+        pool: the unused part of the budget.
     """
 
     def __init__(
@@ -43,11 +41,9 @@ class Components:
         self.pool = 0
 
     def ranks(self) -> dict[str, int]:
-        """Return the rank of every module."""
         return dict(zip(self.gates.parts, self.active.view(-1, self.max_rank).sum(dim=1).tolist()))
 
     def describe_modules(self) -> dict[str, ModuleState]:
-        """Return what the allocation needs to know."""
         values, active = self.gates.values.tolist(), self.active.tolist()
         return {
             name: ModuleState(
@@ -59,7 +55,7 @@ class Components:
         }
 
     def list_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the flat tensors by name, which are the whole state but for the pool."""
+        """Return the flat tensors by name, which with the pool are the whole state."""
         return {
             "values": self.gates.values,
             "exp_avg": self.exp_avg,
@@ -69,13 +65,9 @@ class Components:
         }
 
     def flip(self, emptied: list[int], filled: list[int]) -> None:
-        """Let the components ``emptied`` take no part, and then the components ``filled`` begin with a gate of 1."""
+        """Reset the components ``emptied``, then activate the components ``filled`` with a gate of 1."""
+        gone, new = (torch.tensor(chosen, dtype=torch.long, device=self.active.device) for chosen in (emptied, filled))
         for tensor in self.list_tensors().values():
-            fill(tensor, emptied, 0)
+            tensor.index_fill_(0, gone, 0)
         for tensor in (self.gates.values, self.active):
-            fill(tensor, filled, 1)
-
-
-def fill(tensor: torch.Tensor, components: list[int], value: int) -> None:
-    """Set ``components`` of a flat tensor to ``value``."""
-    tensor.index_fill_(0, torch.tensor(components, dtype=torch.long, device=tensor.device), value)
+            tensor.index_fill_(0, new, 1)

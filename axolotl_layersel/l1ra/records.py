@@ -1,11 +1,12 @@
-"""What happened to the ranks: ranks.csv, and numbers for the run's trackers."""
+"""Record ranks by step: ranks.csv, and metrics for the run's trackers."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-from axolotl_layersel.common.files import format_csv, parse_count, parse_csv, read_parsed, write_atomically
+from axolotl_layersel.common.csv_record import CsvRecord
+from axolotl_layersel.common.files import parse_count
 from axolotl_layersel.common.paths import ranks_path
 
 FILE = "ranks.csv"
@@ -13,35 +14,32 @@ HEADER = ["step", "module", "rank"]
 
 
 @dataclass
-class RankHistory:
+class RankHistory(CsvRecord):
     """The rank of every module, by optimizer step: at step 0, at each update, and at the end."""
+
+    locate = staticmethod(ranks_path)
+    way_out = "Give another run or checkpoint."
 
     ranks: dict[int, dict[str, int]] = field(default_factory=dict)
 
-    def to_csv(self) -> str:
+    def to_rows(self) -> Iterable[list[Any]]:
         """Return the rows ``step,module,rank`` in the order of the steps."""
-        steps = sorted(self.ranks)
-        rows = ([step, module, rank] for step in steps for module, rank in self.ranks[step].items())
-        return format_csv([HEADER, *rows])
+        yield HEADER
+        for step in sorted(self.ranks):
+            for module, rank in self.ranks[step].items():
+                yield [step, module, rank]
 
     @classmethod
-    def from_csv(cls, text: str) -> "RankHistory":
-        """Return the history that ``to_csv`` wrote.
-
-        Raises:
-            ValueError: saying what is wrong with the text, csv.Error too.
-        """
-        header, *rows = parse_csv(text)
-        if header != HEADER:
+    def from_rows(cls, heading: list[str], rows: list[list[str]]) -> "RankHistory":
+        """Return the history of ``to_rows``."""
+        if heading != HEADER:
             raise ValueError(f"its first line is not {','.join(HEADER)}")
         ranks: dict[int, dict[str, int]] = {}
-        for line, row in enumerate(rows, start=2):
-            if len(row) != len(HEADER):
-                raise ValueError(f"line {line} has {len(row)} fields, not {len(HEADER)}")
-            at_step = ranks.setdefault(parse_count(row[0]), {})
-            if row[1] in at_step:
-                raise ValueError(f"line {line} names {row[1]!r} a second time")
-            at_step[row[1]] = parse_count(row[2])
+        for line, (step, module, rank) in enumerate(rows, start=2):
+            at_step = ranks.setdefault(parse_count(step), {})
+            if module in at_step:
+                raise ValueError(f"line {line} names {module!r} a second time")
+            at_step[module] = parse_count(rank)
         if list(ranks) != sorted(ranks) or 0 not in ranks:
             raise ValueError("its steps do not ascend from 0")
         differing = next((step for step in ranks if list(ranks[step]) != list(ranks[0])), None)
@@ -49,22 +47,9 @@ class RankHistory:
             raise ValueError(f"it lists other modules at step {differing} than at step 0")
         return cls(ranks)
 
-    @classmethod
-    def read(cls, folder: str | Path, key: str = "PATH") -> "RankHistory":
-        """Return the history in ranks.csv of the run or checkpoint in ``folder``.
-
-        Raises:
-            LayerselError: naming ``key`` if the file is missing or damaged.
-        """
-        return read_parsed(key, ranks_path(folder), "Give another run or checkpoint.", cls.from_csv)
-
-    def write(self, folder: str | Path) -> None:
-        """Write ranks.csv for the run or checkpoint in ``folder``; it appears at once and complete."""
-        write_atomically(ranks_path(folder), self.to_csv().encode())
-
 
 def group_by_type(ranks: Mapping[str, int]) -> dict[str, list[int]]:
-    """Return the ranks by the modules' type, such as ``q_proj``, types in the order in which they come."""
+    """Return the ranks by type of module, such as ``q_proj``, in order of appearance."""
     grouped: dict[str, list[int]] = defaultdict(list)
     for module, rank in ranks.items():
         grouped[module.rpartition(".")[2]].append(rank)
@@ -72,7 +57,7 @@ def group_by_type(ranks: Mapping[str, int]) -> dict[str, list[int]]:
 
 
 def describe_update(ranks: dict[str, int], costs: dict[str, int], pool: int, pruned: int, added: int) -> dict:
-    """Return an update as numbers for trackers. ``costs``: trainable parameters of one component, by module."""
+    """Return the metrics of an update. ``costs``: trainable parameters of one component, by module."""
     return {
         "layersel/total_rank": sum(ranks.values()),
         "layersel/pool": pool,

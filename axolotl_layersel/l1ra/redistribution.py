@@ -1,4 +1,4 @@
-"""Redistribute LoRA rank while a model trains: gates, updates, checkpoints and the plain adapter at the end."""
+"""Move LoRA rank between modules in training: gates, updates, checkpoints, and the plain adapter at the end."""
 
 import functools
 import hashlib
@@ -26,31 +26,32 @@ from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.report import print_ranks
 from axolotl_layersel.l1ra.rules import RULES, Rule
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, write_state
-from axolotl_layersel.lora import adapters, layouts
+from axolotl_layersel.lora import layouts
 from axolotl_layersel.lora.factors import fold, split
 from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.lora.modules import count_component_parameters, find_key, get_linears, list_linear
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.weights import get_initialisation, restore_adapter, restore_live_adapter
 
 LOG = logging.getLogger("axolotl.layersel")
-# By how much a step may let a gate differ between ranks. Their gradients are the same average, so only the arithmetic
-# of a step of at most 0.4 (gate_lr in the shortest runs) is rounded differently, and m is at most 32·√v: 0.4·32·2⁻²⁴.
+# Largest difference of a gate between processes that one step may add. All processes have the same averaged gradient,
+# so only the rounding of a step differs: gate_lr is at most 0.4 and m at most 32·√v, which gives 0.4·32·2⁻²⁴.
 ROUNDING = 2.0**-20
 
 
 class RankRedistribution:
     """The ranks of a run's LoRA modules.
 
-    Modules are built at ``max_rank``; a component that is not active has a gate of 0 and a zero column in B, so
-    it contributes nothing and gets no gradient. An update flips components and writes their rows and columns,
-    the same way on every rank, and leaves all others as they are.
+    Modules are built at ``max_rank``. An inactive component has a gate of 0 and a zero column in B, so it contributes
+    nothing and gets no gradient. An update flips components and writes their rows and columns, in the same way on every
+    process; it changes no others.
 
     Attributes:
-        gates: of the linear modules that train, in the order of the model.
-        components: their state: which take part, moments, and the pool.
-        fixed: LoRA on the parameters of experts, by name, which trains at its rank.
+        gates: gates of the trained linear modules, in the model's order.
+        components: the state of their rank components.
+        fixed: trained LoRA on expert parameters, by name, whose rank is fixed.
         history: ranks by step.
-        rule: by what rank moves; there is none before ``start``.
+        rule: the rule that moves rank; unset before ``start``.
     """
 
     rule: Rule
@@ -78,7 +79,7 @@ class RankRedistribution:
         self.history = RankHistory({0: self.components.ranks()})
         self.update_steps: set[int] = set()
         self.expect_gradients: set[str] = set()
-        # Gates that stay at 1 cost a step nothing where A's gradients say what theirs would be.
+        # Gates that stay at 1 need not be attached if A's gradients tell theirs.
         leaves_idle = capacity.library in LEAVES_IDLE
         self.is_attached = RULES[settings.rule].moves_gates or not (run.engine.keeps_gradients and leaves_idle)
         if self.is_attached:
@@ -86,22 +87,19 @@ class RankRedistribution:
         else:
             trainers.call_after_backward(run.trainer, self.read_gradient)
 
-    # --- What there is ------------------------------------------------------------------------------------------------
-
     def count_parameters(self) -> tuple[int, int]:
-        """Return the trainable LoRA parameters in use, and those that the modules have room for."""
+        """Return the numbers of LoRA parameters in use, and of those that the modules have room for."""
         in_use = sum(rank * self.parameters_per_component[name] for name, rank in self.components.ranks().items())
         room = sum(self.components.max_rank * count for count in self.parameters_per_component.values())
         fixed = self.count_fixed_parameters()
         return in_use + fixed, room + fixed
 
     def count_fixed_parameters(self) -> int:
-        """Return the LoRA parameters on experts, whose rank stays."""
         adapter = self.run.adapter
         return sum(count_component_parameters(each, adapter) * each.r[adapter] for each in self.fixed.values())
 
     def check_movable(self) -> None:
-        """Raise LayerselError where no rank could ever move."""
+        """Raise LayerselError if rank could never move."""
         ranks, costs = self.components.ranks(), self.components.costs
         if not ranks:
             raise LayerselError("layersel.l1ra: no LoRA module trains, so there is no rank to move. Let some train.")
@@ -111,7 +109,7 @@ class RankRedistribution:
     # --- Training -----------------------------------------------------------------------------------------------------
 
     def start(self, steps: int) -> None:
-        """Settle when rank moves in a run of ``steps`` optimizer steps, and say so."""
+        """Schedule the updates of rank in a run of ``steps`` optimizer steps, and log them."""
         settings = self.settings
         self.update_steps = set(plan_updates(steps, settings))
         self.rule = RULES[settings.rule](settings, steps)
@@ -120,7 +118,7 @@ class RankRedistribution:
             self.history.write(self.run.output_dir)
 
     def announce(self, steps: int) -> None:
-        """Log what the run will do; Axolotl's own count of trainable parameters includes the room for rank."""
+        """Log the schedule, and the parameters in use: Axolotl's own count includes the room for rank."""
         in_use, capacity = self.count_parameters()
         LOG.info(
             "layersel: l1ra moves rank among %d modules after %d of %d steps, %s",
@@ -152,24 +150,23 @@ class RankRedistribution:
             )
 
     def read_gradient(self) -> None:
-        """Let the gates have the gradient that gates of 1 would get if they were attached; every rank must call this.
+        """Set the gradient of gates of 1 that are not attached; every process must call this.
 
-        B·diag(c)·A·x has by c_i, where that is 1, the derivative Σ_j A_ij · ∂L/∂A_ij: rows of A say it by their own
-        gradients, once an optimizer step and averaged over ranks, so that modules need not multiply by anything.
+        ∂L/∂c_i of B·diag(c)·A·x at c_i = 1 is Σ_j A_ij · ∂L/∂A_ij, which needs only the averaged gradient of A.
         """
         downs = [down.weight for down, _ in self.linears.values()]
         self.gates.gradient.copy_(self.run.engine.multiply_by_gradients(downs))
 
     def step(self, step: int, look: bool) -> None:
-        """Step the gates after optimizer step ``step``, and move rank if it is time; every rank must call this.
+        """Step the gates after an optimizer step, and move rank if an update is due; every process must call this.
 
         Args:
             step: the optimizer step that has ended.
-            look: whether to look at the gates, for which the host waits for the device. What is no number stays none,
-                so nothing is missed where nobody looks.
+            look: whether to check that gates are finite, for which the host waits for the device. NaN persists, so a
+                later check finds it too.
 
         Raises:
-            LayerselError: if a gate is no longer a number, or the ranks do not agree on the moves.
+            LayerselError: if a gate is not finite, or the processes do not agree on the moves.
         """
         if self.is_attached:
             self.gates.average_gradient()
@@ -181,18 +178,17 @@ class RankRedistribution:
             self.update(step)
 
     def check_finite(self, step: int) -> None:
-        """Raise LayerselError naming the module of a gate that is NaN or infinite."""
-        # A gradient that is not finite, or whose square overflows, shows in the second moment.
+        # The second moment also shows a gradient whose square overflowed.
         bad = ~(self.gates.values.isfinite() & self.components.exp_avg_sq.isfinite())
         if bad.any():
             name = self.gates.name_component(int(bad.nonzero()[0]))
             raise LayerselError(
                 f"layersel.l1ra: a gate of {name} is NaN or infinite after step {step}. The run stops; the last "
-                "checkpoint is good. Lower learning_rate, or look at the data and the precision."
+                "checkpoint is good. Lower learning_rate, or check the data and the precision."
             )
 
     def update(self, step: int) -> None:
-        """Move rank after optimizer step ``step``."""
+        """Move rank after optimizer step ``step``, and log and record the ranks."""
         self.settle(step)
         self.check_gradients(step)
         moves = self.rule.decide(self.components, step)
@@ -202,7 +198,7 @@ class RankRedistribution:
             ranks, self.parameters_per_component, self.components.pool, moves.count_pruned(), moves.count_added()
         )
         numbers["layersel/trainable_parameters_in_use"] += self.count_fixed_parameters()
-        # Logging clears the flag by which the Trainer would log the step's loss.
+        # Trainer.log clears the flag that makes the Trainer log the loss of this step.
         trainer = self.run.trainer
         should_log = trainer.control.should_log
         trainer.log(numbers)
@@ -211,10 +207,10 @@ class RankRedistribution:
             self.history.write(self.run.output_dir)
 
     def check_gradients(self, step: int) -> None:
-        """Raise LayerselError for a module that trains while no gradient reaches its gates; every rank must call this.
+        """Raise LayerselError if a module trains but its gates get no gradient; every process must call this.
 
-        Something computes its LoRA past the module then, so that its gates mean nothing. As long as B is zero, so
-        is every gradient: it is late only from one update at which B was not zero to the next.
+        Then something bypasses the module, and its gates have no effect. While B is zero so is every gradient. Hence
+        the error is raised only for modules whose B was nonzero at the previous update.
         """
         if self.settings.gate_lr == 0:
             return
@@ -223,20 +219,18 @@ class RankRedistribution:
         if late:
             raise LayerselError(
                 f"layersel.l1ra: {late[0]} trains, but no gradient has reached its gates in {step} steps "
-                f"({len(late)} such modules). Something computes LoRA past its modules: remove fused kernels, or leave "
-                "these modules out of lora_target_modules."
+                f"({len(late)} such modules). Something bypasses the LoRA modules: remove fused kernels, or remove "
+                "these modules from lora_target_modules."
             )
         self.run.engine.reshard()
         ups = {name: self.linears[name][1].weight for name in without}
         self.expect_gradients = {name for name, up in ups.items() if self.run.engine.gather_parameter(up).any()}
 
     def apply(self, moves: Moves, step: int, training: bool = True) -> None:
-        """Flip the components of ``moves`` and write their rows and columns, on every rank alike.
+        """Flip the components of ``moves`` and write their rows and columns; every process must call this.
 
-        However many modules there are, ranks communicate once, to see that they agree.
-
-        ``training``: whether the optimizer steps again, so that its moments matter; after the last step an engine
-        that has loaded the best model may hold none.
+        ``training``: whether the optimizer will step again and its moments matter. After the last step an engine that
+        has loaded the best model may hold none.
         """
         self.check_agreement(moves, step)
         engine = self.run.engine
@@ -250,6 +244,7 @@ class RankRedistribution:
                 continue
             down, up = (linear.weight for linear in self.linears[name])
             rows = {slot: self.draw_row(name, slot, step) if slot in added else 0.0 for slot in changed.tolist()}
+            # A new component starts from a random row of A and a zero column of B, a pruned one is all zero.
             engine.edit_parameter(down, edits.write_rows(rows))
             engine.edit_parameter(up, edits.fill(changed, 1, 0))
             if training:
@@ -261,13 +256,13 @@ class RankRedistribution:
         self.components.pool = moves.pool
 
     def settle(self, step: int) -> None:
-        """Let every rank's gates and their moments be rank 0's; every rank must call this.
+        """Copy process 0's gates and moments to every process; every process must call this.
 
-        On nodes with other processors the last bits differ, which moves nothing between two updates, but could let
-        one rank prune a component that another keeps.
+        Their last bits differ between nodes with different processors, and could make one process prune a component
+        that another keeps.
 
         Raises:
-            LayerselError: on every rank, if gates differ by more than rounding.
+            LayerselError: on every process, if gates differ by more than rounding.
         """
         shared = torch.stack([self.gates.values, self.components.exp_avg, self.components.exp_avg_sq])
         collectives.broadcast(shared)
@@ -276,21 +271,21 @@ class RankRedistribution:
         found = collectives.gather_from_all((float(apart.max()), farthest, float(self.gates.values[farthest])))
         before = max((update for update in self.update_steps if update < step), default=0)
         allowed = ROUNDING * max(step - before, 1)
-        differing = [rank for rank, (distance, _, _) in enumerate(found) if not distance <= allowed]
+        differing = [process for process, (distance, _, _) in enumerate(found) if not distance <= allowed]
         if differing:
             _, component, value = found[differing[0]]
             name = self.gates.name_component(component)
             self.refuse(
                 differing,
                 step,
-                f"gate {component - self.gates.parts[name].start} of {name} is {value:.8g} on rank {differing[0]}, "
-                f"{float(shared[0, component]):.8g} on rank 0, where rounding explains {allowed:.1g}",
+                f"gate {component - self.gates.parts[name].start} of {name} is {value:.8g} on process {differing[0]} "
+                f"and {float(shared[0, component]):.8g} on process 0; rounding explains {allowed:.1g}",
             )
         for tensor, values in zip((self.gates.values, self.components.exp_avg, self.components.exp_avg_sq), shared):
             tensor.copy_(values)
 
     def check_agreement(self, moves: Moves, step: int) -> None:
-        """Raise LayerselError, on every rank, unless all ranks come to the same moves of the same components."""
+        """Raise LayerselError on every process unless all processes decide the same moves of the same components."""
         content = (
             repr(moves).encode()
             + self.components.active.cpu().numpy().tobytes()
@@ -298,24 +293,25 @@ class RankRedistribution:
         )
         differing = collectives.find_differing_ranks(hashlib.sha256(content).digest())
         if differing:
-            self.refuse(differing, step, "from the same gates other components would be moved")
+            self.refuse(differing, step, "they would move different components although their gates are the same")
 
-    def refuse(self, ranks: list[int], step: int, difference: str) -> None:
-        """Raise LayerselError for ``ranks`` that are no longer where rank 0 is."""
+    def refuse(self, processes: list[int], step: int, difference: str) -> None:
+        """Raise LayerselError for ``processes`` whose state differs from that of process 0."""
         raise LayerselError(
-            f"layersel.l1ra: after step {step} ranks {ranks} came to other gates or moves than rank 0: {difference}. "
-            "Their adapters would drift apart. The run stops; the last checkpoint is good. This is a fault of the "
-            "machine or of the communication library, not of a setting: resume, and report it if it comes again."
+            f"layersel.l1ra: after step {step}, processes {processes} computed different gates or rank updates than "
+            f"process 0: {difference}. Continuing would let their adapters diverge. The run stops; the last checkpoint "
+            "is good. The machine or the communication library is at fault, not a setting: resume, and report it if it "
+            "happens again."
         )
 
     def draw_row(self, module: str, slot: int, step: int) -> torch.Tensor:
-        """Return the row of A that a component added after ``step`` starts from, (inputs,), fp32."""
-        method = adapters.get_initialisation(self.run.config)
+        """Return the initial row of A of a component that is added after ``step``, (inputs,), fp32."""
+        method = get_initialisation(self.run.config)
         like = torch.empty(self.linears[module][0].in_features)
         return draw_row(like, method, self.run.trainer.args.seed, f"{module}\0{step}", slot, self.lora_r)
 
     def finish(self, step: int) -> None:
-        """Prune a last time, and leave plain LoRA modules that compute the same; every rank must call this."""
+        """Prune a last time, and fold the gates into plain LoRA modules; every process must call this."""
         self.settle(step)
         closed = [name for name, part in self.gates.parts.items() if not self.gates.values[part].any()]
         self.apply(self.rule.decide_last(self.components), step, training=False)
@@ -330,8 +326,8 @@ class RankRedistribution:
             self.history.write(self.run.output_dir)
             if closed:
                 LOG.warning(
-                    "layersel: all gates of %d of %d modules ended at 0, such as those of %s: they contribute "
-                    "nothing. If they are many, lower l1_lambda.",
+                    "layersel: all gates of %d of %d modules ended at 0, such as those of %s: these modules "
+                    "contribute nothing. If they are many, lower l1_lambda.",
                     len(closed),
                     len(self.modules),
                     closed[0],
@@ -341,7 +337,7 @@ class RankRedistribution:
     # --- Files --------------------------------------------------------------------------------------------------------
 
     def fold(self, tensors: dict[str, torch.Tensor], config: LoraConfig) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-        """Return the plain adapter that computes what the gated modules compute, see ``layouts.lay_out``."""
+        """Return the plain adapter that computes the same as the gated modules, see ``layouts.lay_out``."""
         factors, rest = split(tensors)
         values, adapter = self.gates.values.cpu(), self.run.adapter
         modules = self.run.lora_modules
@@ -353,13 +349,13 @@ class RankRedistribution:
             plain = fold(pair, modules[name].scaling[adapter], gates)
             if name in linear:
                 folded[name] = plain
-            else:  # its components are those of all experts, which stay as they are
+            else:  # expert parameters keep their rank
                 rest |= layouts.join({name: plain})
                 fixed[find_key(name, modules[name])] = modules[name].r[adapter]
         return layouts.lay_out(folded, rest, config, "ragged", fixed)
 
     def save(self, checkpoint: str | Path, weights: dict[str, torch.Tensor]) -> None:
-        """Write what resuming needs into ``checkpoint``, on rank 0. ``weights``: see ``AdapterWriter.save``."""
+        """Write the state for resuming into ``checkpoint``, on process 0. ``weights``: see ``AdapterWriter.save``."""
         metadata = {
             STEP: str(self.run.trainer.state.global_step),
             "settings": self.settings.model_dump_json(),
@@ -370,11 +366,11 @@ class RankRedistribution:
         write_state(checkpoint, weights, self.components.list_tensors(), self.history, metadata)
 
     def restore(self, checkpoint: str | Path) -> None:
-        """Let gates, ranks and their history be those of ``checkpoint``, from which the run resumes."""
+        """Restore gates, ranks and their history from ``checkpoint``, from which the run resumes."""
         self.history = self.restore_gates(checkpoint, "resume_from_checkpoint").history
 
     def restore_gates(self, checkpoint: str | Path, key: str) -> State:
-        """Let gates, their moments, active components and pool be those of ``checkpoint``, and return its state.
+        """Restore gates, moments, active components and pool from ``checkpoint``, and return its state.
 
         Raises:
             LayerselError: naming ``key``, if the checkpoint is damaged or of another run.
@@ -386,11 +382,10 @@ class RankRedistribution:
         return state
 
     def check(self, checkpoint: str | Path, key: str) -> None:
-        """Raise LayerselError, on every rank, unless ``checkpoint`` is of this run."""
+        """Raise LayerselError on every process unless ``checkpoint`` is of this run."""
         collectives.decide_on_rank_zero(lambda: bool(self.read(checkpoint, key)))
 
     def read(self, checkpoint: str | Path, key: str) -> State:
-        """Return the state of a checkpoint, see ``restore_gates``."""
         state = read_state(checkpoint, self.settings, key)
         if state.modules != list(self.modules) or state.max_rank != self.components.max_rank:
             raise LayerselError(
@@ -400,18 +395,18 @@ class RankRedistribution:
         return state
 
     def load_adapter(self, upstream: Callable) -> Callable:
-        """Return what takes the place of ``load_adapter`` of the model's class, which has no room for ragged files."""
+        """Return a replacement of the model's ``load_adapter``, which cannot load ragged ranks into grown modules."""
 
         @functools.wraps(upstream)
         def load_adapter(model: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
             path = state_path(model_id)
             if model is not self.run.model or adapter_name != self.run.adapter or not path.exists():
                 return upstream(model, model_id, adapter_name, *args, **kwargs)
-            adapters.restore_adapter(self.run, path, ADAPTER_PREFIX)
+            restore_adapter(self.run, path, ADAPTER_PREFIX)
             return None
 
         return load_adapter
 
     def restore_weights(self, checkpoint: str | Path) -> None:
-        """Write the LoRA weights of ``checkpoint`` into the model in training; every rank must call this."""
-        adapters.restore_live_adapter(self.run, state_path(checkpoint), ADAPTER_PREFIX)
+        """Load the LoRA weights of ``checkpoint`` into the model in training; every process must call this."""
+        restore_live_adapter(self.run, state_path(checkpoint), ADAPTER_PREFIX)

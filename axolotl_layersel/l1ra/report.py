@@ -1,4 +1,4 @@
-"""The ranks of a run as a table."""
+"""Print the ranks of a run as a table."""
 
 from collections.abc import Mapping
 from statistics import mean
@@ -11,7 +11,7 @@ from axolotl_layersel.common.terminal import make_console
 
 
 def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
-    """Return the ranks by layer (rows) and type of module (columns), with means, and the means before."""
+    """Return a table of ranks by layer (rows) and type of module (columns), with their means before and after."""
     layers, kinds = arrange(after)
     table = Table()
     for heading in ("layer", *kinds, "mean"):
@@ -28,7 +28,6 @@ def make_rank_table(before: Mapping[str, int], after: Mapping[str, int]) -> Tabl
 
 
 def print_ranks(before: Mapping[str, int], after: Mapping[str, int], console: Console | None = None) -> None:
-    """Print the rank that every module started and ended with."""
     console = console or make_console()
     total = f"{sum(before.values())} before, {sum(after.values())} now"
     console.print(f"layersel: ranks after l1ra, in all {total}, from {min(after.values())} to {max(after.values())}")

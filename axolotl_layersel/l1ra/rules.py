@@ -1,4 +1,4 @@
-"""By what rank moves: the table of rules, each with what it does at a step, at an update and at the end."""
+"""The rules that move rank: what each does at a step, at an update and at the end."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ LOG = logging.getLogger("axolotl.layersel")
 
 
 class Rule(Protocol):
-    """How gates step and what they lead to, in a run of a known number of optimizer steps.
+    """A rule for a run of a known number of optimizer steps.
 
     Attributes:
-        moves_gates: whether gates take other values than 1, so that modules must compute with them.
+        moves_gates: whether gates of active components differ from 1, so that modules must multiply by them.
     """
 
     moves_gates: ClassVar[bool]
 
     def step(self, components: Components) -> None:
-        """Take the averaged gradient of the gates into account, after each optimizer step."""
+        """Process the averaged gradient of the gates after an optimizer step."""
 
     def decide(self, components: Components, step: int) -> Moves:
         """Return the moves of the update after optimizer step ``step``."""
 
     def decide_last(self, components: Components) -> Moves:
-        """Return what is taken out after the last step."""
+        """Return the moves after the last step, which add no components."""
 
     def describe(self) -> str:
-        """Return its settings, for the log."""
+        """Return the rule's settings for the log."""
 
 
 class Saliency:
-    """Gates stay at 1; components that the loss would miss least give their rank away."""
+    """Keep gates at 1, and move rank from the components with the lowest saliency."""
 
     moves_gates: ClassVar[bool] = False
 
@@ -51,7 +51,7 @@ class Saliency:
         saliency.observe_gradient(components.gates.gradient, components.exp_avg_sq, components.steps, components.active)
 
     def decide(self, components: Components, step: int) -> Moves:
-        # What was there from the first step on has had all the time that there was.
+        # Components that are active from the first step on count as grown, however early the update.
         grown = min(saliency.GRACE * self.interval, step)
         worth, costs = saliency.find_saliency(components.exp_avg_sq, components.steps).tolist(), components.costs
         active, counts = components.active.tolist(), components.steps.tolist()
@@ -61,7 +61,7 @@ class Saliency:
             old = {i - part.start: worth[i] / costs[name] for i in used if counts[i] >= grown}
             young = frozenset(i - part.start for i in used if counts[i] < grown)
             modules[name] = ModuleWorth(old, young, costs[name], components.max_rank)
-        # Components that pay for one of another cost take less than both together.
+        # The least that lets one component of any cost be paid for by components of any other.
         least = 2 * max(costs.values()) - 1 if self.settings.move_ratio is None else 0
         return saliency.move_rank(
             modules, components.pool, self.settings.get("move_ratio"), self.settings.min_rank, least
@@ -75,7 +75,7 @@ class Saliency:
 
 
 class Pressure:
-    """A steady pressure pushes gates down, and those that come to 0 give their rank away (L1RA, arXiv 2509.04884)."""
+    """Push gates down by an L1 term, and move rank from gates near 0 (L1RA, arXiv 2509.04884)."""
 
     moves_gates: ClassVar[bool] = True
 
@@ -85,8 +85,8 @@ class Pressure:
         self.l1_lambda = resolve_lambda(settings.get("l1_lambda"), self.gate_lr, steps)
         if self.l1_lambda >= 1:
             LOG.warning(
-                "layersel: l1_lambda %.4g takes more from a gate at each step than any gradient can add to it: all "
-                "gates will end at 0. Set l1_lambda below 1, or with `auto` a gate_lr of %.2g or more.",
+                "layersel: l1_lambda %.4g lowers a gate at each step by more than any gradient can raise it: all gates "
+                "will end at 0. Set l1_lambda below 1, or with `auto` a gate_lr of %.2g or more.",
                 self.l1_lambda,
                 AUTO_LAMBDA / steps,
             )
@@ -115,7 +115,7 @@ class Pressure:
         )
 
     def decide_last(self, components: Components) -> Moves:
-        # Rank that is freed now is not placed again, because no step is left to train it.
+        # Freed rank is not placed again, because no step is left to train it.
         pruned = prune(components.describe_modules(), self.settings.get("prune_threshold"), self.settings.min_rank)
         return Moves(pruned, {}, components.pool)
 

@@ -1,9 +1,9 @@
-"""Which components the loss would miss least, and which modules their rank goes to; nothing is shrunk for it.
+"""Move rank by saliency: from components whose removal would raise the loss least, to modules where it would most.
 
-The loss changes by −g·c + ½·h·c² where a component of gate c is taken out, with g and h its derivatives by the gate.
-While A and B train g is small, and the curvature h is that of the empirical Fisher information, the mean of g² over
-steps, up to a factor that all components share (optimal brain damage, LeCun et al. 1989; AdaLoRA, arXiv 2303.10512,
-ranks components by |w·∂L/∂w| likewise). Gates stay at 1, so the model computes what plain LoRA computes.
+Removing a component of gate c changes the loss by −g·c + ½·h·c², with g and h the derivatives by the gate. In training
+g is small, and h is estimated by the empirical Fisher information, the mean of g² over steps, up to a common factor
+(optimal brain damage, LeCun et al. 1989; AdaLoRA, arXiv 2303.10512, similarly ranks components by |w·∂L/∂w|). Gates
+stay at 1, so the model computes the same as plain LoRA.
 """
 
 from collections.abc import Mapping
@@ -13,23 +13,23 @@ import torch
 
 from axolotl_layersel.l1ra.allocation import Moves
 
-# The mean of squared gradients reaches back some 50 steps.
+# Decay of the mean of squared gradients: it reaches back some 50 steps.
 BETA = 0.98
-# A component moves to a module only if it is worth less than this share of what the weakest one there is worth.
+# A component pays for one in another module only if its worth is below this share of the weakest one there.
 MARGIN = 0.25
-# Updates that a new component is left alone, since it begins with B at zero.
+# Updates before a new component may be pruned, since its B starts at zero.
 GRACE = 2
 
 
 @dataclass(frozen=True)
 class ModuleWorth:
-    """What the moves depend on, of one LoRA module.
+    """The state of one LoRA module.
 
     Attributes:
-        worth: of each active component that has had time to grow, by its slot, for its cost.
+        worth: saliency per unit of cost of each active component that has had time to grow, by slot.
         young: slots of the other active components.
-        cost: what one component takes of the budget: 1, or its number of parameters.
-        capacity: number of slots, the highest rank that the module can have.
+        cost: cost of one component in units of the budget: 1, or its number of parameters.
+        capacity: number of slots, the highest possible rank.
     """
 
     worth: Mapping[int, float]
@@ -39,19 +39,18 @@ class ModuleWorth:
 
     @property
     def rank(self) -> int:
-        """How many components are active."""
         return len(self.worth) + len(self.young)
 
 
 @torch.no_grad()
 def observe_gradient(gradient: torch.Tensor, squares: torch.Tensor, steps: torch.Tensor, active: torch.Tensor) -> None:
-    """Take the gradient of one optimizer step into the running mean of squares, in place.
+    """Update the running mean of squared gradients in place.
 
     Args:
-        gradient: of the loss with respect to the gates, (components,), fp32.
-        squares: the running mean, not corrected for its start at 0, (components,), fp32.
-        steps: how many gradients of each component are in it, (components,), int64.
-        active: which components there are, (components,), bool.
+        gradient: gradient of the loss by the gates, (components,), fp32.
+        squares: the running mean, without bias correction, (components,), fp32.
+        steps: number of gradients of each component in the mean, (components,), int64.
+        active: whether each component is in use, (components,), bool.
     """
     gradient = torch.where(active, gradient, 0.0)
     steps.add_(active)
@@ -59,24 +58,24 @@ def observe_gradient(gradient: torch.Tensor, squares: torch.Tensor, steps: torch
 
 
 def find_saliency(squares: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared gradient of each component by its gate, (components,), float64."""
+    """Return the bias-corrected mean squared gradient of each gate, (components,), float64."""
     return squares.double() / (1 - BETA ** steps.clamp(min=1).double())
 
 
 def move_rank(modules: Mapping[str, ModuleWorth], pool: int, move_ratio: float, min_rank: int, least: int = 0) -> Moves:
-    """Return the moves of one update: components worth little give their rank to modules in which all are worth much.
+    """Return the moves of one update, from components of little worth to modules whose components are all worth much.
 
-    Modules gain one component at most, those whose weakest component is worth most first. What it costs is paid from
-    the pool and by taking out components elsewhere, those that are worth least first, as long as each is worth less
-    than ``MARGIN`` of the weakest one in the module that gains. A module either gains or loses. Costs of active
-    components and the pool add up to the same before and after.
+    Modules gain at most one component each, in descending order of their weakest component's worth. The pool pays for
+    it, and then other modules' components in ascending order of worth, each of which must be worth less than ``MARGIN``
+    of the gaining module's weakest. A module either gains or loses. The costs of active components plus the pool stay
+    the same.
 
     Args:
         modules: every module, by name.
-        pool: what of the budget waits from earlier updates.
-        move_ratio: share of the budget in use that is taken out at most.
-        min_rank: what every module keeps.
-        least: of the budget, may be taken out whatever its share is.
+        pool: the unused part of the budget.
+        move_ratio: largest share of the budget in use that may be pruned.
+        min_rank: lowest rank of a module.
+        least: amount of the budget that may be pruned whatever ``move_ratio`` says.
     """
     weakest = {name: min(module.worth.values()) for name, module in modules.items() if module.worth}
     gaining = sorted(
@@ -93,6 +92,7 @@ def move_rank(modules: Mapping[str, ModuleWorth], pool: int, move_ratio: float, 
         chosen: list[tuple[float, str, int]] = []
         if gainer in pruned:
             continue
+        # Choose the components that would pay for the new one.
         for worth, name, slot in losing:
             if pool + freed >= cost or worth >= MARGIN * weakest[gainer]:
                 break
@@ -102,7 +102,7 @@ def move_rank(modules: Mapping[str, ModuleWorth], pool: int, move_ratio: float, 
                 chosen.append((worth, name, slot))
                 freed += modules[name].cost
         if pool + freed < cost:
-            continue
+            continue  # too few of little worth: the module gains nothing, and none is pruned
         for component in chosen:
             losing.remove(component)
             pruned.setdefault(component[1], []).append(component[2])

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside its plain adapter so that ranks, gates and weights resume exactly."""
+"""The state in a checkpoint, in addition to its plain adapter, from which ranks, gates and weights resume exactly."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from axolotl_layersel.l1ra.records import RankHistory
 
 STATE_FILE = "state.safetensors"
 SCHEMA_VERSION = "1"
-STEP = "step"  # of the checkpoint, in the file's metadata
-# Names in the file: the weights in training, neither folded nor scaled, and the flat tensors of the gates.
+STEP = "step"  # metadata key of the checkpoint's step
+# Prefixes of tensor names: weights in training, neither folded nor scaled, and flat tensors of the gates.
 ADAPTER_PREFIX = "adapter/"
 GATE_PREFIX = "gates/"
 GATE_TYPES = {
@@ -31,13 +31,13 @@ WAY_OUT = "Resume another checkpoint."
 
 @dataclass(frozen=True)
 class State:
-    """Where a checkpoint's ranks and gates are; its weights stay in the file.
+    """The ranks and gates in a checkpoint, without its weights.
 
     Attributes:
-        modules: those that have gates, by name, in the order of the model.
-        max_rank: what each has room for.
-        gates: the flat tensors of the gates, by their names in ``GATE_TYPES``.
-        pool: what of the budget waits to be placed.
+        modules: names of the modules with gates, in the model's order.
+        max_rank: the rank that each has room for.
+        gates: the flat tensors of the gates, by the names in ``GATE_TYPES``.
+        pool: the unused part of the budget.
         history: ranks by step.
     """
 
@@ -55,7 +55,7 @@ def write_state(
     history: RankHistory,
     metadata: dict[str, str],
 ) -> None:
-    """Write weights, gates, ranks and what they must be checked against; each file appears at once and complete."""
+    """Write weights, gates, ranks and ``metadata`` to a checkpoint, each file atomically."""
     history.write(checkpoint)
     tensors = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in adapter.items()}
     tensors |= {f"{GATE_PREFIX}{name}": tensor.cpu() for name, tensor in gates.items()}
@@ -65,7 +65,6 @@ def write_state(
 
 
 def find_ranks_digest(history: RankHistory) -> str:
-    """Return the SHA-256 of what ranks.csv says."""
     return hashlib.sha256(history.to_csv().encode()).hexdigest()
 
 
@@ -73,8 +72,8 @@ def read_state(checkpoint: str | Path, settings: L1RAConfig, key: str) -> State:
     """Return the state of a checkpoint; no model is needed.
 
     Raises:
-        LayerselError: naming ``key`` if one of its files is missing, damaged, of another schema, made with other
-            settings, or says what no run can come to.
+        LayerselError: naming ``key``, if a file is missing, damaged, inconsistent, of another schema, or of a run with
+            other settings.
     """
     path = state_path(checkpoint)
     if not path.exists():
@@ -92,7 +91,7 @@ def read_state(checkpoint: str | Path, settings: L1RAConfig, key: str) -> State:
         then, modules = parse_json(metadata["settings"]), parse_json(metadata["modules"])
         max_rank, pool = parse_count(metadata["max_rank"]), parse_count(metadata["pool"])
         if not isinstance(then, dict) or not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
-            raise ValueError("its settings or its modules are of another type")
+            raise ValueError("its settings or modules have a wrong type")
         check_settings(then, settings, checkpoint)
         adapter = {n.removeprefix(ADAPTER_PREFIX): t for n, t in tensors.items() if n.startswith(ADAPTER_PREFIX)}
         gates = {n.removeprefix(GATE_PREFIX): t for n, t in tensors.items() if n.startswith(GATE_PREFIX)}
@@ -109,7 +108,6 @@ def read_state(checkpoint: str | Path, settings: L1RAConfig, key: str) -> State:
 
 
 def check_settings(then: dict, settings: L1RAConfig, checkpoint: str | Path) -> None:
-    """Raise LayerselError unless the settings of a checkpoint are those of the run."""
     for name, value in settings.model_dump().items():
         if then.get(name) != value:
             raise LayerselError(
@@ -119,10 +117,10 @@ def check_settings(then: dict, settings: L1RAConfig, checkpoint: str | Path) -> 
 
 
 def measure_costs(adapter: dict[str, torch.Tensor], modules: list[str], max_rank: int) -> dict[str, int]:
-    """Return the trainable parameters of one component of each module.
+    """Return the number of parameters in one component of each module.
 
     Raises:
-        ValueError: if the weights are not those of such modules.
+        ValueError: if a module's weights do not have rank ``max_rank``.
     """
     costs = {}
     for module in modules:
@@ -134,9 +132,9 @@ def measure_costs(adapter: dict[str, torch.Tensor], modules: list[str], max_rank
 
 
 def check_gates(gates: dict[str, torch.Tensor], components: int) -> None:
-    """Raise ValueError unless these are tensors that gates of so many components can have."""
+    """Raise ValueError unless the flat tensors are possible for so many components."""
     if gates.keys() != GATE_TYPES.keys():
-        raise ValueError(f"of the gates it holds {', '.join(sorted(gates)) or 'nothing'}")
+        raise ValueError(f"its tensors of the gates are {', '.join(sorted(gates)) or 'missing'}")
     for name, kind in GATE_TYPES.items():
         if gates[name].dtype != kind or gates[name].shape != (components,):
             raise ValueError(f"{GATE_PREFIX}{name} is {gates[name].dtype} of shape {tuple(gates[name].shape)}")
@@ -146,16 +144,16 @@ def check_gates(gates: dict[str, torch.Tensor], components: int) -> None:
         raise ValueError("a second moment or a count of steps is negative")
     idle = ~gates["active"]
     if any(gates[name][idle].any() for name in GATE_TYPES):
-        raise ValueError("a component that is not active has a gate or moments")
+        raise ValueError("an inactive component has a gate or moments")
 
 
 def find_rank_fault(
     history: RankHistory, ranks: dict[str, int], pool: int, costs: dict[str, int], settings: L1RAConfig
 ) -> str | None:
-    """Return why ``history`` cannot have led to the ``ranks`` of active components, or None where it can."""
+    """Return why ``history`` contradicts the ``ranks`` of the active components, None if it does not."""
     start, last = history.ranks[0], history.ranks[max(history.ranks)]
     if list(last.items()) != list(ranks.items()):
-        return "does not end with the ranks of the state beside it"
+        return "does not end with the ranks of the state next to it"
     low = next((name for name in ranks if ranks[name] < min(settings.min_rank, start[name])), None)
     if low is not None:
         return f"leaves {low} fewer than min_rank: {settings.min_rank} components"
@@ -163,5 +161,5 @@ def find_rank_fault(
     before, now = (sum(count * cost[name] for name, count in counts.items()) for counts in (start, ranks))
     reassigns = settings.get("reassign") is not False
     if (reassigns and now + pool != before) or (not reassigns and (pool or now > before)):
-        return f"began with a budget of {before}, but {now} are in use and {pool} wait in the state beside it"
+        return f"began with a budget of {before}, but the state next to it uses {now} and has {pool} unused"
     return None

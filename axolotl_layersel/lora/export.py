@@ -1,58 +1,53 @@
-"""Write an adapter in a layout that other programs read."""
+"""Export an adapter in a layout that other programs read."""
 
 from pathlib import Path
-
-from peft import LoraConfig
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.lora.factors import DOWN, UP, Factors, fold, split
 from axolotl_layersel.lora.layouts import WAY_OUT, lay_out, read_adapter, write_adapter
-from axolotl_layersel.lora.patterns import find_scalings, read_pattern
+from axolotl_layersel.lora.patterns import resolve
 
 LAYOUTS = ("ragged", "uniform")
-
-
-# vLLM allocates for one of these; its --max-lora-rank accepts no other number.
+# The values that vLLM accepts for --max-lora-rank.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def find_factor_fault(config: LoraConfig, factors: dict[str, Factors]) -> str | None:
-    """Return why PEFT could not load these matrices under ``config``, None where it can."""
-    ranks = read_pattern(config.rank_pattern or {}, factors)
+def find_factor_fault(factors: dict[str, Factors], ranks: dict[str, int]) -> str | None:
+    """Return why PEFT could not load these matrices into modules of these ranks, None if it can."""
     for name, pair in factors.items():
-        rank = ranks.get(name, config.r)
+        rank = ranks[name]
         if pair.down.dim() != 2 or pair.up.dim() != 2 or (pair.down.shape[0], pair.up.shape[1]) != (rank, rank):
             shapes = f"{tuple(pair.down.shape)} and {tuple(pair.up.shape)}"
             return f"the matrices of {name} have the shapes {shapes}, and its rank is {rank}"
         if not (pair.down.is_floating_point() and pair.up.is_floating_point()):
-            return f"the matrices of {name} are no floating-point numbers"
+            return f"the matrices of {name} are not of a floating-point dtype"
     return None
 
 
 def export_adapter(folder: str | Path, layout: str, output: str | Path) -> int:
-    """Write the adapter in ``folder`` to ``output`` in one of the two layouts, and return its highest rank.
+    """Write the adapter in ``folder`` to ``output`` in one of ``LAYOUTS``, and return its highest rank.
 
     Raises:
-        LayerselError: if ``folder`` holds no LoRA adapter of linear modules.
+        LayerselError: if ``folder`` does not hold a LoRA adapter of linear modules.
     """
     tensors, config = read_adapter(folder)
     halves = {name.removesuffix(DOWN).removesuffix(UP) for name in tensors if name.endswith((DOWN, UP))}
     lacking = next((name for name in sorted(halves) if not {f"{name}{DOWN}", f"{name}{UP}"} <= tensors.keys()), None)
     if lacking:
-        raise LayerselError(f"ADAPTER: {folder} is damaged (of {lacking} it holds one matrix of two). {WAY_OUT}")
+        raise LayerselError(f"ADAPTER: {folder} is damaged ({lacking} lacks one of its two matrices). {WAY_OUT}")
     factors, rest = split(tensors)
     if not factors:
         raise LayerselError(f"ADAPTER: {folder} holds no LoRA matrices. {WAY_OUT}")
-    fault = find_factor_fault(config, factors)
+    resolved = resolve(config, factors)
+    fault = find_factor_fault(factors, {module: rank for module, (rank, _) in resolved.items()})
     if fault:
         raise LayerselError(f"ADAPTER: {folder} is damaged ({fault}). {WAY_OUT}")
-    scalings = find_scalings(config, factors)
-    folded = {module: fold(pair, scalings[module]) for module, pair in factors.items()}
+    folded = {module: fold(pair, resolved[module][1]) for module, pair in factors.items()}
     tensors, config = lay_out(folded, rest, config, layout)
     write_adapter(output, tensors, config)
     return config.r
 
 
 def find_vllm_rank(rank: int) -> int | None:
-    """Return the ``max_lora_rank`` that vLLM needs for adapters of ``rank``, None where none is enough."""
+    """Return the ``max_lora_rank`` that vLLM needs for adapters of ``rank``, None if none suffices."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)

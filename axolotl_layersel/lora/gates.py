@@ -1,4 +1,4 @@
-"""Gates on LoRA modules or on their rank components: the same fp32 numbers on every rank, outside the engine."""
+"""Gates on LoRA modules or their rank components: fp32 numbers outside the engine, the same on every process."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,21 +11,21 @@ ATTRIBUTE = "layersel_gate"
 
 
 class Gates:
-    """Named gate vectors: a LoRA module under the gate c computes B·diag(c)·A·x·scaling.
+    """Named gate vectors: a LoRA module with gate c adds B·diag(c)·A·x·scaling.
 
-    A gate has a number for each rank component, or one for all of them. Each is a leaf of autograd that no
-    engine and no optimizer of the user's knows, so ZeRO, FSDP, clipping, loss scaling and learning-rate schedules
-    pass it by. All lie in one flat tensor, as do their gradients: one all-reduce averages them.
+    A gate has one number per rank component, or one in all. Each gate is an autograd leaf that is unknown to the engine
+    and to the user's optimizer, so sharding, clipping, loss scaling and learning-rate schedules do not affect it. All
+    gates share one flat tensor, and their gradients another, so one all-reduce averages them.
 
     Attributes:
-        values: (numbers of all gates,), fp32.
-        gradient: the same shape, fp32; what backward passes have added up since ``clear_gradient``.
-        parts: where each gate's numbers lie, by its name.
+        values: all gates, (numbers,), fp32.
+        gradient: the gradient accumulated since ``clear_gradient``, (numbers,), fp32.
+        parts: each gate's slice of the flat tensors, by name.
 
     Args:
         linears: the A of the modules that share a gate, by the gate's name.
         components: numbers in each gate: the modules' rank, or 1.
-        device: where the gates are.
+        device: the device of the gates.
     """
 
     def __init__(self, linears: Mapping[str, Sequence[nn.Module]], components: int, device: torch.device) -> None:
@@ -37,19 +37,17 @@ class Gates:
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self) -> None:
-        """Let the modules multiply by their gates from now on."""
         for name, linears in self.linears.items():
             gate = self.values[self.parts[name]].detach().requires_grad_()
-            # Backward adds to a gradient that is there in place: into the flat one.
+            # Backward accumulates into an existing gradient in place, here a view of the flat one.
             gate.grad = self.gradient[self.parts[name]]
             self.leaves[name] = gate
             for linear in linears:
-                # An attribute and one hook for all, not a closure each: compiled code is shared between layers.
+                # One hook reads the gate from an attribute: unlike closures, it lets layers share compiled code.
                 setattr(linear, ATTRIBUTE, gate)
                 self.handles.append(linear.register_forward_hook(multiply_by_gate))
 
     def detach(self) -> None:
-        """Let the modules be plain LoRA modules again."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -59,18 +57,17 @@ class Gates:
                 delattr(linear, ATTRIBUTE)
 
     def average_gradient(self) -> None:
-        """Average the gradient over all ranks; a collective call."""
+        """Average the gradient over all processes; a collective call."""
         collectives.average(self.gradient)
 
     def clear_gradient(self) -> None:
-        """Start adding up anew."""
         self.gradient.zero_()
 
     def name_component(self, index: int) -> str:
-        """Return the name of the gate that the number ``index`` of the flat tensors belongs to."""
+        """Return the name of the gate that owns the number ``index`` of the flat tensors."""
         return next(name for name, part in self.parts.items() if part.start <= index < part.stop)
 
 
 def multiply_by_gate(linear: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    """Return A·x times the gate; the product is rounded to the type of ``output`` once."""
+    """Return A·x times the gate, rounded once to the dtype of ``output``."""
     return (output * getattr(linear, ATTRIBUTE).to(output.device)).to(output.dtype)

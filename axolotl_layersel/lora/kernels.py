@@ -1,11 +1,10 @@
-"""Axolotl's fused LoRA kernels compute past LoRA's modules: they are given the gates, or are off as long as need be.
+"""Make Axolotl's fused LoRA kernels, which bypass LoRA's modules, compute with gates, or switch them off for a while.
 
 Seen in axolotl 0.19.0 (``tests/unit/lora/test_kernels.py`` fails when one of them changes):
 
-* ``axolotl.monkeypatch.lora_kernels.apply_lora_kernel_patches``: once a model is loaded the kernels take the place of
-  methods of its modules, as attributes of the instance; without any kernel in its configuration it sets what they fall
-  back to.
-* ``axolotl.kernels.lora.get_lora_parameters``: all kernels read A, B and the scaling of a module from what it returns.
+* ``axolotl.monkeypatch.lora_kernels.apply_lora_kernel_patches``: replaces methods of a loaded model's modules by the
+  kernels, as attributes of the instance; without any kernel in its configuration it sets the fallbacks.
+* ``axolotl.kernels.lora.get_lora_parameters``: returns A, B and the scaling of a module to all kernels.
 """
 
 import contextlib
@@ -34,18 +33,20 @@ GIVES_GATES = "layersel_gives_gates"
 
 
 def give_gates_to_kernels() -> bool:
-    """Let the kernels compute with the gates of modules that have one, and return whether this Axolotl can.
+    """Make the kernels compute with gates, and return whether this Axolotl supports it.
 
-    Call it before a model is loaded: some kernels take a copy of the function that is exchanged here.
+    Call it before a model is loaded: some kernels keep a reference to the function that is replaced here.
     """
     try:
         kernels = importlib.import_module("axolotl.kernels.lora")
     except ImportError as error:
-        LOG.info("layersel: Axolotl's fused LoRA kernels cannot be loaded here: %s", error)
+        LOG.info("layersel: Axolotl's fused LoRA kernels cannot be imported here: %s", error)
         return False
     read = getattr(kernels, READER, None)
     if read is None:
-        LOG.info("layersel: the fused LoRA kernels of this Axolotl cannot be given gates, for want of %s", READER)
+        LOG.info(
+            "layersel: the fused LoRA kernels of this Axolotl cannot be given gates, since they have no %s", READER
+        )
         return False
     if not hasattr(read, GIVES_GATES):
         setattr(kernels, READER, with_gates(read))
@@ -53,10 +54,10 @@ def give_gates_to_kernels() -> bool:
 
 
 def with_gates(read: Callable[[nn.Module], tuple]) -> Callable[[nn.Module], tuple]:
-    """Return ``get_lora_parameters`` with diag(c)·A in place of A, or B·diag(c) in place of B, where a gate c is.
+    """Return a ``get_lora_parameters`` that multiplies a gate c into A or B.
 
-    Both stand for B·diag(c)·A; the smaller matrix is taken, and rounded to its own type once. A module in which no
-    active adapter has LoRA is read as its base layer, where upstream raises KeyError.
+    diag(c)·A and B·diag(c) both give B·diag(c)·A; the smaller matrix is multiplied, and rounded once to its dtype. A
+    module without LoRA of an active adapter is read as its base layer, where upstream raises KeyError.
     """
 
     @functools.wraps(read)
@@ -79,34 +80,34 @@ def with_gates(read: Callable[[nn.Module], tuple]) -> Callable[[nn.Module], tupl
 
 
 def is_bare(module: LoraLayer) -> bool:
-    """Return whether no active adapter has LoRA in a module, but an inactive one has."""
+    """Return whether only inactive adapters have LoRA in a module."""
     return not any(name in module.r for name in module.active_adapters)
 
 
-def let_kernels_pass_by(model: nn.Module) -> None:
-    """Let the kernels compute modules that only an inactive adapter has LoRA in."""
+def make_kernels_accept_bare_modules(model: nn.Module) -> None:
+    """Make the kernels accept modules in which only inactive adapters have LoRA."""
     if any(isinstance(module, LoraLayer) and is_bare(module) for module in model.modules()):
         give_gates_to_kernels()
 
 
 def exchange(parameters: tuple, old: torch.Tensor, new: torch.Tensor) -> tuple:
-    """Return what a kernel reads with another matrix in the place of one.
+    """Return a kernel's parameters with the matrix ``old`` replaced by ``new``.
 
     Raises:
-        RuntimeError: if the matrix is not there, since kernels would compute past the gates.
+        RuntimeError: if ``old`` is not among them, since the kernel would ignore the gates.
     """
     if sum(value is old for value in parameters) != 1:
-        if all(value is None for value in parameters[3:]):  # LoRA is off
+        if all(value is None for value in parameters[3:]):  # LoRA is switched off
             return parameters
         raise RuntimeError(f"{READER} of this Axolotl does not return the matrices of LoRA as axolotl 0.19.0 does")
     return tuple(new if value is old else value for value in parameters)
 
 
 def while_choosing(trainer: Trainer, selection: SelectionConfig | None) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which layers are chosen: without the kernels, unless gates are all that a method needs.
+    """Return the context for choosing layers: without the kernels, unless the method needs nothing but gates.
 
-    The run itself, and one that is given its plan, use them. They cannot be differentiated twice, as ``unrolled`` does.
-    On an engine that streams weights a search would end with some that a kernel has read and the engine holds for it.
+    The kernels cannot be differentiated twice, as ``unrolled`` requires. On an engine that streams weights, a search
+    would leave weights gathered that a kernel has read.
     """
     search = None if selection is None else selection.resolve(run_seed=0).flexora
     by_gates = search is not None and search.hypergradient == "first_order" and not find_engine(trainer).is_streamed
@@ -117,12 +118,8 @@ def while_choosing(trainer: Trainer, selection: SelectionConfig | None) -> conte
 
 @contextlib.contextmanager
 def without_fused_lora(model: nn.Module) -> Iterator[None]:
-    """Let LoRA's own modules compute within the block, so that hooks on them run.
-
-    Args:
-        model: a PEFT model, unwrapped.
-    """
-    fused = take_off(model)
+    """Run LoRA's own modules, and hooks on them, within the block. ``model``: a PEFT model, unwrapped."""
+    fused = remove_kernels(model)
     if fused:
         from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
         from axolotl.utils.dict import DictDefault
@@ -131,13 +128,13 @@ def without_fused_lora(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        take_off(model)
+        remove_kernels(model)
         for module, methods in fused:
             vars(module).update(methods)
 
 
-def take_off(model: nn.Module) -> list[tuple[nn.Module, dict[str, types.MethodType]]]:
-    """Remove what Axolotl's kernels have put on the modules of ``model``, and return it."""
+def remove_kernels(model: nn.Module) -> list[tuple[nn.Module, dict[str, types.MethodType]]]:
+    """Remove the kernels' methods from the modules of ``model``, and return them by module."""
     found = []
     for module in model.modules():
         methods = {name: value for name, value in vars(module).items() if is_fused(value)}
@@ -149,5 +146,4 @@ def take_off(model: nn.Module) -> list[tuple[nn.Module, dict[str, types.MethodTy
 
 
 def is_fused(value: object) -> bool:
-    """Return whether an attribute of a module is a method that Axolotl's kernels have put there."""
     return isinstance(value, types.MethodType) and value.__func__.__module__ in KERNEL_MODULES

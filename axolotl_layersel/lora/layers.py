@@ -1,4 +1,4 @@
-"""Find the layers of a model's language model, encoder and decoder, or vision tower, and the LoRA modules in them."""
+"""Find the layers of a language model, an encoder-decoder or a vision tower, and the LoRA modules in them."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -13,19 +13,19 @@ from axolotl_layersel.config.facts import find_text_config, read_fact
 from axolotl_layersel.config.layer_names import ENCODER_DECODER, LANGUAGE, STACKS, VISION, LayerName, Place, name_layers
 from axolotl_layersel.lora.modules import find_lora_modules, get_adapter_name, get_base_model
 
-# Under what names configurations say how many layers a decoder has beside an encoder.
+# Configuration keys for the number of decoder layers in an encoder-decoder model.
 DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")
 
 
 @dataclass(frozen=True)
 class Side:
-    """Layers that run one after the other: all of a model, or those of its encoder or its decoder.
+    """A sequence of layers: all of a model, or those of its encoder, decoder or vision tower.
 
     Attributes:
-        name: one of ``layer_names.SIDES``, or empty where the layers are called by their numbers.
-        path: where they are in the base model, such as ``model.layers``.
+        name: one of ``layer_names.SIDES``, or empty if layers are called by their numbers.
+        path: name of their list in the base model, such as ``model.layers``.
         layers: the layers, lowest first.
-        owner: the module that runs them and ends in the final norm, if the model has one.
+        owner: the module that runs them, with the final norm if there is one.
     """
 
     name: str
@@ -36,18 +36,17 @@ class Side:
 
 @dataclass(frozen=True)
 class LayerStack:
-    """The layers that are chosen among, known by their position in the order that they run.
+    """The candidate layers, indexed by their position in the order that they run.
 
-    Those of an encoder come before those of the decoder, which reads what the last one of them returns, and those of a
-    vision tower before those of the language model.
+    An encoder's layers come before the decoder's, and a vision tower's before the language model's.
 
     Attributes:
-        sides: one, or an encoder and a decoder, or a vision tower and a language model.
-        lora_modules: names in the base model of the LoRA modules of each layer that carries any, by its position.
-        towers: names of the LoRA modules outside of the layers, by the place that they are in, such as
+        sides: one side, or an encoder and a decoder, or a vision tower and a language model.
+        lora_modules: names in the base model of each layer's LoRA modules, by position.
+        towers: names of the LoRA modules outside the layers, by the part of the model that holds them, such as
             ``model.vision_tower``, ``model.multi_modal_projector``, or ``lm_head``.
-        beside: the language model, where a vision tower's layers alone are chosen among.
-        idle: positions of layers of whose output the model makes nothing.
+        beside: the language model, if only a vision tower's layers are candidates.
+        idle: positions of layers whose output the model discards.
     """
 
     sides: list[Side]
@@ -58,52 +57,51 @@ class LayerStack:
 
     @functools.cached_property
     def layers(self) -> list[nn.Module]:
-        """All layers."""
         return [layer for side in self.sides for layer in side.layers]
 
     @functools.cached_property
     def side_of(self) -> list[int]:
-        """The place in ``sides`` of each layer's side."""
+        """The index in ``sides`` of each layer's side."""
         return [place for place, side in enumerate(self.sides) for _ in side.layers]
 
     @functools.cached_property
     def names(self) -> list[LayerName]:
-        """What the layers are called: by their number, or ``encoder.3`` and ``decoder.3`` where there are both."""
+        """The names of the layers: their numbers, or names such as ``encoder.3`` if there are two sides."""
         return name_layers({side.name: len(side.layers) for side in self.sides})
 
     @functools.cached_property
     def paths(self) -> list[str]:
-        """Where each layer is in the base model, such as ``model.layers.3``."""
+        """The name of each layer in the base model, such as ``model.layers.3``."""
         return [f"{side.path}.{number}" for side in self.sides for number in range(len(side.layers))]
 
     @property
     def place(self) -> Place:
-        """Where the layers are in the base model, as a plan says it."""
+        """The names of the layer lists in the base model, as a plan records them."""
         paths = {side.name: side.path for side in self.sides}
         return paths.get("", paths)
 
     @property
     def has_decoder(self) -> bool:
-        """Whether there is a decoder beside an encoder, which reads tokens of its own."""
+        """Whether the model has an encoder and a decoder, which reads tokens of its own."""
         return any(side.name == "decoder" for side in self.sides)
 
     @property
     def vision(self) -> Side | None:
-        """The vision tower's layers, where they are chosen among."""
+        """The vision tower's layers, if they are candidates."""
         return next((side for side in self.sides if side.name == VISION), None)
 
     def list_modules(self, layers: Iterable[int]) -> list[str]:
-        """Return the names of the LoRA modules of ``layers``, in their order."""
+        """Return the names of the LoRA modules of ``layers``, in order."""
         return [name for layer in layers for name in self.lora_modules[layer]]
 
 
 def find_layer_stack(model: PeftModel, stacks: str = "language") -> LayerStack:
-    """Return the layers that LoRA is in: the language model's, or those of both an encoder and a decoder.
+    """Return the candidate layers: the language model's, those of an encoder-decoder, or as ``stacks`` says.
 
-    ``stacks``: a key of ``STACKS``; a vision tower is not taken for the layers unless it says so, an audio tower never.
+    ``stacks``: a key of ``STACKS``. Audio towers are never candidates.
 
     Raises:
-        LayerselError: if none, or more than one list of layers, could be meant, or there is no vision tower.
+        LayerselError: if the list of layers is missing or ambiguous, or there is no vision tower.
     """
     base = get_base_model(model)
     check_layers_apart(base)
@@ -126,14 +124,12 @@ def find_layer_stack(model: PeftModel, stacks: str = "language") -> LayerStack:
             modules.setdefault(layer, []).append(lora)
     if not modules:
         raise refuse(base, "no stack of layers that carries LoRA")
-    idle = (
-        frozenset(range(count_read(base, sides[0]), len(sides[0].layers))) if sides[0].name == VISION else frozenset()
-    )
-    return LayerStack(sides, modules, towers, beside, idle)
+    unread = range(count_read(base, sides[0]), len(sides[0].layers)) if sides[0].name == VISION else ()
+    return LayerStack(sides, modules, towers, beside, frozenset(unread))
 
 
 def find_both_sides(base: PreTrainedModel) -> list[Side]:
-    """Return the encoder's and the decoder's layers of a model that has both; nothing of another model."""
+    """Return the encoder's and the decoder's layers, or an empty list if the model does not have both."""
     if not read_fact(base.config, "is_encoder_decoder"):
         return []
     found = [find_lists(base, part) for part in (base.get_encoder(), base.get_decoder())]
@@ -143,30 +139,28 @@ def find_both_sides(base: PreTrainedModel) -> list[Side]:
 
 
 def find_vision_side(base: PreTrainedModel, stacks: str) -> Side:
-    """Return the layers of a model's vision tower, for a setting of ``stacks`` that asks for them.
-
-    Transformers 5.16.1 looks for the tower by names, and returns the model itself where it has none.
+    """Return the layers of a model's vision tower, which the setting ``stacks`` asks for.
 
     Raises:
-        LayerselError: if there is no such tower, or it has no one list of layers.
+        LayerselError: if there is no such tower, or its list of layers is missing or ambiguous.
     """
     tower, config = base.get_encoder("image"), base.config
+    # Transformers 5.16.1 finds the tower by name, and returns the model itself if there is none.
     if tower in (base, base.base_model) or read_fact(config, "is_encoder_decoder"):
         raise LayerselError(describe_missing_tower(stacks, type(base).__name__))
     expected = list_layer_counts(tower.config) if hasattr(tower, "config") else []
     paths = find_lists(base, tower, expected)
     if len(paths) != 1:
         raise LayerselError(
-            f"layersel.selection.stacks: {stacks!r} chooses among the layers of a vision tower, and in the "
-            f"{type(tower).__name__} of {type(base).__name__} it cannot be told which they are: {len(paths)} lists of "
-            f"{' or '.join(map(str, expected)) or 'an unknown number of'} modules are outermost. Use `stacks: "
-            "language`."
+            f"layersel.selection.stacks: {stacks!r} chooses among the layers of a vision tower, but the "
+            f"{type(tower).__name__} of {type(base).__name__} has {len(paths)} outermost lists of "
+            f"{' or '.join(map(str, expected)) or 'an unknown number of'} modules, not one. Use `stacks: language`."
         )
     return make_side(base, VISION, paths[0])
 
 
 def describe_missing_tower(stacks: str, model: str) -> str:
-    """Return the message for a setting of ``stacks`` that asks for a vision tower that ``model`` has not."""
+    """Return the message for a setting of ``stacks`` that needs a vision tower, which ``model`` lacks."""
     return (
         f"layersel.selection.stacks: {stacks!r} chooses among the layers of a vision tower, and {model} has no vision "
         "tower beside a language model. Remove `stacks`, or use a model such as LLaVA, Qwen2.5-VL or Gemma 3."
@@ -174,10 +168,10 @@ def describe_missing_tower(stacks: str, model: str) -> str:
 
 
 def count_read(base: PreTrainedModel, vision: Side) -> int:
-    """Return how many of a vision tower's layers, from the lowest on, the model makes something of.
+    """Return how many of a vision tower's layers, counted from the lowest, affect the output.
 
-    LLaVA and its like read the hidden states that ``vision_feature_layer`` says, of which 0 are the embeddings: by
-    default not the last ones. What the layers above add is thrown away, and LoRA there gets no gradient.
+    LLaVA and similar models read the hidden states ``vision_feature_layer``, where 0 are the embeddings, and by default
+    not the last ones. LoRA in the layers above gets no gradient.
     """
     layers, read = len(vision.layers), read_fact(base.config, "vision_feature_layer")
     if read is None:
@@ -187,12 +181,10 @@ def count_read(base: PreTrainedModel, vision: Side) -> int:
 
 
 def find_language_side(base: PreTrainedModel, lora_names: list[str], name: str = "") -> Side:
-    """Return the layers of the language model, some of which carry the LoRA modules ``lora_names``.
-
-    With a ``name``, LoRA may be in other sides alone.
+    """Return the layers of the language model, which must carry LoRA unless the side has a ``name``.
 
     Raises:
-        LayerselError: if none, or more than one list of layers, could be meant.
+        LayerselError: if the list of layers is missing or ambiguous.
     """
     found = find_lists(base, find_language_model(base), outermost=False)
     carrying = [path for path in found if any(lora.startswith(f"{path}.") for lora in lora_names)]
@@ -204,19 +196,18 @@ def find_language_side(base: PreTrainedModel, lora_names: list[str], name: str =
 
 
 def make_side(base: PreTrainedModel, name: str, path: str) -> Side:
-    """Return the layers at ``path`` in a model as the side ``name``."""
     layers = base.get_submodule(path)
-    assert isinstance(layers, nn.ModuleList), "only such are looked for"
+    assert isinstance(layers, nn.ModuleList), "find_lists returns only these"
     return Side(name, path, layers, base.get_submodule(path.rpartition(".")[0]))
 
 
 def find_lists(
     base: PreTrainedModel, part: nn.Module, expected: list[int] | None = None, outermost: bool = True
 ) -> list[str]:
-    """Return where in a model there are as many modules as it may have layers, within one ``part`` of it.
+    """Return the names of the module lists in one ``part`` of a model that have as many entries as it may have layers.
 
-    The part may have a configuration of its own, as the sides of T5Gemma do. ``expected``: how many layers it may have,
-    by default what these configurations say of a language model.
+    ``expected``: possible numbers of layers; default: from the configurations of the model and the part, which has its
+    own in models such as T5Gemma.
     """
     if expected is None:
         configs = [base.config, getattr(part, "config", base.config)]
@@ -231,15 +222,14 @@ def find_lists(
 
 
 def keep_outermost(names: list[str]) -> list[str]:
-    """Return the names of modules that lie in none of the others.
+    """Return the names that are not inside another one.
 
-    A mixture of experts may have as many experts as layers, and a layer of T5 as many parts: the outer list is meant.
+    A model may have as many experts in a layer, or parts in a layer of T5, as layers: the outer list holds the layers.
     """
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def refuse(base: PreTrainedModel, problem: str) -> LayerselError:
-    """Return the error for a model whose layers cannot be told."""
     found = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     lists = ", ".join(f"{name} ({len(module)})" for name, module in found.items()) or "none"
     counts = " or ".join(map(str, list_layer_counts(find_text_config(base.config)))) or "no number of"
@@ -251,7 +241,7 @@ def refuse(base: PreTrainedModel, problem: str) -> LayerselError:
 
 
 def check_layers_apart(base: PreTrainedModel) -> None:
-    """Raise LayerselError where layers share their weights, as in ALBERT."""
+    """Raise LayerselError if layers share their weights, as in ALBERT."""
     config = find_text_config(base.config)
     groups, layers = read_fact(config, "num_hidden_groups"), read_fact(config, "num_hidden_layers")
     if groups is not None and layers is not None and groups < layers:
@@ -264,29 +254,25 @@ def check_layers_apart(base: PreTrainedModel) -> None:
 
 
 def find_language_model(base: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that reads tokens: of a multimodal one the language model alone.
-
-    Of a text model it is all of it or its body. Transformers 5.16.1 looks for it by names, ``decoder`` among them,
-    which is what ModernBERT calls the output layer of its masked language model.
-    """
+    """Return the part of a model that reads tokens: the language model of a multimodal one, otherwise the body."""
+    # Transformers 5.16.1 finds it by name. ModernBERT has a ``decoder`` that is only an output layer, without layers.
     found = base.get_decoder()
     has_layers = any(isinstance(module, nn.ModuleList) for module in found.modules())
     return found if has_layers else base.base_model
 
 
 def list_layer_counts(config: PreTrainedConfig) -> list[int]:
-    """Return how many layers the language model may have: those of a decoder may be others than those of an encoder.
+    """Return the possible numbers of layers, of which an encoder and a decoder may have different ones.
 
-    GPT-2 and others map their own name to ``num_hidden_layers``; T5 and BART have the next ones for their decoders, and
-    vision towers of Qwen-VL the next. LongCat counts the two attentions of each layer in the first, its layers in the
-    last.
+    ``depth`` is the key of Qwen-VL's vision towers. LongCat counts attentions, two per layer, in ``num_hidden_layers``,
+    and layers in ``num_layers``.
     """
     counts = [read_fact(config, name) for name in ("num_hidden_layers", *DECODER_COUNTS, "depth", "num_layers")]
     return list(dict.fromkeys(count for count in counts if isinstance(count, int) and count))
 
 
 def find_layer_counts(config: PreTrainedConfig, sides: Sequence[str]) -> dict[str, int] | None:
-    """Return how many layers a model of a configuration has on each of ``sides``; None where that is not known.
+    """Return the number of layers of each side by a model's configuration, or None if it is ambiguous.
 
     ``sides``: a value of ``STACKS``, or ``ENCODER_DECODER``.
     """
@@ -296,7 +282,7 @@ def find_layer_counts(config: PreTrainedConfig, sides: Sequence[str]) -> dict[st
 
 
 def list_side_counts(config: PreTrainedConfig, side: str) -> list[int]:
-    """Return how many layers one side of a model may have, as its configuration says."""
+    """Return the possible numbers of layers of one side, by a model's configuration."""
     if side == VISION:
         return list_layer_counts(config.vision_config) if read_fact(config, "vision_config") else []
     if side in ENCODER_DECODER and read_fact(config, side):
@@ -304,14 +290,14 @@ def list_side_counts(config: PreTrainedConfig, side: str) -> list[int]:
     text = find_text_config(config)
     if not read_fact(config, "is_encoder_decoder"):
         return list_layer_counts(text)
-    if side == ENCODER_DECODER[0]:  # of a composite model it is another part, such as one that reads images
+    if side == ENCODER_DECODER[0]:  # in a composite model the encoder is another part, such as one for images
         return list_layer_counts(text)[:1] if text is config else []
     own = [count for name in DECODER_COUNTS if (count := read_fact(text, name))]
     return own or list_layer_counts(text)[:1]
 
 
 def find_tower(module: str, stacks: list[str]) -> str:
-    """Return the outermost part of the model around ``module`` that holds none of the layers at ``stacks``."""
+    """Return the outermost part of the model that holds ``module`` and none of the layers at ``stacks``."""
     parts = module.split(".")
 
     def count_shared(stack: str) -> int:

@@ -1,4 +1,4 @@
-"""Plain PEFT adapters whose modules have different ranks: fold, drop, pad and describe them. No engine, no model."""
+"""Lay out, write and read plain PEFT adapters whose modules have different ranks; no engine, no model."""
 
 import copy
 import dataclasses
@@ -25,9 +25,9 @@ MOST_ALPHA = 1e9
 
 
 def join(factors: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
-    """Return the tensors of an adapter file that hold the factors of modules, by name in the base model."""
-    parts = {name: {DOWN: pair.down, UP: pair.up} for name, pair in factors.items()}
-    return {f"{PREFIX}{name}{part}": value for name, pair in parts.items() for part, value in pair.items()}
+    """Return the adapter file's tensors of the factors of modules, which are named as in the base model."""
+    parts = ((name, part) for name, pair in factors.items() for part in ((DOWN, pair.down), (UP, pair.up)))
+    return {f"{PREFIX}{name}{end}": value for name, (end, value) in parts}
 
 
 def lay_out(
@@ -37,14 +37,18 @@ def lay_out(
     layout: str,
     fixed: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """Return the tensors and the configuration of a plain adapter, from factors with scaling and gates folded in.
+    """Return the tensors and the configuration of a plain adapter, from factors with folded scaling and gates.
 
-    ``ragged``: every module has its own rank, named in ``rank_pattern`` and, with the same number, in
-    ``alpha_pattern``. ``uniform``: all are padded with zeros to the highest rank. In both, ``lora_alpha`` is
-    ``r``, so that the scaling is 1 for every reader: of the patterns, of the top level, or of the tensors' own rank.
+    The layout ``ragged`` keeps each module's own rank, in ``rank_pattern`` and, with the same number, in
+    ``alpha_pattern``; ``uniform`` pads all modules to the highest rank. In both ``lora_alpha`` equals ``r``, so that
+    the scaling is 1 for every reader: of the patterns, of the top level, or of the tensors' own rank.
 
-    ``fixed``: the ranks of LoRA on parameters, whose tensors, with a scaling of 1 too, are in ``rest``, by the name
-    that PEFT's patterns have for each.
+    Args:
+        factors: factors of the linear modules, by module.
+        rest: all other tensors of the file, among them folded factors of LoRA on parameters.
+        config: the configuration to adapt; it is copied.
+        layout: ``ragged`` or ``uniform``.
+        fixed: the ranks of LoRA on parameters, by their names in PEFT's patterns.
     """
     factors = {module: drop_unused(pair) for module, pair in factors.items()}
     ranks = {**{module: pair.rank for module, pair in factors.items()}, **(fixed or {})}
@@ -61,19 +65,19 @@ def lay_out(
     return tensors, config
 
 
-# Looks at the tensors and the configuration of an adapter that was written, before it takes its place.
+# Checks the tensors and the configuration that were read back, before the files are moved into place.
 Check = Callable[[dict[str, torch.Tensor], LoraConfig], None]
 
 
 def write_adapter(
     folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig, check: Check | None = None
 ) -> None:
-    """Write an adapter to ``folder``. The same adapter always gives the same bytes.
+    """Write an adapter to ``folder``; the same adapter always gives the same bytes.
 
-    Each of its two files appears there at once and complete, once both have been read back and found to be right.
+    Both files are read back and checked in a temporary folder, and then moved into place atomically.
 
     Raises:
-        LayerselError: if they cannot be written, or are not right, naming the file; those that were there stay.
+        LayerselError: naming the file, if it cannot be written or fails the check. Earlier files stay.
     """
     folder = Path(folder)
     config = copy.copy(config)
@@ -96,7 +100,7 @@ def write_adapter(
 
 
 def sort_sets(config: LoraConfig) -> None:
-    """Make ordered lists of the sets in ``config``: PEFT writes a set in an order that changes from run to run."""
+    """Replace the sets in ``config`` by sorted lists: PEFT writes a set in an order that changes from run to run."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, set):
@@ -107,10 +111,10 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfi
     """Return the tensors and the configuration of the LoRA adapter in ``folder``.
 
     Raises:
-        LayerselError: if there is none, or one of another kind.
+        LayerselError: if it holds no such adapter, or one of another kind.
     """
     folder = Path(folder)
-    # Unlike Path.is_file, this raises for no name, however long.
+    # Unlike Path.is_file, os.path.isfile does not raise for an overlong name.
     missing = [name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME) if not os.path.isfile(folder / name)]
     if missing:
         raise LayerselError(f"{folder} holds no {missing[0]}. Give the folder of a LoRA adapter.")
@@ -120,21 +124,20 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], LoraConfi
         raise LayerselError(f"{folder} holds a {config.peft_type} adapter. Give the folder of a LoRA adapter.")
     if config.target_parameters:
         raise LayerselError(
-            f"{folder}: its LoRA is on expert parameters ({config.target_parameters[0]}), which programs other than "
-            "PEFT do not read in other layouts. Give an adapter without target_parameters."
+            f"{folder}: its LoRA is on expert parameters ({config.target_parameters[0]}), which only PEFT reads. "
+            "Give an adapter without target_parameters."
         )
     if config.use_dora:
         raise LayerselError(f"{folder}: use_dora: true. A DoRA adapter cannot be laid out anew. Give a LoRA adapter.")
     foreign = [name for name in tensors if name.endswith((DOWN, UP)) and not name.startswith(PREFIX)]
     if foreign:
         raise LayerselError(
-            f"ADAPTER: {folder} has a tensor {min(foreign)}, and those of PEFT begin with {PREFIX} "
-            f"({len(foreign)} such tensors), without which PEFT would load none of it. Rename them, or give an adapter "
-            "that PEFT has saved."
+            f"ADAPTER: {folder} has a tensor {min(foreign)} ({len(foreign)} such tensors). PEFT loads only tensors "
+            f"whose names begin with {PREFIX}. Rename them, or give an adapter that PEFT has saved."
         )
     other = [name for name in tensors if ".lora_" in name and not name.endswith((DOWN, UP))]
     if other:
-        raise LayerselError(f"{folder}: {min(other)} is not of a linear LoRA module, the only kind that is supported.")
+        raise LayerselError(f"{folder}: {min(other)} is not of a linear LoRA module. Only those are supported.")
     return tensors, config
 
 
@@ -142,10 +145,10 @@ def read_config(path: Path) -> PeftConfig:
     """Return an adapter's configuration.
 
     Raises:
-        LayerselError: if PEFT cannot read it, or it says of ranks and scaling what no adapter can have.
+        LayerselError: if PEFT cannot read it, or its ranks or scalings are impossible.
     """
     read_json("ADAPTER", path, WAY_OUT)
-    # PEFT raises whatever its own code and that of the configuration's class come upon.
+    # PEFT lets through any exception of the configuration's class.
     try:
         config = PeftConfig.from_pretrained(str(path.parent))
     except Exception as error:
@@ -157,31 +160,27 @@ def read_config(path: Path) -> PeftConfig:
 
 
 def find_config_fault(config: LoraConfig) -> str | None:
-    """Return what a configuration says of ranks and scaling that no adapter can have, None where nothing is wrong."""
-    read: Any = config  # its fields are what the file says, of any type
+    """Return which rank, scaling or pattern of a configuration is impossible, None if none is."""
+    read: Any = config  # its fields are as in the file, of any type
     ranks, alphas = read.rank_pattern or {}, read.alpha_pattern or {}
     if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-        return "a pattern is no mapping"
+        return "a pattern is not a mapping"
     for pattern in (*ranks, *alphas):
         try:
             re.compile(pattern)
         except re.error as error:
-            return f"the pattern {pattern!r} is no regular expression: {error}"
-    sets = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    mixed = [name for name, value in sets.items() if isinstance(value, set) and not all(map(is_text, value))]
+            return f"the pattern {pattern!r} is not a regular expression: {error}"
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    sets = {name: value for name, value in values.items() if isinstance(value, set)}
+    mixed = [name for name, value in sets.items() if not all(isinstance(entry, str) for entry in value)]
     if mixed:
-        return f"{mixed[0]} holds other than names"
+        return f"{mixed[0]} contains something other than names"
     for rank in (read.r, *ranks.values()):
         if type(rank) is not int or rank < 1:
-            return f"{rank!r} is no rank"
+            return f"{rank!r} is not a rank"
     for alpha in (read.lora_alpha, *alphas.values()):
         if type(alpha) not in (int, float) or abs(alpha) > MOST_ALPHA:
-            return f"{alpha!r} is no lora_alpha"
+            return f"{alpha!r} is not a lora_alpha"
     if type(read.use_rslora) is not bool or type(read.use_dora) is not bool:
         return "use_rslora or use_dora is neither true nor false"
     return None
-
-
-def is_text(value: object) -> bool:
-    """Return whether ``value`` is text."""
-    return isinstance(value, str)

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from axolotl_layersel.common.errors import LayerselError
 
-# Where a model's tuner notes the name of the adapter in training, which need not be active all the time.
+# The tuner's attribute with the name of the adapter in training, which may be inactive at times.
 TRAINED_ADAPTER = "layersel_adapter"
 
 
 def get_adapter_name(model: PeftModel) -> str:
-    """Return the name of the adapter in training, once that was noted, and of the active one before.
+    """Return the name of the adapter in training, or of the active one before preparation.
 
     Raises:
         LayerselError: if several are active.
@@ -42,7 +42,7 @@ def get_config(model: PeftModel, adapter: str | None = None) -> LoraConfig:
         LayerselError: if it is an adapter of another kind.
     """
     config = model.peft_config[adapter or get_adapter_name(model)]
-    # AdaLoRA's configuration is one of LoRA's, but its modules have no A and B as LoRA's have.
+    # AdaLoRA's configuration is a LoraConfig, but its modules have no A and B like LoRA's.
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise LayerselError(f"adapter: {kind} is not supported. Use `adapter: lora` or `adapter: qlora`.")
@@ -50,15 +50,11 @@ def get_config(model: PeftModel, adapter: str | None = None) -> LoraConfig:
 
 
 def get_base_model(model: PeftModel) -> PreTrainedModel:
-    """Return the transformers model that carries the adapter."""
     return cast(PreTrainedModel, model.get_base_model())
 
 
 def find_lora_modules(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
-    """Return the LoRA modules of ``model`` by name, in the order of ``named_modules``.
-
-    ``adapter``: only those that carry it; default: all.
-    """
+    """Return the LoRA modules that carry ``adapter`` (default: any), by name, in the order of ``named_modules``."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -67,36 +63,36 @@ def find_lora_modules(model: nn.Module, adapter: str | None = None) -> dict[str,
 
 
 def carries(module: LoraLayer, adapter: str | None) -> bool:
-    """Return whether ``adapter`` has LoRA in a module, of which PEFT 0.20.0 notes the rank; None stands for any."""
+    """Return whether ``adapter`` has LoRA in a module; None stands for any."""
     return adapter is None or adapter in module.r
 
 
 def get_linears(module: LoraLayer, adapter: str) -> tuple[nn.Linear, nn.Linear]:
-    """Return A and B of a LoRA module that is linear."""
+    """Return A and B of a LoRA module with linear A and B."""
     down, up = module.lora_A[adapter], module.lora_B[adapter]
-    assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear), "LoRA on other modules was refused"
+    assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear), "other LoRA modules were refused"
     return down, up
 
 
 def count_experts(module: LoraLayer) -> int:
-    """Return how many matrices lie under a LoRA module, each of which gets A and B of the module's rank.
+    """Return the number of matrices that a LoRA module adapts: one per expert for expert parameters, otherwise 1.
 
-    Under an expert parameter there is one for each expert; PEFT 0.20.0 has the A of all of them in one weight, (experts
-    · rank, inputs), and the B in another one, (outputs, rank · experts). Under a linear module there is one.
+    PEFT 0.20.0 keeps the A of all experts in one weight, (experts · rank, inputs), and the B in another, (outputs,
+    rank · experts).
     """
     return module.num_experts if isinstance(module, ParamWrapper) else 1
 
 
 def list_linear(modules: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
-    """Return the LoRA modules, by name, that are not on parameters such as those of experts."""
+    """Return the LoRA modules that are not on parameters such as those of experts, by name."""
     return {name: module for name, module in modules.items() if not isinstance(module, ParamWrapper)}
 
 
 def find_key(name: str, module: LoraLayer) -> str:
-    """Return what PEFT's ``target_parameters``, ``rank_pattern`` and ``alpha_pattern`` call a LoRA module.
+    """Return the key of a LoRA module in ``target_parameters``, ``rank_pattern`` and ``alpha_pattern``.
 
-    That is its name, and of LoRA on a parameter the parameter's name. Several of one module are wrapped one around the
-    other, as ``experts`` and ``experts.base_layer``; PEFT 0.20.0 looks for the names that they have without that.
+    For a linear module this is the module name; for LoRA on a parameter, the parameter name. PEFT 0.20.0 nests several
+    wrappers of one module (``experts.base_layer``), but looks them up without that suffix.
     """
     if not isinstance(module, ParamWrapper):
         return name
@@ -106,6 +102,5 @@ def find_key(name: str, module: LoraLayer) -> str:
 
 
 def count_component_parameters(module: LoraLayer, adapter: str) -> int:
-    """Return how many parameters one rank of a LoRA module that is linear, or on expert parameters, takes."""
     down, up = get_linears(module, adapter)
     return (down.in_features + up.out_features) * count_experts(module)

@@ -1,4 +1,4 @@
-"""LoRA modules of other ranks than the one that they were built with, before anything trains."""
+"""Change the ranks of LoRA modules before training."""
 
 import copy
 
@@ -8,24 +8,24 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.modules import count_experts, find_key, get_linears
 from axolotl_layersel.lora.patterns import write_pattern
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.weights import initialize_module
 
 
 @torch.no_grad()
 def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: bool) -> None:
-    """Give LoRA modules their ranks, with new weights drawn from ``seed``; their scaling stays what it is.
+    """Set the ranks of LoRA modules and draw new weights from ``seed``; the scaling stays.
 
     Args:
-        run: before its optimizer and its engine are built.
-        ranks: by module; those that are not listed stay as they are.
-        seed: of the initial weights.
-        continues_adapter: the weights are a trained adapter's, and must have these ranks.
+        run: a run without an optimizer or a built engine.
+        ranks: ranks by module; other modules are unchanged.
+        seed: seed of the initial weights.
+        continues_adapter: the weights are those of a trained adapter, which must have these ranks.
 
     Raises:
-        LayerselError: if they have not.
+        LayerselError: if a trained adapter has other ranks.
     """
     adapter, modules = run.adapter, run.lora_modules
     for name, rank in ranks.items():
@@ -41,21 +41,21 @@ def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: boo
         resize_linear(up, 1, rank * experts)
         module.r[adapter] = rank
         module.lora_alpha[adapter] = scaling * rank
-        adapters.initialize_module(run.model, name, module, seed)
+        initialize_module(run.model, name, module, seed)
     run.model.peft_config[adapter] = describe_ranks(run.config, modules, adapter)
 
 
 def check_trained_rank(name: str, trained: int, planned: int) -> None:
-    """Raise LayerselError where a module of an adapter that is continued has another rank than the plan gives it."""
+    """Raise LayerselError if a module of a continued adapter does not have the rank of the plan."""
     if trained != planned:
         raise LayerselError(
-            f"lora_model_dir: the adapter has rank {trained} in {name}, and the plan gives it {planned}. Give the plan "
+            f"lora_model_dir: the adapter has rank {trained} in {name}, but the plan says {planned}. Give the plan "
             "of that adapter, or start without lora_model_dir."
         )
 
 
 def resize_linear(linear: nn.Linear, dim: int, rank: int) -> None:
-    """Let ``linear``, which is A with ``dim`` 0 or B with ``dim`` 1, have ``rank`` components, all zero."""
+    """Resize A (``dim`` 0) or B (``dim`` 1) to ``rank`` components of zeros."""
     shape = list(linear.weight.shape)
     shape[dim] = rank
     linear.weight = nn.Parameter(linear.weight.new_zeros(shape), requires_grad=linear.weight.requires_grad)
@@ -68,12 +68,13 @@ def resize_linear(linear: nn.Linear, dim: int, rank: int) -> None:
 def describe_ranks(config: LoraConfig, modules: dict[str, LoraLayer], adapter: str) -> LoraConfig:
     """Return a configuration from which PEFT builds modules of these ranks and scalings.
 
-    ``lora_alpha`` over ``r`` is the scaling of all modules, where they have one: programs that read no patterns, and
-    take a module's rank from its tensors, are right too.
+    If all modules share a scaling, ``lora_alpha`` / ``r`` equals it. Programs that ignore the patterns and take a
+    module's rank from its tensors then scale correctly, too.
     """
     config = copy.copy(config)
-    ranks = {find_key(name, module): module.r[adapter] for name, module in modules.items()}
-    alphas = {find_key(name, module): module.scaling[adapter] * module.r[adapter] for name, module in modules.items()}
+    keyed = {find_key(name, module): module for name, module in modules.items()}
+    ranks = {key: module.r[adapter] for key, module in keyed.items()}
+    alphas = {key: module.scaling[adapter] * module.r[adapter] for key, module in keyed.items()}
     highest = max(ranks, key=lambda name: ranks[name])
     config.r, config.lora_alpha = ranks[highest], alphas[highest]
     config.use_rslora = False

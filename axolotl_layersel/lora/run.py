@@ -1,4 +1,4 @@
-"""What all parts of a run work on: its trainer, the engine, and the model with its adapter."""
+"""A run: its trainer, its engine, and the model with its adapter."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Run:
     """A trainer whose model is a PEFT model with one LoRA adapter.
 
     Attributes:
-        trainer: it may have trained.
-        engine: what the trainer runs on.
-        model: the trainer's, unwrapped; it stays the same object when an engine is built around it.
+        trainer: the trainer; it may have trained.
+        engine: the engine that it runs on.
+        model: its model, unwrapped; the object stays the same when an engine is built around it.
         adapter: the name of the adapter in training.
     """
 
@@ -38,7 +38,7 @@ class Run:
         """Return the run of ``trainer``.
 
         Raises:
-            LayerselError: if its engine is not supported, or its model has not just one LoRA adapter.
+            LayerselError: if its engine is not supported, or its model does not have exactly one active LoRA adapter.
         """
         engine, model = find_engine(trainer), unwrap_model(trainer)
         if not isinstance(model, PeftModel):
@@ -49,7 +49,6 @@ class Run:
 
     @property
     def config(self) -> LoraConfig:
-        """The configuration of the adapter."""
         return get_config(self.model, self.adapter)
 
     @property
@@ -59,16 +58,14 @@ class Run:
 
     @property
     def lora_modules(self) -> dict[str, LoraLayer]:
-        """The modules that carry the adapter by their name in the base model."""
+        """The modules that carry the adapter, by name in the base model."""
         return find_lora_modules(self.base, self.adapter)
 
     @property
     def device(self) -> torch.device:
-        """Where the trainer computes."""
         return self.trainer.args.device
 
     @property
     def output_dir(self) -> Path:
-        """The folder that the run writes to."""
         assert self.trainer.args.output_dir is not None, "transformers fills it in"
         return Path(self.trainer.args.output_dir)

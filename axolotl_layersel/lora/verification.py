@@ -1,67 +1,61 @@
-"""Checks of a written adapter: the gathered weights, the files, and what they compute once they are loaded."""
+"""Check a saved adapter: its gathered weights, its files, and the update that each module makes once loaded."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.facts import find_text_config, read_fact
 from axolotl_layersel.engines import collectives
-from axolotl_layersel.lora.eval_mode import evaluating
 from axolotl_layersel.lora.run import Run
 
 if TYPE_CHECKING:
     from axolotl_layersel.lora.factors import Factors
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 1 << 22  # elements whose fingerprint is computed at once
-PROBE_TOKENS = 32
-REPORT = "Report it: what was written would not compute what was trained. Resume from the last checkpoint."
+CHUNK = 1 << 22  # elements in one step of a fingerprint
+REPORT = "Please report it: the saved adapter would not compute what was trained. Resume from the last checkpoint."
 
 
 def fail(path: Path, fault: str, advice: str) -> NoReturn:
-    """Raise LayerselError for a file that must not be kept."""
-    raise LayerselError(f"{path}: {fault}. It was not kept; what was written before is as it was. {advice}")
+    raise LayerselError(f"{path}: {fault}. It was not kept; earlier files are unchanged. {advice}")
 
 
 # --- Gathered weights -------------------------------------------------------------------------------------------------
 
 
 def fingerprint(flat: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """Return how many elements of a part of a tensor are not zero, and a sum over their bits and places, (2,), int64.
+    """Return the nonzero count and a position-weighted checksum of a slice of a tensor, (2,), int64.
 
-    The fingerprints of all parts of a tensor add up to that of the whole, without rounding. So the whole can be
-    compared bit for bit with parts that lie on other ranks.
+    Fingerprints of slices add up exactly to that of the whole tensor. A gathered tensor can therefore be compared bit
+    for bit with shards on other processes.
 
     Args:
         flat: consecutive elements, (count,).
-        offset: the place of the first one in the whole tensor.
+        offset: position of the first element in the flattened tensor.
     """
     total = torch.zeros(2, dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK]
         first = offset + start
-        places = torch.arange(first, first + part.numel(), dtype=torch.int64, device=flat.device)
+        positions = torch.arange(first, first + part.numel(), dtype=torch.int64, device=flat.device)
         bits = part.contiguous().view(INTEGERS[part.element_size()]).to(torch.int64)
-        # Sums wrap around alike everywhere.
+        # int64 sums wrap around in the same way on every device.
         total[0] += torch.count_nonzero(part)
-        total[1] += (bits * (2 * places + 1)).sum()
+        total[1] += (bits * (2 * positions + 1)).sum()
     return total
 
 
 def fingerprint_parameters(run: Run, parameters: dict[str, nn.Parameter]) -> dict[str, list[int]]:
-    """Return the fingerprint of each parameter as the ranks hold it, in shards or whole; a collective call."""
+    """Return the fingerprint of each parameter, summed over the shards of all processes; a collective call."""
     sums = torch.zeros(len(parameters), 2, dtype=torch.int64, device=run.device)
     for index, parameter in enumerate(parameters.values()):
         shard = run.engine.find_shard(parameter)
@@ -72,29 +66,29 @@ def fingerprint_parameters(run: Run, parameters: dict[str, nn.Parameter]) -> dic
 
 
 def check_gathered(path: Path, tensors: dict[str, torch.Tensor], held: dict[str, list[int]]) -> None:
-    """Check that the tensors that were gathered are those that the ranks hold, and are numbers.
+    """Check that gathered tensors are finite and equal to the shards of the processes.
 
     Args:
-        path: the file that they are to be written to.
+        path: the file that will hold them, for the message.
         tensors: whole tensors by name.
-        held: the fingerprint of each, added up over the ranks.
+        held: the fingerprint of each, summed over the processes.
 
     Raises:
-        LayerselError: naming the first one that is not.
+        LayerselError: naming the first tensor that fails.
     """
-    report = "Resume from the last checkpoint, and report it: it is a fault of the engine, not of a setting."
+    report = "Resume from the last checkpoint, and please report it: the engine is at fault, not a setting."
     for name, tensor in tensors.items():
         gathered = fingerprint(tensor.detach().flatten()).tolist()
         if gathered != held[name]:
-            fault = f"of {name} the ranks hold {held[name][0]} numbers other than 0, and {gathered[0]} were gathered"
+            fault = f"{name} has {held[name][0]} nonzero numbers on the processes, but {gathered[0]} after gathering"
             if gathered[0] == held[name][0]:
-                fault = f"{name} was gathered with other values than the ranks hold"
+                fault = f"the gathered values of {name} differ from those on the processes"
             fail(path, fault, report)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             fail(
                 path,
                 f"{name} holds NaN or infinite numbers",
-                "Resume from the last checkpoint with a lower learning_rate, or look at the data and the precision.",
+                "Resume from the last checkpoint with a lower learning_rate, or check the data and the precision.",
             )
 
 
@@ -104,25 +98,25 @@ def check_gathered(path: Path, tensors: dict[str, torch.Tensor], held: dict[str,
 def check_files(
     written: Path, folder: Path, tensors: dict[str, torch.Tensor], config: PeftConfig
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors as they lie on the disk, once they are found to be what was to be written.
+    """Read an adapter's files back, and return their tensors once they match the intended ones.
 
     Args:
-        written: the folder in which the files lie for now.
-        folder: where they will be.
-        tensors: what was to be written.
-        config: the configuration that was to be written.
+        written: the temporary folder of the files.
+        folder: their final folder, for the message.
+        tensors: the intended tensors.
+        config: the intended configuration.
 
     Raises:
-        LayerselError: naming the file and what is wrong with it.
+        LayerselError: naming the file and the fault.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    advice = "Look at the disk and its free space, then start again from the last checkpoint."
+    advice = "Check the disk and its free space, then resume from the last checkpoint."
     try:
         stored = load_file(written / SAFETENSORS_WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
         fail(path, f"it cannot be read back ({error})", advice)
     for name in sorted(stored.keys() ^ tensors.keys()):
-        fail(path, f"{name} {'is not in it' if name in tensors else 'is in it and should not be'}", advice)
+        fail(path, f"{name} {'is missing' if name in tensors else 'does not belong there'}", advice)
     for name, tensor in tensors.items():
         fault = find_fault(stored[name], tensor)
         if fault:
@@ -132,34 +126,34 @@ def check_files(
     except (OSError, ValueError) as error:
         fail(folder / CONFIG_NAME, f"it cannot be read back ({error})", advice)
     if described != json.loads(json.dumps(config.to_dict())):
-        fail(folder / CONFIG_NAME, "it reads back other than it was written", advice)
+        fail(folder / CONFIG_NAME, "it does not read back as it was written", advice)
     return stored
 
 
 def read_config(written: Path, folder: Path) -> LoraConfig:
-    """Return the configuration in ``written`` as PEFT reads it, see ``check_files``."""
+    """Return the configuration in the temporary folder ``written`` as PEFT reads it."""
     try:
         config = PeftConfig.from_pretrained(str(written))
     except (ValueError, TypeError) as error:
         fail(folder / CONFIG_NAME, f"PEFT cannot read it ({error})", REPORT)
-    assert isinstance(config, LoraConfig), "what was written is one"
+    assert isinstance(config, LoraConfig), "a LoRA configuration was written"
     return config
 
 
 def find_fault(stored: torch.Tensor, tensor: torch.Tensor) -> str | None:
-    """Return what distinguishes a tensor that was read back from the one that was written, None where nothing does."""
+    """Return how a tensor on the disk differs from the intended one, None if it does not."""
     if stored.dtype != tensor.dtype:
-        return f"is {stored.dtype} in it, and should be {tensor.dtype}"
+        return f"has dtype {stored.dtype}, not {tensor.dtype}"
     if stored.shape != tensor.shape:
-        return f"has the shape {tuple(stored.shape)} in it, and should have {tuple(tensor.shape)}"
+        return f"has shape {tuple(stored.shape)}, not {tuple(tensor.shape)}"
     if stored.is_floating_point() and not stored.isfinite().all():
         return "holds NaN or infinite numbers"
     if not torch.equal(stored, tensor.cpu()):
-        return "is all zeros in it" if not stored.any() else "has other values in it"
+        return "contains only zeros" if not stored.any() else "has other values"
     return None
 
 
-# --- What the files compute -------------------------------------------------------------------------------------------
+# --- Updates ----------------------------------------------------------------------------------------------------------
 
 
 def check_update(
@@ -171,22 +165,21 @@ def check_update(
     stored: Factors,
     stored_scaling: float,
 ) -> None:
-    """Check that what a file adds to a module's output is what the module in training adds, on one random input.
+    """Check that the file's LoRA update of a module equals the update in training, on one random input, in float64.
 
-    It is computed in float64 from either side's matrices. Folding rounds B once, or twice where fp32 is not its
-    type: each element of the output may differ by two roundings of each of its terms, and by no more.
+    Folding rounds B once, or twice if its dtype is not fp32. The tolerance is two roundings of each term of an output.
 
     Args:
-        path: the file.
-        module: its name.
-        live: A and B of the module in training.
-        scaling: that of the module in training.
-        gates: what it multiplies its components by, None where it has none.
+        path: the file, for the message.
+        module: name of the module.
+        live: A and B in training.
+        scaling: the scaling in training.
+        gates: gates of the components in training, (rank,), or None.
         stored: A and B in the file.
-        stored_scaling: the scaling with which PEFT will load them.
+        stored_scaling: the scaling that PEFT will use for the file.
 
     Raises:
-        LayerselError: if they differ.
+        LayerselError: if the updates differ by more.
     """
     generator = torch.Generator().manual_seed(live.down.shape[1])
     hidden = torch.randn(live.down.shape[1], generator=generator, dtype=torch.float64)
@@ -198,82 +191,7 @@ def check_update(
     if not bool((difference <= allowed).all()):
         fail(
             path,
-            f"once it is loaded, LoRA on {module} adds up to {float(difference.max()):.3g} more or less than in "
-            f"training, where rounding explains {float(allowed.max()):.3g}",
+            f"once loaded, the LoRA output of {module} would differ by up to {float(difference.max()):.3g} from that "
+            f"in training; rounding explains {float(allowed.max()):.3g}",
             REPORT,
         )
-
-
-def check_logits(path: Path, live: torch.Tensor, stored: torch.Tensor, epsilon: float) -> None:
-    """Check that a model's output under the file's adapter is that under the adapter in training.
-
-    Where nothing was folded they are the same numbers. Where gates and scaling are in B, each layer rounds
-    differently, and the layers above carry it on: half of the digits of the precision, √ε of the largest logit, is far
-    more than that was ever seen to make, and far less than a wrong scaling does. ``check_update`` is the sharp check.
-
-    Raises:
-        LayerselError: if they differ by more.
-    """
-    finite = live.isfinite()
-    scale = float(live[finite].abs().max()) if finite.any() else 0.0
-    difference = (live - stored).abs()[finite]
-    worst = float(difference.max()) if difference.numel() else 0.0
-    if not worst <= epsilon**0.5 * scale:
-        fail(
-            path,
-            f"once it is loaded, logits differ by {worst:.3g} from those of the model in training, the largest of "
-            f"which is {scale:.3g}",
-            REPORT,
-        )
-
-
-def find_probe_tokens(run: Run) -> torch.Tensor | None:
-    """Return a short micro-batch of one row for a model that takes nothing but token ids; None for another model.
-
-    The beginning of the first row of data where it is there to be read, else the first tokens of the vocabulary.
-    """
-    config = getattr(run.base, "config", None)
-    if config is None or not hasattr(config, "get_text_config") or run.base.main_input_name != "input_ids":
-        return None
-    vocabulary = read_fact(config, "vocab_size")
-    # The text model of a multimodal one has a configuration of its own.
-    if not vocabulary or find_text_config(config) is not config:
-        return None
-    data: Any = run.trainer.train_dataset
-    ids = list(range(PROBE_TOKENS))
-    if hasattr(data, "__getitem__") and "input_ids" in (getattr(data, "column_names", None) or ()):
-        ids = list(data[0]["input_ids"][:PROBE_TOKENS])
-    return torch.tensor([[token % vocabulary for token in ids]], device=run.device)
-
-
-@torch.no_grad()
-def compute_logits(model: PeftModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the model's output for ``tokens`` in fp32, without dropout; nothing of the model changes."""
-    has_decoder = read_fact(getattr(model, "config", None), "is_encoder_decoder")
-    with evaluating(model):
-        return model(input_ids=tokens, **({"decoder_input_ids": tokens} if has_decoder else {}))[0].float()
-
-
-@contextlib.contextmanager
-def hold(parameters: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let whole parameters hold other data, of any shape, then their own again: the same memory as before."""
-    origins = {name: parameters[name].data for name in tensors}
-    try:
-        for name, tensor in tensors.items():
-            parameters[name].data = tensor.to(origins[name].device)
-        yield
-    finally:
-        for name, data in origins.items():
-            parameters[name].data = data
-
-
-def find_epsilon(run: Run) -> float:
-    """Return the precision of a forward pass: ε of the coarsest type that takes part in it."""
-    arguments, types = run.trainer.args, {parameter.dtype for parameter in run.model.parameters()}
-    if arguments.bf16 or torch.bfloat16 in types or not all(dtype.is_floating_point for dtype in types):
-        return torch.finfo(torch.bfloat16).eps  # quantised weights are multiplied in bf16, or finer
-    if arguments.fp16 or torch.float16 in types:
-        return torch.finfo(torch.float16).eps
-    if run.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        return torch.finfo(torch.float16).eps  # TF32 has as many digits
-    return torch.finfo(torch.float32).eps

@@ -16,14 +16,11 @@ from axolotl_layersel.lora.modules import get_base_model
 
 
 def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
-    """Return the position of the lowest layer below which no parameter trains; 0 where the pass cannot be cut.
+    """Return the position of the lowest layer below which no parameter trains; 0 if the pass cannot be cut.
 
     All layers of an encoder count as below those of its decoder, and those of a vision tower as below the language
-    model's.
-
-    Of what trains outside the layers only heads are known to come after them: trained input embeddings or a trained
-    vision tower need the gradient of the lowest layer's input. Of a vision tower's layers everything outside of the
-    tower comes after.
+    model's. Outside the layers only heads are known to run after them: trained input embeddings or a trained vision
+    tower need the gradient of the lowest layer's input. Everything outside a vision tower runs after its layers.
     """
     base = get_base_model(model)
     lowest = next(
@@ -32,7 +29,7 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
     )
     inside = {id(parameter) for layer in stack.layers for parameter in layer.parameters()}
     after = {id(parameter) for head in find_heads(base) for parameter in head.parameters()}
-    after -= {id(parameter) for parameter in list_input_embeddings(base)}  # where the two are tied
+    after -= {id(parameter) for parameter in list_input_embeddings(base)}  # the two can be tied
     if stack.vision is not None and lowest < len(stack.vision.layers):
         tower = {id(parameter) for parameter in base.get_encoder("image").parameters()}
         after = {id(parameter) for parameter in base.parameters()} - tower
@@ -43,7 +40,7 @@ def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
 
 
 def list_input_embeddings(base: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the weights of a model's embeddings of tokens; none where it has none, as CANINE reads characters."""
+    """Return the weights of a model's token embeddings; CANINE, which reads characters, has none."""
     try:
         embeddings = base.get_input_embeddings()
     except NotImplementedError:
@@ -52,9 +49,9 @@ def list_input_embeddings(base: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def find_heads(base: PreTrainedModel) -> list[nn.Module]:
-    """Return the parts of a model that run on what its body returns: output embeddings, or a classifier.
+    """Return the parts of a model that run after its body: output embeddings, or a classifier.
 
-    Of a model with other inputs than text, parts outside of the body may run before it.
+    In a model with other inputs than text, parts outside the body can run before it.
     """
     output, body = base.get_output_embeddings(), base.base_model
     heads = [] if output is None else [output]
@@ -66,8 +63,8 @@ def find_heads(base: PreTrainedModel) -> list[nn.Module]:
 class TruncatedBackward:
     """The backward pass of a model in training, cut below the lowest layer that trains.
 
-    Gradients above are unchanged. It works without and with gradient checkpointing, reentrant or not: layers below keep
-    no graph, so nothing of them is computed again. Where the lowest one is a decoder's, the encoder has no graph.
+    Gradients above are unchanged, with gradient checkpointing (reentrant or not) or without. Layers below keep no graph
+    and are not computed again. If the lowest layer is a decoder's, the encoder has no graph.
     """
 
     def __init__(self, model: PeftModel, stack: LayerStack) -> None:
@@ -77,7 +74,7 @@ class TruncatedBackward:
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def install(self) -> None:
-        """Cut the backward pass; call it when the trainer has set up checkpointing, at ``on_train_begin``."""
+        """Cut the backward pass. Call it at ``on_train_begin``, when the trainer has set up checkpointing."""
         base: Any = get_base_model(self.model)
         enable = base.gradient_checkpointing_enable
 
@@ -86,33 +83,33 @@ class TruncatedBackward:
             enable(*args, **kwargs)
             self.leave_out()
 
-        # TRL's trainers set it up again in every step.
+        # TRL's trainers set up checkpointing again in every step.
         base.gradient_checkpointing_enable = enable_above
         self.leave_out()
         if self.lowest == 0:
             return
         starts = [self.stack.layers[self.lowest - 1]] if needs_differentiable_inputs(self.model) else []
         if self.stack.vision is not None and self.lowest <= len(self.stack.vision.layers):
-            # Rows without an image do not come through the vision tower, whose end is no beginning of the language
-            # model's layers then; nor would anything of such a row have a gradient where all that trains is there.
+            # A row without an image does not run the vision tower, so the graph cannot start at the tower's end. If
+            # only the tower trains, such a row would have no gradient at all.
             starts = starts if self.lowest < len(self.stack.vision.layers) else []
             starts.append(get_base_model(self.model).get_input_embeddings())
         self.handles = [module.register_forward_hook(start_graph) for module in starts]
 
     def leave_out(self) -> None:
-        """Take out of checkpointing what has no backward pass."""
+        """Exclude layers without a backward pass from checkpointing."""
         if self.lowest == 0:
             self.start_tower()
             return
         remove_embedding_hooks(self.model)
-        # Parts of a layer too: under checkpointing T5's attention to its encoder begins a graph of its own.
+        # Their parts too: under checkpointing T5's cross-attention would start a graph of its own.
         for layer in self.stack.layers[: self.lowest]:
             keep_from_checkpointing(layer)
 
     def start_tower(self) -> None:
-        """Compute the lowest layer that trains in a vision tower once, where checkpointing would give it no gradient.
+        """Exclude the lowest trained layer of a vision tower from checkpointing, which would give it no gradient.
 
-        Transformers 5.16.1 makes the inputs of towers require a gradient for that, but not those of Qwen3-VL.
+        Transformers 5.16.1 makes the inputs of most towers require a gradient, but not those of Qwen3-VL.
         """
         if self.stack.vision is None or not needs_differentiable_inputs(self.model):
             return
@@ -121,14 +118,14 @@ class TruncatedBackward:
             keep_from_checkpointing(lowest)
 
     def remove(self) -> None:
-        """Take the cut away again."""
+        """Remove the cut."""
         vars(get_base_model(self.model)).pop("gradient_checkpointing_enable", None)
         while self.handles:
             self.handles.pop().remove()
 
 
 def keep_from_checkpointing(layer: nn.Module) -> None:
-    """Let nothing of a layer be computed again in the backward pass."""
+    """Turn checkpointing off in all parts of a layer."""
     parts: list[Any] = list(layer.modules())
     for module in parts:
         if hasattr(module, "gradient_checkpointing"):
@@ -136,7 +133,7 @@ def keep_from_checkpointing(layer: nn.Module) -> None:
 
 
 def start_graph(layer: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-    """Make a layer's output the leaf that gradients end in, which reentrant checkpointing needs above."""
+    """Make a layer's output the leaf where gradients end; reentrant checkpointing above needs one."""
     hidden = output if isinstance(output, torch.Tensor) else output[0]
     if torch.is_grad_enabled() and hidden.is_leaf:
         hidden.requires_grad_(True)

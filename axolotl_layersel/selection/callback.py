@@ -1,4 +1,4 @@
-"""What layer selection does while the run trains; it only delegates."""
+"""The callback of layer selection, which only delegates."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class LayerSelectionCallback(TrainerCallback):
 
 
 def describe_plan(plan: Plan) -> dict[str, float]:
-    """Return the plan as numbers for the run's trackers, layers with leading zeros so that they sort."""
+    """Return the plan as numbers for the run's trackers; layers have leading zeros so that they sort."""
     width = len(str(max(split_name(choice.layer)[1] for choice in plan.layers)))
     numbers: dict[str, float] = {"layersel/selected_layers": len(plan.selected)}
     if plan.budget is not None:

@@ -1,4 +1,4 @@
-"""Defaults that follow the data: what the settings leave open is chosen so that small sets can be used too."""
+"""Defaults that follow the data, so that small training sets can be used too."""
 
 import dataclasses
 import logging
@@ -11,21 +11,19 @@ from axolotl_layersel.config.methods import get_method, list_data_free
 from axolotl_layersel.config.selection import ResolvedSelection, SelectionConfig
 from axolotl_layersel.engines.collectives import get_rank
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import check_indexable
 from axolotl_layersel.selection.data.label_alignment import find_kind
 from axolotl_layersel.selection.methods.flexora.validation import draw_labelled, find_least
+from axolotl_layersel.selection.types import Selection
 
 LOG = logging.getLogger("axolotl.layersel")
 
 
 def fit_to_data(run: Run, settings: SelectionConfig, resolved: ResolvedSelection) -> ResolvedSelection:
-    """Return the settings as they take effect, with the defaults of ``settings`` made to fit the training set.
-
-    What was written stays. The plan records what is returned.
+    """Return ``resolved`` with the keys that ``settings`` leaves out fitted to the training set.
 
     Raises:
-        LayerselError: on every rank, if the set cannot be indexed, or has too few rows whatever the defaults are.
+        LayerselError: on every process, if the set cannot be indexed, or has too few rows for any defaults.
     """
     trainer, search = run.trainer, resolved.flexora
     if resolved.num_samples is not None and settings.num_samples is None:
@@ -38,10 +36,10 @@ def fit_to_data(run: Run, settings: SelectionConfig, resolved: ResolvedSelection
 
 
 def fit_samples(dataset: Any, method: str, default: int) -> int:
-    """Return how many rows are scored by default: ``default``, and all of a smaller training set.
+    """Return how many rows are scored by default: ``default``, or all of a smaller training set.
 
     Raises:
-        LayerselError: if these are fewer than the method needs.
+        LayerselError: if the method needs more.
     """
     check_indexable(dataset, "datasets")
     rows, fewest = len(dataset), get_method(method).fewest_samples
@@ -56,10 +54,10 @@ def fit_samples(dataset: Any, method: str, default: int) -> int:
 
 
 def fit_validation(trainer: Trainer, default: int, seed: int, kind: str) -> int:
-    """Return how many rows are held out by default: ``default``, and at most a third of those with a label to learn.
+    """Return how many rows are held out by default: ``default``, or a third of the rows with a label to learn.
 
     Raises:
-        LayerselError: if the training set cannot be parted.
+        LayerselError: if the training set cannot be split.
     """
     dataset: Any = trainer.train_dataset
     check_indexable(dataset, "datasets")
@@ -77,7 +75,7 @@ def fit_validation(trainer: Trainer, default: int, seed: int, kind: str) -> int:
 
 
 def fit_to_units(settings: SelectionConfig, selection: Selection) -> Selection:
-    """Return a choice that keeps the only candidate where the settings do not say how much is kept."""
+    """Return a selection that keeps its only unit if the settings do not say how much is kept."""
     written = (settings.ratio, settings.num_layers, settings.num_units, settings.keep)
     if len(selection.units) > 1 or selection.settings.ratio is None or any(value is not None for value in written):
         return selection
@@ -85,6 +83,6 @@ def fit_to_units(settings: SelectionConfig, selection: Selection) -> Selection:
 
 
 def report(key: str, default: int, value: int, what: str) -> None:
-    """Log, on rank 0, that a default has another value in this run."""
+    """Log, on process 0, that a default has another value in this run."""
     if get_rank() == 0:
         LOG.info("layersel: %s is %d in place of %d by default: %s", key, value, default, what)

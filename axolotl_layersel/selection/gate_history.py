@@ -1,34 +1,31 @@
-"""What a search saw: gates.csv, the losses and gates after every optimizer step."""
+"""The course of a search: gates.csv, the losses and gates after every optimizer step."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-from axolotl_layersel.common.files import (
-    format_csv,
-    parse_count,
-    parse_csv,
-    parse_number,
-    read_parsed,
-    write_atomically,
-)
+from axolotl_layersel.common.csv_record import CsvRecord
+from axolotl_layersel.common.files import parse_count, parse_number
 from axolotl_layersel.common.paths import gates_path
 
 FILE = "gates.csv"
-HIGHEST_GATE = 1e30  # larger numbers than a plot can show are of no search
+HIGHEST_GATE = 1e30  # no search reaches it, and no plot can show it
 LEADING = ["step", "train_loss", "validation_loss"]
 
 
 @dataclass
-class GateHistory:
-    """The course of a search, an entry for each optimizer step.
+class GateHistory(CsvRecord):
+    """The course of a search, with an entry for each optimizer step.
 
     Attributes:
-        names: of the gates: layers' numbers, or modules' names.
-        train_losses: of the training batches.
-        validation_losses: what the gate step after the optimizer step saw; None where there was none.
-        gates: α of every gate after it, in the order of ``names``.
+        names: the names of the gates: numbers of layers, or names of modules.
+        train_losses: the losses of the training batches.
+        validation_losses: the losses in the gate step after the optimizer step; None without one.
+        gates: α of every gate afterwards, in the order of ``names``.
     """
+
+    locate = staticmethod(gates_path)
+    way_out = "Remove it, or make a new plan."
 
     names: list[str]
     train_losses: list[float] = field(default_factory=list)
@@ -46,49 +43,29 @@ class GateHistory:
         self.validation_losses.append(validation_loss)
         self.gates.append(list(gates))
 
-    def to_csv(self) -> str:
+    def to_rows(self) -> Iterable[list[Any]]:
         """Return a row for each step: its number from 1, both losses, and a column for each gate."""
+        yield [*LEADING, *self.names]
         steps = zip(self.train_losses, self.validation_losses, self.gates)
-        rows = (
-            [step, train_loss, "" if validation_loss is None else validation_loss, *gates]
-            for step, (train_loss, validation_loss, gates) in enumerate(steps, start=1)
-        )
-        return format_csv([[*LEADING, *self.names], *rows])
+        for step, (train_loss, validation_loss, gates) in enumerate(steps, start=1):
+            yield [step, train_loss, "" if validation_loss is None else validation_loss, *gates]
 
     @classmethod
-    def from_csv(cls, text: str) -> "GateHistory":
-        """Return the history that ``to_csv`` wrote.
-
-        Raises:
-            ValueError: saying what is wrong with the text, csv.Error too.
-        """
-        header, *rows = parse_csv(text)
-        history = cls(header[len(LEADING) :])
-        if header[: len(LEADING)] != LEADING or not history.names or len(set(history.names)) != len(history.names):
+    def from_rows(cls, heading: list[str], rows: list[list[str]]) -> "GateHistory":
+        """Return the history of ``to_rows``."""
+        history = cls(heading[len(LEADING) :])
+        if heading[: len(LEADING)] != LEADING or not history.names or len(set(history.names)) != len(history.names):
             raise ValueError(f"its first line is not {','.join(LEADING)} and the names of different gates")
         if not rows:
             raise ValueError("it has no step below its first line")
         for step, row in enumerate(rows, start=1):
-            if len(row) != len(header) or parse_count(row[0]) != step:
-                raise ValueError(f"line {step + 1} is not that of step {step} with {len(header)} fields")
-            _, train_loss, validation_loss, *gates = row
-            # A search that is over can have met a loss that is not finite, but no such gate.
+            number, train_loss, validation_loss, *gates = row
+            if parse_count(number) != step:
+                raise ValueError(f"line {step + 1} is not that of step {step}")
+            # The training loss of a finished search can be infinite or NaN, but no gate or validation loss can.
             seen = parse_number(validation_loss) if validation_loss else None
             values = list(map(parse_number, gates))
             if max(map(abs, values)) > HIGHEST_GATE:
-                raise ValueError(f"line {step + 1} has a gate of {max(map(abs, values))}, which no search comes to")
+                raise ValueError(f"line {step + 1} has a gate of {max(map(abs, values))}, which no search reaches")
             history.add(float(train_loss), seen, values)
         return history
-
-    @classmethod
-    def read(cls, folder: str | Path, key: str = "PATH") -> "GateHistory":
-        """Return the history in gates.csv of the run in ``folder``.
-
-        Raises:
-            LayerselError: naming ``key`` if the file is missing or damaged.
-        """
-        return read_parsed(key, gates_path(folder), "Remove it, or make the plan anew.", cls.from_csv)
-
-    def write(self, folder: str | Path) -> None:
-        """Write gates.csv for the run in ``folder``; it appears at once and complete."""
-        write_atomically(gates_path(folder), self.to_csv().encode())

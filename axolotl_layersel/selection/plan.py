@@ -1,4 +1,4 @@
-"""The plan: which layers were chosen, why, and on what. Read, checked and written here."""
+"""The plan: the layers that were chosen, the reasons, and the data."""
 
 from typing import Annotated, Any, Final, Literal
 
@@ -17,16 +17,14 @@ from axolotl_layersel.config.selection import (
 
 SCHEMA_VERSION: Final = 3
 FILE = "plan.json"
-# Parameters and ranks; a larger number is none of a model's.
+# Numbers of parameters and ranks; no model has more.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-# Keys of JSON are text: those that are numbers are the layers of a model with one list of them.
+# Keys of JSON are text; those that are numbers are layers of a model with one list of layers.
 Layer = Annotated[LayerName, Field(union_mode="left_to_right")]
 
 
 class LayerChoice(BaseModel):
-    """One layer, by its number or as ``encoder.3``. ``score`` is its importance (higher is kept), ``None`` where it has
-    none.
-    """
+    """One layer, by its number or as ``encoder.3``. ``score`` is its importance (higher is kept), None without one."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,7 +34,7 @@ class LayerChoice(BaseModel):
 
 
 class Tower(BaseModel):
-    """LoRA outside of the layers, in one place of the model; ``trained`` counts those of its modules that train."""
+    """LoRA outside the layers, in one place of the model; ``trained`` counts the modules that train."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,19 +55,19 @@ class Stability(BaseModel):
 
 
 class Budget(BaseModel):
-    """Trainable parameters in the layers: those that LoRA with ``lora_r`` has, and those of the ranks given."""
+    """Trainable parameters in the layers: of LoRA with ``lora_r``, and of the ranks that were given."""
 
     model_config = ConfigDict(extra="forbid")
 
     lora: Count = Field(description="of LoRA with lora_r in all candidates")
-    even: Count = Field(default=0, description="of what is spent, that which no gain above noise asked for; all alike")
+    even: Count = Field(default=0, description="the part of spent that no gain above noise asked for")
     lora_r: Count | None = Field(default=None, description="of the run that made the plan; null in older plans")
     allowed: Count = Field(description="what the ranks could spend")
     spent: Count = Field(description="what they take")
 
 
 class Plan(BaseModel):
-    """What was decided, and everything needed to check it against another run."""
+    """The decision, and everything needed to check it against another run."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -129,22 +127,22 @@ class Plan(BaseModel):
 
     @property
     def stacks(self) -> str:
-        """Whose layers were chosen among; plans from before there was a choice say nothing."""
+        """The setting ``stacks``; plans made before this key existed have the default."""
         return self.settings.get("stacks") or DEFAULT_STACKS
 
     def resolve_settings(self) -> ResolvedSelection:
-        """Return ``settings`` as they take effect; what is left out of them, or null, is at its default.
+        """Return ``settings`` as they take effect; keys that are left out, or null, have their default.
 
         Raises:
-            ValidationError: if they are not what a ``selection`` block can hold.
+            ValidationError: if a ``selection`` block cannot hold them.
         """
         given = {key: value for key, value in self.settings.items() if value is not None}
         method = METHODS.get(str(given.get("method")))
         if method is None or "seed" not in method.keys:
-            given.pop("seed", None)  # every plan has one, which such a block must not
+            given.pop("seed", None)  # every plan has a seed, and a block of this method must not
         return SelectionConfig.model_validate(given).resolve(run_seed=self.seed)
 
     @property
     def modules_outside(self) -> list[str]:
-        """The LoRA modules outside of the layers that are kept."""
+        """The LoRA modules outside the layers that are kept."""
         return [name for tower in self.outside for name in tower.modules] if self.outside_layers == "keep" else []

@@ -1,4 +1,4 @@
-"""Whether a plan was made for this run's base model, and on this run's data."""
+"""Compare the base model and the data of a plan with those of a run."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from axolotl_layersel.selection.data.calibration import fingerprint, read_row
 from axolotl_layersel.selection.methods.flexora.validation import join_eval_sets
 from axolotl_layersel.selection.plan import Plan
 
-# What sets models of one name apart. Not the vocabulary, which a run may extend, nor what quantisation changes.
+# Config keys that tell models of one name apart, except for the vocabulary, which a run may extend, and quantisation.
 SHAPE = (
     "model_type",
     "num_hidden_layers",
@@ -26,29 +26,28 @@ SHAPE = (
 
 
 def describe_shape(config: Any) -> dict[str, int | str]:
-    """Return what the configuration of a model says of its language model's shape."""
+    """Return the shape of a model's language model, from its configuration."""
     text = find_text_config(config)
     values: dict[str, Any] = {key: read_fact(text, key) for key in SHAPE}
     return {key: value for key, value in values.items() if type(value) in (int, str)}
 
 
 def shorten(base_model: str) -> str:
-    """Return the name of a model wherever it lies: the last part of a path or of a hub's name, in small letters.
+    """Return the name of a model without its location: the last part of a path or hub name, in lower case.
 
-    A hub's cache keeps a model in a folder that is called after its revision, inside of one that has its name.
+    The hub's cache keeps a model in a folder named after its revision, inside one that has the model's name.
     """
     cached = re.findall(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\]", f"{base_model}/")
     return (cached[-1] if cached else Path(base_model).absolute().name).lower()
 
 
 def list_base_differences(plan: Plan, base_model: str | None, shape: dict[str, int | str] | None) -> list[str]:
-    """Return where a run's base model is not the one that a plan was made for: one of the same name, wherever it lies,
-    and of the same shape.
+    """Return the differences in name and shape between a run's base model and the one that a plan was made for.
 
     Args:
-        plan: what is reused.
-        base_model: the run's, as a path or a hub's name; None or nothing where it is not known.
-        shape: see ``describe_shape``; None where it is not known.
+        plan: the reused plan.
+        base_model: the run's, as a path or hub name; None or empty if unknown.
+        shape: the run's, see ``describe_shape``; None if unknown.
     """
     differences = []
     if plan.base_model and base_model and shorten(plan.base_model) != shorten(base_model):
@@ -65,10 +64,9 @@ def list_base_differences(plan: Plan, base_model: str | None, shape: dict[str, i
 
 
 def compare_data(plan: Plan, train_dataset: Any, eval_dataset: Any, collate: Collate | None = None) -> str | None:
-    """Return in what the rows that a plan was made on differ from those of the run; None if they do not, or if no rows
-    were looked at.
+    """Return how the rows that a plan was made on differ from those of the run; None if they do not, or none was read.
 
-    ``collate``: the trainer's, for rows that have no tokens before.
+    ``collate``: the trainer's collator, for rows that are not tokenised.
     """
     if plan.dataset_fingerprint is None:
         return None

@@ -1,4 +1,4 @@
-"""How much rank each unit gets: from scores, costs and a budget of parameters to ranks.
+"""The rank of each unit: from scores, costs and a budget of parameters.
 
 A unit's cost is the number of parameters that one rank takes in all of its modules.
 """
@@ -11,25 +11,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.selection import check_forced, find_budget
 from axolotl_layersel.lora.modules import count_component_parameters
-from axolotl_layersel.selection.choosing import Choice, Selection
 from axolotl_layersel.selection.plan import Budget
+from axolotl_layersel.selection.types import Choice, Selection
 from axolotl_layersel.selection.units import Unit
 
 LOG = logging.getLogger("axolotl.layersel")
-# A score of so small a share of the largest one counts as zero: it could not get any rank.
+# Scores below this share of the largest one count as zero: they could not get any rank.
 NEGLIGIBLE = 1e-9
 NO_LIMIT = 2**63
-# Multiples of it modulo 1 are spread evenly, however many there are (Weyl's sequence).
+# Its multiples modulo 1 are spread evenly, whatever their number (Weyl's sequence).
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int], Budget | None]:
-    """Return the rank of every module that keeps LoRA, and what they cost; nothing where all have ``lora_r``.
+    """Return the rank of every module that keeps LoRA, and their budget; nothing if all have ``lora_r``.
 
     Raises:
-        LayerselError: if the budget does not pay for any, or there are no scores to give ranks by.
+        LayerselError: if the budget pays for no rank, or there are no scores to give ranks by.
     """
-    settings, most = selection.settings, selection.highest_rank
+    settings = selection.settings
     if settings.rank_allocation == "same":
         return {}, None
     kept = set(choice.modules)
@@ -38,17 +38,7 @@ def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int]
     lora = selection.lora_r * sum(prices.values())
     budget = find_budget(settings, lora)
     costs = {unit.name: prices[unit.name] for unit in units}
-    least, even = settings.min_rank or 0, 0
-    if settings.rank_allocation == "match":
-        ranks = match_budget(costs, budget, most)
-    elif choice.gains:
-        gains = {unit.name: choice.gains[unit.name] for unit in units}
-        ranks = spend_by_gain(gains, costs, budget, least, most)
-        if ranks == spend_by_gain(gains, costs, NO_LIMIT, least, most):  # all that gains more than noise is bought
-            by_gain, ranks = ranks, fill_evenly(ranks, costs, budget, most)
-            even = find_cost(ranks, costs) - find_cost(by_gain, costs)
-    else:
-        ranks = share_by_score({unit.name: get_score(choice, unit) for unit in units}, costs, budget, least, most)
+    ranks, even = decide_ranks(selection, choice, units, costs, budget)
     if even > budget / 2:
         LOG.warning(
             "layersel: %d %% of the budget is given to all %ss alike, because method %s finds no gain there that is "
@@ -63,13 +53,30 @@ def allocate_ranks(selection: Selection, choice: Choice) -> tuple[dict[str, int]
             "with the most to gain. Raise budget."
         )
     by_module = {name: ranks[unit.name] for unit in units for name in unit.modules if ranks[unit.name]}
-    return by_module, Budget(
-        lora=lora, lora_r=selection.lora_r, allowed=budget, spent=find_cost(ranks, costs), even=even
-    )
+    spent = find_cost(ranks, costs)
+    return by_module, Budget(lora=lora, lora_r=selection.lora_r, allowed=budget, spent=spent, even=even)
+
+
+def decide_ranks(
+    selection: Selection, choice: Choice, units: list[Unit], costs: Mapping[str, int], budget: int
+) -> tuple[dict[str, int], int]:
+    """Return the rank of each unit that is kept, and the parameters that no gain above noise asked for."""
+    least, most = selection.settings.min_rank or 0, selection.highest_rank
+    if selection.settings.rank_allocation == "match":
+        return match_budget(costs, budget, most), 0
+    if not choice.gains:
+        return share_by_score({unit.name: get_score(choice, unit) for unit in units}, costs, budget, least, most), 0
+    gains = {unit.name: choice.gains[unit.name] for unit in units}
+    ranks = spend_by_gain(gains, costs, budget, least, most)
+    if ranks != spend_by_gain(gains, costs, NO_LIMIT, least, most):
+        return ranks, 0
+    # Every gain above noise is bought, and some of the budget may be left.
+    filled = fill_evenly(ranks, costs, budget, most)
+    return filled, find_cost(filled, costs) - find_cost(ranks, costs)
 
 
 def find_prices(selection: Selection) -> dict[str, int]:
-    """Return the parameters of one rank of each unit that may be chosen, by its name."""
+    """Return the parameters of one rank of each unit that may be chosen, by unit name."""
     lora_modules, adapter = selection.run.lora_modules, selection.run.adapter
     return {
         unit.name: sum(count_component_parameters(lora_modules[name], adapter) for name in unit.modules)
@@ -78,7 +85,7 @@ def find_prices(selection: Selection) -> dict[str, int]:
 
 
 def check_spread(selection: Selection) -> None:
-    """Raise LayerselError where all units are kept and the budget leaves scores nothing to decide."""
+    """Raise LayerselError if all units are kept and the budget leaves nothing for scores to decide."""
     settings, prices = selection.settings, find_prices(selection)
     total, least = sum(prices.values()), settings.min_rank or 0
     budget = find_budget(settings, selection.lora_r * total)
@@ -89,22 +96,22 @@ def check_spread(selection: Selection) -> None:
 def get_score(choice: Choice, unit: Unit) -> float:
     """Return the score of a unit that is kept."""
     score = choice.module_scores[unit.modules[0]] if choice.module_scores else choice.scores[unit.layer]
-    assert score is not None, "what is kept is scored"
+    assert score is not None, "units that are kept are scored"
     return score
 
 
 def spend_by_gain(
     gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, least: int, most: int
 ) -> dict[str, int]:
-    """Return the ranks that gain most: components are taken in the order of gain per parameter until one is too dear.
+    """Return the ranks that gain most: components are bought by gain per parameter until one is too expensive.
 
-    A component that gains nothing is never taken, so the budget may be left over, see ``fill_evenly``. What a larger
-    budget buys holds what a smaller one buys.
+    A component without gain is never bought, so some of the budget may be left, see ``fill_evenly``. A larger budget
+    buys all components that a smaller one buys.
 
     Args:
-        gains: of the 1st, 2nd, … rank of each unit. One that is higher than the one before it counts as that, because
-            it cannot be had without it.
-        costs: of one rank of each unit.
+        gains: of the 1st, 2nd, … rank of each unit. A gain above the one before it counts as that one, because it
+            cannot be had without it.
+        costs: the parameters of one rank of each unit.
         budget: in parameters.
         least: the rank that every unit gets first.
         most: the highest rank.
@@ -129,15 +136,9 @@ def spend_by_gain(
 
 
 def fill_evenly(ranks: Mapping[str, int], costs: Mapping[str, int], budget: int, most: int) -> dict[str, int]:
-    """Return ``ranks`` with what is left of the budget: the lowest is raised again and again, until one is too dear.
+    """Return ``ranks`` with the rest of the budget spent: the lowest one is raised until the next is too expensive.
 
-    Where no component gains more than noise, nothing is known of what the others gain, and all of them count alike.
-
-    Args:
-        ranks: of each unit.
-        costs: of one rank of each unit.
-        budget: in parameters.
-        most: the highest rank.
+    No gain above noise is known for these components, so all of them count alike. Arguments as in ``spend_by_gain``.
     """
     filled = dict(ranks)
     left = budget - find_cost(ranks, costs)
@@ -152,7 +153,7 @@ def fill_evenly(ranks: Mapping[str, int], costs: Mapping[str, int], budget: int,
 
 
 def spread_evenly(units: Iterable[str]) -> list[str]:
-    """Return units in an order of which any beginning lies evenly among all of them, by their names."""
+    """Return units, sorted by name, in an order whose beginnings are all spread evenly over them."""
     return [unit for _, unit in sorted((index * GOLDEN_RATIO % 1, unit) for index, unit in enumerate(sorted(units)))]
 
 
@@ -161,8 +162,8 @@ def share_by_score(
 ) -> dict[str, int]:
     """Return ranks in proportion to scores, between ``least`` and ``most``, as far as the budget goes.
 
-    Whole ranks by largest remainder: each unit gets its share rounded down, and what is left goes to the largest
-    fractions that it pays for. Scores below zero count as zero.
+    Ranks are rounded by largest remainder: each unit gets its share rounded down, and the rest of the budget goes to
+    the largest fractions that it pays for. Scores below zero count as zero. Arguments as in ``spend_by_gain``.
 
     Raises:
         LayerselError: if the budget does not pay for ``least``, or no score is above zero.
@@ -185,7 +186,7 @@ def share_by_score(
 
     low, high = 0.0, most / min(score for score in positive.values() if score > 0)
     if spend(share(high)) > budget:
-        for _ in range(200):  # until the two are next to each other
+        for _ in range(200):  # until both are neighbouring floats
             middle = (low + high) / 2
             low, high = (middle, high) if spend(share(middle)) <= budget else (low, middle)
         high = low
@@ -200,12 +201,12 @@ def share_by_score(
 
 
 def match_budget(costs: Mapping[str, int], budget: int, most: int) -> dict[str, int]:
-    """Return one rank for all units, the highest that the budget pays for; of the rest some units get one more.
+    """Return the highest rank that the budget pays for in all units, and one more in some units for the rest.
 
-    These lie evenly among all units, so that what is left over favours no end of the model.
+    These are spread evenly over all units, so that no end of the model is favoured.
 
     Raises:
-        LayerselError: if it pays for less than rank 1.
+        LayerselError: if the budget pays for less than rank 1.
     """
     check_floor(costs, budget, 1)
     rank = min(budget // sum(costs.values()), most)
@@ -220,7 +221,7 @@ def match_budget(costs: Mapping[str, int], budget: int, most: int) -> dict[str, 
 
 
 def find_cost(ranks: Mapping[str, int], costs: Mapping[str, int]) -> int:
-    """Return the parameters that ``ranks`` take."""
+    """Return the number of parameters of ``ranks``."""
     return sum(rank * costs[unit] for unit, rank in ranks.items())
 
 

@@ -11,25 +11,25 @@ from axolotl_layersel.selection.plan import Budget, Plan, Stability, Tower
 
 BAR_WIDTH = 24
 FULL_BLOCK = "█"
-# What stands for a row, by the ``token`` of a plan.
+# The token that stands for a row, by the ``token`` of a plan.
 TOKENS: dict[Token, str] = {
     "cls": "their first token",
     "mean": "the mean of their tokens",
     "last": "their last token",
     "ending": "the last token before the ending that nearly all of them share",
 }
-# Two random halves of many layers overlap by a third. Below this, less than three in four of the layers that one of
-# two choices keeps are in both.
+# Two random halves of many layers overlap by a third. Below this value, two choices share less than three in four of
+# the layers that each of them keeps.
 LOW_OVERLAP = 0.6
 
 
 def make_table(plan: Plan, bar: str) -> Table:
-    """Return the plan as a table: layer, score, a bar relative to the highest score, and what was chosen.
+    """Return the plan as a table: layer, score, a bar relative to the highest score, and whether it was chosen.
 
-    ``bar``: the character that bars are made of.
+    ``bar``: the character of the bars.
     """
     table = Table()
-    # Folded where the terminal is narrow: the sign that stands for what is cut off is not in every encoding.
+    # Folded in narrow terminals, because not every encoding has the ellipsis of a cut text.
     table.add_column("layer", justify="right", overflow="fold")
     table.add_column("score", justify="right", overflow="fold")
     table.add_column("", width=BAR_WIDTH)
@@ -51,12 +51,12 @@ def make_table(plan: Plan, bar: str) -> Table:
 
 
 def format_score(score: float | None, digits: int) -> str:
-    """Return a score as it is printed, a dash where there is none."""
+    """Return a score as it is printed, or a dash for None."""
     return "-" if score is None else f"{score:.{digits}g}"
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print what was chosen, the plan's table, and under it why layers have no score."""
+    """Print a summary, the plan's table, and why layers have no score."""
     console = console or make_console()
     others = "frozen" if plan.unselected == "freeze" else "without an adapter"
     count = f"{len(plan.selected)} of {len(plan.layers)} layers"
@@ -79,19 +79,19 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def describe_token(token: Token) -> str:
-    """Return in words at which token rows are compared."""
+    """Return the token at which rows are compared, in words."""
     return TOKENS[token]
 
 
 def describe_tokens(token: Token | dict[str, Token]) -> str:
-    """Return the same of a plan, for an encoder and a decoder too."""
+    """Return the token of a plan in words, which can have one for each side."""
     if isinstance(token, str):
         return describe_token(token)
     return "; ".join(f"{describe_token(each)} in the {clean(side)}" for side, each in token.items())
 
 
 def describe_budget(ranks: dict[str, int], budget: Budget) -> str:
-    """Return which ranks were given, and what they take of the budget."""
+    """Return the range of ranks, and how much of the budget they take."""
     low, high = min(ranks.values()), max(ranks.values())
     span = f"rank {high}" if low == high else f"ranks from {low} to {high}"
     spent = f"{budget.spent:,} of {budget.allowed:,} parameters are spent"
@@ -101,7 +101,7 @@ def describe_budget(ranks: dict[str, int], budget: Budget) -> str:
 
 
 def describe_tower(tower: Tower, towers: str) -> str:
-    """Return how many LoRA modules a place outside of the layers has, or had, and what became of them."""
+    """Return the number of LoRA modules in a place outside the layers, and whether they are kept and trained."""
     count = len(tower.modules)
     if towers == "remove":
         state = "removed"
@@ -115,7 +115,7 @@ def describe_tower(tower: Tower, towers: str) -> str:
 def make_module_table(plan: Plan) -> Table:
     """Return the scores of modules by layer (rows) and type (columns).
 
-    Behind those that are kept stands their rank, or a star where all have the same.
+    Modules that are kept have their rank after the score, or a star if all ranks are the same.
     """
     layers, kinds = arrange(plan.module_scores)
     table = Table()
@@ -134,7 +134,7 @@ def make_module_table(plan: Plan) -> Table:
 
 
 def print_stability(stability: Stability, console: Console) -> None:
-    """Print what each seed chose and how far the choices agree, with a warning where they do not."""
+    """Print the layers that each seed chose and how far the choices agree, with a warning if they do not."""
     for seed, layers in stability.selected.items():
         console.print(f"seed {seed}: layers {', '.join(map(str, layers))}")
     console.print(

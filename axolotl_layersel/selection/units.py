@@ -1,7 +1,4 @@
-"""What is chosen among, gets a gate, or gets rank: layers, their branches, or LoRA modules.
-
-A unit is a group of LoRA modules with one name.
-"""
+"""Units, which are chosen, gated and given ranks as one: layers, their branches, or LoRA modules."""
 
 from __future__ import annotations
 
@@ -20,10 +17,10 @@ class Unit:
     """LoRA modules that are kept, or lose their adapter, together.
 
     Attributes:
-        name: no other unit's.
-        layer: the position of the layer that they are in, see ``layers.LayerStack``.
+        name: a unique name.
+        layer: the position of their layer, see ``layers.LayerStack``.
         modules: their names in the base model.
-        parts: the parts of the layer, see ``list_parts``, that its branch consists of, of a unit that is one.
+        parts: for a branch, its parts of the layer, see ``list_parts``.
     """
 
     name: str
@@ -33,14 +30,14 @@ class Unit:
 
 
 def find_layers(stack: LayerStack, layer: int) -> list[Unit]:
-    """Return a layer as one unit, called by the layer's name."""
+    """Return a layer as one unit, with the layer's name."""
     return [Unit(str(stack.names[layer]), layer, stack.lora_modules[layer])]
 
 
 def find_groups(stack: LayerStack, layer: int) -> list[Unit]:
-    """Return each branch of a layer that carries LoRA as a unit: its attention, its MLP, and whatever else it has.
+    """Return each branch of a layer that carries LoRA as a unit: its attention, its MLP, and any others.
 
-    It is called by the first part of the layer in it that carries LoRA, such as ``model.layers.3.self_attn``.
+    Its name is that of its first part that carries LoRA, such as ``model.layers.3.self_attn``.
     """
     prefix = f"{stack.paths[layer]}."
     units = []
@@ -57,10 +54,10 @@ def find_groups(stack: LayerStack, layer: int) -> list[Unit]:
 
 
 def find_modules(stack: LayerStack, layer: int) -> list[Unit]:
-    """Return each LoRA module of a layer as a unit, called by its name.
+    """Return each LoRA module of a layer as a unit, with the module's name.
 
-    LoRA on several parameters of one module, such as those of its experts, is one unit: PEFT wraps one around the
-    other, and what is inside would be called otherwise without what is around it.
+    LoRA on several parameters of one module, such as its experts, is one unit: PEFT nests their wrappers, and an inner
+    one would have another name without the outer one.
     """
     units: list[Unit] = []
     for name in stack.lora_modules[layer]:
@@ -72,13 +69,12 @@ def find_modules(stack: LayerStack, layer: int) -> list[Unit]:
 
 
 def split_branches(layer: nn.Module) -> list[list[str]]:
-    """Return the parts of a layer, by name and in their order, in groups that belong to one branch.
+    """Return the names of a layer's parts, in their order, grouped by branch.
 
-    A branch is complete where a width that one of its linear modules takes is returned by another, or by the same one.
-    Modules are listed as they are defined, not as they run, so the order of the two says nothing. The attention and the
-    MLP of most models are parts of their own. In BERT and OPT, for two, the MLP is made of two parts: the first one
-    widens, and the second one gives the width back. A part of several modules none of which is linear, such as routed
-    experts, is a branch too; a norm is a single module.
+    A branch is complete once a linear module in it has the input width of another, or its own, as its output width.
+    Modules are listed as they are defined, which need not be the order in which they run. The attention and the MLP of
+    most models are parts of their own. In BERT and OPT, for example, the MLP has two parts: the first one widens, and
+    the second one narrows. A part of several modules without a linear one, such as routed experts, is a branch too.
     """
     branches: list[list[str]] = []
     given: set[int] = set()
@@ -98,27 +94,24 @@ def split_branches(layer: nn.Module) -> list[list[str]]:
 
 
 def list_parts(layer: nn.Module) -> dict[str, nn.Module]:
-    """Return the parts of a layer by name, in the order in which it defines them.
-
-    They are its direct parts, but for a layer that is a list of them and no more, as in T5.
-    """
+    """Return the parts of a layer by name, in the order of definition: its children, or those of its only list (T5)."""
     parts = dict(layer.named_children())
     if len(parts) == 1:
         ((name, only),) = parts.items()
         inner = dict(only.named_children())
-        # The parts of a list have numbers for names.
+        # The items of a module list are named by numbers.
         if inner and list(inner) == [str(number) for number in range(len(inner))]:
             return {f"{name}.{number}": part for number, part in inner.items()}
     return parts
 
 
 def can_be_branch(part: nn.Module) -> bool:
-    """Return whether a part of a layer computes more than a norm, an activation or a dropout does."""
+    """Return whether a part of a layer is more than a norm, an activation or a dropout, which are single modules."""
     return bool(list_widths(part)) or next(part.children(), None) is not None
 
 
 def list_widths(part: nn.Module) -> list[tuple[int, int]]:
-    """Return the number of inputs and outputs of every linear module in ``part``, without those of LoRA itself."""
+    """Return the number of inputs and outputs of every linear module in ``part``, except for those of LoRA."""
     names = [name for name, module in part.named_modules() if hasattr(module, "lora_A")]
     inside = tuple(f"{name}." if name else "" for name in names)
     found = []
@@ -135,11 +128,11 @@ def find_widths(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(given, int) and isinstance(returned, int):
         return given, returned
     weight = getattr(module, "weight", None)
-    # GPT-2's Conv1D has its weight the other way round, and says the number of its outputs only.
+    # GPT-2's Conv1D has a transposed weight, and an attribute only for the number of its outputs.
     return tuple(weight.shape) if isinstance(getattr(module, "nf", None), int) and weight is not None else None
 
 
-# What finds the units of one layer, by the kind of unit.
+# Functions that return the units of one layer, by kind of unit.
 UNITS: dict[str, Callable[[LayerStack, int], list[Unit]]] = {
     "layer": find_layers,
     "group": find_groups,
@@ -148,5 +141,5 @@ UNITS: dict[str, Callable[[LayerStack, int], list[Unit]]] = {
 
 
 def find_units(stack: LayerStack, kind: str, layers: list[int]) -> list[Unit]:
-    """Return the units of ``layers``, lowest layer first. ``kind``: a key of ``UNITS``; another one is a KeyError."""
+    """Return the units of ``layers``, lowest layer first. ``kind``: a key of ``UNITS``."""
     return [unit for layer in layers for unit in UNITS[kind](stack, layer)]

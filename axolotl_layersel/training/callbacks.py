@@ -1,18 +1,13 @@
-"""What every run of this package needs while it trains; it only delegates."""
+"""The callbacks of every run of this package. They only delegate."""
 
 import logging
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    EarlyStoppingCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel.common.errors import LayerselError
@@ -26,25 +21,17 @@ from axolotl_layersel.training.leftovers import find_surplus, remove
 LOG = logging.getLogger("axolotl.layersel")
 
 
+@dataclass(eq=False)
 class RestoreCallback(TrainerCallback):
-    """Restores what upstream leaves out when a run resumes, and ends a run that had ended before without a step.
+    """Restores callbacks and FSDP2's LoRA weights when a run resumes, and stops a run that had already ended.
 
-    Upstream restores FSDP2's LoRA weights on one rank only, and does not restore what callbacks have counted.
-
-    Args:
-        run: it may have been resumed.
-        resume_from: the checkpoint that the run resumes from.
-        resumed_step: its step.
-        restore: writes the LoRA weights of a checkpoint into the sharded model.
+    Upstream restores FSDP2's LoRA weights on one process only, and does not restore the counters of callbacks.
     """
 
-    def __init__(
-        self, run: Run, resume_from: str | None, resumed_step: int | None, restore: Callable[[str], None]
-    ) -> None:
-        self.run = run
-        self.resume_from = resume_from
-        self.resumed_step = resumed_step
-        self.restore = restore
+    run: Run
+    resume_from: str | None
+    resumed_step: int | None  # of that checkpoint
+    restore: Callable[[str], None]  # writes the LoRA weights of a checkpoint into the sharded model
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.resumed_step not in (None, state.global_step):
@@ -70,30 +57,21 @@ class RestoreCallback(TrainerCallback):
 
 
 def has_ended(state: TrainerState, callbacks: list[TrainerCallback]) -> bool:
-    """Return whether the run that is resumed had come to its last step, or been stopped early."""
+    """Return whether the resumed run had reached its last step, or had been stopped early."""
     stopping = [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
     return state.global_step >= state.max_steps or any(
         callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in stopping
     )
 
 
+@dataclass(eq=False)
 class TidyCallback(TrainerCallback):
-    """Removes what an earlier run has left in the folder, once nothing of this one can fail before it trains.
+    """Removes files of earlier runs from the folder as training begins, when no check of this run can fail any more."""
 
-    Args:
-        run: its folder is not written by another run.
-        paths: files that this run does not write.
-        resume_from: the checkpoint that the run resumes from.
-        is_complete: whether this process could resume from a checkpoint.
-    """
-
-    def __init__(
-        self, run: Run, paths: list[Path], resume_from: str | None, is_complete: Callable[[Path], bool]
-    ) -> None:
-        self.run = run
-        self.paths = paths
-        self.resume_from = resume_from
-        self.is_complete = is_complete
+    run: Run
+    paths: list[Path]  # files that this run does not write
+    resume_from: str | None
+    is_complete: Callable[[Path], bool]  # whether this process could resume from a checkpoint
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for path in self.paths if collectives.get_rank() == 0 else []:
@@ -103,45 +81,35 @@ class TidyCallback(TrainerCallback):
             self.keep_to_limit(args.save_total_limit, state)
 
     def keep_to_limit(self, limit: int | None, state: TrainerState) -> None:
-        """Remove the checkpoints that a killed run has written, and had not deleted yet."""
+        """Remove the checkpoints that a killed run had not deleted yet."""
         best = [Path(state.best_model_checkpoint).name] if state.best_model_checkpoint else []
         resumed = [Path(self.resume_from).name] if self.resume_from else []
         protected = {f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", *resumed, *best}
         try:
             surplus = find_surplus(self.run.output_dir, limit, protected, self.is_complete)
-        except OSError as error:  # one process's disk must not leave the others waiting
-            LOG.warning("layersel: save_total_limit: the checkpoints cannot all be looked at, and stay (%s)", error)
+        except OSError as error:  # the other processes must not wait for this one
+            LOG.warning("layersel: save_total_limit: not all checkpoints can be read, and all are kept (%s)", error)
             return
         for path in surplus:
             remove(path, f"is one checkpoint more than save_total_limit: {limit}")
 
 
+@dataclass(eq=False)
 class ShareCallback(TrainerCallback):
-    """Leaves on every node what the first process has written about the run, once it is over.
+    """Copies the files that process 0 has written about the run to every node at its end."""
 
-    Args:
-        run: it has trained.
-        names: of the files, in the run's folder.
-    """
-
-    def __init__(self, run: Run, names: list[str]) -> None:
-        self.run = run
-        self.names = names
+    run: Run
+    names: list[str]  # of the files in the run's folder
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         nodes.share_files(self.run, self.run.output_dir, self.names)
 
 
 class InterruptCallback(TrainerCallback):
-    """Ends the run on Ctrl-C or SIGTERM, on all ranks together.
+    """Ends the run on Ctrl-C or SIGTERM, on all processes together.
 
-    Ctrl-C leaves the adapter as trained so far, and SIGTERM leaves a checkpoint from which the same run goes on. This
-    is the last callback, so that the earlier signal handlers come back when everything else is settled.
-
-    Args:
-        run: it may be interrupted.
-        writer: writes its adapter.
-        resume_from: the checkpoint that the run resumes from.
+    Ctrl-C saves the adapter as trained so far, and SIGTERM a checkpoint that the run can resume from. This is the last
+    callback, so that it restores the earlier signal handlers after all others have finished.
     """
 
     def __init__(self, run: Run, writer: AdapterWriter, resume_from: str | None = None) -> None:
@@ -163,11 +131,11 @@ class InterruptCallback(TrainerCallback):
             self.make_up_for_evaluation(self.resume_from)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.obey(self.shared.look())
+        self.handle(self.shared.look())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.obey(self.shared.settle())
-        # What is due at the end of an epoch belongs to its last step.
+        self.handle(self.shared.settle())
+        # An evaluation or a save at the end of an epoch belongs to its last step.
         self.may_leave = not ends_epoch(state, control)
         if self.terminated and self.may_leave:
             control.should_save = True
@@ -180,19 +148,19 @@ class InterruptCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        # An evaluation may take longer than a launcher waits before it kills; all ranks run as many batches.
+        # An evaluation may take longer than a launcher waits before it kills. All processes run equally many batches.
         if not self.training:
             return
-        self.obey(self.shared.look())
+        self.handle(self.shared.look())
         if self.terminated:
-            # The resumed run evaluates first, see is_evaluation_due.
+            # The resumed run evaluates first, see ``trainers.is_evaluation_due``.
             if state.global_step > self.began_at:
                 self.save_checkpoint()
             self.leave_checkpoint()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # Ranks have just waited for each other, and what came while they saved need not cost another step and save.
-        self.obey(self.shared.settle())
+        # The processes are in step after a save, so a signal during the save needs no further step and save.
+        self.handle(self.shared.settle())
         if self.terminated and self.may_leave:
             self.leave_checkpoint()
 
@@ -202,19 +170,19 @@ class InterruptCallback(TrainerCallback):
         WATCH.restore()
 
     def make_up_for_evaluation(self, checkpoint: str) -> None:
-        """Evaluate as the step of ``checkpoint`` still had to, and write that again."""
+        """Run the evaluation that was due at the step of ``checkpoint``, and write the checkpoint again."""
         trainer = self.run.trainer
         trainers.evaluate(trainer, checkpoint)
         self.save_checkpoint()
         trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
     def save_checkpoint(self) -> None:
-        """Write a whole checkpoint of the step that has ended, between two forward passes."""
+        """Write a complete checkpoint of the last step, between two forward passes."""
         self.run.engine.reshard()
         trainers.save_checkpoint(self.run.trainer)
 
-    def obey(self, signum: int) -> None:
-        """Save the adapter and leave on Ctrl-C; on SIGTERM note that the run ends at its next checkpoint."""
+    def handle(self, signum: int) -> None:
+        """Save the adapter and exit on Ctrl-C; on SIGTERM note that the run ends at its next checkpoint."""
         if signum == signal.SIGINT:
             folder = self.run.output_dir
             self.writer.save(folder)
@@ -222,12 +190,12 @@ class InterruptCallback(TrainerCallback):
         self.terminated = self.terminated or signum == signal.SIGTERM
 
     def leave_checkpoint(self) -> None:
-        """Leave, with the checkpoint of this step complete."""
+        """Exit after the checkpoint of this step was written."""
         trainer = self.run.trainer
         step, folder = trainer.state.global_step, trainer.args.output_dir
         leave(signal.SIGTERM, f"ended after step {step}; `auto_resume_from_checkpoints: true` goes on from {folder}")
 
 
 def ends_epoch(state: TrainerState, control: TrainerControl) -> bool:
-    """Return whether the step that has just ended is the last one of its epoch, or of the run."""
+    """Return whether the last step ended its epoch or the run."""
     return control.should_training_stop or control.should_epoch_stop or float(state.epoch).is_integer()

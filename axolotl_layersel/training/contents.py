@@ -1,10 +1,9 @@
-"""What belongs together in a checkpoint: ``layersel/checkpoint.json`` names its step, and its files by their digests.
+"""The record of a checkpoint, ``layersel/checkpoint.json``: its step, its settings of LoRA, and digests of its files.
 
 The record is written after the files that it names. ``trainer_state.json``, which the Trainer writes last, holds the
-record's own digest. A checkpoint is of one step of one run where all of these agree.
+record's own digest. A checkpoint is of one step of one run if all of these agree.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -18,19 +17,19 @@ from safetensors import safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from axolotl_layersel.common.digests import hash_file, hash_parts
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import parse_json, write_atomically
 from axolotl_layersel.common.paths import FOLDER, plan_path, ranks_path, state_path
 from axolotl_layersel.engines.trainers import find_note
 from axolotl_layersel.l1ra.state import STEP
 from axolotl_layersel.selection.provenance import shorten
-from axolotl_layersel.training.nodes import find_content
 from axolotl_layersel.training.process_agreement import ADAPTER_SETTINGS, make_plain
 
 FILE = "checkpoint.json"
 SCHEMA_VERSION: Final = 1
-# What of LoRA must be as it was when a run resumes: by the YAML keys that set it, in PEFT's configuration. Dropout may
-# change.
+# The settings that a resumed run must share with its checkpoint, by YAML key: attributes of PEFT's configuration.
+# Dropout may change.
 LORA_SETTINGS = {
     **{key: name for key, name in ADAPTER_SETTINGS.items() if key != "lora_dropout"},
     "lora_alpha_pattern": "alpha_pattern",
@@ -39,12 +38,12 @@ LORA_SETTINGS = {
     "peft_layers_to_transform": "layers_to_transform",
     "base_model": "base_model_name_or_path",
 }
-# What of the YAML file says the same before there is a model. PEFT replaces names of modules by others for some models.
+# The same settings in the YAML file, before there is a model: for some models PEFT replaces names of modules.
 YAML_KEYS = (*LORA_SETTINGS, "lora_target_linear", "lora_exclude_modules")
 
 
 class StoredFile(BaseModel):
-    """A file as it was when the checkpoint was written."""
+    """A file of a checkpoint."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,7 +52,7 @@ class StoredFile(BaseModel):
 
 
 class Record(BaseModel):
-    """What a checkpoint was written with."""
+    """The content of ``checkpoint.json``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,7 +64,7 @@ class Record(BaseModel):
 
 
 def record_path(checkpoint: str | Path) -> Path:
-    """Return where the record of a checkpoint lies."""
+    """Return the path of a checkpoint's record."""
     return Path(checkpoint) / FOLDER / FILE
 
 
@@ -76,22 +75,19 @@ def list_recorded() -> list[str]:
 
 
 def write_record(checkpoint: Path, step: int, lora: dict[str, Any], given: dict[str, Any]) -> str:
-    """Write the record of a checkpoint whose other files of this package are there, and return its SHA-256.
+    """Write the record of a checkpoint, whose other files must exist, and return its SHA-256.
 
     Args:
-        checkpoint: its folder.
-        step: of the run.
+        checkpoint: the folder.
+        step: the step of the run.
         lora: see ``describe_lora``.
-        given: see ``describe_yaml``; empty where there is no YAML file.
+        given: see ``describe_yaml``; empty without a YAML file.
     """
-    present = [name for name in list_recorded() if (checkpoint / name).is_file()]
-    files = {
-        name: StoredFile(size=(checkpoint / name).stat().st_size, sha256=find_content(checkpoint / name))
-        for name in present
-    }
+    paths = {name: checkpoint / name for name in list_recorded() if (checkpoint / name).is_file()}
+    files = {name: StoredFile(size=path.stat().st_size, sha256=hash_file(path)) for name, path in paths.items()}
     content = (Record(step=step, lora=lora, given=given, files=files).model_dump_json(indent=2) + "\n").encode()
     write_atomically(record_path(checkpoint), content)
-    return hashlib.sha256(content).hexdigest()
+    return hash_parts([content])
 
 
 def read_record(checkpoint: Path) -> Record:
@@ -99,7 +95,7 @@ def read_record(checkpoint: Path) -> Record:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: saying in one line what is wrong with it.
+        ValueError: with its fault in one line.
     """
     content = parse_json(record_path(checkpoint).read_bytes().decode())
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -116,9 +112,9 @@ def read_record(checkpoint: Path) -> Record:
 
 
 def find_mixture(checkpoint: Path) -> str | None:
-    """Return in what a checkpoint's folder, ``trainer_state.json`` and record contradict each other, or None.
+    """Return how a checkpoint's folder, ``trainer_state.json`` and record contradict each other, or None.
 
-    Its files must be there, and readable; their content is compared by ``find_other_file``.
+    ``find_other_file`` compares the other files.
 
     Raises:
         OSError: if a file cannot be read.
@@ -129,13 +125,13 @@ def find_mixture(checkpoint: Path) -> str | None:
     for source, step in list_steps(checkpoint, state).items():
         if step != record.step:
             return f"{source} says step {step}, and {name} says step {record.step}"
-    if find_note(state) != find_content(record_path(checkpoint)):
+    if find_note(state) != hash_file(record_path(checkpoint)):
         return f"{TRAINER_STATE_NAME} was not written with this {name}: one of them is of another run, or was changed"
     return None
 
 
 def list_steps(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the step that each part of a checkpoint says it is of. ``state``: what ``trainer_state.json`` holds."""
+    """Return the step that each part of a checkpoint names. ``state``: the content of ``trainer_state.json``."""
     steps = {TRAINER_STATE_NAME: state["global_step"]}
     named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", checkpoint.name)
     if named:
@@ -148,16 +144,16 @@ def list_steps(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_other_file(checkpoint: Path, record: Record, names: Iterable[str]) -> str | None:
-    """Return which of the files ``names`` is not the one that the checkpoint was written with, or None.
+    """Return the fault of the first file in ``names`` that differs from the record, or None.
 
     Raises:
         OSError: if one cannot be read.
     """
-    for name in [name for name in names if name in record.files]:
+    for name in filter(record.files.__contains__, names):
         path, then = checkpoint / name, record.files[name]
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != then.size or find_content(path) != then.sha256:
+        if path.stat().st_size != then.size or hash_file(path) != then.sha256:
             return f"{name} is not the one that the checkpoint was written with: it is another one's, or was changed"
     return None
 
@@ -166,28 +162,28 @@ def find_other_file(checkpoint: Path, record: Record, names: Iterable[str]) -> s
 
 
 def describe_lora(config: LoraConfig) -> dict[str, Any]:
-    """Return the settings by which LoRA was made, by YAML key. ``config``: before anything was selected."""
-    return sort_names({key: make_plain(getattr(config, name)) for key, name in LORA_SETTINGS.items()})
+    """Return PEFT's settings of LoRA by YAML key. Call it before a selection changes ``config``."""
+    return sort_lists({key: make_plain(getattr(config, name)) for key, name in LORA_SETTINGS.items()})
 
 
 def describe_yaml(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings by which Axolotl makes LoRA, by YAML key, as its configuration has them."""
-    return sort_names({key: make_plain(cfg.get(key)) for key in YAML_KEYS})
+    """Return Axolotl's settings of LoRA by YAML key."""
+    return sort_lists({key: make_plain(cfg.get(key)) for key in YAML_KEYS})
 
 
-def sort_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings in which lists, whose order means nothing, are sorted."""
+def sort_lists(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with sorted lists, whose order has no meaning."""
     return {key: sorted(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def check_lora(checkpoint: str | Path, now: Mapping[str, Any], part: Literal["lora", "given"], has_plan: bool) -> int:
-    """Check that a run that resumes has LoRA as its checkpoint has it, and return the checkpoint's step.
+    """Check that a resumed run has the LoRA settings of its checkpoint, and return the checkpoint's step.
 
     Args:
-        checkpoint: which has a record.
-        now: the run's settings.
-        part: of the record, with which they are compared.
-        has_plan: whether the checkpoint has a plan, by which the base model is compared.
+        checkpoint: a checkpoint with a record.
+        now: the settings of the run.
+        part: the part of the record to compare them with.
+        has_plan: whether the checkpoint has a plan, which identifies the base model better.
 
     Raises:
         LayerselError: naming every key whose value differs.
@@ -207,7 +203,7 @@ def check_lora(checkpoint: str | Path, now: Mapping[str, Any], part: Literal["lo
 
 
 def differs(key: str, then: Any, now: Any) -> bool:
-    """Return whether two values of a setting differ. A base model may have moved, and what is off may be left out."""
+    """Return whether two values of a setting differ. A base model may have moved; unset and off are the same."""
     if key == "base_model" and then and now:
         return shorten(then) != shorten(now)
     return (then or None) != (now or None)

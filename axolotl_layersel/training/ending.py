@@ -1,13 +1,13 @@
-"""How a command of Axolotl's ends that was refused something: with one sentence, last on the terminal.
+"""End a refused command of Axolotl's with one sentence, last on the terminal.
 
-The process that the user's shell waits for collects what it and the processes that it starts refuse, and prints that
-once, when all else is said. Errors that are not this package's look as ever, and so do signals.
+The process that the user's shell waits for collects the sentences of its own and of the processes that it starts, and
+prints each once at its end. Errors of other packages, and signals, look as usual.
 
 Relied on, as seen in these versions (``tests/unit/training/test_ending.py`` fails when one of them changes):
 
-* axolotl 0.19.0: ``axolotl.utils.tee.file_only_stream`` writes to the run's debug.log, and drops what comes earlier.
+* axolotl 0.19.0: ``axolotl.utils.tee.file_only_stream`` writes to the run's debug.log, and drops earlier text.
 * accelerate 1.13.0, torch 2.13.0: a launcher whose process has failed ends in ``subprocess.CalledProcessError`` or in
-  ``torch.distributed.elastic.multiprocessing.errors.ChildFailedError``, and gives its environment to what it starts.
+  ``torch.distributed.elastic.multiprocessing.errors.ChildFailedError``, and passes its environment on.
 """
 
 import atexit
@@ -25,21 +25,21 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.terminal import clean, make_encodable
+from axolotl_layersel.common.terminal import clean, report_errors
 from axolotl_layersel.config.strict_block import quote
 
-# The environment names the process that collects, its host, and the file in which the others tell it their sentences.
+# The variable that holds the process that collects, its host, and the file that the others write their sentences to.
 COLLECTOR = "AXOLOTL_LAYERSEL_COLLECTOR"
 SEPARATOR = ":"
 LOG_MODULE = "axolotl.utils.tee"
 LAUNCHER_FAILURE = "ChildFailedError"
 
 
-# --- What is told ---------------------------------------------------------------------------------------------------
+# --- Sentences ------------------------------------------------------------------------------------------------------
 
 
 def find_sentences(error: BaseException | None) -> list[str]:
-    """Return the sentences of an error of this package's, or of a validation that found one; for others none."""
+    """Return the sentences of an error of this package, or of a validation that found one; else an empty list."""
     if isinstance(error, LayerselError):
         return [str(error)]
     if isinstance(error, ValidationError) and any(map(is_ours, error.errors())):
@@ -48,14 +48,14 @@ def find_sentences(error: BaseException | None) -> list[str]:
 
 
 def is_ours(problem: object) -> bool:
-    """Return whether one of pydantic's problems with a YAML file is about what this package reads."""
+    """Return whether one of pydantic's problems with a YAML file concerns this package."""
     assert isinstance(problem, dict), "pydantic describes each problem by a dictionary"
     cause = problem.get("ctx", {}).get("error")
     return isinstance(cause, LayerselError) or problem["loc"][:1] == ("layersel",)
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error as sentences for a person: ours as they are, pydantic's with the key and the value."""
+    """Return an error as sentences: this package's unchanged, pydantic's with the key and the value."""
     if not isinstance(error, ValidationError):
         return str(error)
     lines = []
@@ -69,38 +69,33 @@ def describe_error(error: Exception) -> str:
 
 
 def tell(sentences: list[str]) -> None:
-    """Give sentences to the process that collects them, or print them here where none does."""
+    """Pass sentences to the process that collects them, or print them if there is none."""
     path = find_collection()
     if path is None:
         show(sentences)
         return
     text = "".join(f"{clean(sentence)}\n" for sentence in sentences)
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(handle, text.encode("utf-8", "backslashreplace"))  # at once, so that processes mix no lines
-        finally:
-            os.close(handle)
+        with open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(text.encode("utf-8", "backslashreplace"))  # one write, so that processes mix no lines
     except OSError:  # no room for temporary files
         show(sentences)
 
 
 def show(sentences: list[str]) -> None:
-    """Print sentences to standard error, below all that standard output holds."""
+    """Print sentences to standard error, after the pending text of standard output."""
     # Standard output may be closed, as in `axolotl train … | head`.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
-    for sentence in sentences:
-        line = f"axolotl-layersel: {clean(sentence)}"
-        print(make_encodable(line, getattr(sys.stderr, "encoding", None)), file=sys.stderr, flush=True)
+    report_errors(sentences)
 
 
-# --- Who collects ---------------------------------------------------------------------------------------------------
+# --- The process that collects --------------------------------------------------------------------------------------
 
 
 def collect() -> None:
-    """Let this process print at its end what it and the processes that it starts refuse, unless another one does."""
-    # Without a folder for temporary files each process prints its own sentences.
+    """Make this process collect and print the sentences of its own and of those that it starts, unless another does."""
+    # Without a folder for temporary files, each process prints its own sentences.
     with contextlib.suppress(OSError):
         if find_collection() is None:
             path = Path(tempfile.gettempdir()) / f"axolotl-layersel-{secrets.token_hex(8)}"
@@ -109,7 +104,7 @@ def collect() -> None:
 
 
 def read_collector() -> tuple[int, Path] | None:
-    """Return the process of this machine that collects and the file for it; None where there is none."""
+    """Return the process on this machine that collects, and its file; None without one."""
     process, _, rest = os.environ.get(COLLECTOR, "").partition(SEPARATOR)
     host, _, path = rest.partition(SEPARATOR)
     if not (process.isdecimal() and path and host == socket.gethostname()):
@@ -118,31 +113,29 @@ def read_collector() -> tuple[int, Path] | None:
 
 
 def find_collection() -> Path | None:
-    """Return the file of the process that collects, or None where none does (any longer)."""
+    """Return the file of the process that collects, or None if there is none or it has ended."""
     found = read_collector()
     if found is None:
         return None
     try:
         os.kill(found[0], 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:  # somebody else's
+    except (ProcessLookupError, PermissionError):  # it has ended, and its id may be another user's
         return None
     return found[1]
 
 
 def owns_collection() -> bool:
-    """Return whether this process collects; a command that takes a process's place by ``exec`` collects on."""
+    """Return whether this process collects. A command that replaces the process by ``exec`` continues to."""
     found = read_collector()
     return found is not None and found[0] == os.getpid()
 
 
 def read_collection() -> list[str]:
-    """Return the sentences that were collected, each once, in the order in which they came."""
+    """Return the collected sentences, each once, in their order."""
     path = find_collection()
     try:
         text = "" if path is None else path.read_text("utf-8")
-    except OSError:  # nothing was written to it, or it cannot be read any longer
+    except OSError:  # nothing was written, or the file cannot be read any longer
         text = ""
     return list(dict.fromkeys(text.splitlines()))
 
@@ -151,24 +144,24 @@ def read_collection() -> list[str]:
 
 
 class Ending:
-    """The end of this process: what it refuses is told in sentences, and whatever else it raises is shown as ever."""
+    """The end of this process: it tells refusals in sentences, and shows other errors as usual."""
 
     def __init__(self) -> None:
         self.previous = sys.excepthook
         self.told: BaseException | None = None
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Take the place of ``sys.excepthook``."""
+        """Handle an uncaught error, as ``sys.excepthook``."""
         if self.end_in_sentences(error):
             return
-        # A process of the run may end by a program of its own, which is another error.
+        # In a process of the run, the launcher may be a program of the user's, whose error is another one.
         if is_launcher_failure(error) and "RANK" not in os.environ and read_collection():
             write_traceback(error)
             return
         self.previous(kind, error, trace)
 
     def end_in_sentences(self, error: BaseException | None) -> bool:
-        """Tell what ``error`` refuses, and return whether it refuses anything."""
+        """Tell the sentences of ``error``, and return whether it has any."""
         sentences = find_sentences(error)
         if sentences and error is not None:
             self.told = error
@@ -177,8 +170,8 @@ class Ending:
         return bool(sentences)
 
     def finish(self) -> None:
-        """Print what was collected. Python calls it when the process ends."""
-        # A tracker may have put a hook of its own over this one; Python keeps the error that ended the process.
+        """Print the collected sentences at the exit of the process."""
+        # A tracker may have replaced this hook; Python keeps the error that ended the process.
         last = getattr(sys, "last_value", None)
         if last is not None and last is not self.told:
             self.end_in_sentences(last)
@@ -190,7 +183,7 @@ class Ending:
 
 
 def end_in_sentences() -> None:
-    """Let this process end as ``Ending`` says; once."""
+    """Make this process end as ``Ending`` does. Further calls change nothing."""
     if not any(isinstance(hook, Ending) for hook in INSTALLED):
         ending = Ending()
         INSTALLED.append(ending)
@@ -202,12 +195,12 @@ INSTALLED: list[Ending] = []
 
 
 def is_launcher_failure(error: BaseException) -> bool:
-    """Return whether a launcher only says that a process of its own has failed."""
+    """Return whether an error of a launcher only reports that a process failed."""
     return isinstance(error, subprocess.CalledProcessError) or type(error).__name__ == LAUNCHER_FAILURE
 
 
 def write_traceback(error: BaseException) -> None:
-    """Write where an error came from to the debug.log of Axolotl's run, where there is one yet."""
+    """Write the traceback of an error to the debug.log of Axolotl's run, if there is one."""
     stream = getattr(sys.modules.get(LOG_MODULE), "file_only_stream", None)
     if stream is not None:
         traceback.print_exception(error, file=stream)

@@ -1,4 +1,4 @@
-"""What a run that was killed has left behind: files that were being written, and checkpoints beyond the limit."""
+"""Leftovers of a killed run: partly written files, and checkpoints beyond ``save_total_limit``."""
 
 import logging
 import os
@@ -17,16 +17,15 @@ from axolotl_layersel.training.contents import list_recorded, record_path
 
 LOG = logging.getLogger("axolotl.layersel")
 
-# What the standard library's tempfile adds to a prefix.
-RANDOM = "[a-z0-9_]{8}"
-TRIAL = re.compile(rf"\.layersel-{RANDOM}")  # of files.check_output and layouts.write_adapter
+RANDOM = "[a-z0-9_]{8}"  # the suffix of the standard library's tempfile
+TRIAL = re.compile(rf"\.layersel-{RANDOM}")  # written by files.check_output and layouts.write_adapter
 
 
 def find_leftovers(output_dir: Path) -> list[Path]:
-    """Return what an earlier run was writing when it was killed, in its folder and in those of its checkpoints.
+    """Return the partly written files of a killed run, in its folder and in those of its checkpoints.
 
-    Only names that this package makes count, and of folders those that hold nothing but an adapter's files. Links are
-    not followed.
+    Files count if they have a name that this package gives, and folders if they hold only an adapter's files. Links
+    are not followed.
     """
     names = [*list_recorded(), str(gates_path("")), str(record_path(""))]
     places = [output_dir, *(output_dir / name for name in list_checkpoints(output_dir))]
@@ -40,23 +39,23 @@ def find_leftovers(output_dir: Path) -> list[Path]:
 
 
 def find_in_folder(folder: Path, own: list[str]) -> list[Path]:
-    """Return what this package was writing to a folder; nothing, with a warning, where that cannot be looked at."""
+    """Return the partly written files in a folder; none, with a warning, if it cannot be read."""
     try:
         return [Path(entry.path) for entry in scan(folder) if is_leftover(entry, own)]
     except FileNotFoundError:  # another node of the same disk was faster
         return []
     except OSError as error:
-        LOG.warning("layersel: %s cannot be looked through for leftovers (%s)", folder, error.strerror or error)
+        LOG.warning("layersel: %s cannot be searched for leftovers (%s)", folder, error.strerror or error)
         return []
 
 
 def remove_leftovers(run: Run) -> None:
-    """Remove what an earlier run was writing when it was killed, on every node; every rank must call this.
+    """Remove the partly written files of a killed run, on every node; a collective call.
 
-    Call it before the trainer resumes: it would take the adapter in such a folder for another one of the checkpoint's.
+    Call it before the trainer resumes, which would load an adapter in such a folder as a further one.
     """
     for path in find_leftovers(run.output_dir) if run.trainer.args.local_process_index == 0 else []:
-        remove(path, "is what a run was writing when it was killed")
+        remove(path, "was being written when a run was killed")
     collectives.wait_for_everyone()
 
 
@@ -67,7 +66,7 @@ def scan(folder: Path) -> Iterator[os.DirEntry]:
 
 
 def is_leftover(entry: os.DirEntry, own: list[str]) -> bool:
-    """Return whether this package was writing ``entry``. ``own``: the files that it writes to that folder."""
+    """Return whether ``entry`` is partly written. ``own``: the files that this package writes to that folder."""
     if entry.is_dir(follow_symlinks=False):
         names = {WEIGHTS_NAME, *(Path(name).name for name in list_recorded() if not name.startswith(FOLDER))}
         inside = list(scan(Path(entry.path))) if TRIAL.fullmatch(entry.name) else None
@@ -82,16 +81,15 @@ def is_leftover(entry: os.DirEntry, own: list[str]) -> bool:
 def find_surplus(
     output_dir: Path, limit: int | None, protected: set[str], is_complete: Callable[[Path], bool]
 ) -> list[Path]:
-    """Return the checkpoints beyond ``limit``: those that are not complete first, then the oldest.
+    """Return the checkpoints beyond ``limit``: incomplete ones first, then the oldest.
 
-    The Trainer itself deletes nothing before it writes the next one, and then may take a checkpoint that was half
-    deleted for the newest.
+    The Trainer deletes none before it writes the next one, and then may keep a half deleted one as the newest.
 
     Args:
-        output_dir: of the run.
-        limit: ``save_total_limit``; None or 0 for none.
-        protected: names of those that stay.
-        is_complete: whether a checkpoint can be resumed from.
+        output_dir: the folder of the run.
+        limit: ``save_total_limit``; None or 0 for no limit.
+        protected: the names of the checkpoints to keep.
+        is_complete: returns whether a checkpoint can be resumed from.
     """
     names = list_checkpoints(output_dir)[::-1]
     surplus = len(names) - max(limit, len(protected & set(names))) if limit and limit > 0 else 0
@@ -103,14 +101,14 @@ def find_surplus(
 
 
 def remove(path: Path, reason: str) -> None:
-    """Remove a file or a folder, and say why; what cannot be removed stays, and is named."""
+    """Remove a file or a folder and log the reason, or a warning if it cannot be removed."""
     parent, times = path.parent, os.stat(path.parent)
     try:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-        # By which the Trainer tells how old a checkpoint is.
+        # The Trainer sorts checkpoints by this time.
         os.utime(parent, ns=(times.st_atime_ns, times.st_mtime_ns))
     except FileNotFoundError:  # another node of the same disk was faster
         return

@@ -1,4 +1,8 @@
-"""One run at a time in a folder: a lock file names the process that writes there, and is stale once that is gone."""
+"""A lock file that lets one run at a time write into a folder. It names its process, and is stale once that is gone.
+
+``filelock.SoftFileLease`` is not used: it takes two machines for one that have the same host name, as containers and
+cloned machines do, and then takes over the lock of a live run at once.
+"""
 
 import atexit
 import contextlib
@@ -17,22 +21,21 @@ from axolotl_layersel.common.files import writing
 
 LOG = logging.getLogger("axolotl.layersel")
 
-# What begins with an underscore is not pushed to a hub.
-FILE = "_layersel.lock"
+FILE = "_layersel.lock"  # a leading underscore keeps it from being pushed to a hub
 BEAT = 15.0  # seconds between two signs of life
 SILENCE = 120.0  # seconds without one after which a process on another machine is gone
-POLL = 1.0
+POLL = 1.0  # seconds between two looks for one
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that a lock is of."""
+    """The process that holds a lock."""
 
     host: str
     process: int
-    since: str
-    machine: str | None  # as of its start, and as its processes see it; None where that cannot be told
-    process_start: str | None
+    since: str  # when it took the lock
+    machine: str | None  # see ``find_machine``
+    process_start: str | None  # see ``find_start``
 
     @classmethod
     def current(cls) -> "Owner":
@@ -43,7 +46,7 @@ class Owner:
 
     @classmethod
     def read(cls, path: Path) -> "Owner | None":
-        """Return the owner that a lock file names, or None where it names none: it may be about to be written.
+        """Return the owner in a lock file, or None if the file names none, because it is just being written.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -55,19 +58,20 @@ class Owner:
         return owner if isinstance(owner.process, int) and owner.process > 0 else None
 
     def is_alive(self) -> bool:
-        """Return whether the process, of this machine, still runs; another may have its number."""
+        """Return whether the process, on this machine, still runs. Another process may have got its id."""
         try:
             os.kill(self.process, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # somebody else's
+        except PermissionError:  # another user's
             return True
         return find_start(self.process) == self.process_start
 
 
 def find_machine() -> str | None:
-    """Return what tells this machine, since it started, and this view of its processes from others; None on a system
-    that does not say. Containers may share their host's name, and have process numbers of their own.
+    """Return an id of this boot of this machine and of this namespace of process ids; None if the system has none.
+
+    Host names do not do: containers may share one.
     """
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -77,7 +81,7 @@ def find_machine() -> str | None:
 
 
 def find_start(process: int) -> str | None:
-    """Return when a process of this machine started, in its own count, or None if it has ended."""
+    """Return the start time of a process of this machine, in clock ticks since boot, or None if it has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -87,7 +91,7 @@ def find_start(process: int) -> str | None:
 
 
 class RunLock:
-    """A lock file that this process holds; a thread gives signs of life by its time of modification."""
+    """A lock file of this process. A thread updates its modification time as a sign of life."""
 
     def __init__(self, path: Path, handle: int) -> None:
         self.path = path
@@ -100,7 +104,7 @@ class RunLock:
 
     @classmethod
     def take(cls, folder: str | Path) -> "RunLock":
-        """Return the lock of ``folder``, which is made where it does not exist.
+        """Return the lock of ``folder``, which is created if necessary.
 
         Raises:
             LayerselError: if another run holds it, or it cannot be written.
@@ -119,28 +123,28 @@ class RunLock:
                 return cls(path, handle)
 
     def beat(self) -> None:
-        """Give a sign of life now and then."""
+        """Update the modification time until the lock is released."""
         while not self.ended.wait(BEAT):
-            # A disk that does not answer once may do so the next time; the run goes on in any case.
+            # A disk that fails once may work the next time; the run continues in any case.
             with contextlib.suppress(OSError):
                 os.utime(self.handle)
 
     def is_ours(self) -> bool:
-        """Return whether the file is still the one that this process made."""
+        """Return whether the file is still the one that this process created."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self.handle))
         except FileNotFoundError:
             return False
 
     def confirm(self) -> None:
-        """Raise LayerselError if another run has taken the folder: of two that find a stale lock, one gets it."""
+        """Raise LayerselError if another run, which found the same stale lock, has taken the folder."""
         if not self.is_ours():
             raise LayerselError(
                 f"output_dir: another run has taken {self.path.parent} at the same moment. Set another output_dir."
             )
 
     def release(self) -> None:
-        """Remove the file, and leave it if it has become another run's; not in a process that was forked."""
+        """Remove the file, unless another run has replaced it. A forked process does nothing."""
         if self.ended.is_set() or os.getpid() != self.owner:
             return
         self.ended.set()
@@ -152,7 +156,7 @@ class RunLock:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove the lock file of a run that is gone; one on another machine is given time for a sign of life.
+    """Remove the lock file of a run that is gone, after waiting for a sign of life if it is on another machine.
 
     Raises:
         LayerselError: if that run goes on.
@@ -168,7 +172,7 @@ def remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not gone:
-        who = f"process {owner.process} on {owner.host} since {owner.since}" if owner else "a process that does not say"
+        who = f"process {owner.process} on {owner.host} since {owner.since}" if owner else "an unknown process"
         raise LayerselError(
             f"output_dir: {path.parent} is being written by another run ({who}). Wait for its end, or set another "
             f"output_dir. If that run is gone for certain, delete {path}."
@@ -178,28 +182,26 @@ def remove_stale(path: Path) -> None:
 
 
 def stays_silent(path: Path, owner: Owner | None) -> bool:
-    """Return whether the process that holds the lock gives no sign of life for a while.
-
-    Only changes are looked for, so that the clocks of two machines need not agree.
+    """Return whether a lock file stays unchanged for ``SILENCE`` seconds. The clocks of two machines may differ.
 
     Raises:
-        FileNotFoundError: if the file goes away meanwhile.
+        FileNotFoundError: if the file is removed meanwhile.
     """
     LOG.warning(
-        "layersel: %s is of a run on %s; it is gone if there is no sign of life of it for %.0f seconds",
+        "layersel: %s is of a run on %s; that run is gone if it gives no sign of life for %.0f seconds",
         path,
-        owner.host if owner else "a machine that does not say",
+        owner.host if owner else "an unknown machine",
         SILENCE,
     )
-    first, end = look(path), time.monotonic() + SILENCE
+    first, end = read_state(path), time.monotonic() + SILENCE
     while time.monotonic() < end:
         time.sleep(POLL)
-        if look(path) != first:
+        if read_state(path) != first:
             return False
     return True
 
 
-def look(path: Path) -> tuple[int, bytes]:
-    """Return when a file was last written, and its content; opening it makes a network disk look again."""
+def read_state(path: Path) -> tuple[int, bytes]:
+    """Return a file's modification time and content. Opening it makes a network disk refresh them."""
     with open(path, "rb") as file:
         return os.fstat(file.fileno()).st_mtime_ns, file.read()

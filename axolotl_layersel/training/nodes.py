@@ -1,10 +1,9 @@
-"""Several nodes: what the first process has written comes to every disk, and a process that is gone is told of.
+"""Runs on several nodes: copy the files of process 0 to every disk, and explain the loss of a process.
 
-Relied on in torch 2.13.0: gloo's errors are a RuntimeError whose text names it, those of other libraries a DistError.
+Relied on in torch 2.13.0: gloo raises a RuntimeError whose text names it, other libraries raise a DistError.
 """
 
 import functools
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.distributed
 from transformers import Trainer
 
+from axolotl_layersel.common.digests import hash_file
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import write_atomically
 from axolotl_layersel.engines import collectives
@@ -20,42 +20,37 @@ from axolotl_layersel.lora.run import Run
 
 LOG = logging.getLogger("axolotl.layersel")
 
-PIECE = 2**24  # bytes that are sent at once, so that a large adapter takes no room on a device
+PIECE = 2**24  # bytes that are sent at once, so that a large adapter needs little memory on a device
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` on every node; every rank must call this.
-
-    Raises:
-        LayerselError: on every rank, if one cannot.
-    """
+    """Create ``folder`` on every node. Raise LayerselError, on every process, if one cannot; a collective call."""
     fault = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        rank = collectives.get_rank()
-        fault = f"output_dir: process {rank} cannot make {folder} ({error.strerror or error}). Let it write there."
+        process = collectives.get_rank()
+        fault = f"output_dir: process {process} cannot make {folder} ({error.strerror or error}). Let it write there."
     refuse_any(fault)
 
 
 def share_files(run: Run, folder: Path, names: list[str]) -> None:
-    """Let the first process of every node write what rank 0 has in ``folder``; every rank must call this.
+    """Copy the files that process 0 has in ``folder`` to all nodes; a collective call.
 
-    Where a node has the same files already, as on a shared disk, nothing is sent. Files that rank 0 does not have are
-    left out.
+    The first process of each node writes them, unless the node has the same files already, as on a shared disk.
 
     Args:
-        run: whose files they are.
-        folder: the same on all nodes; each file appears in it at once and complete.
-        names: of the files, below ``folder``.
+        run: the run whose files they are.
+        folder: a folder with the same path on all nodes; each file appears in it at once and complete.
+        names: the paths of the files in ``folder``; missing ones are skipped.
 
     Raises:
-        LayerselError: on every rank, if one cannot be read or written.
+        LayerselError: on every process, if a file cannot be read or written.
     """
     if not collectives.is_distributed():
         return
     contents = collectives.decide_on_rank_zero(
-        lambda: {name: find_content(folder / name) for name in names if (folder / name).is_file()}
+        lambda: {name: hash_file(folder / name) for name in names if (folder / name).is_file()}
     )
     writes = run.trainer.args.local_process_index == 0 and collectives.get_rank() != 0
     mine = [name for name, content in contents.items() if writes and not is_same(folder / name, content)]
@@ -63,25 +58,16 @@ def share_files(run: Run, folder: Path, names: list[str]) -> None:
         share_file(run, folder / name, name in mine)
 
 
-def find_content(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def is_same(path: Path, content: str) -> bool:
-    """Return whether there is a file with the SHA-256 ``content``."""
+    """Return whether ``path`` is a file with the SHA-256 ``content``."""
     try:
-        return find_content(path) == content
+        return hash_file(path) == content
     except OSError:
         return False
 
 
 def share_file(run: Run, path: Path, writes: bool) -> None:
-    """Send ``path`` from rank 0 to all ranks, of which those write it that say so; a collective call."""
+    """Send the file ``path`` from process 0 to the processes with ``writes``, which write it; a collective call."""
     held = [b""]
 
     def read() -> int:
@@ -102,20 +88,20 @@ def share_file(run: Run, path: Path, writes: bool) -> None:
     if writes:
         try:
             write_atomically(path, bytes(received))
-        except LayerselError as error:  # the others must learn of it
+        except LayerselError as error:  # raised on all processes below
             fault = str(error)
     refuse_any(fault)
 
 
 def refuse_any(fault: str | None) -> None:
-    """Raise LayerselError, on every rank, with the first ``fault`` of any; a collective call."""
+    """Raise LayerselError, on every process, with the first ``fault`` of any; a collective call."""
     first = next((other for other in collectives.gather_from_all(fault) if other), None)
     if first:
         raise LayerselError(first)
 
 
 def explain_lost_processes(trainer: Trainer) -> None:
-    """Let ``trainer.train`` say in one line, in front of the communication library's error, that a process is gone."""
+    """Make ``trainer.train`` log that a process is lost, before the communication library's error."""
     upstream = trainer.train
 
     @functools.wraps(upstream)
@@ -126,10 +112,10 @@ def explain_lost_processes(trainer: Trainer) -> None:
             if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
                 LOG.error(
                     "layersel: process %d cannot reach another process of the run: that has ended, or has not answered "
-                    "for ddp_timeout: %d seconds. Look into its log. The run resumes from its last checkpoint.",
+                    "for ddp_timeout: %d seconds. Read its log. The run resumes from its last checkpoint.",
                     collectives.get_rank(),
                     trainer.args.ddp_timeout,
                 )
             raise
 
-    trainer.train = train  # type: ignore[method-assign]  # of this trainer alone
+    trainer.train = train  # type: ignore[method-assign]  # of this trainer only

@@ -1,7 +1,7 @@
-"""The checks of a training run before its model loads. Of all commands, only ``train`` comes here."""
+"""The checks before the model loads, for the commands that train, plan and check."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from axolotl_layersel.config.selection import DEFAULT_STACKS, DEFAULT_UNSELECTED
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.engines.trainers import CONFIG_ONLY_TRAINERS
 from axolotl_layersel.lora.layers import describe_missing_tower, find_layer_counts
-from axolotl_layersel.selection.choosing import check_naming, check_range, count_kept
+from axolotl_layersel.selection.candidates import check_naming, check_range, count_kept
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.provenance import describe_shape
-from axolotl_layersel.selection.select import KnownRun, check_continuing, find_plan
+from axolotl_layersel.selection.reuse import KnownRun, find_plan
+from axolotl_layersel.selection.select import check_continuing
 from axolotl_layersel.training.checkpoints import find_resumed_checkpoint
 from axolotl_layersel.training.contents import describe_yaml
 from axolotl_layersel.training.prepare import OUTPUT_FILES, check_resumed, pass_over_unread
@@ -37,14 +38,14 @@ def read_settings(cfg: Any) -> LayerselConfig:
 
 
 def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
-    """Check what can be known before the model loads, and settle which checkpoint is resumed; every rank calls this.
+    """Check a run before its model loads, and choose the checkpoint that it resumes from; a collective call.
 
     Args:
-        cfg: Axolotl's configuration, in which the checkpoint that is resumed is named afterwards.
-        take_lock: lets no other run write into a folder.
+        cfg: Axolotl's configuration; ``resume_from_checkpoint`` is set to the chosen checkpoint.
+        take_lock: locks the folder of the run.
 
     Raises:
-        LayerselError: on every rank, where something cannot be honoured.
+        LayerselError: on every process, for settings that the run cannot honour.
     """
     settings = pass_over_unread(read_settings(cfg))
     if not torch.accelerator.is_available():
@@ -55,7 +56,7 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
     resume_from = find_resumed_checkpoint(
         settings, cfg.output_dir, cfg.resume_from_checkpoint, bool(cfg.auto_resume_from_checkpoints)
     )
-    # Axolotl by itself would also resume from a checkpoint that a killed run left incomplete.
+    # Axolotl's own choice could be an incomplete checkpoint of a killed run.
     cfg.resume_from_checkpoint = resume_from
     cfg.auto_resume_from_checkpoints = False
     decide_on_rank_zero(lambda: check_resumed(settings, resume_from, describe_yaml(cfg)))
@@ -72,29 +73,28 @@ def check_before_model(cfg: Any, take_lock: Callable[[str], None]) -> None:
     reused = decide_on_rank_zero(lambda: find_reused(cfg, settings, selection, resume_from))
     if cfg.lora_model_dir and reused is None:
         check_continuing(selection)
-    stacks = selection.stacks or DEFAULT_STACKS
-    if reused is None and stacks != DEFAULT_STACKS:
-        decide_on_rank_zero(lambda: check_vision(cfg, stacks))
     if reused is None:
-        has_decoder = decide_on_rank_zero(lambda: loads_encoder_decoder(cfg))
-        sides = ENCODER_DECODER if has_decoder else STACKS[stacks]
-        for key in ("layers", "candidates"):
-            check_naming(key, getattr(selection, key) or [], sides, stacks, cfg.base_model)
-        decide_on_rank_zero(lambda: check_layers_exist(cfg, selection, sides))
+        decide_on_rank_zero(lambda: check_layers(cfg, selection))
     if (reused[0].unselected if reused else selection.unselected or DEFAULT_UNSELECTED) == "remove":
         check_base_weights(cfg)
 
 
-def check_fused_experts(cfg: Any) -> None:
-    """Raise LayerselError for target modules that PEFT makes expert parameters of, which ZeRO-3 has split.
-
-    Relied on in PEFT 0.20.0 (``tests/families/test_mixtures.py`` fails when it changes): the two tables by which it
-    does that.
-    """
+def load_config(cfg: Any) -> Any:
+    """Return the configuration of the base model."""
     from axolotl.loaders.utils import load_model_config
+
+    return load_model_config(cfg)
+
+
+def check_fused_experts(cfg: Any) -> None:
+    """Raise LayerselError for target modules that PEFT turns into expert parameters, which ZeRO-3 has split.
+
+    Relied on in PEFT 0.20.0 (``tests/families/test_mixtures.py`` fails when it changes): the two tables of the
+    conversion.
+    """
     from peft.utils import transformers_weight_conversion as peft
 
-    kind = peft._MODEL_TO_CONVERSION_PATTERN.get(load_model_config(cfg).model_type, "")
+    kind = peft._MODEL_TO_CONVERSION_PATTERN.get(load_config(cfg).model_type, "")
     fused = peft._MOE_TARGET_MODULE_MAPPING.get(kind, {})
     targets = cfg.lora_target_modules if isinstance(cfg.lora_target_modules, list) else []
     found = next((target for target in targets if target.rpartition(".")[2] in fused), None)
@@ -105,17 +105,15 @@ def check_fused_experts(cfg: Any) -> None:
 def find_reused(
     cfg: Any, settings: LayerselConfig, selection: SelectionConfig, resume_from: str | None
 ) -> tuple[Plan, str] | None:
-    """Return the plan that a run reuses and where it is from, None where it reuses none.
+    """Return the plan that a run reuses and its source, or None.
 
     Raises:
-        LayerselError: if it is missing or damaged, or not for what the YAML file and the model's configuration say.
+        LayerselError: if the plan is missing or damaged, or does not fit the YAML file and the model's configuration.
     """
-    from axolotl.loaders.utils import load_model_config
-
     if resume_from is None and selection.plan is None:
         return None
-    config = load_model_config(cfg)
-    # Such arguments may change the configuration as the model is built from it.
+    config = load_config(cfg)
+    # These arguments may change the configuration when the model is built.
     shaped = isinstance(config, PreTrainedConfig) and not cfg.overrides_of_model_kwargs
     known = KnownRun(
         base_model=cfg.base_model,
@@ -127,55 +125,47 @@ def find_reused(
     return find_plan(selection, resume_from, known)
 
 
-def check_vision(cfg: Any, stacks: str) -> None:
-    """Raise LayerselError where ``stacks`` asks for a vision tower and the base model's configuration has none."""
-    from axolotl.loaders.utils import load_model_config
+def check_layers(cfg: Any, selection: SelectionConfig) -> None:
+    """Raise LayerselError for stacks, layers or a number of layers that the base model lacks by its configuration.
 
-    if not read_fact(load_model_config(cfg), "vision_config"):
-        raise LayerselError(describe_missing_tower(stacks, cfg.base_model))
-
-
-def check_layers_exist(cfg: Any, selection: SelectionConfig, sides: Sequence[str]) -> None:
-    """Raise LayerselError for layers, or a number of them, that the base model's configuration says it has not.
-
-    Where that does not say how many layers there are, or LoRA is in some of them only, the model will.
-
-    Args:
-        cfg: Axolotl's configuration.
-        selection: the ``selection`` block.
-        sides: of the layers that are chosen among, see ``layers.find_layer_counts``.
+    The selection checks this again on the model: the configuration may lack the number of layers, and LoRA may be in
+    only some of them.
     """
-    from axolotl.loaders.utils import load_model_config
-
-    counts = find_layer_counts(load_model_config(cfg), sides)
+    config, stacks = load_config(cfg), selection.stacks or DEFAULT_STACKS
+    if stacks != DEFAULT_STACKS and not read_fact(config, "vision_config"):
+        raise LayerselError(describe_missing_tower(stacks, cfg.base_model))
+    sides = ENCODER_DECODER if loads_encoder_decoder(cfg) else STACKS[stacks]
+    chosen = {key: getattr(selection, key) or [] for key in ("layers", "candidates")}
+    for key, layers in chosen.items():
+        check_naming(key, layers, sides, stacks, cfg.base_model)
+    counts = find_layer_counts(config, sides)
     if counts is None:
         return
-    for key in ("layers", "candidates"):
-        check_range(key, getattr(selection, key) or [], counts)
+    for key, layers in chosen.items():
+        check_range(key, layers, counts)
     settings = selection.resolve(run_seed=0)
-    # A default that keeps none adapts itself, see ``fitting.fit_to_units``.
+    # A default that keeps none is adapted, see ``fitting.fit_to_units``.
     if settings.granularity == "layer" and (selection.num_layers or selection.ratio):
         count_kept(settings, len(settings.candidates or name_layers(counts)))
 
 
 def loads_encoder_decoder(cfg: Any) -> bool:
-    """Return whether the model will have an encoder and a decoder, as its configuration and ``model_type`` say.
+    """Return whether the model will have an encoder and a decoder, by its configuration and ``model_type``.
 
-    Of BART and others Axolotl loads the decoder alone, unless ``model_type`` names another class.
+    Axolotl loads only the decoder of BART and others, unless ``model_type`` names another class.
     """
-    from axolotl.loaders.utils import load_model_config
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = load_model_config(cfg)
+    config = load_config(cfg)
     if cfg.type_of_model in (None, "AutoModelForCausalLM"):
-        decoder_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not cfg.is_multimodal
+        decoder_only = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not cfg.is_multimodal
     else:
-        decoder_alone = cfg.type_of_model.endswith("ForCausalLM")
-    return bool(read_fact(config, "is_encoder_decoder")) and not decoder_alone
+        decoder_only = cfg.type_of_model.endswith("ForCausalLM")
+    return bool(read_fact(config, "is_encoder_decoder")) and not decoder_only
 
 
 def check_base_weights(cfg: Any) -> None:
-    """Raise LayerselError where base weights that the initialisation changes could not be what they were again."""
+    """Raise LayerselError if the initialisation changes base weights that cannot be restored exactly."""
     if cfg.lora_model_dir:
         initial = decide_on_rank_zero(lambda: read_initialisation(Path(cfg.lora_model_dir)))
         if changes_base(initial):
@@ -188,12 +178,12 @@ def check_base_weights(cfg: Any) -> None:
 
 
 def read_initialisation(folder: Path) -> bool | str | None:
-    """Return ``init_lora_weights`` of the adapter in ``folder``; None where it lies elsewhere, such as on a hub."""
+    """Return ``init_lora_weights`` of the adapter in ``folder``; None if it is elsewhere, such as on a hub."""
     path = folder / "adapter_config.json"
     content = read_json("lora_model_dir", path, "Give the folder of an adapter.") if path.is_file() else None
     return content.get("init_lora_weights") if isinstance(content, dict) else None
 
 
 def find_scaling(cfg: Any) -> float:
-    """Return the scaling that ``lora_alpha`` and ``lora_r`` ask for."""
+    """Return LoRA's scaling by ``lora_alpha`` and ``lora_r``."""
     return cfg.lora_alpha / (math.sqrt(cfg.lora_r) if cfg.peft_use_rslora else cfg.lora_r)

@@ -1,8 +1,9 @@
-"""Make a trainer ready: select layers, prepare for redistributing rank, keep its checkpoints complete."""
+"""Prepare a trainer: check the run, decide layers and ranks, apply them, and make every save complete."""
 
 import functools
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.l1ra.state import read_state
-from axolotl_layersel.lora import adapters
+from axolotl_layersel.lora.config import check_target_parameters, complete_config
 from axolotl_layersel.lora.readiness import Readiness, check_trains
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.switching import preserve_trained
+from axolotl_layersel.lora.weights import initialize_lora, restore_live_adapter
 from axolotl_layersel.lora.writer import AdapterWriter
 from axolotl_layersel.selection.plan import Plan
-from axolotl_layersel.selection.select import read_reused, select_layers
+from axolotl_layersel.selection.reuse import read_reused
+from axolotl_layersel.selection.select import select_layers
 from axolotl_layersel.training import nodes
 from axolotl_layersel.training.callbacks import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
 from axolotl_layersel.training.checkpoints import check_best, check_resumable, holds, is_resumable
@@ -38,8 +42,7 @@ from axolotl_layersel.training.saving import complete_saves, list_records
 
 LOG = logging.getLogger("axolotl.layersel")
 RESUMED_KEY = "resume_from_checkpoint"
-# What a run writes into its folder.
-OUTPUT_FILES = [path("").name for path in (plan_path, ranks_path, gates_path)]
+OUTPUT_FILES = [path("").name for path in (plan_path, ranks_path, gates_path)]  # of a run, in its folder
 
 
 def prepare_trainer(
@@ -53,9 +56,9 @@ def prepare_trainer(
     checked: bool = False,
     given: dict[str, Any] | None = None,
 ) -> Plan | None:
-    """Make a trainer ready: choose the layers that keep LoRA, and let rank move while it trains.
+    """Prepare a trainer: choose the layers that keep LoRA, and redistribute rank while it trains.
 
-    For a plain ``transformers.Trainer``, or a class made of it. The Axolotl plugin calls this function too::
+    This is for a ``transformers.Trainer`` or a subclass. The Axolotl plugin calls it too::
 
         model = get_peft_model(base, LoraConfig(r=8, task_type="SEQ_CLS", target_modules=["query", "value"]))
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
@@ -63,106 +66,177 @@ def prepare_trainer(
         trainer.train()
         trainer.save_model()
 
-    Call it once, after the trainer was built and before it trains or makes its optimizer; where there are several
-    processes, on each of them. The model is scored as it is, and changed in place: unselected layers lose their
-    adapter, or keep it untrained. New LoRA weights are drawn again from ``trainer.args.seed``. ``modules_to_save``,
-    such as the classifier that PEFT adds for ``SEQ_CLS``, train and are saved as without this.
+    Call it once on every process, after the trainer was built and before it trains or creates its optimizer. The
+    model is changed in place: unselected layers lose their adapter, or keep it untrained. New LoRA weights are drawn
+    again from ``trainer.args.seed``. ``modules_to_save``, such as the classifier that PEFT adds for ``SEQ_CLS``, train
+    and are saved as usual.
 
-    ``trainer.train()`` then trains, and Ctrl-C and SIGTERM end it as docs/checkpoints.md says. ``trainer.save_model``,
-    the model's ``save_pretrained`` and every checkpoint leave a plain PEFT adapter that has been read back and compared
-    with the model, with the plan beside it. ``trainer.save_adapter(folder)`` saves as a checkpoint does, on every
-    engine; all ranks must call it.
+    Afterwards ``trainer.train()`` ends on Ctrl-C and SIGTERM as docs/checkpoints.md describes. ``trainer.save_model``,
+    the model's ``save_pretrained`` and every checkpoint write a plain PEFT adapter together with the plan; the adapter
+    has been read back and compared with the model. ``trainer.save_adapter(folder)`` saves as a checkpoint does, on
+    every engine; all processes must call it.
 
     Args:
         trainer: a Trainer whose model is a PEFT model with one LoRA adapter. Methods that score read its
-            ``train_dataset``, whose rows have ``input_ids`` and, as the Trainer drops what the model does not take,
-            ``attention_mask``, ``token_type_ids`` and labels.
-        settings: what the ``layersel`` block of a YAML file holds.
-        resume_from: the checkpoint that the run resumes from: its plan is used, and nothing is scored. Give
+            ``train_dataset``. The rows have ``input_ids`` and, if the model takes them, ``attention_mask``,
+            ``token_type_ids`` and labels.
+        settings: the content of the ``layersel`` block.
+        resume_from: the checkpoint that the run resumes from. Its plan is used, and nothing is scored. Give
             ``trainer.train(resume_from_checkpoint=…)`` the same.
-        continues_adapter: the LoRA weights are a trained adapter's, and stay as they are.
+        continues_adapter: whether the LoRA weights are a trained adapter's, which are kept.
         lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
-        scaling: with ``l1ra``, the scaling that all modules get; default: the adapter's.
-        repeat: with ``selection``, choose with so many seeds, to say how far they agree; the first is the plan.
-        checked: ``output_dir`` and ``resume_from`` were looked through before, and keys that are not read were named,
-            as the plugin does before the model loads.
-        given: the settings of LoRA in the plugin's YAML file, which checkpoints remember.
+        scaling: with ``l1ra``, the scaling of all modules; default: the adapter's.
+        repeat: with ``selection``, the number of seeds to choose with, to measure how far they agree. The first
+            choice is the plan.
+        checked: whether ``output_dir``, ``resume_from`` and unread keys were checked before, as by the plugin before
+            the model loads.
+        given: the LoRA settings of the plugin's YAML file, for the records of checkpoints.
 
     Returns:
-        The plan, where layers are selected, else None. It is printed, and written to
-        ``<output_dir>/layersel/plan.json``.
+        The plan, or None without a selection. It is printed, and written to ``<output_dir>/layersel/plan.json``.
 
     Raises:
-        LayerselError: on every rank, where something cannot be honoured; a ``ValueError`` of one sentence.
+        LayerselError: on every process, for a run that cannot honour its settings; a ``ValueError`` of one sentence.
     """
     if "save_adapter" in vars(trainer):
         raise LayerselError(
-            "trainer: prepare_trainer was called for it before, and what it chose is in the model. Build the model and "
+            "trainer: prepare_trainer was called for it before, and its choice is in the model. Build the model and "
             "the trainer anew to choose again."
         )
+    start = check(trainer, settings, resume_from, continues_adapter, checked)
+    initialize(start)
+    decision = decide(start, lora_r, scaling, repeat)
+    readiness = apply(start, decision)
+    record(start, decision, readiness, given or {})
+    return decision.plan
+
+
+# --- The phases ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checked run."""
+
+    run: Run
+    settings: LayerselConfig  # without unread keys
+    resume_from: str | None
+    resumed_step: int | None  # of that checkpoint
+    continues_adapter: bool
+    lora: dict[str, Any]  # LoRA's settings before a selection changes them, see ``contents.describe_lora``
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plan of the selection and the ranks of ``l1ra``; each is None if the settings do not request it."""
+
+    plan: Plan | None
+    ranks: RankRedistribution | None
+
+
+def check(
+    trainer: Trainer, settings: LayerselConfig, resume_from: str | None, continues_adapter: bool, checked: bool
+) -> Start:
+    """Check the run before its model is changed or scored; a collective call. See ``prepare_trainer``."""
     run = Run.of(trainer)
-    lora = describe_lora(run.config)  # which changes below
+    lora = describe_lora(run.config)
     settings = settings.drop_unread() if checked else pass_over_unread(settings)
     check_trainers_alike(run, settings, resume_from, continues_adapter)
     if not checked:
         collectives.decide_on_rank_zero(lambda: check_output(run.output_dir, OUTPUT_FILES))
     if resume_from is not None and not checked:
         if not isinstance(resume_from, str | os.PathLike) or not str(resume_from):
-            raise LayerselError(f"resume_from: {resume_from!r} is no path. Give the folder of a checkpoint, or None.")
+            raise LayerselError(
+                f"resume_from: {resume_from!r} is not a path. Give the folder of a checkpoint, or None."
+            )
         check_resumable(resume_from, settings, type(run.engine))
         collectives.decide_on_rank_zero(lambda: check_resumed(settings, resume_from))
     resumed_step = None
     if resume_from is not None:
         has_plan = settings.selection is not None
         resumed_step = collectives.decide_on_rank_zero(lambda: check_lora(resume_from, lora, "lora", has_plan))
-    run.engine.take_over_checkpointing()
-    trainers.report_lost_gradients(trainer, run.base)
     run.engine.check_storage(moves_state(settings.model_dump(exclude_none=True)))
-    adapters.check_target_parameters(run)
-    adapters.complete_config(run)
-    adapters.keep_trained_alone(run.model)
-    check_trains(run)  # before minutes are spent on scores
-    seeded = not continues_adapter and adapters.initialize_lora(run.model, trainer.args.seed)
+    check_target_parameters(run)
+    return Start(run, settings, resume_from, resumed_step, continues_adapter, lora)
+
+
+def initialize(start: Start) -> None:
+    """Set up the trainer, and initialise the weights that are scored and trained; a collective call."""
+    run = start.run
+    run.engine.take_over_checkpointing()
+    trainers.report_lost_gradients(run.trainer, run.base)
+    trainers.initialize_loaders(run.trainer, outlive_signals)
+    complete_config(run)
+    preserve_trained(run.model)
+    check_trains(run)  # before minutes are spent on scoring
+    seeded = not start.continues_adapter and initialize_lora(run.model, run.trainer.args.seed)
     LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
-    share_new_weights(run, continues_adapter)
-    # This comes first, because the weights may lie in shards after a search.
-    least = find_planned_room(settings, resume_from, lora_r or run.config.r)
-    capacity = make_room(run, settings.l1ra, lora_r, scaling, least) if settings.l1ra else None
-    trainers.initialize_loaders(trainer, outlive_signals)
+    share_new_weights(run, start.continues_adapter)
+
+
+def decide(start: Start, lora_r: int | None, scaling: float | None, repeat: int) -> Decision:
+    """Make room for higher ranks, then choose the layers and change the model accordingly; a collective call.
+
+    See ``prepare_trainer`` for the other arguments.
+    """
+    run, selection, l1ra = start.run, start.settings.selection, start.settings.l1ra
+    # The room comes first, because the weights may be sharded after a search.
+    least = find_planned_room(start.settings, start.resume_from, lora_r or run.config.r)
+    capacity = make_room(run, l1ra, lora_r, scaling, least) if l1ra else None
     plan = None
-    if settings.selection:
-        plan = select_layers(run, settings.selection, resume_from, continues_adapter, repeat, capacity)
+    if selection:
+        plan = select_layers(run, selection, start.resume_from, start.continues_adapter, repeat, capacity)
         check_trains(run)
-    ranks = RankRedistribution(run, settings.l1ra, capacity) if settings.l1ra and capacity else None
-    if ranks and resume_from is None:
+    ranks = RankRedistribution(run, l1ra, capacity) if l1ra and capacity else None
+    if ranks and start.resume_from is None:
         ranks.check_movable()
+    return Decision(plan, ranks)
+
+
+def apply(start: Start, decision: Decision) -> Readiness:
+    """Make the trainer train, resume and load its best model as decided, and return its check of the adapter."""
+    run, ranks, resume_from = start.run, decision.ranks, start.resume_from
+    trainer, kind = run.trainer, type(run.engine)
     readiness = Readiness(run)
     trainers.call_before_training(trainer, readiness.check_start)
     restore = ranks.restore_weights if ranks else functools.partial(restore_plain_adapter, run)
-    trainer.add_callback(RestoreCallback(run, resume_from, resumed_step, restore))
-    check = functools.partial(check_best, settings=settings, kind=type(run.engine))
-    trainers.restore_best_model_by(trainer, functools.partial(holds, engine=run.engine), restore, check)
+    trainer.add_callback(RestoreCallback(run, resume_from, start.resumed_step, restore))
+    check_loaded = functools.partial(check_best, settings=start.settings, kind=kind)
+    trainers.restore_best_model_by(trainer, functools.partial(holds, engine=run.engine), restore, check_loaded)
     trainers.respect_stop_before_first_step(trainer)
     nodes.explain_lost_processes(trainer)
     if resume_from:
-        # A run that was not killed had no such evaluation, and early stopping would count it.
+        # An uninterrupted run has no such evaluation, and early stopping would count it.
         trainer.args.eval_on_start = False
     if ranks:
         if resume_from:
-            ranks.check(resume_from, "resume_from_checkpoint")
+            ranks.check(resume_from, RESUMED_KEY)
         trainer.add_callback(RankCallback(ranks, resume_from))
+    return readiness
+
+
+def record(start: Start, decision: Decision, readiness: Readiness, given: dict[str, Any]) -> None:
+    """Make every save of the trainer complete, and remove leftovers of earlier runs; a collective call.
+
+    ``given``: see ``contents.write_record``.
+    """
+    run, ranks, resume_from = start.run, decision.ranks, start.resume_from
+    trainer = run.trainer
     writer = AdapterWriter(run, ranks.fold if ranks else None, readiness)
-    is_complete = functools.partial(is_resumable, settings=settings, kind=type(run.engine))
-    trainer.add_callback(TidyCallback(run, list_foreign_files(settings, run.output_dir), resume_from, is_complete))
+    is_complete = functools.partial(is_resumable, settings=start.settings, kind=type(run.engine))
+    foreign = list_foreign_files(start.settings, run.output_dir)
+    trainer.add_callback(TidyCallback(run, foreign, resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))
-    trainer.add_callback(InterruptCallback(run, writer, resume_from))
-    vars(trainer)["save_adapter"] = complete_saves(run, writer, plan, ranks, lora, given or {})
+    trainer.add_callback(InterruptCallback(run, writer, resume_from))  # must be the last one
+    vars(trainer)["save_adapter"] = complete_saves(run, writer, decision.plan, ranks, start.lora, given)
     remove_leftovers(run)
-    return plan
+
+
+# --- Steps of the phases ------------------------------------------------------------------------------------------
 
 
 def pass_over_unread(settings: LayerselConfig) -> LayerselConfig:
-    """Return the settings without the keys that nothing reads, and log a warning that lists them, on rank 0."""
+    """Return the settings without unread keys, after a warning that lists them on process 0."""
     unread = describe_unread(settings)
     if unread and collectives.get_rank() == 0:
         LOG.warning("layersel: %s", unread)
@@ -170,9 +244,9 @@ def pass_over_unread(settings: LayerselConfig) -> LayerselConfig:
 
 
 def check_resumed(settings: LayerselConfig, resume_from: str | None, given: dict[str, Any] | None = None) -> None:
-    """Raise LayerselError unless a checkpoint's ranks can be restored, or there are none to restore.
+    """Raise LayerselError unless a checkpoint has the run's LoRA settings, and ranks exactly if the run has ``l1ra``.
 
-    ``given``: the settings of LoRA in the YAML file, with which the checkpoint must have been made.
+    ``given``: the LoRA settings of the YAML file.
     """
     if resume_from is None:
         return
@@ -187,11 +261,7 @@ def check_resumed(settings: LayerselConfig, resume_from: str | None, given: dict
 
 
 def find_planned_room(settings: LayerselConfig, resume_from: str | None, lora_r: int) -> int:
-    """Return the rank that ``l1ra`` needs room for by default beyond its own, 0 where it does; a collective call.
-
-    A resumed run has the room that its checkpoint had. Otherwise a plan's ranks, or those that a selection may give,
-    say how much it takes.
-    """
+    """Return the highest rank that the checkpoint, the plan or the selection needs, 0 if none; a collective call."""
     moving, selection = settings.l1ra, settings.selection
     if moving is None:
         return 0
@@ -206,12 +276,12 @@ def find_planned_room(settings: LayerselConfig, resume_from: str | None, lora_r:
 
 
 def list_foreign_files(settings: LayerselConfig, output_dir: Path) -> list[Path]:
-    """Return the files of this package in a run's folder that would be an earlier run's."""
+    """Return the files of this package in a run's folder that this run does not write."""
     ranks = [] if settings.l1ra else [ranks_path(output_dir)]
-    # A run that selects has written its plan by then, and with it the course of a search, or removed that.
+    # A selection has written its plan already, and written or removed the gates of a search.
     return ranks if settings.selection else [*ranks, plan_path(output_dir), gates_path(output_dir)]
 
 
 def restore_plain_adapter(run: Run, checkpoint: str) -> None:
-    """Write the plain adapter of ``checkpoint`` into the model in training; every rank must call this."""
-    adapters.restore_live_adapter(run, Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME)
+    """Write the plain adapter of ``checkpoint`` into the model in training; a collective call."""
+    restore_live_adapter(run, Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME)

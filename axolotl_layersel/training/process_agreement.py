@@ -1,7 +1,5 @@
-"""Check that all ranks were started alike, and name what differs before it hangs a run or spoils its adapter."""
+"""Check that all processes of a run agree, and name a difference before it hangs the run or spoils its adapter."""
 
-import hashlib
-import json
 import logging
 import platform
 import random
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from axolotl_layersel.common.digests import hash_json, hash_tensor
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.versions import find_version
 from axolotl_layersel.config.initialisation import changes_base
@@ -23,23 +22,23 @@ from axolotl_layersel.lora.run import Run
 LOG = logging.getLogger("axolotl.layersel")
 
 PACKAGES = ("axolotl-layersel", "axolotl", "torch", "transformers", "peft", "accelerate", "deepspeed")
-# Ranks reach the first check within seconds of each other. This is how long they wait for one that does not.
-PATIENCE = 600
+PATIENCE = 600  # seconds that processes wait at the first check, which all should reach within seconds
 SAMPLED_ROWS = 32
-# Of a weight that does not train, at each end, where a resized vocabulary has its new rows, and in between.
+SHOWN = 16  # characters of a digest
+# Values of a frozen weight at each end, where a resized vocabulary has its new rows, and about as many in between.
 SAMPLED_VALUES = 2**16
-# The weight of a layer that LoRA is put on; a head or an embedding has no number.
+# A base weight of a layer with LoRA. The names of heads and embeddings have no number.
 LAYER_WEIGHT = re.compile(r"\.\d+\..*\.base_layer\.")
-# By the name of a fact, what to do about ranks that differ in it.
+# What to do about a difference, by the group of facts that it is in.
 WAYS_OUT = {
-    "settings": "Start all ranks from the same YAML file and with the same options.",
+    "settings": "Start all processes from the same YAML file and with the same options.",
     "versions": "Install the same versions on all nodes.",
-    "rows": "Give all nodes the same files, and delete what `dataset_prepared_path` holds of others.",
+    "rows": "Give all nodes the same files, and delete the other files in `dataset_prepared_path`.",
     "weights": "Give all nodes the same base model and the same adapter.",
     "base model": "Scores would mix two models: give all nodes the same base model.",
 }
-# The keys that decide how a run goes, and so must be the same on all ranks. Paths of what is read may differ from node
-# to node, so their contents are compared instead; checkpoints name paths below output_dir.
+# Keys of the YAML file that determine a run, and so must be equal in all processes. Nodes may keep models and data at
+# different paths, so the contents are compared instead; output_dir must agree, because checkpoints name paths below it.
 AGREEING_KEYS = (
     *("output_dir", "resume_from_checkpoint"),
     *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear"),
@@ -51,23 +50,17 @@ AGREEING_KEYS = (
     *("load_best_model_at_end", "early_stopping_patience", "auto_resume_from_checkpoints", "gradient_checkpointing"),
     *("deepspeed", "fsdp", "fsdp_version", "fsdp_config", "bf16", "fp16"),
 )
-# The Trainer's arguments that decide how a run goes, by the YAML keys that set them.
+# The same of the Trainer's arguments and of PEFT's configuration, by the YAML keys that set them.
+SAME_NAMES = (
+    *("output_dir", "seed", "max_steps", "gradient_accumulation_steps", "learning_rate", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "save_steps", "eval_steps", "load_best_model_at_end"),
+)
 ARGUMENTS = {
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "max_steps": "max_steps",
+    **dict(zip(SAME_NAMES, SAME_NAMES)),
     "num_epochs": "num_train_epochs",
     "micro_batch_size": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "learning_rate": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
-    "warmup_steps": "warmup_steps",
     "optimizer": "optim",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "save_steps": "save_steps",
-    "eval_steps": "eval_steps",
-    "load_best_model_at_end": "load_best_model_at_end",
 }
 ADAPTER_SETTINGS = {
     "lora_r": "r",
@@ -82,21 +75,21 @@ ADAPTER_SETTINGS = {
 
 
 def check_started_alike(settings: Mapping[str, Any]) -> None:
-    """Raise LayerselError, on every rank, unless all ranks have the same ``settings``, nested by key, and packages.
+    """Raise LayerselError, on every process, unless all have the same ``settings``, nested by key, and packages.
 
-    A rank that does not come here is named too, after a while.
+    The error also names processes that do not call this within ``PATIENCE`` seconds.
     """
     absent = collectives.find_absent_ranks("started", PATIENCE)
     if absent:
         raise LayerselError(
-            f"plugins: ranks {absent} have not come to axolotl_layersel in {PATIENCE} seconds. Look into their logs; "
-            "if they are still running, list the plugin in the YAML files of all ranks."
+            f"plugins: processes {absent} have not started axolotl_layersel in {PATIENCE} seconds. Read their logs; if "
+            "they are still running, list the plugin in the YAML files of all processes."
         )
     check_same({"settings": settings, "versions": find_versions()})
 
 
 def check_trainers_alike(run: Run, settings: LayerselConfig, resume_from: str | None, continues_adapter: bool) -> None:
-    """Raise LayerselError, on every rank, unless the trainers of all ranks have the same settings, rows and packages.
+    """Raise LayerselError, on every process, unless the trainers of all have the same settings, rows and packages.
 
     ``resume_from`` and ``continues_adapter``: see ``prepare_trainer``.
     """
@@ -119,23 +112,23 @@ def check_trainers_alike(run: Run, settings: LayerselConfig, resume_from: str | 
 
 @torch.no_grad()
 def share_new_weights(run: Run, continues_adapter: bool) -> None:
-    """Let all ranks start from the same weights: those that are new in each process become rank 0's, as on stock DDP.
+    """Give all processes the newly initialised weights of process 0, as DDP does; a collective call.
 
-    New are heads, embeddings of a resized vocabulary and LoRA that no seed has drawn. Before the engine is built every
-    rank must call this. A rank that holds no weights, or a part of them only, has no say.
+    These are heads, embeddings of a resized vocabulary, and LoRA that was not drawn from the seed. Call it before the
+    engine is built. Processes without whole weights are not compared.
 
     Args:
-        run: whose model it is.
-        continues_adapter: the LoRA weights are a trained adapter's, and not new.
+        run: the run whose model it is.
+        continues_adapter: whether the LoRA weights are a trained adapter's, and so not new.
 
     Raises:
-        LayerselError: on every rank, where weights differ that were read from files.
+        LayerselError: on every process, if weights differ that were read from files.
     """
     if not collectives.is_distributed():
         return
     weights, digests = find_weights(run), None
     if run.engine.has_weights():
-        digests = {name: digest(weight, whole=weight.requires_grad) for name, weight in weights.items()}
+        digests = {name: hash_weight(weight, whole=weight.requires_grad) for name, weight in weights.items()}
     if not collectives.find_differing_ranks(None if digests is None else repr(digests).encode()):
         return
     everyone = [theirs for theirs in collectives.gather_from_all(digests) if theirs is not None]
@@ -143,21 +136,21 @@ def share_new_weights(run: Run, continues_adapter: bool) -> None:
     lora, given = sort_weights(run, differing)
     check_same({"weights": {"initial LoRA weights": pick(digests, lora if continues_adapter else {})}})
     check_same({"base model": {"base weights": pick(digests, given)}})
-    # What cannot be copied from one rank to another.
+    # Weights of different shapes cannot be copied.
     shapes = {name: str(list(weight.shape)) for name, weight in weights.items()}
     check_same({"weights": {"shape of weights": None if digests is None else shapes}})
     for name in differing:
         share(run, weights[name])
     if collectives.get_rank() == 0:
         LOG.info(
-            "layersel: %d weights were new in each process, such as %s; all take those of the first process",
+            "layersel: %d weights were new in each process, such as %s; all processes take those of process 0",
             len(differing),
             differing[0],
         )
 
 
 def find_weights(run: Run) -> dict[str, torch.Tensor]:
-    """Return the weights by name that this rank holds whole, without those of tensor subclasses that do not train."""
+    """Return the weights that this process holds whole, by name, except frozen ones of a tensor subclass."""
     return {
         name: parameter
         for name, parameter in run.model.named_parameters()
@@ -168,10 +161,10 @@ def find_weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def sort_weights(run: Run, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return which of ``names`` are LoRA weights, and which were read from the files of the base model.
+    """Return the LoRA weights among ``names``, and those that were read from the files of the base model.
 
-    These are the weights of layers that LoRA is put on, unless its initialisation has changed them, and quantised ones.
-    Both by the name under which messages know a weight.
+    The latter are quantised weights, and those of layers with LoRA, unless its initialisation changes them. The keys
+    are the names for messages.
     """
     lora = {shorten(name, run.adapter): name for name in names if ".lora_" in name}
     computed = changes_base(run.config.init_lora_weights)
@@ -185,38 +178,40 @@ def sort_weights(run: Run, names: list[str]) -> tuple[dict[str, str], dict[str, 
 
 
 def shorten(name: str, adapter: str) -> str:
-    """Return the name of a weight as an adapter's file has it."""
+    """Return the name of a weight in the file of an adapter."""
     return name.replace(f".{adapter}.", ".").replace(".base_layer.", ".")
 
 
 def pick(digests: dict[str, str] | None, names: Mapping[str, str]) -> dict[str, str] | None:
-    """Return some of a rank's digests, by the names that messages know them under; None where it has none."""
+    """Return the digests of ``names``, by the names for messages; None for a process that is not compared."""
     return None if digests is None else {shown: digests[name] for shown, name in names.items()}
 
 
 def share(run: Run, weight: torch.Tensor) -> None:
-    """Give every rank rank 0's values of ``weight``, in place; a collective call."""
+    """Copy process 0's values of ``weight`` to all processes, in place; a collective call."""
     values = weight.detach().contiguous().flatten().view(torch.uint8).to(run.device)
     collectives.broadcast(values)
     weight.data.copy_(values.to(weight.device).view(weight.dtype).view(weight.shape))
 
 
 def check_same(facts: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """Raise LayerselError, on every rank, that names the first rank and key whose value is not rank 0's.
+    """Raise LayerselError, on every process, for the first process and key with another value than process 0.
 
-    Every rank must call this. ``facts``: by group, see ``WAYS_OUT``, and by key, nested; None where a rank has no say.
+    A collective call. ``facts``: by group, see ``WAYS_OUT``, and by nested key; None in a process that is not compared.
     """
     everyone = collectives.gather_from_all({group: make_plain(values) for group, values in facts.items()})
-    for group in facts:
-        for rank, theirs in enumerate(everyone):
+    for group, way_out in ((group, WAYS_OUT[group]) for group in facts):
+        for process, theirs in enumerate(everyone):
             difference = None if theirs[group] is None else find_difference(everyone[0][group], theirs[group])
             if difference:
                 key, here, there = difference
-                raise LayerselError(f"{key}: {quote(there)} on rank {rank}, {quote(here)} on rank 0. {WAYS_OUT[group]}")
+                raise LayerselError(
+                    f"{key}: {quote(there)} on process {process}, {quote(here)} on process 0. {way_out}"
+                )
 
 
 def find_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """Return where two nested mappings first differ, as a key with dots, and both values; None where they do not."""
+    """Return the first difference of two nested mappings as a dotted key and both values, or None."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for name in {**ours, **theirs}:
             inner = f"{key}.{name}" if key else name
@@ -228,7 +223,7 @@ def find_difference(ours: Any, theirs: Any, key: str = "") -> tuple[str, Any, An
 
 
 def make_plain(value: Any) -> Any:
-    """Return a value as numbers, texts, lists and dictionaries, the same for the same value in every process."""
+    """Return a value as numbers, texts, lists and dictionaries, which are equal for equal values in every process."""
     if isinstance(value, Mapping):
         return {str(key): make_plain(inner) for key, inner in value.items()}
     if isinstance(value, set | frozenset):
@@ -240,16 +235,16 @@ def make_plain(value: Any) -> Any:
 
 
 def find_versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that a run depends on; None for one that is not there."""
+    """Return the versions of Python and of the packages that a run depends on; None for a missing one."""
     versions: dict[str, str | None] = {"version of Python": ".".join(platform.python_version_tuple()[:2])}
     versions |= {f"version of {name}": find_version(name) for name in PACKAGES}
     return versions
 
 
 def describe_rows(dataset: Any, seed: int) -> Any:
-    """Return the number of a dataset's rows, and a hash of some, drawn by ``seed``; None where it is streamed.
+    """Return the number of a dataset's rows and the digest of a sample drawn by ``seed``; None if it is streamed.
 
-    Rows are hashed only where they are stored, without any transformation.
+    Only stored rows are hashed, without any transformation.
     """
     if isinstance(dataset, Mapping):
         return {name: describe_rows(part, seed) for name, part in dataset.items()}
@@ -261,15 +256,14 @@ def describe_rows(dataset: Any, seed: int) -> Any:
     drawn = random.Random(seed).sample(range(count), min(count, SAMPLED_ROWS))
     untransformed = dataset.with_format(None)
     rows = [untransformed[row] for row in drawn]
-    text = json.dumps(rows, sort_keys=True, default=lambda value: str(type(value)))
-    return {"number of rows": count, "hash of some rows": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    digest = hash_json(rows, default=lambda value: str(type(value)))
+    return {"number of rows": count, "hash of some rows": digest[:SHOWN]}
 
 
-def digest(weight: torch.Tensor, whole: bool = True) -> str:
-    """Return a hash of the bytes of a tensor; of a large one, unless ``whole``, of its ends and of some in between."""
+def hash_weight(weight: torch.Tensor, whole: bool = True) -> str:
+    """Return a digest of a weight; for a large one, unless ``whole``, of its ends and of a sample in between."""
     values = weight.detach().flatten()
     if not whole and len(values) > 3 * SAMPLED_VALUES:
         between = values[:: len(values) // SAMPLED_VALUES]
         values = torch.cat([values[:SAMPLED_VALUES], between, values[-SAMPLED_VALUES:]])
-    raw = values.cpu().contiguous().view(torch.uint8)
-    return hashlib.blake2b(raw.numpy().data, digest_size=8).hexdigest()
+    return hash_tensor(values)[:SHOWN]

@@ -1,4 +1,4 @@
-"""What every checkpoint of a run holds, on every engine."""
+"""Make every way to save a model write a complete checkpoint or adapter, on every engine."""
 
 import functools
 import inspect
@@ -39,16 +39,17 @@ def complete_saves(
     lora: dict[str, Any],
     given: dict[str, Any],
 ) -> Save:
-    """Let ``writer`` write every adapter of the run, with the plan beside it and, in a checkpoint, what resuming needs.
+    """Make ``writer`` write every adapter of the run, with the plan and, in a checkpoint, the files to resume from.
 
-    There are three ways to save. ``trainer.save_model`` writes checkpoints, the best model, and the end on ZeRO-3; it
-    runs before a push to a hub, as ``on_save`` does not. The model's ``save_pretrained`` writes the end on one process,
-    DDP and ZeRO-1/2, from one process alone. Writers that gather shards themselves call what is returned.
+    There are three ways to save. ``trainer.save_model`` writes checkpoints, the best model, and the final adapter on
+    ZeRO-3; it runs before a push to a hub, ``on_save`` does not. The model's ``save_pretrained`` writes the final
+    adapter on one process, DDP and ZeRO-1/2, where only one process calls it. Writers that gather shards themselves,
+    such as Axolotl's for FSDP2, call the returned function.
 
     ``lora`` and ``given``: see ``contents.write_record``.
 
     Returns:
-        What saves to a folder; every rank must call it.
+        The function that saves to a folder; every process must call it.
     """
     trainer, model = run.trainer, run.model
     upstream_save_model = trainer.save_model
@@ -57,23 +58,24 @@ def complete_saves(
 
     def save(folder: str | Path) -> None:
         folder = Path(folder)
-        if ranks:  # SIGTERM asks for a checkpoint after the callbacks of the step
+        if ranks:  # SIGTERM requests a checkpoint after the callbacks of the step
             ranks.check_finite(trainer.state.global_step)
-        # Upstream takes a checkpoint for the best one where its folder is there, which it must be on every node.
+        # Upstream accepts a checkpoint as the best one only if its folder exists, which it must on every node.
         nodes.make_folder(folder)
         weights = writer.save(folder)
-        note = collectives.decide_on_rank_zero(lambda: write_beside(folder, weights))
-        if note:  # the Trainer's own state is written after this
+        note = collectives.decide_on_rank_zero(lambda: write_further_files(folder, weights))
+        if note:  # the Trainer writes its own state after this
             note_in_state(trainer, note)
         if trainer.args.save_on_each_node or not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             nodes.share_files(run, folder, ADAPTER_FILES + list_records())
 
-    def write_beside(folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
+    def write_further_files(folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
         model.create_or_update_model_card(str(folder))
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         if is_checkpoint:
-            # An earlier run may have left a checkpoint of this step, which would seem to be one of this run.
-            for path in list_unwritten(folder):
+            # The folder may be an earlier run's, whose files would seem to be of this run.
+            stale = ([] if plan else [plan_path(folder)]) + ([] if ranks else [ranks_path(folder), state_path(folder)])
+            for path in stale:
                 path.unlink(missing_ok=True)
         if ranks and is_checkpoint:
             ranks.save(folder, weights)
@@ -81,13 +83,10 @@ def complete_saves(
             write_plan(plan, plan_path(folder))
         return write_record(folder, trainer.state.global_step, lora, given) if is_checkpoint else None
 
-    def list_unwritten(folder: Path) -> list[Path]:
-        return [*([] if plan else [plan_path(folder)]), *([] if ranks else [ranks_path(folder), state_path(folder)])]
-
     @functools.wraps(upstream_save_model)
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
         nonlocal silent
-        # Upstream writes everything but the adapter. Its adapter would ignore gates, lack frozen weights on ZeRO-3, and
+        # Upstream writes all files but the adapter. Its adapter would ignore gates, lack frozen weights on ZeRO-3, and
         # be missing on FSDP2 with SHARDED_STATE_DICT.
         silent = True
         try:
@@ -103,8 +102,7 @@ def complete_saves(
         given = find_arguments(type(self).save_pretrained, self, *args, **options)
         selected = given["selected_adapters"]
         selected = list(self.peft_config) if selected is None else list(selected)
-        # The caller may have gathered weights for another program, which generates text with them, or ask PEFT for
-        # other factors than those in training.
+        # The caller may have gathered weights for another program that generates text, or ask PEFT to convert factors.
         converts = given.get("state_dict") is not None or given["path_initial_model_for_weight_conversion"] is not None
         if self is not model:
             type(self).save_pretrained(self, *args, **options)
@@ -115,12 +113,12 @@ def complete_saves(
         else:
             others = [name for name in selected if name != run.adapter]
             if given["is_main_process"]:
-                write_alone(Path(given["save_directory"]), given["safe_serialization"], given["save_embedding_layers"])
+                save_alone(Path(given["save_directory"]), given["safe_serialization"], given["save_embedding_layers"])
             if others:
                 del given["self"]
                 upstream_save_pretrained(**{**given, "selected_adapters": others})
 
-    def write_alone(folder: Path, as_safetensors: bool, embeddings: bool | Literal["auto"]) -> None:
+    def save_alone(folder: Path, as_safetensors: bool, embeddings: bool | Literal["auto"]) -> None:
         if as_safetensors:
             writer.save_alone(folder, embeddings)
         else:
@@ -128,8 +126,8 @@ def complete_saves(
         model.create_or_update_model_card(str(folder))
 
     let_one_process_write(trainer)
-    trainer.save_model = save_model  # type: ignore[method-assign]  # of this trainer alone
-    # A method, not a closure over the model: a deep copy of the model saves itself.
+    trainer.save_model = save_model  # type: ignore[method-assign]  # of this trainer only
+    # A method, not a closure over the model, so that a deep copy of the model saves itself.
     model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]
     if ranks:
         load_adapter = ranks.load_adapter(type(model).load_adapter)
@@ -138,7 +136,7 @@ def complete_saves(
 
 
 def find_arguments(function: Callable, *args: Any, **options: Any) -> dict[str, Any]:
-    """Return the arguments of a call by the names of the function's parameters, with its defaults."""
+    """Return the arguments of a call by parameter name, including defaults."""
     bound = inspect.signature(function).bind(*args, **options)
     bound.apply_defaults()
     further = bound.arguments.pop("kwargs", {})
@@ -146,7 +144,7 @@ def find_arguments(function: Callable, *args: Any, **options: Any) -> dict[str, 
 
 
 def pickle_adapter(folder: Path, save: Callable[[Path], None]) -> None:
-    """Leave in ``folder``, in PEFT's older format, what ``save`` writes to a folder and checks."""
+    """Write the adapter that ``save`` writes and checks to ``folder``, in PEFT's older format."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".layersel-") as place:
         temporary = Path(place)
@@ -157,20 +155,20 @@ def pickle_adapter(folder: Path, save: Callable[[Path], None]) -> None:
 
 
 def list_records() -> list[str]:
-    """Return the files of this package that may lie in the folder of a run or of a checkpoint, as paths in it."""
+    """Return the files of this package in the folder of a run or of a checkpoint, as paths in it."""
     return [str(path("")) for path in (plan_path, gates_path, ranks_path, state_path, record_path)]
 
 
 def take_over_fsdp2_writer(trainer: Any) -> None:
-    """Let ``trainer.save_adapter`` write what Axolotl's own writer of FSDP2 adapters would, past the trainer.
+    """Make Axolotl's writer of FSDP2 adapters, which bypasses the trainer, call ``trainer.save_adapter``.
 
-    Axolotl calls that at the end of every FSDP2 run, and for the checkpoints of one with a quantised base.
+    Axolotl calls it at the end of every FSDP2 run, and for the checkpoints of one with a quantised base.
     """
     from axolotl.integrations.expert_parallel import shard
 
     upstream = getattr(shard.save_fsdp2_lora_adapter, "upstream", shard.save_fsdp2_lora_adapter)
     model: Any = unwrap_model(trainer)
-    # Preference training hands the base model over.
+    # Preference training passes the base model.
     ours = (model, model.get_base_model())
 
     @functools.wraps(upstream)

@@ -1,16 +1,15 @@
-"""What a command of Axolotl's does first, whether or not its YAML file lists the plugin.
+"""A check at the start of Axolotl's commands, whether or not the YAML file lists the plugin.
 
-torch calls ``watch`` as soon as it is imported, by the entry point group ``torch.backends``. Axolotl itself looks for a
-plugin only where the YAML file lists one, and loads the entry points of ``axolotl.cli_commands`` for their own commands
-only, so a ``layersel`` block without the plugin would train plain LoRA without a word. Programs other than Axolotl's
-commands, and files that do not speak of ``layersel``, are left alone. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches it
-off.
+torch calls ``watch`` when it is imported, by the entry point group ``torch.backends``. Axolotl loads a plugin only if
+the YAML file lists it, and the entry points of ``axolotl.cli_commands`` only for their own commands. So without this
+check, a ``layersel`` block without the plugin would silently train plain LoRA. Programs other than Axolotl's commands,
+and files that do not mention ``layersel``, are not affected. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` disables the check.
 
 Relied on, as seen in these versions (``tests/unit/training/test_ending.py`` fails when one of them changes):
 
-* torch 2.13.0 calls the entry points of ``torch.backends`` when it is imported, and lets ``SystemExit`` pass.
-* axolotl 0.19.0: ``axolotl NAME CONFIG`` imports torch before it does anything. It starts
-  ``-m axolotl.cli.NAME CONFIG`` by a launcher, which takes its place (``exec``) or for which it waits.
+* torch 2.13.0 calls the entry points of ``torch.backends`` when it is imported, and does not catch ``SystemExit``.
+* axolotl 0.19.0: ``axolotl NAME CONFIG`` imports torch first. It starts ``-m axolotl.cli.NAME CONFIG`` by a launcher,
+  which replaces it (``exec``) or which it waits for.
 """
 
 import os
@@ -21,11 +20,9 @@ from pathlib import Path
 
 MODULES = "axolotl.cli."
 COMMAND = "axolotl"
-# Commands for which a block without its plugin would be passed over; the others read what was trained.
-CHECKED = ("train", "preprocess")
-# Options of Axolotl's whose values are YAML files too, or no files.
-OTHER_FILES = ("--sweep", "--cloud", "--launcher")
-# Whoever overrides these on the command line means another file than the one that is read here.
+CHECKED = ("train", "preprocess")  # the other commands read what was trained
+OTHER_FILES = ("--sweep", "--cloud", "--launcher")  # options whose values are other YAML files, or no files
+# With these options, the run differs from the file that is read here.
 OVERRIDES = ("--layersel", "--plugins")
 OTHER_FOLDER = ("--output-dir", "--output_dir")
 YAML = (".yml", ".yaml")
@@ -33,14 +30,14 @@ WORDS = (b"layersel", b"layer_sel", b"layer-sel")
 
 
 def watch() -> None:
-    """Check the YAML file of a command of Axolotl's, and see to how the command ends.
+    """Check the YAML file of a command of Axolotl's, and make the command end in sentences.
 
     Raises:
-        SystemExit: where the file cannot be honoured.
+        SystemExit: if the file is refused.
     """
-    command = find_command(getattr(sys, "argv", []), sys.orig_argv)  # programs with Python inside may have none
+    command = find_command(getattr(sys, "argv", []), sys.orig_argv)  # embedded Python may have no argv
     path = None if command is None else find_file(command[1])
-    if command is None or path is None or not speaks_of_layersel(path):
+    if command is None or path is None or not mentions_layersel(path):
         return
     from axolotl_layersel.config.textual import check_file
     from axolotl_layersel.training.ending import collect, describe_error, tell
@@ -56,11 +53,11 @@ def watch() -> None:
 
 
 def find_command(argv: Sequence[str], original: Sequence[str]) -> tuple[str, list[str]] | None:
-    """Return the name of the command of Axolotl's that this process is, or starts, and its arguments, or None.
+    """Return the name and the arguments of the command of Axolotl's that this process is or starts, or None.
 
     Args:
-        argv: as Python has it, without its own options.
-        original: as the process was started.
+        argv: ``sys.argv``.
+        original: ``sys.orig_argv``.
     """
     for place, (flag, module) in enumerate(pairwise(original)):
         if flag in ("-m", "--module") and module.startswith(MODULES):
@@ -70,18 +67,18 @@ def find_command(argv: Sequence[str], original: Sequence[str]) -> tuple[str, lis
 
 
 def name_first(arguments: list[str]) -> tuple[str, list[str]] | None:
-    """Return the first of the arguments, and the others; None for an option or where there is none."""
+    """Return the first argument and the others; None if it is an option or missing."""
     return (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else None
 
 
 def find_file(arguments: Sequence[str]) -> Path | None:
-    """Return the YAML file among the arguments of a command, or the only one of a folder; None where none is seen.
+    """Return the YAML file among the arguments of a command, or the only one in a folder, or None.
 
-    A file comes before a folder, which may be the value of an option.
+    Files take precedence over folders, which may be values of options.
     """
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     words = [word for last, word in pairwise(["", *own]) if last not in OTHER_FILES and not word.startswith("-")]
-    # These take every text, such as one that is too long for a path.
+    # os.path takes any text, even one that is too long for a path.
     for word in words:
         if Path(word).suffix in YAML and os.path.isfile(word):
             return Path(word)
@@ -92,8 +89,8 @@ def find_file(arguments: Sequence[str]) -> Path | None:
     return None
 
 
-def speaks_of_layersel(path: Path) -> bool:
-    """Return whether a file has the word in it, in whatever spelling; False where it cannot be read."""
+def mentions_layersel(path: Path) -> bool:
+    """Return whether a file contains the word, in any spelling; False if it cannot be read."""
     try:
         text = path.read_bytes().lower()
     except OSError:

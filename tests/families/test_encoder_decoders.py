@@ -35,7 +35,6 @@ from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.callback import LayerSelectionCallback
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import Sample, read_sample, read_samples
 from axolotl_layersel.selection.data.decoder_inputs import give_decoder_inputs
 from axolotl_layersel.selection.gate_history import GateHistory
@@ -43,6 +42,7 @@ from axolotl_layersel.selection.methods import cka, cosine, fisher, gradient
 from axolotl_layersel.selection.passes import forward
 from axolotl_layersel.selection.plan_file import read_plan
 from axolotl_layersel.selection.report import print_plan
+from axolotl_layersel.selection.types import Selection
 
 CHEAP = [name for name, method in METHODS.items() if method.reads != "batches"]
 
@@ -203,7 +203,7 @@ def test_names_of_two_sides_are_refused_in_a_model_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([0, "encoder.1"], r"layers: \[0, encoder\.1\] names layers by their numbers.* Write them all in one way"),
+        ([0, "encoder.1"], r"layers: \[0, encoder\.1\] mixes numbers.* Use either numbers or names"),
         (["encoder.-1"], r"layers: \['encoder\.-1'\] is not a list of whole numbers"),
         (["encoder.01"], r"layers: \['encoder\.01'\] is not a list of whole numbers.*\[encoder\.3, decoder\.0\]"),
         (["decoder.1", "decoder.1"], r"layers: \[decoder\.1\] are listed more than once"),

@@ -25,10 +25,10 @@ from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.backward_cut import TruncatedBackward, find_lowest_trained
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.data.row_token import find_token, is_encoder
 from axolotl_layersel.selection.methods import cka, fisher, gradient
+from axolotl_layersel.selection.types import Selection
 
 CHEAP = [name for name, method in METHODS.items() if method.reads != "batches"]
 MODELS = [*itertools.product(ARCHITECTURES, TASKS)]

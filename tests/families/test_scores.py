@@ -24,8 +24,9 @@ from helpers.multimodal import make_trainer as make_multimodal_trainer
 
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
 from axolotl_layersel.lora.modules import find_key
-from axolotl_layersel.selection.choosing import Scores, choose_by_score
+from axolotl_layersel.selection.choosing import choose_by_score
 from axolotl_layersel.selection.methods import fisher, gradient
+from axolotl_layersel.selection.types import Scores
 
 # They train nothing, but all families together take a minute.
 
@@ -142,7 +143,7 @@ def measure(case: Case, method: str, folder, look: Callable, **arguments) -> tup
     selection = make_selection(trainer, method, num_samples=SAMPLES, **case.settings)
     modules, measured = selection.stack.list_modules(selection.candidates), []
 
-    def score(samples) -> Scores:
+    def score(selection, samples) -> Scores:
         measured.append(([sample.row for sample in samples], look(selection, samples, modules)))
         units = {unit.name: float(place) for place, unit in enumerate(selection.units)}
         return Scores([float(layer) for layer in range(len(selection.stack.layers))], units=units)

@@ -16,7 +16,7 @@ from axolotl_layersel.selection.plan_file import read_plan
 
 @pytest.fixture(scope="module")
 def launch(zygote, tmp_path_factory):
-    """Return a function that lets an engine choose by every method and train, once, and returns the folder."""
+    """Return a function that chooses with every method and trains, once for each engine, and returns the folder."""
 
     @functools.cache
     def run(name: str, engine: str) -> Path:
@@ -34,7 +34,7 @@ def test_every_engine_chooses_and_trains_as_one_process_does(name, engine, launc
 
 @pytest.fixture(scope="module")
 def t5_settings(tmp_path_factory) -> dict:
-    """What a YAML file says of a T5 and rows that are tokenised already."""
+    """The YAML keys of a T5 and of rows that are already tokenised."""
     folder = tmp_path_factory.mktemp("axolotl")
     make_encoder_decoder("T5").save_pretrained(folder / "t5")
     make_tokenizer().save_pretrained(folder / "t5")
@@ -56,7 +56,7 @@ def test_axolotl_trains_on_rows_that_are_tokenised_already(train, t5_settings):
     assert [choice.layer for choice in plan.layers] == NAMES["T5"] and len(plan.selected) == 2
     adapter = load_file(run.folder / "adapter_model.safetensors")
     assert {find_layer(plan.stack, name.removeprefix("base_model.model.")) for name in adapter} == set(plan.selected)
-    assert "logits under it are the model's" in run.log
+    assert "was read back, and its modules compute what the model's compute" in run.log
 
 
 def test_layers_by_number_are_refused_before_the_model_loads(train, t5_settings):

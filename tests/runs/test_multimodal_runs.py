@@ -20,7 +20,7 @@ from axolotl_layersel.selection.plan_file import read_plan
 
 @pytest.fixture(scope="module")
 def launch(zygote, tmp_path_factory):
-    """Return a function that lets an engine choose by every method and train, once, and returns the folder."""
+    """Return a function that chooses with every method and trains, once for each engine, and returns the folder."""
 
     @functools.cache
     def run(engine: str) -> Path:
@@ -40,7 +40,7 @@ def test_every_engine_chooses_and_trains_as_one_process_does(engine, launch):
 
 
 def make_settings(name: str, folder: Path) -> dict:
-    """Write a model with its processor, and rows that are tokenised batch by batch, and return YAML keys of both."""
+    """Write a model with its processor and rows that are tokenised batch by batch, and return their YAML keys."""
     save_multimodal(name, folder / "model", folder / "rows.jsonl")
     return {
         "base_model": str(folder / "model"),
@@ -75,7 +75,7 @@ def test_axolotl_scores_rows_that_its_collator_tokenises_and_trains_both_stacks(
     adapter = load_file(run.folder / "adapter_model.safetensors")
     assert {find_layer(plan.stack, name.removeprefix("base_model.model.")) for name in adapter} == set(plan.selected)
     assert all(value.any() for name, value in adapter.items() if "lora_B" in name)
-    assert "was read back: its modules add what the model's add" in run.log
+    assert "was read back, and its modules compute what the model's compute" in run.log
 
 
 def test_axolotl_scores_and_trains_both_stacks_of_gemma_3_too(train, tmp_path):

@@ -1,4 +1,4 @@
-"""Weights that are new in each process, such as a head or the rows of added tokens: all take those of the first."""
+"""Weights that each process creates, such as a head or rows of added tokens: all take those of the first process."""
 
 import shutil
 import subprocess
@@ -77,7 +77,7 @@ def test_the_example_of_the_manual_runs_under_torchrun(bert, tmp_path):
     (tmp_path / "train.tsv").symlink_to(bert / "train.tsv")
     base = tmp_path / "google-bert" / "bert-base-uncased"
     shutil.copytree(bert / "google-bert" / "bert-base-uncased", base)
-    weights = load_file(base / "model.safetensors")  # of an encoder, whose classifier is yet to be made
+    weights = load_file(base / "model.safetensors")  # of an encoder without a classifier
     encoder = {name: value for name, value in weights.items() if not name.startswith("classifier")}
     save_file(encoder, base / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "script.py").write_text(f"import logging\nlogging.basicConfig(level=logging.INFO)\n{example.text}")

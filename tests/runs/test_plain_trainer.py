@@ -1,4 +1,4 @@
-"""The public function on a plain Trainer: the manual's example and the example script, and what importing loads."""
+"""The public function with a plain Trainer: the manual's example, the example script, and the imports."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Ranks that were not started alike: every one ends with the sentence that names rank and key, and none hangs."""
+"""Processes that were not started alike: all end with a sentence that names process and key, and none hangs."""
 
 import json
 
@@ -9,23 +9,31 @@ from safetensors.torch import load_file, save_file
 MODEL_LOADS = "Loading weights"
 
 
-SECONDS = 120  # an agreed run takes less, on a busy machine too
+SECONDS = 120  # a run with agreement takes less, even on a busy machine
 
 
 UP = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
 
 
 STARTED = {
-    "ddp": (selection(ratio=0.5), selection(ratio=0.25), "layersel.selection.ratio: 0.25 on rank 1, 0.5 on rank 0."),
-    "zero1": (selection("random"), selection("cka"), "layersel.selection.method: 'cka' on rank 1, 'random' on rank 0."),
+    "ddp": (
+        selection(ratio=0.5),
+        selection(ratio=0.25),
+        "layersel.selection.ratio: 0.25 on process 1, 0.5 on process 0.",
+    ),
+    "zero1": (
+        selection("random"),
+        selection("cka"),
+        "layersel.selection.method: 'cka' on process 1, 'random' on process 0.",
+    ),
     "zero2": (
         l1ra(update_ratio=0.2),
         l1ra(update_ratio=0.25),
-        "layersel.l1ra.update_ratio: 0.25 on rank 1, 0.2 on rank 0.",
+        "layersel.l1ra.update_ratio: 0.25 on process 1, 0.2 on process 0.",
     ),
-    "zero3": (selection("last"), l1ra(), "layersel.selection: None on rank 1, {'method': 'last', 'ratio': None"),
-    "fsdp2-full": ({"seed": 7}, {"seed": 8}, "seed: 8 on rank 1, 7 on rank 0."),
-    "fsdp2-sharded": ({"learning_rate": 0.005}, {"learning_rate": 0.01}, "learning_rate: 0.01 on rank 1, 0.005 on"),
+    "zero3": (selection("last"), l1ra(), "layersel.selection: None on process 1, {'method': 'last', 'ratio': None"),
+    "fsdp2-full": ({"seed": 7}, {"seed": 8}, "seed: 8 on process 1, 7 on process 0."),
+    "fsdp2-sharded": ({"learning_rate": 0.005}, {"learning_rate": 0.01}, "learning_rate: 0.01 on process 1, 0.005 on"),
 }
 
 
@@ -39,7 +47,7 @@ def test_ranks_with_other_settings_end_before_the_model_loads(train, engine):
 
 def test_a_rank_with_another_engine_ends_all(train):
     run = train("zero2", expect=1, elsewhere={"deepspeed": None}, timeout=SECONDS)
-    assert run.log.count("LayerselError: deepspeed: None on rank 1, {'zero_optimization'") == 2, run.log[-3000:]
+    assert run.log.count("LayerselError: deepspeed: None on process 1, {'zero_optimization'") == 2, run.log[-3000:]
 
 
 def test_a_rank_with_other_rows_ends_all(train, data, tmp_path):
@@ -74,14 +82,14 @@ def test_trainers_that_were_prepared_differently_are_refused_by_rank_and_key(zyg
     assert first == second
     assert first["nothing"] is None
     assert first["an argument"].startswith(
-        "learning_rate: 0.5 on rank 1, 0.01 on rank 0. Start all ranks from the same"
+        "learning_rate: 0.5 on process 1, 0.01 on process 0. Start all processes from the same"
     )
     assert first["rows"].startswith("datasets.hash of some rows: '")
-    assert first["the number of rows"].startswith("datasets.number of rows: 23 on rank 1, 24 on rank 0. Give all nodes")
+    assert first["the number of rows"].startswith("datasets.number of rows: 23 on process 1, 24 on process 0. Give all")
     assert first["a weight"].startswith(f"initial LoRA weights.{UP}: '")
     assert first["a base weight"].startswith(f"base weights.{UP.replace('.lora_B', '')}: '")
     assert first["a base weight"].endswith("Scores would mix two models: give all nodes the same base model.")
     assert (
         first["a package"]
-        == "version of peft: '9.9' on rank 1, '0.20.0' on rank 0. Install the same versions on all nodes."
+        == "version of peft: '9.9' on process 1, '0.20.0' on process 0. Install the same versions on all nodes."
     )

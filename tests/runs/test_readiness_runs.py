@@ -1,4 +1,4 @@
-"""A run in which nothing would train, or whose adapter is not the one that was prepared, is refused before a step."""
+"""A run in which nothing would train, or whose adapter was exchanged, is refused before the first step."""
 
 import pytest
 import torch
@@ -26,6 +26,6 @@ def test_engines_train_beside_another_adapter_and_all_processes_refuse_what_one_
         torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-3)
     (refusals,) = {(folder / f"refusals-{rank}").read_text() for rank in (0, 1)}
     switched, idle = refusals.splitlines()
-    assert switched.startswith("adapter: 'default' was prepared to train, and 'other' is active.")
-    assert switched.endswith("It is so on process 1, and not on all.")
+    assert switched.startswith("adapter: 'default' was prepared for training, but 'other' is active.")
+    assert switched.endswith("Process 1 is affected, but not all processes are.")
     assert idle.startswith("adapter: none of the 36 LoRA matrices") and idle.endswith("on process 0, and not on all.")

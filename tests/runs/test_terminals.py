@@ -1,4 +1,4 @@
-"""Tables and messages print on every terminal, and what files say does not steer it."""
+"""Tables and messages print on every terminal, and the content of files cannot control it."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ SHOW = "import sys; from axolotl_layersel.cli.main import app; app(['show', sys.
 TRAIN = """
 import sys
 from pathlib import Path
-from conftest import make_lora, make_small_llama, make_trainer
+from helpers.models import make_lora, make_small_llama, make_trainer
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.training.prepare import prepare_trainer
 block = {"selection": {"method": "cka", "num_samples": 8}, "l1ra": {"update_ratio": 0.2}}
@@ -38,7 +38,7 @@ ENCODINGS = [NARROW, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "
 
 
 def run(code: str, *args: object, **env: str) -> str:
-    """Run Python code and return what it printed to a file, its words one space apart."""
+    """Run Python code with its output in a file, and return the output with single spaces."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
         cwd=ROOT,

@@ -19,7 +19,7 @@ from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora import kernels
-from axolotl_layersel.lora.adapters import KEEPING_METHODS
+from axolotl_layersel.lora.switching import KEEPING_METHODS
 from axolotl_layersel.selection.backward_cut import TruncatedBackward
 from axolotl_layersel.selection.passes.forward import scoring
 from axolotl_layersel.selection.passes.likelihood import replaying

@@ -35,7 +35,7 @@ FILE = {
     "bf16": True,
 }
 # Pages that are written elsewhere say it in their own way.
-WRITTEN_ELSEWHERE = {"contributing.md", "compatibility.md"}
+WRITTEN_ELSEWHERE = {"contributing.md", "compatibility.md", "internals.md"}
 # Programs that are not installed here, and the options of theirs that are named.
 PROGRAMS = {
     "vllm": {"--enable-lora", "--lora-modules", "--max-lora-rank"},

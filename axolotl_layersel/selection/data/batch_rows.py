@@ -1,7 +1,7 @@
-"""Rows that become tokens and pixels only as the trainer's own collator makes a batch of them, as in multimodal runs.
+"""Rows that only the trainer's collator makes tokens and pixels of, as in multimodal runs.
 
-Relied on in transformers 5.16.1: what models make hidden states of images and videos from is called ``pixel_values``,
-or begins with that. A row is a batch of its own, for what batches of several rows look like depends on the collator.
+Relied on in transformers 5.16.1: the names of image and video inputs begin with ``pixel_values``. Each row is a batch
+of its own, because the layout of larger batches depends on the collator.
 """
 
 import copy
@@ -23,7 +23,7 @@ Collate = Callable[[list[dict[str, Any]]], Any]
 
 
 def seed_by_row(seed: int, row: int) -> None:
-    """Let all global random streams begin with ``seed`` and a row's place alone."""
+    """Seed all global random streams by ``seed`` and the position of a row."""
     drawn = random.Random(f"{seed} {row}").getrandbits(32)
     random.seed(drawn)
     numpy.random.seed(drawn)
@@ -31,14 +31,14 @@ def seed_by_row(seed: int, row: int) -> None:
 
 
 def collate_row(dataset: Any, row: int, collate: Collate, seed: int) -> dict[str, Any]:
-    """Return what ``collate`` makes of one row of a data set, the same each time, without what fills it up.
+    """Return the batch that ``collate`` makes of one row of a data set, the same each time, without padding.
 
-    What has a value for each token is (1, tokens). The global random streams do not move.
+    Tensors with a value for each token are (1, tokens). The global random streams do not change.
 
     Raises:
         LayerselError: if the collator makes no tokens of it.
     """
-    # Some collators change rows in place, and images are opened as they are read.
+    # A copy, because some collators change rows in place.
     with keep_random_state():
         seed_by_row(seed, row)
         try:
@@ -65,7 +65,7 @@ def collate_row(dataset: Any, row: int, collate: Collate, seed: int) -> dict[str
 
 
 def read_collated(dataset: Any, row: int, collate: Collate, seed: int) -> Sample:
-    """Return one row of a data set as a sample, whose pixels are made again each time that they are needed.
+    """Return one row of a data set as a sample, whose pixels are computed again whenever they are needed.
 
     Raises:
         LayerselError: if the collator makes no tokens of it.
@@ -82,13 +82,13 @@ def read_collated(dataset: Any, row: int, collate: Collate, seed: int) -> Sample
 
 
 def make_inputs(dataset: Any, row: int, collate: Collate, seed: int) -> dict[str, Any]:
-    """Return what the model is given of a row, whatever the collator returns, but for the labels."""
+    """Return the collator's batch of one row without the labels."""
     batch = collate_row(dataset, row, collate, seed)
     return {key: value for key, value in batch.items() if key not in LABEL_COLUMNS}
 
 
 def digest_pixels(batch: Mapping[str, Any]) -> str | None:
-    """Return the SHA-256 of the pixels in a batch, None where it has none."""
+    """Return the SHA-256 of the pixels in a batch, None without any."""
     names = sorted(name for name, value in batch.items() if name.startswith(PIXELS) and value is not None)
     if not names:
         return None

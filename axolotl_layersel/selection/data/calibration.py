@@ -1,4 +1,4 @@
-"""The calibration sample: which training rows are scored, and how they become batches."""
+"""The calibration sample: the training rows that are scored, and their batches."""
 
 import hashlib
 import random
@@ -15,7 +15,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.selection import Token
 from axolotl_layersel.selection.data.label_alignment import IGNORED_LABEL, get_labels
 
-# How the columns begin that images and videos are in.
+# The prefix of the columns of images and videos.
 PIXELS = "pixel_values"
 
 
@@ -24,15 +24,14 @@ class Sample:
     """One training row, without padding.
 
     Attributes:
-        row: its place in the training set.
+        row: its position in the training set.
         input_ids: its tokens.
-        labels: of its tokens, −100 where not trained on; or of the whole row; None where it has none.
-        token_type_ids: of its tokens, where the data set has them.
-        decoder_input_ids: what the decoder beside an encoder is given, see ``decoding``; the labels are then those of
-            these tokens.
-        pixels: the SHA-256 of its images, None where it has none.
-        make_inputs: makes what the model is given of it, a batch of one, of rows that only a collator can tokenise, see
-            ``collated``.
+        labels: of its tokens, −100 where not trained on, or of the whole row; None without any.
+        token_type_ids: of its tokens, if the data set has them.
+        decoder_input_ids: the input of a decoder with an encoder, see ``decoder_inputs``, which the labels belong to.
+        pixels: the SHA-256 of its images, None without any.
+        make_inputs: for rows that only a collator can tokenise, returns the model's inputs as a batch of one, see
+            ``batch_rows``.
     """
 
     row: int
@@ -44,16 +43,16 @@ class Sample:
     make_inputs: Callable[[], dict[str, Any]] | None = field(default=None, compare=False)
 
     def list_tokens(self, side: str = "") -> list[int]:
-        """Return the tokens that one side of the model reads, see ``layers.Side``, or the only one.
+        """Return the tokens that one side of the model reads, see ``layers.Side``.
 
-        A decoder that is given none of its own reads the row's, as in BART's classifier.
+        A decoder without tokens of its own reads the row's, as in BART's classifier.
         """
         own = self.decoder_input_ids if side == "decoder" else None
         return self.input_ids if own is None else own
 
 
 def draw_rows(num_rows: int, num_samples: int, seed: int) -> list[int]:
-    """Return ``num_samples`` different rows of ``num_rows``, drawn by ``seed``, in the order drawn.
+    """Return ``num_samples`` different rows of ``num_rows`` in the order drawn by ``seed``.
 
     Raises:
         LayerselError: if there are fewer rows.
@@ -77,10 +76,10 @@ def read_samples(
 
     Args:
         dataset: a training set.
-        num_samples: how many of its rows are drawn.
-        seed: what draws.
-        has_decoder: whether the model has a decoder beside an encoder, whose tokens the labels are.
-        read_untokenised: returns the row at a place as a sample, where it has no tokens or has images beside them.
+        num_samples: the number of rows to draw.
+        seed: draws them.
+        has_decoder: whether the model has an encoder and a decoder, so that labels belong to the decoder's tokens.
+        read_untokenised: returns a row, by position, as a sample if it has no tokens, or has images too.
 
     Raises:
         LayerselError: if the set cannot be indexed, is too small, or its rows are not tokenised.
@@ -110,17 +109,17 @@ def check_indexable(dataset: object, key: str) -> None:
 
 
 def has_tokens(values: Mapping[str, Any]) -> bool:
-    """Return whether a row is tokenised: most are, those of multimodal sets only when they become a batch."""
+    """Return whether a row is tokenised; rows of multimodal sets only are once they become a batch."""
     return bool({"input_ids", "chosen_input_ids", "chosen_ids", "completion_ids"} & values.keys())
 
 
 def has_pixels(values: Mapping[str, Any]) -> bool:
-    """Return whether a row has images that are tensors already."""
+    """Return whether a row has preprocessed images."""
     return any(name.startswith(PIXELS) for name in values)
 
 
 def read_sample(values: Mapping[str, Any], row: int, has_decoder: bool = False) -> Sample:
-    """Return one row as a sample; a preference row stands for its prompt and chosen answer.
+    """Return one row as a sample: of a preference row, its prompt and chosen answer.
 
     ``has_decoder``: see ``read_samples``.
 
@@ -155,7 +154,7 @@ def read_sample(values: Mapping[str, Any], row: int, has_decoder: bool = False) 
 
 
 def drop_padding(mask: list[int] | None, *columns: Any) -> list[Any]:
-    """Return ``columns`` without the tokens where ``mask`` is 0; what is not a list of as many entries stays."""
+    """Drop padding, where ``mask`` is 0, from each column; columns that are not per-token lists are unchanged."""
     if mask is None or all(mask):
         return list(columns)
     return [
@@ -177,15 +176,14 @@ def fingerprint(samples: list[Sample]) -> str:
 
 
 def are_most(count: int, samples: int) -> bool:
-    """Return whether ``count`` of so many samples are nearly all of them: nine in ten."""
+    """Return whether ``count`` is nearly all of ``samples``: nine in ten."""
     return 10 * count >= 9 * samples
 
 
 def find_ending(samples: list[Sample], side: str = "") -> list[int]:
-    """Return the longest run of tokens that nearly all samples end in, each after a token of its own.
+    """Return the longest sequence of tokens that nearly all samples end in, each after at least one more token.
 
-    Nearly all and not all, for a row that was cut at ``sequence_len`` lacks the ending of the others. ``side``: whose
-    tokens, see ``Sample.list_tokens``.
+    A row that was cut at ``sequence_len`` lacks the ending of the others. ``side``: see ``Sample.list_tokens``.
     """
     ending: list[int] = []
     alike = [sample.list_tokens(side) for sample in samples]
@@ -202,10 +200,14 @@ def find_ending(samples: list[Sample], side: str = "") -> list[int]:
 def place_token(samples: list[Sample], token: Token, side: str = "") -> tuple[list[Sample], list[int] | None]:
     """Return the samples that can be compared at ``token``, and the position that stands for each of them.
 
-    ``token`` is one that ``pooling.find_token`` returns. Positions are None for the mean over all tokens. ``ending`` is
-    the last position before the ending that nearly all samples share: prepared rows end alike, and where all do, the
-    embedding of that token says nothing. Samples without that ending are left out: their last token is not one of the
-    same kind. ``side``: whose tokens, see ``Sample.list_tokens``.
+    Positions are None for the mean over all tokens. ``ending`` is the last position before the ending that nearly all
+    samples share: the embedding of a token that all rows end in says nothing about a row. Samples without that ending
+    are left out, because their last token is of another kind.
+
+    Args:
+        samples: the samples.
+        token: a result of ``row_token.find_token``.
+        side: see ``Sample.list_tokens``.
     """
     if token == "mean":
         return samples, None
@@ -218,9 +220,9 @@ def place_token(samples: list[Sample], token: Token, side: str = "") -> tuple[li
 
 
 def place_tokens(samples: list[Sample], tokens: Mapping[str, Token]) -> tuple[list[Sample], list[list[int] | None]]:
-    """Return the samples that can be compared in each side of a model, and for each side what ``place_token`` returns.
+    """Return the samples that can be compared in all sides of a model, and their positions for each side.
 
-    ``tokens``: that stand for a row, by side.
+    ``tokens``: the token that stands for a row, by side; see ``place_token``.
     """
     placed = [place_token(samples, token, side) for side, token in tokens.items()]
     rows = [{sample.row: i for i, sample in enumerate(kept)} for kept, _ in placed]

@@ -1,4 +1,4 @@
-"""Labels that rows do not have by themselves: the trainer's collator makes them, as for masked language models."""
+"""Labels that the trainer's collator makes, as for masked language models."""
 
 import copy
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from axolotl_layersel.selection.data.calibration import Sample, drop_padding
 def label_samples(
     samples: list[Sample], collate: Callable[[list[dict[str, Any]]], Any], seed: int, has_decoder: bool = False
 ) -> list[Sample]:
-    """Return the samples with labels: those without any as the trainer's collator makes a batch of each of them.
+    """Return the samples with the labels that the trainer's collator makes for those without any.
 
-    What is masked in a row is drawn from ``seed`` and the row alone. Neither the global random streams nor that of a
-    collator with a seed of its own move. Samples that the collator gives no labels either are returned as they are.
-    ``has_decoder``: see ``calibration.read_samples``.
+    The mask of a row depends only on ``seed`` and the row. The global random streams, and that of a collator with its
+    own seed, do not change. Samples without labels from the collator are unchanged. ``has_decoder``: see
+    ``calibration.read_samples``.
 
     Raises:
-        LayerselError: if the collator cannot do without labels.
+        LayerselError: if the collator needs labels.
     """
     collate = copy.copy(collate)
     if isinstance(collate, DataCollatorForLanguageModeling):
@@ -39,7 +39,7 @@ def label_samples(
 def label_sample(
     sample: Sample, collate: Callable[[list[dict[str, Any]]], Any], seed: int, has_decoder: bool = False
 ) -> Sample:
-    """Return one sample as ``collate`` makes a batch of it, see ``label_samples``; this moves the random streams."""
+    """Return one sample with labels, see ``label_samples``; this changes the random streams."""
     length = len(sample.input_ids)
     row: dict[str, Any] = {"input_ids": sample.input_ids, "attention_mask": [1] * length}
     if sample.token_type_ids is not None:

@@ -1,9 +1,8 @@
-"""What the decoder beside an encoder is given: the row's answer, one token later, as the model itself shifts it.
+"""The inputs of a decoder with an encoder: the row's answer, shifted by the model itself.
 
 Relied on in transformers 5.16.1: ``prepare_decoder_input_ids_from_labels`` of a model makes decoder inputs of labels,
-as its own ``forward`` and ``DataCollatorForSeq2Seq`` do. BART's and T5's classifiers of rows give their decoder the
-row itself, and have no such method. ``tests/families/test_encoder_decoders.py`` compares what is measured with the
-models' own.
+as its own ``forward`` and ``DataCollatorForSeq2Seq`` do. BART's and T5's sequence classifiers give their decoder the
+row itself, and have no such method. ``tests/families/test_encoder_decoders.py`` compares measurements with the models.
 """
 
 import dataclasses
@@ -19,13 +18,12 @@ SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
 def give_decoder_inputs(samples: list[Sample], base: PreTrainedModel) -> list[Sample]:
-    """Return the samples with what the decoder of ``base``, a transformers model, is given of each.
+    """Return the samples with the decoder inputs of ``base``, a transformers model, without padding.
 
-    It ends where the last label is answered: what fills a row up is no part of it. Rows with one label each have
-    nothing to give, and are returned as they are.
+    Samples for models with one label per row are returned unchanged.
 
     Raises:
-        LayerselError: if the decoder's tokens of a row are not known.
+        LayerselError: if the decoder's tokens of a row are unknown.
     """
     return samples if find_kind(base) == ROW else [give_decoder_input(sample, base) for sample in samples]
 
@@ -56,6 +54,6 @@ def give_decoder_input(sample: Sample, base: PreTrainedModel) -> Sample:
 
 
 def trim(labels: list[int]) -> list[int]:
-    """Return labels without those at the end that nothing answers."""
+    """Return labels without ignored ones at the end."""
     answered = [place for place, label in enumerate(labels) if label != IGNORED_LABEL]
     return labels[: answered[-1] + 1] if answered else []

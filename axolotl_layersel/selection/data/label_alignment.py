@@ -1,8 +1,8 @@
-"""Which logit answers which label: three kinds of models, told apart by the loss that transformers gives them.
+"""The logit that answers each label, for three kinds of models, which are told apart by their loss in transformers.
 
 Relied on in transformers 5.16.1: ``PreTrainedModel.loss_type`` names the loss by the model's class, such as
-``ForMaskedLM``, or is None where the class name says nothing (GPT2LMHeadModel, MarianMTModel); encoder-decoder models
-compare each logit with the label of its own position, whatever their loss is called.
+``ForMaskedLM``, or is None for other class names (GPT2LMHeadModel, MarianMTModel). Encoder-decoder models compare each
+logit with the label of its own position, whatever the name of their loss.
 """
 
 from collections.abc import Mapping
@@ -37,16 +37,16 @@ LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
 def find_kind(model: nn.Module) -> str:
-    """Return which labels the logits of ``model``, a PEFT model or a plain one, answer: one of the kinds above.
+    """Return the kind of labels, see above, that the logits of ``model``, a PEFT model or a plain one, answer.
 
     Raises:
-        LayerselError: if its class does not say.
+        LayerselError: if its class does not tell.
     """
     base = getattr(model, "get_base_model", lambda: model)()
     kind = KINDS_BY_LOSS.get(getattr(base, "loss_type", None) or "")
     if kind is None:
         names = {ancestor.__name__ for ancestor in type(base).__mro__}
-        # A few old classes are in both lists; their losses do not shift.
+        # A few old classes are in both mappings; their losses do not shift.
         if not names.isdisjoint(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()):
             kind = SAME_TOKEN
         elif not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
@@ -64,11 +64,11 @@ def find_kind(model: nn.Module) -> str:
 
 
 def align(labels: torch.Tensor, kind: str) -> torch.Tensor:
-    """Return the label that the logits at each position answer, −100 where they answer none, in the shape given.
+    """Return the label that the logits at each position answer, −100 without one, in the shape of ``labels``.
 
     Args:
-        labels: (..., tokens) as a data set has them, −100 where not trained on; for rows of any shape.
-        kind: of the model.
+        labels: (..., tokens) as in a data set, −100 where not trained on; of rows, any shape.
+        kind: the kind of labels, see ``find_kind``.
     """
     if kind != NEXT_TOKEN:
         return labels
@@ -76,20 +76,20 @@ def align(labels: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def get_labels(row: Mapping[str, Any]) -> Any:
-    """Return the labels of a row of a data set, None where it has none."""
+    """Return the labels of a row of a data set, None without any."""
     found = (row[column] for column in LABEL_COLUMNS if row.get(column) is not None)
-    return next((labels for labels in found if not isinstance(labels, str)), None)  # text may be named so too
+    return next((labels for labels in found if not isinstance(labels, str)), None)  # text can have the same name
 
 
 def count_answered(labels: torch.Tensor, kind: str) -> int:
-    """Return how many logits, of tokens or of rows, have a label to answer.
+    """Return the number of logits, of tokens or rows, that have a label to answer.
 
     Args:
         labels: (..., tokens); of rows (rows,) or (rows, outputs).
-        kind: of the model.
+        kind: the kind of labels, see ``find_kind``.
     """
     if labels.is_floating_point():
-        return len(labels)  # numbers to predict, of which none is left out
+        return len(labels)  # regression targets, none of which is ignored
     return int(align(labels, kind).ne(IGNORED_LABEL).sum())
 
 
@@ -98,19 +98,19 @@ def log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: (positions, classes).
-        targets: (positions,), as ``align`` returns them; where −100, nothing is added.
+        targets: (positions,), as ``align`` returns them; −100 adds nothing.
     """
     answered = targets != IGNORED_LABEL
     return -nn.functional.cross_entropy(logits[answered].float(), targets[answered], reduction="sum")
 
 
 def row_log_likelihood(logits: torch.Tensor, label: torch.Tensor, problem_type: str | None) -> torch.Tensor:
-    """Return the log-likelihood of one row's label, up to a constant: minus the loss, summed over the outputs.
+    """Return the log-likelihood of one row's label up to a constant: minus the loss, summed over the outputs.
 
     Args:
         logits: (outputs,).
         label: one number, or (outputs,).
-        problem_type: as in the model's configuration; where None, it follows from the label as in transformers.
+        problem_type: as in the model's configuration; None to infer it from the label as transformers does.
     """
     logits = logits.float()
     if problem_type is None:

@@ -1,9 +1,9 @@
-"""Which token of a row ``token: auto`` is: what a model of this kind makes of a row.
+"""The token of a row that ``token: auto`` resolves to, by the kind of model.
 
 Relied on in transformers 5.16.1: models that read a row in both directions are in the mapping of masked language
-models, by ``model_type``; ``is_decoder`` is true where one of them is built as a decoder instead. Their heads for whole
-rows look at the first token, but for ``classifier_pooling``, which is ``mean`` in some ModernBERT and ``late``, a mean
-of all tokens' logits, in EuroBERT. ``tests/families/test_encoders.py`` compares all that with the models themselves.
+models, by ``model_type``; ``is_decoder`` is true where one of them is built as a decoder instead. Their
+classification heads read the first token, except with ``classifier_pooling``, which is ``mean`` in some ModernBERT and
+``late``, a mean of all tokens' logits, in EuroBERT. ``tests/families/test_encoders.py`` compares this with the models.
 """
 
 from typing import cast
@@ -19,7 +19,7 @@ MEANS = ("mean", "late")
 
 
 def is_encoder(base: PreTrainedModel) -> bool:
-    """Return whether each token of a transformers model sees the whole row, so that the first one can stand for it."""
+    """Return whether every token of a transformers model attends to the whole row."""
     config = base.config
     turned = read_fact(config, "is_decoder") or read_fact(config, "is_encoder_decoder")
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not turned
@@ -30,11 +30,11 @@ def find_token(base: PreTrainedModel, token: str, side: str = "") -> Token:
 
     Args:
         base: a transformers model.
-        token: the setting. ``auto`` is an encoder's first token, or the mean where its own pooling is one, and in other
-            models the last token before the ending that nearly all rows share. An encoder beside a decoder is not
-            trained to gather a row in any of its tokens, all of which the decoder reads: there it is the mean. A vision
-            tower has patches in place of tokens, and none of them stands for the others: there it always is the mean.
-        side: of the model that is meant, see ``layers.Side``.
+        token: the setting. ``auto`` is an encoder's first token, or the mean if its own pooling is a mean, and in other
+            models the last token before the ending that nearly all rows share. An encoder with a decoder has no token
+            that stands for a row, because the decoder reads all of them: it is the mean. For the patches of a vision
+            tower it always is the mean.
+        side: the side of the model, see ``layers.Side``.
     """
     if side == VISION:
         return "mean"

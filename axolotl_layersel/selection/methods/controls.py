@@ -1,8 +1,8 @@
-"""The controls that every claim is measured against: random, first, last and explicit layers."""
+"""Controls to compare other methods with: random, first, last and explicit layers."""
 
 import random
 
-from axolotl_layersel.selection.choosing import Choice, Selection
+from axolotl_layersel.selection.types import Choice, Selection
 
 
 def choose_random(selection: Selection) -> Choice:
@@ -14,12 +14,12 @@ def choose_random(selection: Selection) -> Choice:
 
 
 def choose_first(selection: Selection) -> Choice:
-    """Return the lowest candidates, of an encoder's before those of its decoder."""
+    """Return the lowest candidates; the layers of an encoder count as below those of its decoder."""
     return keep(selection, selection.candidates[: selection.count_kept()])
 
 
 def choose_last(selection: Selection) -> Choice:
-    """Return the highest candidates, of a decoder's before those of its encoder."""
+    """Return the highest candidates; the layers of a decoder count as above those of its encoder."""
     return keep(selection, selection.candidates[len(selection.candidates) - selection.count_kept() :])
 
 

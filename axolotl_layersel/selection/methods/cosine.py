@@ -1,14 +1,17 @@
-"""Cosine: a layer that turns its input far is important (LS-LoRA)."""
+"""Cosine: a layer is important if it turns its input far (LS-LoRA)."""
+
+import functools
 
 import torch
 
-from axolotl_layersel.selection.choosing import Choice, Selection, choose_by_score
+from axolotl_layersel.selection.choosing import choose_by_score
 from axolotl_layersel.selection.passes.forward import score_by_tokens
+from axolotl_layersel.selection.types import Choice, Selection
 
 
 def choose(selection: Selection) -> Choice:
-    """Return the layers that turn their input farthest; every rank must call this."""
-    return choose_by_score(selection, lambda samples: score_by_tokens(selection, samples, sum_turns))
+    """Return the layers that turn their input farthest. Every process must call this."""
+    return choose_by_score(selection, functools.partial(score_by_tokens, compare=sum_turns))
 
 
 def sum_turns(inputs: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,23 @@
-"""Relative: a layer that adds much to its input, for the input's size, is important."""
+"""Relative: a layer is important if it adds much to its input, relative to the input's size."""
+
+import functools
 
 import torch
 
-from axolotl_layersel.selection.choosing import Choice, Selection, choose_by_score
+from axolotl_layersel.selection.choosing import choose_by_score
 from axolotl_layersel.selection.passes.forward import score_by_tokens
+from axolotl_layersel.selection.types import Choice, Selection
 
 
 def choose(selection: Selection) -> Choice:
-    """Return the layers that change their input most, for its size; every rank must call this."""
-    return choose_by_score(selection, lambda samples: score_by_tokens(selection, samples, sum_changes))
+    """Return the layers that change their input most, relative to its size. Every process must call this."""
+    return choose_by_score(selection, functools.partial(score_by_tokens, compare=sum_changes))
 
 
 def sum_changes(inputs: torch.Tensor, outputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the sum over each sample's tokens of ‖output − input‖ / ‖input‖: (samples,), float64.
 
-    A token whose hidden state is zero, of which nothing is a share, counts as changed by nothing.
+    A token whose input is zero counts as unchanged.
 
     Args:
         inputs: a layer's input, (samples, tokens, width).

@@ -1,4 +1,4 @@
-"""Backward passes of the rows' log-likelihood, and the gradients that arrive at the weights under LoRA on the way."""
+"""Backward passes of the rows' log-likelihood, and the gradients that reach the weights under LoRA on the way."""
 
 import contextlib
 import functools
@@ -12,184 +12,227 @@ from torch import nn
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import Sample, cut_sample
 from axolotl_layersel.selection.data.label_alignment import IGNORED_LABEL, ROW, align, find_kind, row_log_likelihood
 from axolotl_layersel.selection.passes import forward
+from axolotl_layersel.selection.passes.hooks import removing, replacing_method
 from axolotl_layersel.selection.passes.likelihood import count_tokens_at_a_time, differentiate
 from axolotl_layersel.selection.passes.recomputation import find_impure
+from axolotl_layersel.selection.types import Selection
 
-# Tokens of a forward pass that shows how a model works.
+# Length of the probe input, which shows how a model works.
 PROBED_TOKENS = 16
-# What a module was given in each of its calls, and the gradients by what it returned, each (..., width). Of LoRA on a
-# parameter nothing, and the gradient by the parameter itself, (experts, outputs, inputs).
+# Takes the place of a module, its inputs, and the gradients of its outputs, a tensor (..., width) for each call. For
+# LoRA on a parameter there are no inputs, and the gradient is that of the parameter, (experts, outputs, inputs).
 Look = Callable[[int, list[torch.Tensor], list[torch.Tensor]], None]
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------------
+
+
+class GradientRecorder:
+    """Sums over the gradients of each sample at each of several modules; subclasses define them.
+
+    Attributes:
+        modules: the LoRA modules, in order.
+        sums: (rows of the batch, modules), float64.
+    """
+
+    def __init__(self, modules: Sequence[LoraLayer]) -> None:
+        self.modules = modules
+        self.sums = torch.zeros(0)
+
+    def begin(self, indices: list[int]) -> None:
+        """Start a batch of the samples at ``indices``."""
+        self.sums = torch.zeros(len(indices), len(self.modules), dtype=torch.float64)
+
+    def record(self, place: int, given: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        """Add the calls of the module at ``place`` in this batch, see ``Look``."""
+        raise NotImplementedError
+
+    def end(self) -> list[torch.Tensor]:
+        """Return the sums of each sample, (modules,)."""
+        return [row.clone() for row in self.sums]
+
+
+def measure_gradients(
+    selection: Selection, samples: list[Sample], recorder: GradientRecorder, keeps_activations: bool = False
+) -> torch.Tensor | None:
+    """Return what ``recorder`` sums over a backward pass of each sample, (samples, modules), float64, on process 0.
+
+    ``keeps_activations``: see ``forward.scoring``. Every process must call this.
+
+    Raises:
+        LayerselError: if the rows have no labels of the kind that the model's logits answer, or layers cannot be
+            computed again one at a time.
+    """
+    run = selection.run
+    with forward.scoring(selection, keeps_activations):
+        backward = prepare_backward(selection, samples, keeps_activations)
+        size = find_batch_size(run, samples, recorder.modules)
+        with watching_gradients(recorder.modules, recorder.record) as finish:
+
+            def measure(indices: list[int]) -> list[torch.Tensor]:
+                recorder.begin(indices)
+                backward([samples[i] for i in indices])
+                finish()
+                return recorder.end()
+
+            return forward.over_samples(run, samples, measure, size)
+
+
+# --- Gradients at modules -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def watching_gradients(modules: Sequence[LoraLayer], look: Look) -> Iterator[Callable[[], None]]:
     """Call ``look(place, given, gradients)`` in every backward pass through the base layer of each of ``modules``.
 
-    It is called when the gradients of all calls of the module have arrived, so that no more than what one layer
-    computes is held, and of a module that several layers share what it is given in all of them. Most modules are called
-    once. DeBERTa also puts its relative positions through those of its
-    attention, which depend on nothing that requires a gradient: there their output is made to.
+    It is called once the gradients of all calls of a module have arrived, so that no more is held than one layer
+    computes. A module that several layers share is looked at once, with its inputs in all of them.
 
     Yields:
-        What looks at modules of which one call had no gradient, as nothing was made of its output; call it after each
-        backward pass.
+        A function that looks at modules one of whose calls had no gradient; call it after each backward pass.
     """
-    # Calls in layers that are computed again later, and calls of which gradients are to arrive.
-    announced, waiting = [0] * len(modules), [0] * len(modules)
-    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in modules]
+    watches = [
+        ParameterWatch(place, module, look) if isinstance(module, ParamWrapper) else LinearWatch(place, module, look)
+        for place, module in enumerate(modules)
+    ]
 
-    def finish(place: int) -> None:
-        calls, announced[place], waiting[place], seen[place] = seen[place], 0, 0, []
-        look(place, [given for given, _ in calls], [gradient for _, gradient in calls])
-
-    @contextlib.contextmanager
-    def watch_parameter(place: int, module: ParamWrapper) -> Iterator[None]:
-        # PEFT adds to the parameter what this returns, so the gradient by the one is that by the other.
-        compute, calls = module.get_delta_weight, []
-
-        @functools.wraps(compute)
-        def get_delta_weight(*args: Any, **kwargs: Any) -> torch.Tensor:
-            change = compute(*args, **kwargs)
-            calls.append(change.shape)
-            if torch.is_grad_enabled():
-                change = change.detach().requires_grad_()
-                change.register_hook(lambda gradient: look(place, [], [orient(module, gradient.detach())]))
-            return change
-
-        def check_called(module: nn.Module, args: tuple, output: object) -> None:
-            if not calls:
-                raise LayerselError(
-                    "lora_target_parameters: something else than PEFT computes LoRA on experts here, such as a plugin "
-                    "with kernels for them, so the gradient by their weights is not to be seen. Remove it from "
-                    "`plugins` for `axolotl-layersel plan`, and give its plan to the run; or use method cka or cosine."
-                )
-            calls.clear()
-
-        vars(module)["get_delta_weight"] = get_delta_weight
-        try:
-            with forward.handle_removed(module.register_forward_hook(check_called)):
-                yield
-        finally:
-            del vars(module)["get_delta_weight"]
-
-    def watch(place: int, module: LoraLayer) -> torch.utils.hooks.RemovableHandle:
-        def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-            if not torch.is_grad_enabled():
-                announced[place] += 1
-                return None
-            given, watched = args[0].detach(), output if output.requires_grad else output.detach().requires_grad_()
-            waiting[place] += 1
-
-            def receive(gradient: torch.Tensor) -> None:
-                seen[place].append((given, gradient.detach()))
-                if len(seen[place]) == max(announced[place], waiting[place]):
-                    finish(place)
-
-            watched.register_hook(receive)
-            return watched
-
-        return module.get_base_layer().register_forward_hook(hook)
-
-    def finish_others() -> None:
-        for place, calls in enumerate(seen):
-            if calls:
-                finish(place)
-            announced[place] = waiting[place] = 0
+    def finish() -> None:
+        for watch in watches:
+            watch.end()
 
     with contextlib.ExitStack() as hooks:
-        for place, module in enumerate(modules):
-            if isinstance(module, ParamWrapper):
-                hooks.enter_context(watch_parameter(place, module))
-            else:
-                hooks.enter_context(forward.handle_removed(watch(place, module)))
-        yield finish_others
+        for watch in watches:
+            hooks.enter_context(watch.attached())
+        yield finish
+
+
+class LinearWatch:
+    """Collects the inputs and output gradients of a linear module until those of all its calls have arrived.
+
+    Most modules are called once. DeBERTa's attention also computes its relative positions, which depend on nothing that
+    requires a gradient, by them; their output is made to require one.
+    """
+
+    def __init__(self, place: int, module: LoraLayer, look: Look) -> None:
+        self.place, self.module, self.look = place, module, look
+        self.announced = 0  # calls in layers that are computed again later
+        self.waiting = 0  # calls whose gradients will arrive
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def attached(self) -> contextlib.AbstractContextManager[None]:
+        """Watch the module within the block."""
+        return removing(self.module.get_base_layer().register_forward_hook(self.begin))
+
+    def begin(self, linear: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """Wait for the gradient of a call's output."""
+        if not torch.is_grad_enabled():
+            self.announced += 1
+            return None
+        watched = output if output.requires_grad else output.detach().requires_grad_()
+        self.waiting += 1
+        watched.register_hook(functools.partial(self.record, args[0].detach()))
+        return watched
+
+    def record(self, given: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Take a gradient that has arrived, and look at the module with the last one."""
+        self.seen.append((given, gradient.detach()))
+        if len(self.seen) == max(self.announced, self.waiting):
+            self.end()
+
+    def end(self) -> None:
+        """Look at the module, if gradients have arrived since the last look, and start anew."""
+        seen, self.seen, self.announced, self.waiting = self.seen, [], 0, 0
+        if seen:
+            self.look(self.place, [given for given, _ in seen], [gradient for _, gradient in seen])
+
+
+class ParameterWatch:
+    """Passes on the gradient of a parameter under LoRA as it arrives.
+
+    PEFT adds the result of ``get_delta_weight`` to the parameter, so the two have the same gradient.
+    """
+
+    def __init__(self, place: int, module: ParamWrapper, look: Look) -> None:
+        self.place, self.module, self.look = place, module, look
+        self.compute = module.get_delta_weight
+        self.called = False
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Watch the module within the block."""
+        with (
+            replacing_method(self.module, "get_delta_weight", lambda *args, **kwargs: self.begin(*args, **kwargs)),
+            removing(self.module.register_forward_hook(self.check_called)),
+        ):
+            yield
+
+    def begin(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the change of the parameter by LoRA, and wait for its gradient."""
+        self.called = True
+        change = self.compute(*args, **kwargs)
+        if torch.is_grad_enabled():
+            change = change.detach().requires_grad_()
+            change.register_hook(self.record)
+        return change
+
+    def record(self, gradient: torch.Tensor) -> None:
+        """Look at a gradient that has arrived."""
+        self.look(self.place, [], [orient(self.module, gradient.detach())])
+
+    def check_called(self, module: nn.Module, args: tuple, output: object) -> None:
+        """Raise LayerselError if the module has run without its ``get_delta_weight``."""
+        if not self.called:
+            raise LayerselError(
+                "lora_target_parameters: something else than PEFT computes LoRA on experts here, such as a plugin "
+                "with kernels for them, so the gradient by their weights is not to be seen. Remove it from "
+                "`plugins` for `axolotl-layersel plan`, and give its plan to the run; or use method cka or cosine."
+            )
+        self.called = False
+
+    def end(self) -> None:
+        """Do nothing: every gradient was looked at as it arrived."""
 
 
 def orient(module: ParamWrapper, gradient: torch.Tensor) -> torch.Tensor:
-    """Return the gradient by the parameter under a LoRA module as (experts, outputs, inputs), in that module's sense.
+    """Return the gradient of the parameter under a LoRA module as (experts, outputs, inputs) of that LoRA.
 
-    In PEFT 0.20.0 it is so for 2-D parameters, and for 3-D ones where PEFT swapped their dimensions.
+    In PEFT 0.20.0 this is the layout of 2-D parameters, and of 3-D ones whose dimensions PEFT has swapped.
     """
     if gradient.dim() == 2:
         return gradient[None]
     return gradient if module._did_swap_in_out_features else gradient.transpose(1, 2)
 
 
-def compute_logits(run: Run, batch: list[Sample]) -> torch.Tensor:
-    """Return the logits of ``batch``: (rows, tokens, vocabulary), or (rows, outputs)."""
-    return forward.call(run, forward.make_inputs(run, batch), logits_to_keep=0).logits
-
-
-def cut_probe(samples: list[Sample]) -> Sample:
-    """Return the beginning of the longest sample, on which a model is tried out.
-
-    Rows that the trainer's collator makes cannot be cut: of them it is the shortest, as a whole.
-    """
-    if forward.are_collated(samples):
-        return min(samples, key=forward.count_tokens)
-    return cut_sample(max(samples, key=forward.count_tokens), PROBED_TOKENS)
-
-
-def find_batch_size(run: Run, samples: list[Sample], modules: Sequence[LoraLayer]) -> int:
-    """Return how many samples share a backward pass: one where it could not be told what of a gradient is whose.
-
-    Call it within ``passes.scoring``; every rank must call this.
-    """
-    size = forward.count_fitting(run, samples, with_graph=True)
-    if any(isinstance(module, ParamWrapper) for module in modules):
-        return 1  # the gradient by a weight is that of all rows
-    if run.engine.has_weights() and not forward.are_collated(samples):  # which are alone in any case
-        probe = [cut_probe(samples)] * 2
-        size = 1 if any_routed(modules, lambda: compute_logits(run, probe)) else size
-    # Rank 0 has weights on every engine. All make as many passes, whatever they have seen of the model.
-    return collectives.decide_on_rank_zero(lambda: size)
-
-
-def any_routed(modules: Sequence[LoraLayer], call: Callable[[], object]) -> bool:
-    """Return whether a module is given something else than the rows' tokens in their order.
-
-    Experts are given tokens in an order that no longer says whose they are, and DeBERTa's attention is given its
-    relative positions, which are all rows'.
-
-    ``call``: runs the model on two rows that are as long as each other.
-    """
-    given: list[torch.Size] = []
-    with contextlib.ExitStack() as hooks:
-        for module in modules:
-            handle = module.get_base_layer().register_forward_pre_hook(lambda _, args: given.append(args[0].shape))
-            hooks.enter_context(forward.handle_removed(handle))
-        call()
-    tokens = max((shape[1] for shape in given if len(shape) > 2), default=0)
-    others = any(shape[0] != (2 * tokens if len(shape) == 2 else 2) for shape in given)
-    return others or len(given) < len(modules)
-
-
 def split_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return what a module was given, or its gradient, as (rows, tokens, width): some models put all rows into one.
+    """Return inputs of a module, or their gradients, as (rows, tokens, width): some models flatten all rows into one.
 
-    Of one row all dimensions but the last are tokens, in whatever order: Longformer's attention has rows second.
+    All dimensions of a single row but the last are tokens, in whatever order: Longformer's attention has rows second.
     """
     if rows == 1:
         return values.flatten(0, -2)[None]
     return values if values.dim() > 2 else values.view(rows, -1, values.shape[-1])
 
 
+# --- The pass -----------------------------------------------------------------------------------------------------
+
+
 def prepare_backward(
     selection: Selection, samples: list[Sample], keeps_activations: bool = False
 ) -> Callable[[list[Sample]], None]:
-    """Return what sends the gradient of a batch's summed log-likelihood through the model, see ``likelihood``.
+    """Return a function that runs the backward pass of a batch's summed log-likelihood, see ``likelihood``.
 
-    Call it, and what it returns, within ``passes.scoring``; every rank must call this. ``samples``: those that batches
-    are made of. ``keeps_activations``: as it is given to ``passes.scoring``.
+    Call it, and what it returns, within ``forward.scoring``. Every process must call this.
+
+    Args:
+        selection: by a method that reads labels.
+        samples: all samples that batches are made of.
+        keeps_activations: as for ``forward.scoring``.
 
     Raises:
-        LayerselError: if the rows have no labels of the kind that the model's logits answer, or layers cannot be
-            computed again one at a time.
+        LayerselError: see ``measure_gradients``.
     """
     run = selection.run
     kind, at_a_time = find_kind(run.model), None
@@ -209,19 +252,61 @@ def prepare_backward(
     def backward_tokens(batch: list[Sample]) -> None:
         targets = [align(torch.tensor(sample.labels), kind) for sample in batch]
         padded = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED_LABEL)
-        # Where a pass communicates, ranks make it together.
+        # A pass that communicates is made on all processes, even without a label here.
         if bool((padded != IGNORED_LABEL).any()) or run.engine.runs_in_lockstep:
             differentiate(run.base, lambda: compute_logits(run, batch), padded, at_a_time)
 
-    def backward(batch: list[Sample]) -> None:
-        with torch.enable_grad():
-            (backward_rows if kind == ROW else backward_tokens)(batch)
+    return torch.enable_grad()(backward_rows if kind == ROW else backward_tokens)
 
-    return backward
+
+def compute_logits(run: Run, batch: list[Sample]) -> torch.Tensor:
+    """Return the logits of ``batch``: (rows, tokens, vocabulary), or (rows, outputs)."""
+    return forward.call(run, forward.make_inputs(run, batch), logits_to_keep=0).logits
+
+
+def cut_probe(samples: list[Sample]) -> Sample:
+    """Return the beginning of the longest sample, or of collated samples, which cannot be cut, the shortest one."""
+    if forward.are_collated(samples):
+        return min(samples, key=forward.count_tokens)
+    return cut_sample(max(samples, key=forward.count_tokens), PROBED_TOKENS)
+
+
+def find_batch_size(run: Run, samples: list[Sample], modules: Sequence[LoraLayer]) -> int:
+    """Return how many samples share a backward pass: 1 if gradients could not be assigned to samples.
+
+    Call it within ``forward.scoring``. Every process must call this.
+    """
+    size = forward.count_fitting(run, samples, with_graph=True)
+    if any(isinstance(module, ParamWrapper) for module in modules):
+        return 1  # the gradient of a weight is summed over all rows
+    if run.engine.has_weights() and not forward.are_collated(samples):  # collated samples never share a pass
+        probe = [cut_probe(samples)] * 2
+        size = 1 if any_routed(modules, lambda: compute_logits(run, probe)) else size
+    # Process 0 has weights on every engine. All processes make equally many passes.
+    return collectives.decide_on_rank_zero(lambda: size)
+
+
+def any_routed(modules: Sequence[LoraLayer], call: Callable[[], object]) -> bool:
+    """Return whether the input of a module is something else than the rows' tokens in their order.
+
+    Experts get tokens in an order that does not tell their row, and DeBERTa's attention gets relative positions that
+    all rows share.
+
+    ``call``: runs the model on two rows of the same length.
+    """
+    given: list[torch.Size] = []
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            handle = module.get_base_layer().register_forward_pre_hook(lambda _, args: given.append(args[0].shape))
+            hooks.enter_context(removing(handle))
+        call()
+    tokens = max((shape[1] for shape in given if len(shape) > 2), default=0)
+    others = any(shape[0] != (2 * tokens if len(shape) == 2 else 2) for shape in given)
+    return others or len(given) < len(modules)
 
 
 def check_layers_pure(selection: Selection, samples: list[Sample]) -> None:
-    """Raise LayerselError on every rank where a layer reads what it is not given; every rank must call this."""
+    """Raise LayerselError on every process if a layer reads more than its arguments. Every process must call this."""
     run, stack, found = selection.run, selection.stack, None
     if run.engine.has_weights():
         probe = [cut_probe(samples)]

@@ -1,13 +1,11 @@
-"""The gradient of one sample's log-likelihood, without the logits of all its tokens at once.
+"""The gradient of the rows' log-likelihood, without the logits of all tokens at once.
 
-Logits, with what their loss and its gradient take, are 12 bytes or more for every token and word of the vocabulary.
-So the model's body runs once; then the model is called again and again, while its body returns what it has computed,
-for a few tokens at a time. Whatever lies between hidden states and logits (biases, scalings, soft caps, LoRA) is the
-model's own code.
+Logits, with their loss and its gradient, take 12 bytes or more for every token and entry of the vocabulary. So the
+model's body runs once. Then the model is called for a few tokens at a time, and its body returns their hidden states
+from memory. Whatever lies between hidden states and logits (biases, scalings, soft caps, LoRA) is the model's own code.
 """
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,23 +16,24 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from axolotl_layersel.selection.data.label_alignment import IGNORED_LABEL, log_likelihood
+from axolotl_layersel.selection.passes.hooks import replacing_method
 
 LOG = logging.getLogger("axolotl.layersel")
 
-# Logits that are held at a time; with their gradients some 200 MB.
+# Logits held at a time; with their gradients some 200 MB.
 LOGITS_AT_A_TIME = 2**24
-# Logits computed for other tokens beside them differ by rounding: 4e-3 of a number in bf16. Those that depend on the
-# tokens beside them differ by as much as they are.
+# Logits of a token computed with other tokens differ by rounding: 4e-3 of a number in bf16. If they depend on the other
+# tokens, they differ by their own size.
 ROUNDING = 0.02
 
 
 class Replay:
-    """What a body returned when it ran, and which part of it the next call of the model sees.
+    """The output of a model's body, and the part of it that the next call of the model gets.
 
     Attributes:
-        calls: of the body.
-        output: what it returned at the first.
-        positions: tokens whose hidden states it returns at the next call.
+        calls: the number of calls of the body.
+        output: the body's output at the first call.
+        positions: the tokens whose hidden states the body returns at the next call.
         part: those hidden states at the last call, (rows, positions, width), in a graph of their own.
     """
 
@@ -50,7 +49,7 @@ class Replay:
         return self.output.last_hidden_state
 
     def give(self) -> Any:
-        """Return the output with the hidden states of ``positions`` alone, or as it is where it has none."""
+        """Return the output with the hidden states of ``positions`` only, or unchanged if it has no hidden states."""
         if not isinstance(self.output, ModelOutput) or getattr(self.output, "last_hidden_state", None) is None:
             return self.output
         self.part = self.hidden[:, self.positions].detach().requires_grad_(self.hidden.requires_grad)
@@ -59,66 +58,68 @@ class Replay:
 
 @contextlib.contextmanager
 def replaying(body: nn.Module) -> Iterator[Replay]:
-    """Let ``body`` run at the first call within the block only."""
-    replay, original, own = Replay(), body.forward, body.__dict__.get("forward")
+    """Let ``body`` run only at the first call within the block, and replay its output afterwards."""
+    replay, original = Replay(), body.forward
 
-    @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         replay.calls += 1
         if replay.output is None:
             replay.output = original(*args, **kwargs)
         return replay.give()
 
-    body.forward = forward
-    try:
+    with replacing_method(body, "forward", forward):
         yield replay
-    finally:
-        del body.forward
-        if own is not None:
-            body.forward = own
 
 
 @torch.no_grad()
 def count_tokens_at_a_time(base: nn.Module, call: Callable[[], torch.Tensor]) -> int | None:
-    """Return how many tokens' logits to compute at a time; None where only all can be computed together.
+    """Return how many tokens' logits to compute at a time; None if they can only be computed all together.
 
     Args:
         base: a transformers model.
         call: runs it on one short sample and returns the logits, (tokens, vocabulary).
     """
     body = getattr(base, "base_model", base)
-    reason = None if body is not base else "it has no body that is called for hidden states to make logits of"
-    if reason is None:
+    if body is base:
+        reason: str | None = "it has no body that is called for hidden states to make logits of"
+    else:
         with replaying(body) as replay:
             logits = call()
-            if replay.calls != 1 or replay.part is None:
-                reason = "it has no body that returns hidden states for a head to make logits of"
-            else:
-                replay.positions = torch.arange(len(logits), device=replay.hidden.device).flip(0)[
-                    : len(logits) // 2 + 1
-                ]
-                try:
-                    again, expected = call(), logits[replay.positions.to(logits.device)]
-                    if again.shape != expected.shape or (again - expected).norm() > ROUNDING * expected.norm():
-                        reason = "the logits of a token depend on the hidden states of others"
-                except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                    reason = f"its head does not take the hidden states of some tokens alone ({error})"
+            reason = find_dependence(replay, call, logits)
     if reason is None:
         return max(1, LOGITS_AT_A_TIME // logits.shape[-1])
     LOG.debug("layersel: %s computes the logits of all tokens at once: %s", type(base).__name__, reason)
     return None
 
 
+def find_dependence(replay: Replay, call: Callable[[], torch.Tensor], logits: torch.Tensor) -> str | None:
+    """Return why logits cannot be computed for some tokens only, None if they can.
+
+    ``logits``: of the first call, (tokens, vocabulary).
+    """
+    if replay.calls != 1 or replay.part is None:
+        return "it has no body that returns hidden states for a head to make logits of"
+    # More than half of the tokens, last ones first.
+    replay.positions = torch.arange(len(logits), device=replay.hidden.device).flip(0)[: len(logits) // 2 + 1]
+    try:
+        again, expected = call(), logits[replay.positions.to(logits.device)]
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        return f"its head does not take the hidden states of only some tokens ({error})"
+    if again.shape != expected.shape or (again - expected).norm() > ROUNDING * expected.norm():
+        return "the logits of a token depend on the hidden states of others"
+    return None
+
+
 def differentiate(
     base: PreTrainedModel, call: Callable[[], torch.Tensor], targets: torch.Tensor, at_a_time: int | None
 ) -> None:
-    """Send the gradient of the targets' log-likelihood through the model, in one backward pass.
+    """Run the backward pass of the targets' log-likelihood through the model, once.
 
     Args:
         base: a transformers model.
         call: runs it on the rows and returns the logits, (rows, tokens, vocabulary).
-        targets: (rows, tokens), the label that the logits at each token answer, −100 where none.
-        at_a_time: as ``count_tokens_at_a_time`` returns it, for one row.
+        targets: (rows, tokens), the label that the logits at each token answer, −100 without one.
+        at_a_time: the result of ``count_tokens_at_a_time``, for one row.
     """
 
     def backward(logits: torch.Tensor, targets: torch.Tensor) -> None:
@@ -130,7 +131,7 @@ def differentiate(
     at_a_time = max(1, at_a_time // len(targets))
     answered = (targets != IGNORED_LABEL).any(dim=0).nonzero().flatten()
     if len(answered) == 0:
-        answered = torch.zeros(1, dtype=torch.int64)  # its gradient is 0: a pass that ranks make together
+        answered = torch.zeros(1, dtype=torch.int64)  # its gradient is 0, in a pass that all processes make
     with replaying(base.base_model) as replay:
         gradients = []
         for positions in answered.split(at_a_time):

@@ -98,8 +98,8 @@ def test_every_ending_that_is_offered_can_be_written(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("x.txt", "x.txt: '.txt' is no ending of a picture. Use one of "),
-        ("x", "x: there is no ending of a picture. Use one of "),
+        ("x.txt", "x.txt: '.txt' is not an ending of a picture. Use one of "),
+        ("x", "x: it lacks the ending of a picture. Use one of "),
         ("nowhere/x.png", "nowhere does not exist. Make it, or give another path."),
         ("folder.png", "folder.png is a folder. Give the path of a file"),
     ],

@@ -37,7 +37,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path):
     (tmp_path / "layersel" / "plan.json").mkdir(parents=True)
     with pytest.raises(LayerselError, match=r"plan.json cannot be written .Is a directory"):
         write_atomically(tmp_path / "layersel" / "plan.json", b"new")
-    with pytest.raises(LayerselError, match=r"^output_dir: .*/plan.json is a folder, where a file is to be written"):
+    with pytest.raises(LayerselError, match=r"^output_dir: .*/plan.json is a folder, where a file is needed"):
         check_output(tmp_path, ("plan.json",))
     assert [entry.name for entry in (tmp_path / "layersel").iterdir()] == ["plan.json"]
 
@@ -47,7 +47,7 @@ def test_a_link_that_leads_nowhere_in_place_of_a_folder_is_named(tmp_path, targe
     (tmp_path / "layersel").symlink_to(tmp_path / target)  # to itself: a loop
     with pytest.raises(
         LayerselError,
-        match=r"^output_dir: .*/layersel cannot be made \((the link .*/layersel leads to noth|Too many lev)",
+        match=r"^output_dir: .*/layersel cannot be made \((the link .*/layersel is broken|Too many lev)",
     ):
         check_output(tmp_path, ("plan.json",))
 
@@ -63,7 +63,7 @@ def test_a_link_to_a_folder_is_one(tmp_path):
     [
         ("loop/run", "cannot be made (Too many levels of symbolic links). Set another output_dir."),
         ("loop", "cannot be made (Too many levels of symbolic links)"),
-        ("dangling/run", "dangling leads to nothing that is there"),
+        ("dangling/run", "dangling is broken"),
         ("x" * 300, "cannot be made (File name too long)"),
         ("/".join(["x" * 200] * 30), "cannot be made (File name too long)"),
         ("a\0b", "cannot be made (embedded null byte)"),
@@ -95,10 +95,10 @@ def test_looking_whether_a_run_can_write_leaves_no_trace(tmp_path):
     [
         (b"", "not valid JSON, truncated or damaged"),
         (b"{", "not valid JSON, truncated or damaged"),
-        (b'{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
-        (b'{"a": NaN}', "NaN is no finite number"),
-        (b'{"a": -Infinity}', "-Infinity is no finite number"),
-        (b'{"a": 1e999}', "1e999 is no finite number"),
+        (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' occurs twice"),
+        (b'{"a": NaN}', "NaN is not a finite number"),
+        (b'{"a": -Infinity}', "-Infinity is not a finite number"),
+        (b'{"a": 1e999}', "1e999 is not a finite number"),
         (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),

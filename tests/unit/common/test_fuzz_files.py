@@ -29,7 +29,7 @@ from axolotl_layersel.engines.trainers import is_evaluation_due, note_in_state, 
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.lora.export import export_adapter
 from axolotl_layersel.selection.gate_history import GateHistory
-from axolotl_layersel.selection.select import find_plan
+from axolotl_layersel.selection.reuse import find_plan
 from axolotl_layersel.training.checkpoints import find_resumed_checkpoint
 from axolotl_layersel.training.contents import read_record, record_path, write_record
 from axolotl_layersel.training.prepare import check_resumed, prepare_trainer

@@ -11,9 +11,9 @@ from transformers import BertConfig, BertModel
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.l1ra.capacity import check_optimizer_class, grow_modules
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.export import LAYOUTS, export_adapter
 from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.lora.plain_lora import check_plain_lora
 from axolotl_layersel.lora.run import Run
 
 TOKENS = torch.arange(3, 33)[None]
@@ -87,7 +87,7 @@ def test_encoders_are_plain_enough(tmp_path):
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 97}
     model = make_lora(BertModel(BertConfig(num_hidden_layers=2, **size)), ["query", "value"])
     run = Run.of(make_trainer(model, tmp_path))
-    adapters.check_plain_lora(run, run.lora_modules, "layersel.l1ra")
+    check_plain_lora(run, run.lora_modules, "layersel.l1ra")
     assert len(grow_modules(model, 8)) == 4
 
 
@@ -97,8 +97,8 @@ def test_encoders_are_plain_enough(tmp_path):
         (torch.optim.AdamW, "zero3", None),
         (bitsandbytes.optim.PagedAdamW8bit, "zero2", None),
         (AdamWFp8, "fsdp2", None),
-        (AdamWFp8, "zero2", "optimizer: 'AdamWFp8' does not go with DeepSpeed, .* Use `adamw_bnb_8bit`"),
-        (bitsandbytes.optim.AdamW, "fsdp2", "optimizer: 'AdamW' does not go with FSDP2, .* Use `adamw_torch_8bit`"),
+        (AdamWFp8, "zero2", "optimizer: 'AdamWFp8' cannot be combined with DeepSpeed, .* Use `adamw_bnb_8bit`"),
+        (bitsandbytes.optim.AdamW, "fsdp2", "'AdamW' cannot be combined with FSDP2, .* Use `adamw_torch_8bit`"),
         (torch.optim.SGD, "single", "optimizer: 'SGD' is not supported by layersel.l1ra.* Use `adamw_torch`"),
         (functools.partial(torch.optim.AdamW), "single", "optimizer: .*partial.* is not supported by layersel.l1ra"),
     ],

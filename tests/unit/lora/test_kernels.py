@@ -20,7 +20,7 @@ from axolotl_layersel.lora.kernels import (
     exchange,
     give_gates_to_kernels,
     is_fused,
-    let_kernels_pass_by,
+    make_kernels_accept_bare_modules,
     without_fused_lora,
 )
 from axolotl_layersel.plugin import LayerSelectionPlugin
@@ -214,8 +214,8 @@ def test_kernels_that_cannot_be_given_gates_are_off_with_l1ra(monkeypatch, caplo
     cfg = DictDefault({"layersel": {"l1ra": {}}})
     LayerSelectionPlugin().register(cfg)
     assert [cfg[key] for key in LORA_KERNELS] == [False] * 4
-    assert "cannot be given gates, for want of get_lora_parameters" in caplog.text
-    with pytest.raises(LayerselError, match=r"lora_o_kernel: True bypasses .* Remove lora_o_kernel, or that setting"):
+    assert "cannot be given gates, since they have no get_lora_parameters" in caplog.text
+    with pytest.raises(LayerselError, match=r"lora_o_kernel: True bypasses .* Remove lora_o_kernel or layersel"):
         LayerSelectionPlugin().register(DictDefault({"layersel": {"l1ra": {}}, "lora_o_kernel": True}))
 
 
@@ -237,7 +237,7 @@ def test_kernels_compute_modules_in_which_only_another_adapter_has_lora(make_fus
     ids = torch.arange(3, 13)[None]
     with pytest.raises(KeyError, match="default"):
         model(ids)
-    let_kernels_pass_by(model)
+    make_kernels_accept_bare_modules(model)
     for adapter in ("default", "ref"):
         model.set_adapter(adapter)
         with torch.no_grad():

@@ -12,7 +12,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.root import LayerselArgs
 from axolotl_layersel.training.prepare import prepare_trainer
 
-WHILE_PREPARED = "adapter: 'default', which was prepared to train,"
+WHILE_PREPARED = "adapter: 'default' was prepared for training and"
 
 
 def prepare(folder, block, model=None, **settings):
@@ -45,10 +45,10 @@ def train_head_only(folder):
 
 
 IDLE = {
-    "by hand": (lambda folder: freeze_all(make_trained_lora()), "Let those of the selected layers require gradients"),
-    "for inference": (load_for_inference, "it was loaded for inference. Load it with `is_trainable=True`"),
-    "another was loaded": (load_another, r"call `model.set_adapter\('default'\)` after that"),
-    "a head alone": (train_head_only, "Let those of the selected layers require gradients"),
+    "by hand": (lambda folder: freeze_all(make_trained_lora()), "Unfreeze those of the selected layers"),
+    "for inference": (load_for_inference, "was loaded for inference. Load it with `is_trainable=True`"),
+    "another was loaded": (load_another, r"call `model.set_adapter\('default'\)` afterwards"),
+    "a head alone": (train_head_only, "Unfreeze those of the selected layers"),
 }
 
 
@@ -94,7 +94,7 @@ def test_a_scaling_of_zero_is_refused_by_the_file_and_the_trainer_in_the_same_se
         prepare(tmp_path, block, **ZERO)
     assert str(caught.value) == by_file
     assert by_file == (
-        "lora_alpha: 0 scales what LoRA adds by 0, so no weight of it would train. Set another number, such as 16."
+        "lora_alpha: 0 scales the output of LoRA to 0, so no LoRA weight would train. Set another number, such as 16."
     )
 
 
@@ -139,15 +139,15 @@ def put_on_another(model):
 
 
 CHANGED = {
-    "switched": (switch, r"^adapter: 'default' was prepared to train, and 'ref' is active. Call `model.set_adapter"),
-    "deleted": (delete, f"^{WHILE_PREPARED} was deleted from the model. Build the model and the trainer anew"),
+    "switched": (switch, r"^adapter: 'default' was prepared for training, but 'ref' is active. Call `model.set_ad"),
+    "deleted": (delete, f"^{WHILE_PREPARED} then deleted from the model. Build a new model and trainer"),
     "merged and unloaded": (lambda model: model.merge_and_unload(), f"^{WHILE_PREPARED} is no longer in the model"),
     "unloaded": (lambda model: model.unload(), f"^{WHILE_PREPARED} is no longer in the model"),
     "merged": (lambda model: model.merge_adapter(), r"^adapter: 'default' is merged into .* Call `model.unmerge_adap"),
     "switched off": (switch_off, "^adapter: 'default' is switched off. Call `model.base_model.enable_adapter_layers"),
     "taken off": (
         put_on_another,
-        "^adapter: LoRA of 'default' was put on or taken off model.layers.3.self_attn.q_proj",
+        "^adapter: LoRA of 'default' was added to or removed from model.layers.3.self_attn.q_proj",
     ),
 }
 

@@ -138,5 +138,5 @@ def test_a_run_resumes_beside_another_adapter(tmp_path):
 def test_base_weights_under_another_adapter_are_not_restored(tmp_path):
     model = make_two(tmp_path / "reference", init_lora_weights="pissa")
     trainer = make_trainer(model, tmp_path)
-    with pytest.raises(LayerselError, match=r"gives base weights back what 'pissa' took .* the adapter 'reference'"):
+    with pytest.raises(LayerselError, match=r"undoes the change that 'pissa' made .* the adapter 'reference'"):
         prepare_trainer(trainer, BLOCKS["remove"])

@@ -120,7 +120,7 @@ def test_biases_resume(block, tmp_path):
 def test_what_trains_and_is_in_no_file_is_refused(block, tmp_path):
     model = make_lora(make_small_llama(), task_type="CAUSAL_LM")
     model.get_base_model().model.norm.weight.requires_grad_(True)
-    message = r"^adapter: model\.norm\.weight trains \(1 such parameters\), and PEFT does not write it into the adapter"
+    message = r"^adapter: model\.norm\.weight trains \(1 such parameters\), but PEFT does not save it"
     with pytest.raises(LayerselError, match=message):
         prepare(tmp_path, block, model)
 
@@ -129,7 +129,7 @@ def test_a_module_to_save_with_buffers_is_refused(tmp_path):
     base = make_small_llama()
     base.lm_head = torch.nn.Sequential(torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 97))
     model = make_lora(base, modules_to_save=["lm_head"])
-    with pytest.raises(LayerselError, match=r"^modules_to_save: lm_head has 0\.num_batches_tracked, a buffer"):
+    with pytest.raises(LayerselError, match=r"^modules_to_save: lm_head has the buffer 0\.num_batches_tracked,"):
         prepare(tmp_path, "remove", model)
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
 from helpers.corruptions import NAME, leave_one_out, round_one, spoil_one, zero_one
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,10 +46,10 @@ def test_a_fingerprint_knows_every_bit_and_every_place(monkeypatch):
 @pytest.mark.parametrize(
     ("gathered", "message"),
     [
-        (torch.empty(0), "the ranks hold 6 numbers other than 0, and 0 were gathered"),
-        (torch.tensor([1.0, 2, 3, 0, 0, 0]), "the ranks hold 6 numbers other than 0, and 3 were gathered"),
-        (torch.tensor([4.0, 5, 6, 1, 2, 3]), "was gathered with other values than the ranks hold"),
-        (torch.tensor([1.0, 2, 3, 4, 5, 6]).bfloat16(), "was gathered with other values than the ranks hold"),
+        (torch.empty(0), "has 6 nonzero numbers on the processes, but 0 after gathering"),
+        (torch.tensor([1.0, 2, 3, 0, 0, 0]), "has 6 nonzero numbers on the processes, but 3 after gathering"),
+        (torch.tensor([4.0, 5, 6, 1, 2, 3]), "the gathered values of .* differ from those on the processes"),
+        (torch.tensor([1.0, 2, 3, 4, 5, 6]).bfloat16(), "the gathered values of .* differ from those on the processes"),
     ],
 )
 def test_what_is_not_gathered_from_all_ranks_as_they_hold_it_is_refused(tmp_path, gathered, message):
@@ -74,13 +73,13 @@ def shift_one(tensors: dict, name: str = NAME) -> dict:
 
 
 CORRUPTIONS = [
-    (zero_one, f"{NAME} is all zeros in it"),
-    (leave_one_out, f"{NAME} is not in it"),
-    (lambda tensors: {**tensors, "other": torch.ones(1)}, "other is in it and should not be"),
+    (zero_one, f"{NAME} contains only zeros"),
+    (leave_one_out, f"{NAME} is missing"),
+    (lambda tensors: {**tensors, "other": torch.ones(1)}, "other does not belong there"),
     (spoil_one, f"{NAME} holds NaN or infinite numbers"),
-    (round_one, f"{NAME} is torch.bfloat16 in it, and should be torch.float32"),
-    (lambda tensors: {**tensors, NAME: tensors[NAME][:1].clone()}, f"{NAME} has the shape \\(1, 2\\) in it"),
-    (shift_one, f"{NAME} has other values in it"),
+    (round_one, f"{NAME} has dtype torch.bfloat16, not torch.float32"),
+    (lambda tensors: {**tensors, NAME: tensors[NAME][:1].clone()}, f"{NAME} has shape \\(1, 2\\), not"),
+    (shift_one, f"{NAME} has other values"),
 ]
 
 
@@ -116,7 +115,7 @@ def test_a_truncated_file_and_a_configuration_cut_short_are_refused(tmp_path, mo
                 super().save_pretrained(folder, **kwargs)
                 (Path(folder) / "adapter_config.json").write_text(text)  # noqa: B023
 
-        with pytest.raises(LayerselError, match=r"adapter_config.json: it (cannot be read back|reads back other)"):
+        with pytest.raises(LayerselError, match=r"adapter_config.json: it (cannot be read back|does not read back)"):
             layouts.write_adapter(tmp_path, tensors, Forgetful())
     assert not list(tmp_path.iterdir())
 
@@ -137,53 +136,8 @@ def test_rounding_alone_is_allowed_in_what_a_module_adds(rank, seed, scaling, dt
         (fold(live, scaling), 1.0),
         (Factors(live.down.roll(1, 1), stored.up), 1),
     ]:
-        with pytest.raises(LayerselError, match=r"LoRA on proj adds up to .* where rounding explains"):
+        with pytest.raises(LayerselError, match=r"LoRA output of proj would differ by up to .*; rounding explains"):
             verification.check_update(path, "proj", live, scaling, gates, wrong, factor)
-
-
-def test_logits_may_differ_by_rounding_and_no_more():
-    logits = torch.randn(2, 5) * 10
-    path, epsilon = Path("file"), torch.finfo(torch.float32).eps
-    verification.check_logits(path, logits, logits * (1 + 1e-5), epsilon)
-    verification.check_logits(path, logits, logits + 0.1, torch.finfo(torch.bfloat16).eps)
-    for other in (logits + 0.1, logits * float("nan")):
-        with pytest.raises(LayerselError, match="once it is loaded, logits differ by"):
-            verification.check_logits(path, logits, other, epsilon)
-    # A model that overflows does so with either adapter.
-    infinite = torch.tensor([[1.0, float("inf"), float("nan")]])
-    verification.check_logits(path, infinite, infinite, epsilon)
-
-
-def test_computing_logits_leaves_4_bit_weights_and_modes_as_they_are():
-    class Quantised(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = torch.nn.Embedding(10, 128)
-            self.linear = Linear4bit(128, 64, bias=False)
-            self.linear.weight = Params4bit(torch.randn(64, 128), requires_grad=False).to("cpu")
-            self.linear.support_avx512bf16_for_cpu = True  # as on CPUs on which bitsandbytes packs weights anew
-            self.dropout = torch.nn.Dropout(0.5)
-
-        def forward(self, input_ids):
-            return (self.dropout(self.linear(self.embed(input_ids))),)
-
-    model = Quantised()
-    weight, absmax = model.linear.weight.data.clone(), model.linear.weight.quant_state.absmax.clone()
-    model.embed.training = False
-    first, second = (verification.compute_logits(model, torch.tensor([[1, 2, 3]])) for _ in range(2))
-    assert torch.equal(first, second) and first.all()
-    assert torch.equal(model.linear.weight.data, weight)
-    assert torch.equal(model.linear.weight.quant_state.absmax, absmax)
-    assert model.training and model.dropout.training and model.linear.training and not model.embed.training
-
-
-def test_parameters_hold_other_data_for_a_while():
-    parameter = torch.nn.Parameter(torch.ones(2, 3))
-    place = parameter.data_ptr()
-    with pytest.raises(KeyError), verification.hold({"one": parameter}, {"one": torch.zeros(4, 3)}):
-        assert parameter.shape == (4, 3)
-        raise KeyError
-    assert parameter.data_ptr() == place and parameter.eq(1).all() and parameter.requires_grad
 
 
 def test_sets_are_written_in_order():

@@ -31,6 +31,7 @@ def test_what_is_written_is_read_back(tmp_path_factory, scores):
         (None, "cannot be read .No such file"),
         ('{"schema_version": 3, "meth', "not valid JSON, truncated or damaged"),
         ("[]", "schema_version None, and this version of axolotl-layersel reads 3"),
+        ('{"schema_version": 1}', "schema_version 1, and this version of axolotl-layersel reads 3. Make a new"),
         ('{"schema_version": 7}', "schema_version 7"),
         (
             '{"schema_version": 3, "method": "cka"}',
@@ -113,7 +114,7 @@ def test_a_checkpoint_must_hold_the_plans_ranks(tmp_path):
         if rank == 3:
             check_checkpoint(plan, tmp_path)
         else:
-            with pytest.raises(LayerselError, match=r"has rank 2 in model.layers.0.* the plan beside it gives it 3"):
+            with pytest.raises(LayerselError, match=r"has rank 2 in model.layers.0.* saved with it gives it 3"):
                 check_checkpoint(plan, tmp_path)
 
 

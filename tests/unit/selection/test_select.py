@@ -20,7 +20,8 @@ from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.modules import find_lora_modules
-from axolotl_layersel.selection.choosing import choose_highest, count_kept
+from axolotl_layersel.selection.candidates import count_kept
+from axolotl_layersel.selection.choosing import choose_highest
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.plan_file import check_checkpoint, read_plan, write_plan
 from axolotl_layersel.selection.report import print_plan
@@ -303,7 +304,7 @@ def test_a_plan_without_towers_is_applied_again_and_on_resume(tmp_path):
         again, plan_again = select_with_towers(tmp_path / "again", resume=resume, **settings)
         assert set(find_lora_modules(again.model.get_base_model())) == set(plan.modules)
         assert (plan_again.outside_layers, plan_again.outside) == ("remove", plan.outside)
-        with pytest.raises(LayerselError, match=r"towers: 'keep' is not the 'remove' that it was made with"):
+        with pytest.raises(LayerselError, match=r"outside_layers: 'keep' is not the 'remove' that it was made with"):
             select_with_towers(tmp_path / "again", resume=resume, outside_layers="keep", **settings)
 
 
@@ -477,13 +478,13 @@ def test_a_plan_with_other_ranks_does_not_touch_a_trained_adapter(tmp_path, bloc
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    with pytest.raises(LayerselError, match=r"lora_model_dir: the adapter has rank 4 in .*, and the plan gives it"):
+    with pytest.raises(LayerselError, match=r"lora_model_dir: the adapter has rank 4 in .*, but the plan says"):
         give_plan(tmp_path, model, continues_adapter=True, **blocks)
 
 
 def test_a_plan_with_ranks_refuses_what_cannot_be_drawn_again(tmp_path):
     select(tmp_path, method="gradient")
-    with pytest.raises(LayerselError, match=r"'orthogonal' does not go with layersel.selection.rank_allocation: score"):
+    with pytest.raises(LayerselError, match=r"'orthogonal' cannot be combined with .*selection.rank_allocation: score"):
         give_plan(tmp_path, make_lora(make_small_llama(), init_lora_weights="orthogonal"))
 
 

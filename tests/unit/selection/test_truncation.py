@@ -7,8 +7,8 @@ from helpers.settings import CHECKPOINTING
 
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
-from axolotl_layersel.lora.adapters import initialize_lora
 from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.weights import initialize_lora
 from axolotl_layersel.selection.backward_cut import find_lowest_trained
 from axolotl_layersel.training.prepare import prepare_trainer
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import find_fault
 from helpers.models import make_lora, make_small_llama, make_trainer
 from transformers import TrainerState
 
@@ -15,7 +16,6 @@ from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.training.checkpoints import (
     View,
     describe_copies,
-    find_fault,
     find_resumed_checkpoint,
     list_checkpoints,
 )

@@ -120,5 +120,5 @@ def test_what_is_in_the_way_of_the_plan_is_named_before_anything_is_scored(case,
 @pytest.mark.parametrize("given", [True, ""])
 def test_what_is_no_path_is_not_resumed_from(given, tmp_path):
     trainer = make_trainer(make_lora(make_small_llama()), tmp_path)
-    with pytest.raises(LayerselError, match=rf"^resume_from: {given!r} is no path. Give the folder of a checkpoint"):
+    with pytest.raises(LayerselError, match=rf"^resume_from: {given!r} is not a path. Give the folder of a checkpoint"):
         prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="last")), resume_from=given)

@@ -1,7 +1,7 @@
-"""The gates of Flexora (arXiv 2408.10774): what multiplies LoRA outputs, and how the search moves it.
+"""The gates of Flexora (arXiv 2408.10774), which multiply LoRA outputs, and their gradient.
 
-Each layer has a number α, 0 at the start. The LoRA output of layer i is multiplied by n·softmax(α)_i, n being the
-number of layers: all multipliers are 1 at the start, and their mean stays 1.
+Each layer has a number α, which starts at 0. The LoRA output of layer i is multiplied by n·softmax(α)_i, where n is the
+number of layers. So all multipliers start at 1, and their mean stays 1.
 """
 
 import torch
@@ -17,7 +17,7 @@ def find_multipliers(alpha: torch.Tensor) -> torch.Tensor:
 def find_alpha_gradient(alpha: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Return the gradient with respect to α, (n,), from that with respect to the multipliers.
 
-    With s = softmax(α): ∂L/∂α_j = n·s_j·(g_j − Σ_i s_i·g_i). Its sum is 0: a gate rises at the others' expense.
+    With s = softmax(α): ∂L/∂α_j = n·s_j·(g_j − Σ_i s_i·g_i). Its sum is 0: a gate rises at the expense of the others.
 
     Args:
         alpha: (n,).
@@ -28,10 +28,10 @@ def find_alpha_gradient(alpha: torch.Tensor, gradient: torch.Tensor) -> torch.Te
 
 
 def choose_positive(alpha: dict[str, float]) -> list[str]:
-    """Return the names of the gates above zero, the paper's rule, in their order.
+    """Return the names of the gates above zero, the paper's rule, in order.
 
     Raises:
-        LayerselError: if that is none of them, or all.
+        LayerselError: if no gate is above zero, or all are.
     """
     kept = [name for name, value in alpha.items() if value > 0]
     if kept and len(kept) < len(alpha):

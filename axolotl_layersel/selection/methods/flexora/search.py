@@ -1,4 +1,4 @@
-"""The search: LoRA steps on training batches, gate steps on validation batches, in turn."""
+"""The search: LoRA steps on training batches alternate with gate steps on validation batches."""
 
 import contextlib
 import functools
@@ -17,12 +17,12 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.flexora import SETTING, Search, check_attention, describe_sharded
 from axolotl_layersel.config.selection import describe_generated
 from axolotl_layersel.engines import collectives, trainers
-from axolotl_layersel.lora import adapters
 from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.lora.layers import LayerStack
 from axolotl_layersel.lora.modules import get_linears, list_linear
+from axolotl_layersel.lora.plain_lora import check_plain_lora
+from axolotl_layersel.lora.removal import freeze_unselected
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.choosing import Selection
 from axolotl_layersel.selection.data.calibration import check_indexable
 from axolotl_layersel.selection.data.label_alignment import find_kind
 from axolotl_layersel.selection.gate_history import GateHistory
@@ -37,16 +37,17 @@ from axolotl_layersel.selection.methods.flexora.validation import (
     hold_out,
     take_rows,
 )
+from axolotl_layersel.selection.types import Selection
 
 LOG = logging.getLogger("axolotl.layersel")
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        history: its course; ``history.final`` are the gates at its end.
+        history: its course; ``history.final`` are the gates at the end.
         validation_rows: rows of the training set that were held out, or of the eval set, in the order drawn.
         validation: the rows themselves.
     """
@@ -62,16 +63,16 @@ def search_gates(
     gated: dict[str, list[str]],
     choose: Callable[[dict[str, float]], list[str]],
 ) -> SearchResult:
-    """Search with one gate for each group of LoRA modules, then leave all as it was; every rank must call this.
+    """Search with one gate for each group of LoRA modules, then restore everything. Every process must call this.
 
     Args:
         selection: its seed draws the validation rows, their order, and the order of the training rows.
         settings: of the search.
-        gated: names of the modules under each gate, by the gate's name; LoRA in no gate takes no part.
-        choose: what would be kept of gates, by their names, for ``patience``.
+        gated: the names of the modules under each gate, by gate name; other LoRA modules do not take part.
+        choose: returns the names of the gates that would be kept, for ``patience``.
 
     Raises:
-        LayerselError: on every rank, if the search cannot be made or comes to nothing.
+        LayerselError: on every process, if the search cannot be made or fails.
     """
     run, seed = selection.run, selection.settings.seed
     trainer, lora = run.trainer, run.lora_modules
@@ -104,7 +105,7 @@ def search_gates(
 
 
 def take_eval_rows(run: Run, settings: Search, seed: int, kind: str) -> tuple[Any, list[int], Any]:
-    """Return the eval set, its rows to validate on, and the training set, whole."""
+    """Return the eval set, its rows to validate on, and the whole training set."""
     source, rows = find_eval_rows(run.trainer.eval_dataset, settings.val_samples, seed, kind)
     return source, rows, run.trainer.train_dataset
 
@@ -117,13 +118,13 @@ def take_training_rows(run: Run, settings: Search, seed: int, kind: str) -> tupl
     return source, rows, take_rows(source, train_rows)
 
 
-# By ``val_source``: what is validated on, by its rows, and what is trained on.
+# By ``val_source``: functions that return the dataset to validate on, its rows, and the dataset to train on.
 SOURCES = {"train": take_training_rows, "eval": take_eval_rows}
 
 
 def check_search(run: Run, settings: Search, modules: dict[str, LoraLayer]) -> None:
-    """Raise LayerselError for a run in which no search can be made with gates on ``modules``."""
-    adapters.check_plain_lora(run, modules, SETTING)
+    """Raise LayerselError if no search with gates on ``modules`` can be made in this run."""
+    check_plain_lora(run, modules, SETTING)
     if trainers.generates(run.trainer):
         raise LayerselError(describe_generated(f"trainer: {type(run.trainer).__name__}", "flexora"))
     trainers.check_no_optimizer(run.trainer)
@@ -135,26 +136,26 @@ def check_search(run: Run, settings: Search, modules: dict[str, LoraLayer]) -> N
 
 @contextlib.contextmanager
 def leaving_out(run: Run, stack: LayerStack, taking_part: list[str]) -> Iterator[None]:
-    """Let no LoRA weight of the stack train within the block but those of the modules ``taking_part``."""
+    """Train no LoRA weights of the stack within the block except for those of the modules ``taking_part``."""
     before = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
-    adapters.freeze_unselected(run, stack, taking_part)
+    freeze_unselected(run, stack, taking_part)
     try:
         yield
     finally:
-        for name, parameter in run.model.named_parameters():  # FSDP2 has made new ones
+        for name, parameter in run.model.named_parameters():  # FSDP2 creates new parameters
             parameter.requires_grad_(name in before)
 
 
 class GateSearch:
-    """The state of a search: the gates, and the losses seen.
+    """The state of a search: the gates, and the losses so far.
 
-    α and its optimizer, Adam, are float64 on the CPU, the same on every rank. What the modules multiply by is fp32
+    α and its optimizer, Adam, are float64 on the CPU, the same on every process. The multipliers are fp32
     on the device, outside the engine.
 
     Attributes:
         alpha: (gates,), float64.
-        kind: which labels the model's logits answer.
-        history: of the optimizer steps so far; a rank's own training losses until ``conclude``.
+        kind: the kind of labels, see ``label_alignment``.
+        history: the optimizer steps so far; training losses are those of this process until ``conclude``.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class GateSearch:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Put the gates on the modules, and follow the trainer's steps, within the block."""
+        """Attach the gates to the modules, and show progress, within the block."""
         self.gates.attach()
         self.hold_gates(True)
         try:
@@ -206,7 +207,7 @@ class GateSearch:
             self.gates.detach()
 
     def start(self, train_dataloader: Any) -> None:
-        """Follow the trainer, whose engine is there and whose training begins."""
+        """Follow the trainer from the start of its training, when its engine exists."""
         self.validation.follow(train_dataloader)
         upstream = self.trainer.training_step
 
@@ -223,10 +224,10 @@ class GateSearch:
             self.inner.begin()
 
     def finish_step(self, step: int) -> bool:
-        """Make the gate step after optimizer step ``step``, if it is time; every rank must call this.
+        """Make the gate step after optimizer step ``step``, if one is due. Every process must call this.
 
         Returns:
-            Whether the search can stop: what is kept has not changed for ``patience`` gate steps.
+            Whether the search can stop, because the choice has not changed for ``patience`` gate steps.
         """
         train_loss = float(torch.stack(self.losses).sum())
         self.losses.clear()
@@ -249,12 +250,12 @@ class GateSearch:
         return moved and self.settings.patience is not None and self.has_settled()
 
     def is_time_to_log(self, step: int) -> bool:
-        """Return whether a tenth of the search was completed since the last gate step, for logs without a bar."""
+        """Return whether a tenth of the search was completed since the last gate step."""
         steps, before = self.settings.steps, step - self.settings.inner_steps
         return step * 10 // steps > before * 10 // steps
 
     def has_settled(self) -> bool:
-        """Return whether what would be kept is the same as after each of the last ``patience`` gate steps."""
+        """Return whether the choice is the same as after each of the last ``patience`` gate steps."""
         assert self.settings.patience is not None, "only a search with patience asks"
         try:
             kept = self.choose(self.history.final)
@@ -265,10 +266,10 @@ class GateSearch:
         return self.unchanged >= self.settings.patience
 
     def conclude(self) -> None:
-        """Settle the history, and check that the search was one; every rank must call this.
+        """Average the history over processes, and check the search. Every process must call this.
 
         Raises:
-            LayerselError: if it ended early, or its gradients did not reach some gates.
+            LayerselError: if the search ended early, or no gradient reached some gates.
         """
         history = self.history
         stopped = self.unchanged >= (self.settings.patience or 1)
@@ -292,15 +293,15 @@ class GateSearch:
     # --- Gates --------------------------------------------------------------------------------------------------------
 
     def hold_gates(self, held: bool) -> None:
-        """Let the gates be constants, as in LoRA steps, or not."""
+        """Make the gates constants, as in LoRA steps, or not."""
         for gate in self.gates.leaves.values():
             gate.requires_grad_(not held)
 
     def step_gates(self, step: int) -> float:
-        """Step the gates on the next validation micro-batches and return the loss; every rank must call this.
+        """Step the gates on the next validation micro-batches and return the loss. Every process must call this.
 
         Raises:
-            LayerselError: if the loss or a gradient is not a number.
+            LayerselError: if the loss or a gradient is not finite.
         """
         self.gates.clear_gradient()
         self.hold_gates(False)
@@ -310,7 +311,7 @@ class GateSearch:
                 self.inner.measure(batches, self.compute_loss) if self.inner else self.measure_first_order(batches)
             )
         self.hold_gates(True)
-        # Each rank has added up over its labels: all together, divided by all labels.
+        # Each process has summed over its own labels; divide by the labels of all processes.
         sums = torch.cat([self.gates.gradient, loss.view(1), targets.view(1)])
         collectives.add_up(sums)
         gradient, loss, _ = (sums / sums[-1]).double().cpu().split([len(self.alpha), 1, 1])
@@ -318,7 +319,7 @@ class GateSearch:
         self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs())
         self.alpha.grad = find_alpha_gradient(self.alpha, gradient)
         self.adam.step()
-        # Rank 0's: on nodes with other processors the last bits could differ, and with them when a search stops.
+        # Those of process 0: on nodes with other CPUs the last bits could differ, and with them the end of the search.
         gates = torch.cat([self.alpha, find_multipliers(self.alpha)]).to(self.gates.values.device)
         collectives.broadcast(gates)
         alpha, multipliers = gates.split(len(self.alpha))
@@ -341,9 +342,9 @@ class GateSearch:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Let no parameter get a gradient, and nothing be random (dropout, NEFTune), within the block.
+        """Give no parameter a gradient, and turn off dropout and NEFTune, within the block.
 
-        Only the modules that checkpoint their activations stay in training mode, in which alone they do.
+        Modules that checkpoint their activations stay in training mode, because they only do so there.
         """
         model = trainers.get_model(self.trainer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -365,15 +366,15 @@ class GateSearch:
                 module.training = True
 
     def compute_loss(self, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sum of the loss over a micro-batch's labels, with a graph, and the number of them."""
+        """Return the loss summed over a micro-batch's labels, with a graph, and the number of labels."""
         inputs = trainers.prepare_inputs(self.trainer, inputs)
         targets = count_targets(inputs, self.kind)
-        # The engine's own forward would set its reduction of gradients going.
+        # The engine's own forward would start its reduction of gradients.
         loss = trainers.compute_loss(self.trainer, inputs) * targets
         return loss, torch.tensor(float(targets), device=self.gates.values.device)
 
     def measure_first_order(self, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss summed over the labels of ``batches``, and their number; the gradient is in the gates."""
+        """Return the loss summed over the labels of ``batches``, and their number; the gates get the gradient."""
         total, labels = torch.zeros(2, device=self.gates.values.device)
         for inputs in batches:
             with trainers.offload_activations(self.trainer):
@@ -384,7 +385,7 @@ class GateSearch:
 
 
 class SearchCallback(TrainerCallback):
-    """When the search starts and steps; it only delegates."""
+    """Starts and steps the search; it only delegates."""
 
     def __init__(self, search: GateSearch) -> None:
         self.search = search

@@ -1,4 +1,4 @@
-"""Train for a while with the run's own settings, and leave everything as if that had not happened."""
+"""Train for some steps with the run's own settings, and restore everything afterwards."""
 
 import contextlib
 import copy
@@ -27,21 +27,21 @@ from axolotl_layersel.lora.run import Run
 
 
 def run_trial(run: Run, steps: int, train_dataset: Any, callback: TrainerCallback, seed: int) -> None:
-    """Train the parameters that require a gradient for ``steps`` optimizer steps, then undo it; every rank calls this.
+    """Train the parameters that require a gradient for ``steps`` optimizer steps, then undo it, on every process.
 
     The run's own engine, optimizer, batch size, packing and precision are used, and its schedule of learning rates,
-    compressed to ``steps``. Nothing is saved, evaluated or logged, and of the callbacks only ``callback`` is called.
-    Afterwards weights, random state and trainer are as before; ZeRO-3 and FSDP2 keep the weights in shards.
+    compressed to ``steps``. Nothing is saved, evaluated or logged, and ``callback`` is the only callback. Afterwards
+    weights, random state and trainer are as before; ZeRO-3 and FSDP2 keep the weights in shards.
 
     Args:
         run: its trainer has not trained.
         steps: optimizer steps.
-        train_dataset: what is trained on.
-        callback: may stop the trial.
-        seed: of dropout and of the order of rows.
+        train_dataset: the training rows.
+        callback: can stop the trial.
+        seed: draws dropout and the order of rows.
 
     Raises:
-        Interrupted: on every rank, after the step in which one of them received a signal.
+        Interrupted: on every process, after the step in which one of them received a signal.
     """
     trainer, engine, model = run.trainer, run.engine, run.model
     weights = engine.copy_trained(model)
@@ -61,7 +61,7 @@ def run_trial(run: Run, steps: int, train_dataset: Any, callback: TrainerCallbac
 def compress_arguments(arguments: TrainingArguments, steps: int, planned: int) -> TrainingArguments:
     """Return a copy for a trial of ``steps`` of the run's ``planned`` optimizer steps.
 
-    Warmup, and what the schedule's own settings count in steps, keep their share of the run.
+    Warmup, and all step counts of the schedule, keep their share of the run.
     """
     scale = functools.partial(compress_steps, steps=steps, planned=planned)
     arguments = copy.copy(arguments)
@@ -90,7 +90,7 @@ def compress_steps(count: int, steps: int, planned: int) -> int:
 
 @contextlib.contextmanager
 def keep_trainer(trainer: Trainer, model: nn.Module) -> Iterator[None]:
-    """Give the trainer its attributes back at the end of the block, and the model its ``forward``."""
+    """Restore the trainer's attributes and the model's ``forward`` at the end of the block."""
     attributes = dict(vars(trainer))
     forward = {name: value for name, value in vars(model).items() if name in trainers.FORWARD_ATTRIBUTES}
     for name in trainers.METRIC_ATTRIBUTES & attributes.keys():
@@ -106,7 +106,7 @@ def keep_trainer(trainer: Trainer, model: nn.Module) -> Iterator[None]:
 
 
 class StopCallback(TrainerCallback):
-    """Raises Interrupted when any rank has received a signal, in training that leaves nothing behind."""
+    """Raises Interrupted once any process has received a signal."""
 
     def __init__(self, device: torch.device) -> None:
         self.shared = SharedSignal(device)

@@ -1,7 +1,7 @@
-"""Unrolled gate steps: the LoRA steps since the last one, made again as SGD steps that gradients flow through.
+"""Unrolled gate steps: the LoRA steps since the last one, repeated as differentiable SGD steps.
 
-As virtual steps they train the LoRA weights under gates alone, without dropout. With SGD as the run's optimizer, and
-neither dropout nor clipping, they lead to the weights that the run has reached.
+These virtual steps train only the LoRA weights under gates, without dropout. With SGD as the run's optimizer, and
+without dropout or clipping, they reach the weights of the run.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from axolotl_layersel.engines.collectives import average_differentiably
 from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.selection.methods.flexora.hypergradient import Loss, find_unrolled_gradient
 
-# The loss of a micro-batch, summed over its labels, and their number.
+# A function from a micro-batch to its loss, summed over the labels, and their number.
 SummedLoss = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 
 
 class InnerSteps:
-    """The optimizer steps since the last gate step: where they began, and on what batches.
+    """The optimizer steps since the last gate step.
 
     Attributes:
-        weights: the LoRA weights at the beginning, fp32, by name in the trainer's model.
-        steps: the micro-batches of each step, with the number of labels that the trainer gave them; the last one may
-            be under way.
-        learning_rates: of each step.
+        weights: the LoRA weights before them, fp32, by name in the trainer's model.
+        steps: the micro-batches of each step, each with the ``num_items_in_batch`` of the trainer; the last step can be
+            incomplete.
+        learning_rates: the learning rate of each step.
     """
 
     def __init__(self, trainer: Trainer, gates: Gates) -> None:
@@ -41,7 +41,7 @@ class InnerSteps:
         self.learning_rates: list[float] = []
 
     def begin(self) -> None:
-        """Start with the weights as they are now."""
+        """Start from the current weights."""
         self.weights = {name: weight.detach().float().clone() for name, weight in self.find_weights().items()}
         self.steps, self.learning_rates = [[]], []
 
@@ -57,10 +57,10 @@ class InnerSteps:
         return weights
 
     def add(self, inputs: Any, num_items_in_batch: Any) -> None:
-        """Add a micro-batch to the step that is under way.
+        """Add a micro-batch to the current step.
 
         Raises:
-            LayerselError: if the step is made with several learning rates.
+            LayerselError: if the optimizer has several learning rates.
         """
         assert self.trainer.optimizer is not None, "the trainer makes steps with it"
         rates = {float(group["lr"]) for group in self.trainer.optimizer.param_groups}
@@ -73,13 +73,13 @@ class InnerSteps:
         self.learning_rates[len(self.steps) - 1 :] = rates
 
     def end_step(self) -> None:
-        """End the step that is under way."""
+        """End the current step."""
         self.steps.append([])
 
     def measure(self, batches: list[Any], compute_loss: SummedLoss) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss summed over the labels of ``batches`` where the steps lead, and the number of labels.
+        """Return the validation loss after the unrolled steps, summed over labels, and the number of labels.
 
-        The gradient is written to the gates'. Every rank must call this.
+        The gradient is written to the gates'. Every process must call this.
         """
         labels = torch.zeros((), device=self.gates.values.device)
         names, model = list(self.weights), LossOf(self.trainer)
@@ -117,7 +117,7 @@ class InnerSteps:
         return loss, labels
 
     def compute_inner_loss(self, inputs: Any, num_items_in_batch: Any, micro_batches: int) -> torch.Tensor:
-        """Return the loss of a training micro-batch as the trainer weighs it in an optimizer step."""
+        """Return the loss of a training micro-batch with its weight in the optimizer step."""
         trainer = self.trainer
         prepared = trainers.prepare_inputs(trainer, dict(inputs))
         loss = trainers.compute_loss(trainer, prepared, num_items_in_batch)
@@ -126,20 +126,20 @@ class InnerSteps:
 
 
 class LossOf(nn.Module):
-    """A trainer's model, which ``torch.func.functional_call`` gives other weights while a loss is computed."""
+    """A trainer's model, as a module whose weights ``torch.func.functional_call`` can exchange for a loss."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
         self.model = trainer.model
 
     def forward(self, compute: Callable, *args: Any) -> Any:
-        """Return what ``compute`` does."""
+        """Return the result of ``compute``."""
         return compute(*args)
 
 
 @contextlib.contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Let the model keep its activations: recomputed in the backward pass, they would be of the wrong weights."""
+    """Make the model keep its activations: recomputed in the backward pass, they would have the wrong weights."""
     layers: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for layer in layers:
         layer.gradient_checkpointing = False

@@ -1,4 +1,4 @@
-"""The rows that the gates learn from: which ones, and how they become micro-batches."""
+"""The rows that the gates learn from, and their micro-batches."""
 
 import itertools
 import math
@@ -23,11 +23,11 @@ def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int, kind: 
     """Return the rows to train on, ascending, and ``samples`` rows to validate on, in the order drawn by ``seed``.
 
     Args:
-        dataset: tokenised rows; of those with labels only such as have a label to learn are validated on.
-        samples: number of validation rows.
-        least: rows that must be left to train on, see ``find_least``.
-        seed: what draws.
-        kind: which labels the model's logits answer.
+        dataset: tokenised rows; rows whose labels are all ignored are not validated on.
+        samples: the number of validation rows.
+        least: the number of rows that must be left to train on, see ``find_least``.
+        seed: draws the rows.
+        kind: the kind of labels, see ``label_alignment``.
 
     Raises:
         LayerselError: if too few rows are left.
@@ -52,7 +52,7 @@ def hold_out(dataset: Sequence[Row], samples: int, least: int, seed: int, kind: 
 
 
 def find_least(trainer: Trainer) -> int:
-    """Return how many training rows a search needs: a batch of all processes, and half of a set that has not two.
+    """Return how many training rows a search needs: a batch of all processes, or half of a set of less than two.
 
     A loader that drops incomplete batches needs a whole one.
     """
@@ -64,7 +64,7 @@ def find_least(trainer: Trainer) -> int:
 def draw_labelled(dataset: Sequence[Row], samples: int, seed: int, kind: str) -> list[int]:
     """Return up to ``samples`` different rows with a label to learn, in an order drawn by ``seed``."""
     count = len(dataset)
-    # Few of a large set are enough, where most rows have labels, and of those no more are read than it takes.
+    # Most rows have labels, so few rows of a large set are usually enough.
     drawn = min(count, 4 * samples)
     rows: list[int] = []
     for number in dict.fromkeys((drawn, count)):
@@ -75,7 +75,7 @@ def draw_labelled(dataset: Sequence[Row], samples: int, seed: int, kind: str) ->
 
 
 def has_target(row: Row, kind: str) -> bool:
-    """Return whether a row has a label to learn, or is of a kind that has no labels of this kind of model."""
+    """Return whether a row has a label to learn, or no labels at all."""
     labels = get_labels(row)
     if labels is None:
         return True
@@ -111,7 +111,7 @@ def list_eval_sets(eval_dataset: Any) -> list[Any]:
 
 
 def join_eval_sets(eval_dataset: Any) -> Any:
-    """Return a trainer's eval sets as one, or None where it has none, or some that cannot be indexed."""
+    """Return a trainer's eval sets as one, or None without any, or if one cannot be indexed."""
     parts = list_eval_sets(eval_dataset)
     if not parts or not all(hasattr(part, "__len__") for part in parts):
         return None
@@ -124,13 +124,13 @@ def take_rows(dataset: Any, rows: list[int]) -> Any:
 
 
 def draw_micro_batches(count: int, lengths: list[int] | None, size: int, seed: int) -> Iterator[list[int]]:
-    """Yield micro-batches of the rows 0 to ``count`` − 1 without end, each pass over them in another order.
+    """Yield micro-batches of the rows 0 to ``count`` − 1 endlessly, each pass over them in another order.
 
     Args:
-        count: number of rows.
-        lengths: tokens of each row, where rows are packed.
-        size: rows of a micro-batch, or with ``lengths`` tokens that it holds; one row is always in it.
-        seed: of the orders.
+        count: the number of rows.
+        lengths: the tokens of each row, if rows are packed.
+        size: the rows of a micro-batch, or with ``lengths`` its tokens; it has at least one row.
+        seed: draws the orders.
     """
     generator = random.Random(seed)
     stream = (row for _ in itertools.count() for row in generator.sample(range(count), count))
@@ -151,9 +151,9 @@ class ValidationBatches:
     """An endless stream of validation micro-batches, collated as the trainer collates; each process has its share.
 
     Args:
-        trainer: whose batch size and packing are used.
+        trainer: has the batch size and packing.
         rows: the validation rows.
-        seed: of their order.
+        seed: draws their order.
     """
 
     def __init__(self, trainer: Trainer, rows: list[Row], seed: int) -> None:
@@ -168,7 +168,7 @@ class ValidationBatches:
         self.columns: list[str] | None = None
 
     def follow(self, train_dataloader: Any) -> None:
-        """Collate as ``train_dataloader`` does, with the columns that it has left in its rows."""
+        """Collate as ``train_dataloader`` does, with the columns of its rows."""
         self.collate = train_dataloader.collate_fn
         self.columns = getattr(train_dataloader.dataset, "column_names", None)
 
@@ -178,21 +178,18 @@ class ValidationBatches:
         return self.collate([self.prepare(self.rows[index]) for index in next(self.stream)])
 
     def prepare(self, row: Row) -> Row:
-        """Return a copy of ``row``, for collators change rows in place, with the columns of the training rows."""
+        """Return a copy of ``row`` with the columns of the training rows; collators change rows in place."""
         if self.columns is None:
             return dict(row)
         row = {key: row[key] for key in self.columns if key in row}
         if "position_ids" in self.columns and "position_ids" not in row:
-            # Rows of an eval set that is not packed have none, and packed together they would see each other.
+            # Rows of an eval set that is not packed have none; packed without them, rows would attend to each other.
             row["position_ids"] = list(range(len(row["input_ids"])))
         return row
 
 
 def count_targets(inputs: Any, kind: str) -> int:
-    """Return how many labels the loss of a micro-batch is the mean over; its rows, where it has no labels.
-
-    ``kind``: which labels the model's logits answer.
-    """
+    """Return the number of labels, or of rows without labels, that the loss of a micro-batch averages over."""
     labels = inputs.get("labels")
     if labels is None:
         return len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))

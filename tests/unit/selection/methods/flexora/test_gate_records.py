@@ -40,5 +40,5 @@ def test_what_is_read_is_what_was_written(tmp_path):
 def test_a_damaged_file_is_an_error(tmp_path, content):
     make_history().write(tmp_path)
     gates_path(tmp_path).write_text(content)
-    with pytest.raises(LayerselError, match=r"^PATH: .*gates\.csv is damaged .*Remove it, or make the plan anew\.$"):
+    with pytest.raises(LayerselError, match=r"^PATH: .*gates\.csv is damaged .*Remove it, or make a new plan\.$"):
         GateHistory.read(tmp_path)

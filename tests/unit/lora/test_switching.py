@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.adapter_switches import PROMPTS, make_arguments, make_dpo, make_trained_lora
-from helpers.models import make_rows, make_small_llama, make_trainer
+from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
 from helpers.multimodal import make_tokenizer
 from peft import LoraConfig, get_peft_model
 from peft.tuners import tuners_utils
@@ -18,7 +18,10 @@ from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOO
 
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
-from axolotl_layersel.lora.adapters import KEEPING_METHODS
+from axolotl_layersel.lora.layers import find_layer_stack
+from axolotl_layersel.lora.removal import freeze_unselected
+from axolotl_layersel.lora.run import Run
+from axolotl_layersel.lora.switching import KEEPING_METHODS, preserve_trained
 from axolotl_layersel.training.prepare import prepare_trainer
 
 FROZEN = LayerselConfig(selection=SelectionConfig(method="explicit", layers=[3, 5], unselected="freeze"))
@@ -240,3 +243,28 @@ def test_every_method_of_pefts_tuners_by_which_weights_train_is_kept():
     ]
     switching = {method.name for method in methods if SWITCHING & find_calls(method)}
     assert switching - CALLED_BY_OTHERS == set(KEEPING_METHODS)
+
+
+def test_frozen_weights_stay_frozen_when_the_adapter_was_switched_off(tmp_path):
+    model = make_lora(make_small_llama())
+    preserve_trained(model)
+    stack = find_layer_stack(model)
+    freeze_unselected(Run.of(make_trainer(model, tmp_path)), stack, stack.lora_modules[1])
+    twin = copy.deepcopy(model)
+    tokens = torch.arange(3, 33)[None]
+
+    def trained(model) -> set[str]:
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    before = trained(model)
+    assert len(before) == 2 * 3
+    for parameter in (p for p in twin.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    plain = model(tokens).logits
+    assert not torch.equal(twin(tokens).logits, plain)
+    with twin.disable_adapter():
+        assert torch.equal(twin(tokens).logits, plain)
+        assert trained(twin) == set()
+        assert trained(model) == before, "a copy switches its own adapter off"
+    assert trained(twin) == trained(model) == before
+    assert not torch.equal(twin(tokens).logits, plain)
