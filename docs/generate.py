@@ -30,7 +30,7 @@ KEYS, COMMANDS = DOCS / "reference-keys.md", DOCS / "reference-commands.md"
 BEGIN, END = "<!-- {} made by docs/generate.py. -->", "<!-- End of what docs/generate.py makes. -->"
 METHOD_TABLE, MESSAGE_LISTS = BEGIN.format("The table of methods is"), BEGIN.format("The messages are")
 BLOCKS = {
-    "The block": (LayerselConfig, "The mapping `layersel`. At least one of its two parts must be there."),
+    "The block": (LayerselConfig, "At least one of its two parts must be there."),
     "Selection": (SelectionConfig, "What the keys do together is on [Selection](selection.md) and [Ranks](ranks.md)."),
     "The search": (FlexoraConfig, "Only `method: flexora` reads these. [The search](flexora.md) explains them."),
     "Moving rank": (L1RAConfig, "[Moving rank](l1ra.md) explains these."),
