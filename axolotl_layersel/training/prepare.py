@@ -38,7 +38,7 @@ from axolotl_layersel.training.checkpoints import check_best, check_resumable, h
 from axolotl_layersel.training.contents import check_lora, describe_lora
 from axolotl_layersel.training.leftovers import remove_leftovers
 from axolotl_layersel.training.process_agreement import check_trainers_alike, share_new_weights
-from axolotl_layersel.training.saving import complete_saves, list_records
+from axolotl_layersel.training.saving import RunSaves, list_records
 
 LOG = logging.getLogger("axolotl.layersel")
 RESUMED_KEY = "resume_from_checkpoint"
@@ -228,7 +228,9 @@ def record(start: Start, decision: Decision, readiness: Readiness, given: dict[s
     trainer.add_callback(TidyCallback(run, foreign, resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))  # must be the last one
-    vars(trainer)["save_adapter"] = complete_saves(run, writer, decision.plan, ranks, start.lora, given)
+    saves = RunSaves(run, writer, decision.plan, ranks, start.lora, given)
+    saves.install()
+    vars(trainer)["save_adapter"] = saves.save
     remove_leftovers(run)
 
 
