@@ -107,7 +107,7 @@ METHODS = {
             "gradient",
             "The expected gain from LoRA of rank `lora_r` in the layer: the singular values of the loss's gradient "
             "with respect to the frozen weights, as far as two halves of the rows agree on them. They also say how "
-            "much rank pays off in each module, see [below](#rank-where-it-pays). A forward and a backward pass per "
+            "much rank pays off in each module, see [Ranks and budgets](ranks.md). A forward and a backward pass per "
             "row.",
             "gradient",
             reads=LABELS,
@@ -118,7 +118,7 @@ METHODS = {
         Method(
             "flexora",
             "The layer's gate after a short search that trains: above 0 if its LoRA helped more than that of other "
-            "layers on rows that it was not trained on. See [below](#searching-with-gates).",
+            "layers on rows that it was not trained on. See [The search](flexora.md).",
             "flexora.choice",
             reads=BATCHES,
             needs_backward=True,

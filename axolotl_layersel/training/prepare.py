@@ -71,10 +71,10 @@ def prepare_trainer(
     again from ``trainer.args.seed``. ``modules_to_save``, such as the classifier that PEFT adds for ``SEQ_CLS``, train
     and are saved as usual.
 
-    Afterwards ``trainer.train()`` ends on Ctrl-C and SIGTERM as the README describes. ``trainer.save_model``, the
-    model's ``save_pretrained`` and every checkpoint write a plain PEFT adapter together with the plan; the adapter has
-    been read back and compared with the model. ``trainer.save_adapter(folder)`` saves as a checkpoint does, on every
-    engine; all processes must call it.
+    Afterwards ``trainer.train()`` ends on Ctrl-C and SIGTERM as docs/checkpoints.md describes. ``trainer.save_model``,
+    the model's ``save_pretrained`` and every checkpoint write a plain PEFT adapter together with the plan; the adapter
+    has been read back and compared with the model. ``trainer.save_adapter(folder)`` saves as a checkpoint does, on
+    every engine; all processes must call it.
 
     Args:
         trainer: a Trainer whose model is a PEFT model with one LoRA adapter. Methods that score read its

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.documents import find_section
 from helpers.launched import Run, RunsByEngine, difference
 from helpers.nodes import INTERFACE, Node, make_nodes
-from helpers.places import ENVIRONMENT, ROOT
+from helpers.places import ENVIRONMENT
 from helpers.settings import BEST_IS_FIRST, l1ra, selection
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
@@ -27,7 +28,7 @@ SETTINGS = {
     **BEST_IS_FIRST,
     "save_total_limit": 10,
 }
-# The patterns in the README's table of files.
+# The patterns in the table of files in docs/clusters.md.
 ROWS = {
     "ddp": "DDP",
     "zero2": "ZeRO-1, ZeRO-2",
@@ -182,8 +183,8 @@ def copy_lacking(message: str, nodes: list[Node], output: str, name: str = "chec
 
 
 def check_documented(engine: str, copied: list[str]) -> None:
-    """Compare the missing files with the patterns and folders in the README's table."""
-    section = (ROOT / "README.md").read_text().split("\n### Nodes without a shared disk\n")[1]
+    """Compare the missing files with the patterns and folders in the manual's table."""
+    section = find_section("clusters.md", "Nodes without a shared disk")
     row = re.search(rf"^\| {ROWS[engine]} \| (.*?) \|", section, flags=re.MULTILINE)[1]
     named = re.findall(r"`([^`]+\.\w+|latest|\w+/)`", row)
     patterns = [f"{name}*" if name.endswith("/") else name for name in named]
