@@ -34,8 +34,6 @@ FILE = {
     "learning_rate": 0.0002,
     "bf16": True,
 }
-# Pages that are written elsewhere say it in their own way.
-WRITTEN_ELSEWHERE = {"contributing.md", "compatibility.md", "internals.md"}
 # Programs that are not installed here, and the options of theirs that are named.
 PROGRAMS = {
     "vllm": {"--enable-lora", "--lora-modules", "--max-lora-rank"},
@@ -223,8 +221,6 @@ def test_the_readme_is_read_in_a_few_minutes():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_a_page_says_in_its_first_lines_what_the_reader_can_do_after_it(page):
-    if page.name in WRITTEN_ELSEWHERE:
-        return
     text = re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.DOTALL)
     first = text.split("\n\n", 1)[1].strip().split("\n\n")[0]
     assert re.match(r"(After|With) th(is|ese) pages? you (can|know)", first)
