@@ -7,20 +7,6 @@ from helpers.models import make_lora, make_small_llama
 from helpers.multimodal import make_tokenizer
 
 
-def make_prompts(cfg, *args, **kwargs):
-    """Return a function that makes a prompt of a row, as Axolotl's data sets for GRPO need."""
-
-    def transform(row, tokenizer=None):
-        return {"prompt": row["instruction"]}
-
-    return transform, {"remove_columns": ["instruction", "input", "output"]}
-
-
-def reward_variety(prompts, completions, **kwargs) -> list[float]:
-    """Return the number of different characters in each completion."""
-    return [float(len(set(completion))) for completion in completions]
-
-
 def make_generating_trainer(folder, **arguments):
     """Return TRL's GRPO trainer, which generates the answers that it trains on."""
     from datasets import Dataset
@@ -46,5 +32,5 @@ def ask(i: int) -> str:
 
 def train_by_grpo(folder: Path) -> dict:
     rows = [{"instruction": ask(i), "input": "", "output": ""} for i in range(24)]
-    rewards = {"reward_funcs": ["helpers.generation.reward_variety"], "num_generations": 2, "max_completion_length": 8}
-    return {**write_rows(folder, rows, "helpers.generation.make_prompts"), "rl": "grpo", "trl": rewards}
+    rewards = {"reward_funcs": ["grpo_prompts.reward_variety"], "num_generations": 2, "max_completion_length": 8}
+    return {**write_rows(folder, rows, "grpo_prompts.make_prompts"), "rl": "grpo", "trl": rewards}
