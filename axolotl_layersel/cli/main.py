@@ -246,6 +246,7 @@ def schema() -> None:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **LayerselArgs.model_json_schema(),
         "title": "Axolotl YAML file with axolotl-layersel",
+        "description": "The layersel block. Other keys are Axolotl's, which this schema accepts as they are.",
     }
     typer.echo(json.dumps(content, indent=2))
 

@@ -162,17 +162,17 @@ def draw_plan(plan: Plan, path: Path) -> None:
         LayerselError: if matplotlib is not installed, or the picture cannot be written.
     """
     scores = {name: score for name, score in plan.module_scores.items() if score is not None}
-    rows = max(len(plan.layers), len(arrange([*scores, *plan.ranks])[0]))
+    rows = max(len(plan.layers), len(arrange(plan.module_scores or plan.ranks)[0]))
     parts = [*(["scores"] if has_scores(plan) else []), *(["ranks"] if plan.ranks else [])]
     figure = make_figure((1 + 6.5 * len(parts), max(5.0, 1.5 + ROW_HEIGHT * rows)))
     axes = figure.subplot_mosaic([[*parts]])
     if scores:
-        draw_grid(axes["scores"], scores, plan.modules)
+        draw_grid(axes["scores"], scores, plan.modules, modules=plan.module_scores)
         axes["scores"].set(title=f"scores by {plan.method}; a dot: kept")
     elif "scores" in axes:
         draw_layer_scores(axes["scores"], plan)
     if plan.ranks:
-        draw_grid(axes["ranks"], plan.ranks, (), numbers=True)
+        draw_grid(axes["ranks"], plan.ranks, (), numbers=True, modules=[*plan.module_scores, *plan.ranks])
         axes["ranks"].set(title="rank of the kept modules")
     save(figure, path)
 
@@ -186,7 +186,7 @@ def draw_layer_scores(axes: "Axes", plan: Plan) -> None:
     axes.set_yticks(places, [clean(str(choice.layer)) for choice in plan.layers], fontsize=7, parse_math=False)
     for label, choice in zip(axes.get_yticklabels(), plan.layers):
         label.set_fontweight("bold" if choice.selected else "normal")
-    axes.invert_yaxis()
+    axes.set_ylim(len(plan.layers) - 0.5, -0.5)
     title = f"scores by {plan.method}, the {len(plan.selected)} kept of {len(plan.layers)} layers in colour"
     axes.set(xlabel="score", ylabel="layer", title=title)
 
@@ -269,7 +269,13 @@ def push_up(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str], numbers: bool = False) -> None:
+def draw_grid(
+    axes: "Axes",
+    values: Mapping[str, float],
+    marked: Collection[str],
+    numbers: bool = False,
+    modules: Collection[str] = (),
+) -> None:
     """Draw a value of every module as a coloured cell, by layer and type.
 
     Args:
@@ -277,10 +283,11 @@ def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str]
         values: the values by the module's name.
         marked: the modules that get a dot.
         numbers: write the values into the cells, instead of drawing a colour bar.
+        modules: the modules that have a cell, which is empty without a value; by default those with a value.
     """
-    rows, columns = arrange(values)
+    rows, columns = arrange(modules or values)
     cells = {name: (columns.index(column), y) for y, row in enumerate(rows.values()) for column, name in row.items()}
-    grid = [[values[row[column]] if column in row else math.nan for column in columns] for row in rows.values()]
+    grid = [[values.get(row.get(column, ""), math.nan) for column in columns] for row in rows.values()]
     largest = max(map(abs, values.values())) or 1
     cmap, low, high = ("Blues", 0.0, 1.3 * largest) if numbers else ("RdBu_r", -largest, largest)
     image = axes.imshow(grid, aspect="auto", cmap=cmap, vmin=low, vmax=high)
@@ -292,8 +299,8 @@ def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str]
     axes.set_yticks(range(len(rows)), map(clean, rows), fontsize=7, parse_math=False)
     axes.set_ylabel("layer")
     if numbers:
-        for name, cell in cells.items():
-            axes.text(*cell, str(values[name]), ha="center", va="center", fontsize=7)
+        for name in filter(values.__contains__, cells):
+            axes.text(*cells[name], str(values[name]), ha="center", va="center", fontsize=7)
     else:
         figure: Any = axes.figure
         figure.colorbar(image, ax=axes, shrink=min(1.0, 5 / figure.get_size_inches()[1]), anchor=(0, 1))
