@@ -1,10 +1,11 @@
 # make demo: train the demo. make check: what can be known in two minutes. make test: that, and then all tests that train
 # or start processes. make coverage: everything, and which lines of the package it ran, which takes half as long again.
-# All install into .venv first.
+# make docs: serve the manual on this machine. All install into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MERMAID := build/package/dist/mermaid.min.js
 # Processes that share the tests. Each takes one core and, at the most, some 5 GB.
 WORKERS ?= 2
 # In the order of tests/conftest.py, not by the number of tests in a file.
@@ -18,12 +19,21 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The models are so small that a second thread gains little, and loses much where cores are shared.
 check test coverage demo: export OMP_NUM_THREADS := 1
 
-.PHONY: demo lint check test coverage
+.PHONY: demo docs site lint check test coverage
 
 demo: $(STAMP)
 	$(BIN)/python -m demo.prepare
 	$(BIN)/axolotl train example_configs/demo.yml
 	$(BIN)/python -m demo.report
+
+docs: site
+	$(BIN)/mkdocs serve
+
+# Into site/. Without npm the pictures are shown as the text that they are made from.
+site: $(STAMP)
+	[ -f $(MERMAID) ] || (mkdir -p build && cd build && npm pack --silent mermaid@11.16.0 \
+	  && tar xzf mermaid-11.16.0.tgz package/dist/mermaid.min.js) || echo "npm has no Mermaid for us: no pictures"
+	$(BIN)/mkdocs build --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

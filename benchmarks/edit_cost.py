@@ -1,8 +1,8 @@
-"""What moving rank costs one process in weights: the changes of A and B, of their masters and moments, on CPU.
+"""Measure the CPU time in which one process edits A, B, their fp32 masters and their moments when rank moves.
 
-The matrices have the shapes of LoRA on all linear modules of Llama-70B. One of its 80 layers is changed, and counted 80
-times. ZeRO-3 is flat parts, of which the process holds one of ``--processes``. FSDP2 is DTensors on one process, which
-holds all of each.
+The matrices have the shapes of LoRA on all linear modules of Llama-70B. One of its 80 layers is edited and counted 80
+times. On ZeRO-3 the process holds one of ``--processes`` flat partitions. On FSDP2 it holds whole DTensors, as the only
+process.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from axolotl_layersel.engines.fsdp2 import find_start
 # Outputs and inputs of a layer's modules.
 MODULES = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
 LAYERS = 80
-# What is changed of each matrix: the weights and two moments, and on ZeRO-3 the masters of the weights.
+# Tensors to edit per matrix: the weights and two moments, and on ZeRO-3 the masters of the weights.
 COPIES = {"ZeRO-3": 4, "FSDP2": 3}
 CHANGED = torch.tensor([1, 5, 7])
 
 
 def list_matrices(rank: int) -> list[tuple[torch.Size, Edit]]:
-    """Return the shape of A and of B of every module of a layer, and what changes three of its components."""
+    """Return the shapes of A and B of every module of a layer, and edits of three components of each."""
     downs = [(torch.Size((rank, inputs)), fill(CHANGED, 0, 0)) for _, inputs in MODULES]
     ups = [(torch.Size((outputs, rank)), fill(CHANGED, 1, 0)) for outputs, _ in MODULES]
     return downs + ups
 
 
 def time_layer(change: Callable[[], None], repeats: int) -> float:
-    """Return the CPU seconds of a change, the median of some after one that is not counted."""
+    """Return the median CPU time of an edit in seconds, after one warm-up."""
     seconds = []
     for _ in range(repeats + 1):
         started = time.process_time()
@@ -46,8 +46,10 @@ def time_layer(change: Callable[[], None], repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, default=32, help="that modules have room for")
-    parser.add_argument("--processes", type=int, default=1024, help="that ZeRO-3's parts are split over")
+    parser.add_argument("--rank", type=int, default=32, help="rank that modules have room for")
+    parser.add_argument(
+        "--processes", type=int, default=1024, help="number of processes that ZeRO-3 splits weights over"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     matrices = list_matrices(arguments.rank)

@@ -1,12 +1,12 @@
-"""What a search for layers with gates costs, and what it finds at a quarter of the published schedule's computation.
+"""Measure the cost of a search for layers with gates, and its result at a quarter of the published computation.
 
-Steps: plain LoRA's ``Trainer.train()``, and searches with different numbers of validation micro-batches a gate step
-(a gate step after every LoRA step), on the same model and batch, inputs requiring gradients (as Axolotl always asks
-for). The arms run next to each other, one step of one arm at a time, in turn. The unrolled arm is for information.
+Steps: ``Trainer.train()`` of plain LoRA, and searches with different numbers of validation micro-batches per gate step
+(one gate step after every LoRA step), on the same model and batch. Inputs require gradients, as in Axolotl. The arms
+take turns, one step at a time. The unrolled arm has no goal.
 
-Finding: on the task of planted.py, searches with one validation micro-batch a step, and with eight as published, for
-each of several seeds; whether both damaged layers are among the three highest gates, and the computation: micro-batches
-forward and backward, and seconds.
+Result: searches on the task of planted.py with one validation micro-batch per step, and with eight as published, for
+several seeds. The table shows whether both damaged layers are among the three highest gates, and the computation in
+forward and backward micro-batches and in seconds.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from axolotl_layersel.training.prepare import prepare_trainer
 PLAIN, UNROLLED = "lora", "unrolled, 1"
 SEARCHES = {"1": 1, "2": 2, "4": 4, UNROLLED: 1}
 ARMS = (PLAIN, *SEARCHES)
-# A validation micro-batch may cost this much of a LoRA step.
+# The limit for the cost of a validation micro-batch, in LoRA steps.
 SHARE = 1.15
 OURS, PUBLISHED = 1, 8
 COMPUTATION_GOAL = 0.25
@@ -56,7 +56,7 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True)
 class Finding:
-    """What a search on the planted task came to: layers, the one with the highest gate first."""
+    """The result of a search on the planted task; layers are sorted by gate, the highest first."""
 
     seed: int
     val_batches: int
@@ -72,7 +72,7 @@ class Finding:
 
 
 def time_arm(setup: Setup, arm: str, tokens: int, steps: int, turns: Turns) -> list[float]:
-    """Return what every step of one arm took, in turn with the others."""
+    """Return the times of every step of one arm, in turn with the others."""
     warnings.simplefilter("ignore")
     timer = StepTimer(setup.device, turns)
     rows = draw_rows(setup, tokens, (steps + 1) * setup.batch_size + 8)
@@ -89,7 +89,7 @@ def time_arm(setup: Setup, arm: str, tokens: int, steps: int, turns: Turns) -> l
 
 
 def time_search(trainer, timer: StepTimer, arm: str, steps: int) -> None:
-    """Search, with ``timer`` around every step: nothing of the user's own is called in a search."""
+    """Search with ``timer`` around every step; a search calls no callbacks of the user."""
 
     class TimedCallback(search.SearchCallback):
         def on_step_begin(self, args, state, control, **kwargs) -> None:
@@ -127,7 +127,7 @@ def find_damage(base: dict, seed: int, val_batches: int, steps: int) -> Finding:
 
 
 def make_step_table(setup: Setup, tokens: int, times: dict[str, list[float]], limits: dict[str, float]) -> Table:
-    """Return the medians as a table, beside the ratios to plain LoRA and their goals."""
+    """Return the medians as a table, with their ratios to plain LoRA and the goals."""
     title = f"{len(times[PLAIN])} steps of {tokens} tokens a row: {setup.describe()}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("validation micro-batches", no_wrap=True)
@@ -141,7 +141,7 @@ def make_step_table(setup: Setup, tokens: int, times: dict[str, list[float]], li
 
 
 def make_finding_table(findings: list[Finding]) -> Table:
-    """Return what each search found."""
+    """Return the results of the searches as a table."""
     table = Table(title="the planted task", title_justify="left", box=box.SIMPLE)
     for heading in ("seed", "damaged", "validation micro-batches", "highest gates", "found", "micro-batches", "CPU s"):
         table.add_column(heading, justify="right")
@@ -153,13 +153,15 @@ def make_finding_table(findings: list[Finding]) -> Table:
 
 
 def main() -> None:
-    """Measure, print the tables, judge the goals."""
+    """Measure, print the tables and check the goals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup_arguments(parser, hidden_size=1024, layers=8, vocabulary=1024, batch_size=1)
-    parser.add_argument("--tokens", type=int, default=256, help="of each row")
-    parser.add_argument("--steps", type=int, default=22, help=f"of each arm; the first {WARMUP_STEPS} are not counted")
-    parser.add_argument("--seeds", type=int, default=3, help="of the planted task")
-    parser.add_argument("--search-steps", type=int, default=60, help="on the planted task")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each row")
+    parser.add_argument(
+        "--steps", type=int, default=22, help=f"steps of each arm; the first {WARMUP_STEPS} are not counted"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds on the planted task")
+    parser.add_argument("--search-steps", type=int, default=60, help="steps of a search on the planted task")
     arguments = parser.parse_args()
     setup, console = read_setup(arguments), Console()
 
@@ -190,7 +192,7 @@ def main() -> None:
     goals.append(
         Goal("searches that missed a damaged layer which the published schedule found", missed(ours, published), 0)
     )
-    # Of CPU time, what a search takes however many steps it has is a part; the table has it.
+    # CPU time includes a part that does not depend on the number of steps, so it has no goal.
     share = sum(f.micro_batches for f in ours) / sum(f.micro_batches for f in published)
     goals.append(Goal("micro-batches of the published schedule's", share, COMPUTATION_GOAL))
     report_goals(console, goals)
@@ -206,12 +208,12 @@ def main() -> None:
 
 
 def missed(ours: list[Finding], published: list[Finding]) -> int:
-    """Return how many of our searches missed what the published schedule found with the same seed."""
+    """Return the number of our searches that missed layers that the published schedule found with the same seed."""
     return sum(other.found and not one.found for one, other in zip(ours, published))
 
 
 def make_base() -> dict:
-    """Return the base's weights; in a process of its own, as all that runs torch."""
+    """Return the weights of the base, made in a process of its own, like everything that runs torch."""
     return pretrain(make_text())
 
 

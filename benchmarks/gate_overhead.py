@@ -1,8 +1,8 @@
-"""What the gates of ``l1ra`` cost the host: the CPU time that a LoRA module takes more with a gate than without.
+"""Measure the overhead of the gates of ``l1ra`` on the host: the extra CPU time of a LoRA module with a gate.
 
-A model of LoRA modules so small that nearly all time is Python's and PyTorch's own runs forward and backward, in turn
-without gates, with gates, and without them but with their gradients read from those of A. The median of the rounds
-counts. A GPU hides that time where a module computes for longer.
+The LoRA modules are so small that nearly all time is overhead of Python and PyTorch. The model runs forward and
+backward in turn without gates, with gates, and without gates but with their gradients computed from those of A. The
+result is the median of the rounds. A GPU hides this overhead if a module computes for longer.
 """
 
 import argparse
@@ -25,7 +25,7 @@ WAYS = (PLAIN, GATED, READ)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=80, help="of seven modules each")
+    parser.add_argument("--layers", type=int, default=80, help="layers of seven modules each")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def main() -> None:
             model(input_ids=tokens, labels=tokens).loss.backward()
             if way == READ:
                 engine.multiply_by_gradients([linear.weight for (linear,) in downs.values()])
-            if round_:  # the first one warms up
+            if round_:  # the first round is a warm-up
                 seconds[way].append(time.process_time() - started)
             if way == GATED:
                 gates.detach()

@@ -1,8 +1,8 @@
-"""What runs on GPUs: correctness of gates in fused kernels and across ranks, step times and peak memory.
+"""Check and measure on GPUs: gates in fused kernels and across processes, step times and peak memory.
 
-Started by ``gpu.sh``, with a process on each GPU. The model has the shapes of Llama-3.2-1B, from a configuration. Each
-arm trains it for some steps through a plain Trainer, on NCCL where there are several processes: plain LoRA, stock PEFT
-in half of the layers, AdaLoRA, and the package, with Axolotl's fused LoRA kernels and without.
+``gpu.sh`` starts it with one process per GPU. The model has the shapes of Llama-3.2-1B and random weights. Each arm
+trains it for some steps with a plain Trainer, on NCCL if there are several processes. The arms are plain LoRA, stock
+PEFT in half of the layers, AdaLoRA, and this package, with and without Axolotl's fused LoRA kernels.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from axolotl_layersel.training.prepare import prepare_trainer
 
 KERNELS = {"lora_qkv_kernel": True, "lora_o_kernel": True, "lora_mlp_kernel": True}
 WARMUP_STEPS = 3
-# fp32 in another order, without TF32.
+# fp32 in a different order, without TF32.
 TOLERANCE = 1e-5
 
 
@@ -47,11 +47,11 @@ class Arm:
     """One way to train.
 
     Attributes:
-        kernels: whether Axolotl's fused LoRA kernels compute.
+        kernels: whether Axolotl's fused LoRA kernels are on.
         highest: whether plain LoRA has the rank that l1ra has room for.
-        half: whether stock PEFT is given the upper half of the layers.
-        block: settings of the package.
-        optimizer: the Trainer's name of it.
+        half: whether stock PEFT has LoRA only in the upper half of the layers.
+        block: the settings of the package.
+        optimizer: the name of the optimizer for the Trainer.
     """
 
     kernels: bool = False
@@ -88,7 +88,7 @@ ARMS = {
 
 
 def make_config(arguments: argparse.Namespace) -> LlamaConfig:
-    """Return the configuration of Llama-3.2-1B, or of the size that is asked for."""
+    """Return the configuration of Llama-3.2-1B, or of the size on the command line."""
     heads = max(1, arguments.hidden_size // 64)
     return LlamaConfig(
         hidden_size=arguments.hidden_size,
@@ -103,7 +103,7 @@ def make_config(arguments: argparse.Namespace) -> LlamaConfig:
 
 
 def put_kernels_on(model: PeftModel, device: str) -> None:
-    """Put Axolotl's fused LoRA kernels on a model, as Axolotl does; the one of the MLP needs a GPU."""
+    """Patch a model with Axolotl's fused LoRA kernels, as Axolotl does; the kernel for the MLP needs a GPU."""
     wanted = {**KERNELS, "lora_mlp_kernel": device == "cuda"}
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -112,10 +112,10 @@ def put_kernels_on(model: PeftModel, device: str) -> None:
 
 
 def watch_moments(ranks: RankRedistribution) -> list[int]:
-    """Return a list of how many numbers each update sets to zero, whose moments are compared before and after it.
+    """Compare the moments before and after each update, and return a list of how many values each update clears.
 
     Raises:
-        RuntimeError: while training, if what is set to zero is not zero, or another number changes by a bit.
+        RuntimeError: in training, if a cleared value is not zero, or another value changes.
     """
     engine, counts = ranks.run.engine, []
     zero_moments = engine.zero_moments
@@ -128,7 +128,7 @@ def watch_moments(ranks: RankRedistribution) -> list[int]:
         for moment, values in zip(moments, before):
             expected = values.index_fill(dim, components.to(values.device), moment.zero)
             if not torch.equal(moment.values, expected):
-                raise RuntimeError(f"{moment.name} is not what it was with zeros in {len(components)} components")
+                raise RuntimeError(f"{moment.name} differs in more than the {len(components)} cleared components")
             counts.append(int((expected != values).sum()))
 
     engine.zero_moments = watched
@@ -136,7 +136,7 @@ def watch_moments(ranks: RankRedistribution) -> list[int]:
 
 
 def make_arm(arguments: argparse.Namespace, arm: Arm, folder: str) -> tuple[Trainer, StepTimer]:
-    """Return an arm that is ready to train."""
+    """Return the trainer of an arm."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     with torch.device(arguments.device):
@@ -151,7 +151,7 @@ def make_arm(arguments: argparse.Namespace, arm: Arm, folder: str) -> tuple[Trai
         settings |= {"layers_to_transform": upper, "layers_pattern": "layers" if upper else None}
         model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, **settings))
     model.enable_input_require_grads()
-    # A model that has had kernels keeps their attention class, which falls back to LoRA's modules without them.
+    # After an arm with kernels the attention class stays patched; without kernels it calls the LoRA modules.
     lora_kernels.apply_lora_kernel_patches(model, DictDefault({}))
     if arm.kernels:
         put_kernels_on(model, arguments.device)
@@ -181,15 +181,15 @@ def make_arm(arguments: argparse.Namespace, arm: Arm, folder: str) -> tuple[Trai
 
 
 class Allocation(TrainerCallback):
-    """Lets AdaLoRA move rank when it is time."""
+    """Calls AdaLoRA's allocation of rank after each step."""
 
     def on_optimizer_step(self, args, state, control, model, **kwargs) -> None:
         getattr(model, "module", model).base_model.update_and_allocate(state.global_step + 1)
 
 
 def run_arm(arguments: argparse.Namespace, arm: Arm) -> dict[str, Any]:
-    """Train an arm, and return what it took and what came of it."""
-    # All processes need a folder of one name, and know of no other's before the trainer lets them communicate.
+    """Train an arm, and return its times, memory and results."""
+    # All processes need the same folder, and cannot communicate before the trainer exists.
     with tempfile.TemporaryDirectory() as parent, contextlib.ExitStack() as stack:
         stack.callback(os.chdir, os.getcwd())
         os.chdir(parent)
@@ -218,9 +218,9 @@ def run_arm(arguments: argparse.Namespace, arm: Arm) -> dict[str, Any]:
 
 
 def check_kernels(arguments: argparse.Namespace, in_four_bits: bool) -> float:
-    """Return by how much gradients with gates in the kernels differ from those with gates on LoRA's modules.
+    """Return the largest difference between gradients with gates in the kernels and with gates on LoRA modules.
 
-    In fp32, of a model of two layers, as a share of the largest gradient of their kind.
+    The model has two layers in fp32. The difference is relative to the largest gradient of the same kind.
     """
     torch.manual_seed(0)
     config = make_config(arguments)
@@ -271,7 +271,7 @@ def check_kernels(arguments: argparse.Namespace, in_four_bits: bool) -> float:
 
 
 def make_table(results: dict[str, dict[str, Any]]) -> Table:
-    """Return the medians of every arm, beside the first one's."""
+    """Return the medians of every arm as a table, with ratios to the first arm."""
     table = Table("arm", "s a step", "of lora", "peak MiB", "of lora", "last loss", "moments set to 0", "ranks agree")
     first = next(iter(results.values()))
     for name, result in results.items():
@@ -296,19 +296,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=1024, help="of each row")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of each row")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch on each process")
-    parser.add_argument("--steps", type=int, default=30, help=f"of each arm; the first {WARMUP_STEPS} are not timed")
+    parser.add_argument(
+        "--steps", type=int, default=30, help=f"steps of each arm; the first {WARMUP_STEPS} are not timed"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write every single measurement there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="file for all measurements")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     if arguments.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     checks: dict[str, Callable[[], float]] = {"fp32 base": lambda: check_kernels(arguments, in_four_bits=False)}
-    if arguments.device == "cuda":  # where Axolotl's kernels read weights of 4 bits
+    if arguments.device == "cuda":  # Axolotl's kernels read 4-bit weights there
         checks["4-bit base"] = lambda: check_kernels(arguments, in_four_bits=True)
     differences = {name: check() for name, check in checks.items()}
     results = {}
@@ -329,7 +331,7 @@ def main() -> None:
             arguments.json.write_text(json.dumps(document, indent=2) + "\n")
     failed = [name for name, result in results.items() if not result["ranks_agree"]]
     if failed or max(differences.values()) > TOLERANCE:
-        raise SystemExit(f"not correct: ranks differ in {failed}, kernels by {differences}")
+        raise SystemExit(f"not correct: processes differ in {failed}, kernels by {differences}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a pass of ``method: gradient`` costs, next to forward and backward passes of training over the same rows.
+"""Compare the cost of a pass of ``method: gradient`` with training's forward and backward passes over the same rows.
 
-Both run the same model under LoRA on the same rows in the same micro-batches. The plain way is a training step without
-the optimizer's. Time: both alternate in one process. Peak memory over the weights: each in a process of its own, ours
-over all rows, the plain way over one micro-batch, gradients of LoRA included.
+Both run the same model with LoRA on the same rows in the same micro-batches. The plain way is a training step without
+the optimizer. Time: both alternate in one process. Peak memory in addition to the weights: each runs in a process of
+its own, ours over all rows, and the plain way over one micro-batch with the gradients of LoRA.
 """
 
 import argparse
@@ -43,7 +43,7 @@ WAYS = (PLAIN, OURS)
 
 
 def run_plainly(trainer: Trainer, rows: list[dict[str, list[int]]]) -> None:
-    """Run rows forward and backward as training does, in its micro-batches."""
+    """Run rows forward and backward in micro-batches, as training does."""
     size = trainer.args.per_device_train_batch_size
     trainer.model.train()
     for start in range(0, len(rows), size):
@@ -55,7 +55,7 @@ def run_plainly(trainer: Trainer, rows: list[dict[str, list[int]]]) -> None:
 
 
 def make_ways(setup: Setup, folder: str, tokens: int, count: int) -> dict[str, Callable[[], object]]:
-    """Return both ways of running ``count`` rows, each warmed up."""
+    """Return both ways to run ``count`` rows, warmed up."""
     rows = draw_rows(setup, tokens, count)
     trainer = make_trainer(setup, make_model(setup), folder, rows)
     settings = SelectionConfig(method="gradient", num_samples=count).resolve(run_seed=0)
@@ -73,7 +73,7 @@ def make_ways(setup: Setup, folder: str, tokens: int, count: int) -> dict[str, C
 
 
 def time_ways(setup: Setup, tokens: int, count: int, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each repeat by way; the ways alternate in going first."""
+    """Return the seconds of each repeat by way; the ways take turns to go first."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         ways = make_ways(setup, folder, tokens, count)
@@ -88,7 +88,7 @@ def time_ways(setup: Setup, tokens: int, count: int, repeats: int) -> dict[str, 
 
 
 def measure_peak(setup: Setup, tokens: int, count: int, way: str) -> int:
-    """Return the peak memory of a way over the weights, in bytes."""
+    """Return the peak memory of a way in addition to the weights, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         ways = make_ways(setup, folder, tokens, count)
         check_peak_memory(setup.device)
@@ -100,7 +100,7 @@ def measure_peak(setup: Setup, tokens: int, count: int, way: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup_arguments(parser, hidden_size=1024, layers=8, vocabulary=1024, batch_size=2)
-    parser.add_argument("--tokens", type=int, default=512, help="of each row")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each row")
     parser.add_argument("--samples", type=int, default=8, help="rows of a pass")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

@@ -1,21 +1,19 @@
-"""What redistributing rank costs: L1RA next to plain LoRA and to PEFT's AdaLoRA.
+"""Compare the cost of redistributing rank with plain LoRA and with PEFT's AdaLoRA.
 
-Five arms, each a plain ``Trainer.train()`` on the same model and batch, inputs requiring gradients (as Axolotl always
-asks for):
+Five arms run a plain ``Trainer.train()`` on the same model and batch. Inputs require gradients, as in Axolotl.
 
 lora r         plain LoRA at rank r.
 lora max_rank  plain LoRA at ``max_rank``: the matrices that L1RA computes with.
-l1ra           the package's rank redistribution, from r, with room for ``max_rank``, by its default rule.
-l1ra pressure  the same by ``rule: pressure``, which has the modules multiply by gates.
-adalora        PEFT's AdaLoRA, ``init_r`` max_rank, ``target_r`` r, which allocates rank after the same steps. It is
-               called where PEFT says: after the optimizer's step, before the gradients are cleared.
+l1ra           this package's redistribution from r, with room for ``max_rank``, by its default rule.
+l1ra pressure  the same by ``rule: pressure``, with which the modules multiply by gates.
+adalora        PEFT's AdaLoRA with ``init_r`` max_rank and ``target_r`` r, which allocates rank after the same steps. It
+               is called as PEFT documents: after the optimizer's step, before the gradients are cleared.
 
-Time: the arms run next to each other, one step of one arm at a time, in turn. Steps that move rank are kept apart
-from the others, in all arms. Peak memory over the weights: each measurement in a process of its own, steps that move
-rank included.
+Time: the arms take turns, one step at a time. Steps that move rank are counted separately in all arms. Peak memory in
+addition to the weights: each measurement runs in a process of its own, and includes steps that move rank.
 
-Updates: l1ra by pressure and adalora again, with more layers and hardly any tokens. Before each of L1RA's updates, a
-share of the gates in use is closed, so that many components move.
+Updates: l1ra by pressure and adalora again, with more layers and few tokens. A share of the gates is closed before
+each update of L1RA, so that many components move.
 """
 
 import argparse
@@ -65,14 +63,14 @@ LOW, HIGH, OURS, PRESSED, ADALORA = "lora r", "lora max_rank", "l1ra", "l1ra pre
 ARMS = (LOW, HIGH, OURS, PRESSED, ADALORA)
 MOVING_ARMS = (PRESSED, ADALORA)
 STEP_GOAL, UPDATE_GOAL = 1.03, 0.5
-# Of memory: rank moves after the second and the fourth of them. No gate has a gradient in the first one.
+# Steps to measure memory: rank moves after the second and the fourth. Gates have no gradient in the first.
 MEMORY_STEPS, MEMORY_UPDATE_RATIO = 6, 0.3
 WARMUP_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: the same for all arms."""
+    """The training of all arms."""
 
     max_rank: int
     tokens: int
@@ -93,7 +91,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Times:
-    """What something took, by step from 1: on the clock, and of CPU where other work shares the machine."""
+    """Times by step, from 1: wall time, and CPU time in case other work shares the machine."""
 
     seconds: dict[int, float] = field(default_factory=dict)
     cpu_seconds: dict[int, float] = field(default_factory=dict)
@@ -107,7 +105,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Timing:
-    """What an arm took: whole steps, and the part of them that notes or moves rank, where there is one."""
+    """Times of an arm: whole steps, and the part of them that records or moves rank, if any."""
 
     steps: Times
     rank: Times
@@ -118,7 +116,7 @@ class Timing:
 
 
 class RankTimer:
-    """Takes the time of what has to do with rank."""
+    """Times everything that concerns rank."""
 
     def __init__(self, device: str) -> None:
         self.stopwatch = Stopwatch(device)
@@ -131,7 +129,7 @@ class RankTimer:
 
 
 class Allocation(TrainerCallback):
-    """Lets AdaLoRA note importances, and move rank when it is time."""
+    """Calls AdaLoRA after each step, which records importances and moves rank."""
 
     def __init__(self, rank_timer: RankTimer) -> None:
         self.rank_timer = rank_timer
@@ -141,7 +139,7 @@ class Allocation(TrainerCallback):
 
 
 def close_gates(ranks: RankRedistribution, share: float, step: int) -> None:
-    """Close ``share`` of the gates in use: half of a module's, in modules drawn at random."""
+    """Close ``share`` of the gates in use: half of the gates of random modules."""
     due = round(share * int(ranks.components.active.sum()))
     names = list(ranks.gates.parts)
     for name in random.Random(step).sample(names, len(names)):
@@ -152,7 +150,7 @@ def close_gates(ranks: RankRedistribution, share: float, step: int) -> None:
 
 
 def watch_updates(ranks: RankRedistribution, rank_timer: RankTimer, closed_share: float) -> None:
-    """Take the time of every update of ``ranks``; before each, close ``closed_share`` of the gates in use."""
+    """Time every update of ``ranks``, and close ``closed_share`` of the gates in use before each."""
     update = ranks.update
 
     def watched(step: int) -> None:
@@ -180,7 +178,7 @@ def make_adalora(setup: Setup, job: Job) -> AdaLoraConfig:
 def make_arm(
     setup: Setup, arm: str, job: Job, turns: Turns | None, folder: str
 ) -> tuple[Trainer, StepTimer, RankTimer]:
-    """Return one arm, ready to train."""
+    """Return the trainer of one arm."""
     rank = job.max_rank if arm == HIGH else setup.rank
     model = make_model(replace(setup, rank=rank), adapter=make_adalora(setup, job) if arm == ADALORA else None)
     model.enable_input_require_grads()
@@ -188,7 +186,7 @@ def make_arm(
     trainer = make_trainer(setup, model, folder, dataset=rows, max_steps=job.steps)
     rank_timer = RankTimer(setup.device)
     if arm in (OURS, PRESSED):
-        # Where gates are closed by hand, no others shall close.
+        # If gates are closed by hand, no others may close.
         pressure = {"gate_lr": 1e-3, "l1_lambda": 0.0} if job.closed_share else {}
         rule = {"rule": "pressure", "budget_unit": "rank", **pressure} if arm == PRESSED else {"last_update_ratio": 1.0}
         l1ra = L1RAConfig(max_rank=job.max_rank, update_ratio=job.update_ratio, **rule)
@@ -197,7 +195,7 @@ def make_arm(
         watch_updates(ranks, rank_timer, job.closed_share)
     elif arm == ADALORA:
         trainer.add_callback(Allocation(rank_timer))
-    # Last, so that what the others do after a step is in its time.
+    # Last, so that the time of a step includes the other callbacks.
     timer = StepTimer(setup.device, turns)
     trainer.add_callback(timer)
     return trainer, timer, rank_timer
@@ -222,7 +220,7 @@ def time_arm(setup: Setup, arm: str, job: Job, turns: Turns) -> Timing:
 
 
 def measure_peak(setup: Setup, arm: str, job: Job) -> int:
-    """Return the peak memory of training over the weights, in bytes."""
+    """Return the peak memory of training in addition to the weights, in bytes."""
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         trainer, timer, _ = make_arm(setup, arm, job, None, folder)
@@ -255,7 +253,7 @@ def check_updates(timing: Timing, setup: Setup, job: Job) -> None:
 
 
 def make_step_table(setup: Setup, job: Job, timings: dict[str, Timing], peaks: dict[str, list[int]]) -> Table:
-    """Return the medians as a table, each arm beside its ratios to plain LoRA at ``max_rank`` ("/ max")."""
+    """Return the medians as a table, with ratios to plain LoRA at ``max_rank`` ("/ max")."""
     title = f"{len(job.plain_steps)} steps of {job.tokens} tokens a row, max_rank {job.max_rank}: {setup.describe()}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("arm", no_wrap=True)
@@ -278,7 +276,7 @@ def make_step_table(setup: Setup, job: Job, timings: dict[str, Timing], peaks: d
 
 
 def make_update_table(setup: Setup, job: Job, timings: dict[str, Timing]) -> Table:
-    """Return what moving rank took, and what the same call takes at the other steps."""
+    """Return the times of moving rank, and of the same call at the other steps, as a table."""
     ours = timings[PRESSED]
     moves = f"{statistics.median(ours.pruned):.0f} pruned and {statistics.median(ours.added):.0f} added by l1ra"
     title = f"{len(job.update_steps)} updates of {ours.modules} modules, max_rank {job.max_rank}, {moves}: "
@@ -289,7 +287,7 @@ def make_update_table(setup: Setup, job: Job, timings: dict[str, Timing]) -> Tab
     for arm in MOVING_ARMS:
         times = timings[arm].rank
         moving = times.choose(job.update_steps)
-        # AdaLoRA notes importances until its last allocation.
+        # AdaLoRA records importances until its last allocation.
         between = [step for step in times.seconds if step in job.plain_steps and step < job.update_steps[-1]]
         table.add_row(
             arm,
@@ -302,16 +300,22 @@ def make_update_table(setup: Setup, job: Job, timings: dict[str, Timing]) -> Tab
 
 
 def main() -> None:
-    """Measure, print the tables, judge the goals."""
+    """Measure, print the tables and check the goals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup_arguments(parser, hidden_size=1024, layers=8, vocabulary=1024, batch_size=1)
     parser.add_argument("--max-rank", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=256, help="of each row")
-    parser.add_argument("--steps", type=int, default=60, help=f"of each arm; the first {WARMUP_STEPS} are not counted")
-    parser.add_argument("--memory-repeats", type=int, default=3, help="of each arm's peak memory")
-    parser.add_argument("--update-layers", type=int, default=32, help="of the model whose updates are timed")
-    parser.add_argument("--update-steps", type=int, default=22, help="in which that model's rank moves several times")
-    parser.add_argument("--closed-share", type=float, default=0.1, help="of the gates, before each of its updates")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each row")
+    parser.add_argument(
+        "--steps", type=int, default=60, help=f"steps of each arm; the first {WARMUP_STEPS} are not counted"
+    )
+    parser.add_argument("--memory-repeats", type=int, default=3, help="measurements of each arm's peak memory")
+    parser.add_argument("--update-layers", type=int, default=32, help="layers of the model whose updates are timed")
+    parser.add_argument(
+        "--update-steps", type=int, default=22, help="training steps of that model, in which rank moves several times"
+    )
+    parser.add_argument(
+        "--closed-share", type=float, default=0.1, help="share of the gates to close before each of its updates"
+    )
     arguments = parser.parse_args()
     setup, console = read_setup(arguments), Console()
     job = Job(arguments.max_rank, arguments.tokens, arguments.steps)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a Llama under LoRA, a process of its own for each measurement, and true peak memory."""
+"""Shared parts of the benchmarks: a Llama with LoRA, a process for each measurement, and true peak memory."""
 
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class Setup:
-    """The model and how it is run: the same for all that is compared."""
+    """The model and the device, the same for everything that is compared."""
 
     hidden_size: int
     layers: int
@@ -67,14 +67,14 @@ def add_setup_arguments(
     parser.add_argument("--layers", type=int, default=layers)
     parser.add_argument("--vocabulary", type=int, default=vocabulary)
     parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument("--rank", type=int, default=16, help="of LoRA, on all linear modules of a layer")
+    parser.add_argument("--rank", type=int, default=16, help="rank of LoRA, on all linear modules of a layer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 on CUDA")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write every single measurement there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="file for all measurements")
 
 
 def read_setup(arguments: argparse.Namespace) -> Setup:
-    """Return the setup that the command line asks for."""
+    """Return the setup on the command line."""
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     return Setup(
         hidden_size=arguments.hidden_size,
@@ -126,7 +126,7 @@ def make_trainer(
     callbacks: list[TrainerCallback] | None = None,
     **options: Any,
 ) -> Trainer:
-    """Return a plain Trainer that writes nothing but what ``options`` of its arguments ask for."""
+    """Return a plain Trainer that writes nothing unless ``options``, arguments of the Trainer, say so."""
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=setup.batch_size,
@@ -143,17 +143,17 @@ def make_trainer(
 
 
 def synchronize(device: str) -> None:
-    """Wait until the GPU has done what it was asked for."""
+    """Wait until the GPU has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 class PeakMemory:
-    """Measures how many bytes a ``with`` block held at its peak, over what was held just before it.
+    """Measures the peak memory of a ``with`` block in bytes, in addition to the memory in use before it.
 
-    On CUDA these are the allocator's tensors. On CPU (Linux with glibc) it is the resident set of the process,
-    whose peak Linux lets a process reset; from then on malloc hands every freed block of 64 KiB or more straight
-    back, so that what is resident is what is in use. That takes time: measure time elsewhere.
+    On CUDA this is memory of the allocator's tensors. On a CPU (Linux with glibc) it is the resident set of the
+    process, whose peak Linux lets a process reset. From then on malloc returns every freed block of 64 KiB or more to
+    the system at once, so that only memory in use is resident. This takes time: measure time elsewhere.
     """
 
     def __init__(self, device: str) -> None:
@@ -183,7 +183,7 @@ class PeakMemory:
 
 
 def read_resident(key: str) -> int:
-    """Return ``VmRSS`` (resident now) or ``VmHWM`` (its peak) of this process, in bytes."""
+    """Return ``VmRSS`` (resident memory) or ``VmHWM`` (its peak) of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -194,7 +194,7 @@ def check_peak_memory(device: str) -> None:
     """Measure two allocations of known size, the larger one first.
 
     Raises:
-        RuntimeError: if one is not measured right, or the first one's peak hides the second one's.
+        RuntimeError: if a measurement is wrong, or the first peak hides the second one.
     """
     for size in (64 * MIB, 16 * MIB):
         with PeakMemory(device) as peak:
@@ -204,14 +204,14 @@ def check_peak_memory(device: str) -> None:
 
 
 def draw_rows(setup: Setup, tokens: int, count: int) -> list[dict[str, list[int]]]:
-    """Return ``count`` rows of random tokens, all trained on."""
+    """Return ``count`` rows of random tokens, all with labels."""
     draw = random.Random(0)
     rows = [[draw.randrange(setup.vocabulary) for _ in range(tokens)] for _ in range(count)]
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
 def warm_up(trainer: Trainer, setup: Setup) -> None:
-    """Run a short row forward and backward once, so that the libraries' own code and buffers are not counted."""
+    """Run a short row forward and backward once, so that code and buffers of the libraries are not counted."""
     row = {"input_ids": list(range(8)), "labels": list(range(8))}
     inputs = trainer._prepare_inputs(trainer.data_collator([row]))
     trainer.model.train()
@@ -221,10 +221,10 @@ def warm_up(trainer: Trainer, setup: Setup) -> None:
 
 
 def process_pool(setup: Setup, processes: int = 1) -> ProcessPoolExecutor:
-    """Return a pool of fresh processes, forked where that is safe: CUDA does not survive a fork.
+    """Return a pool of fresh processes, forked unless the device is CUDA, which does not survive a fork.
 
-    Importing the libraries takes longer than most measurements. Forking needs this process to have run nothing
-    of torch's yet, so it must only start others.
+    Importing the libraries takes longer than most measurements. Forking is safe only if this process has not run torch,
+    so it must only start others.
     """
     return ProcessPoolExecutor(processes, mp_context=get_context("fork" if setup.device == "cpu" else "spawn"))
 
@@ -243,14 +243,14 @@ def run_quietly(function: Callable[..., T], *arguments: object) -> T:
 
 @dataclass(frozen=True)
 class Turns:
-    """Whose step it is: an arm waits for ``mine`` before each step and releases ``following`` after it."""
+    """The turns of an arm: it waits for ``mine`` before each step, and releases ``following`` after it."""
 
     mine: Semaphore
     following: Semaphore
 
 
 class Stopwatch:
-    """Takes the time between ``start`` and ``stop``: on the clock, and what this process had of the CPU meanwhile."""
+    """Measures the time between ``start`` and ``stop``: wall time, and CPU time of this process."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -261,13 +261,13 @@ class Stopwatch:
         self.started, self.started_cpu = time.perf_counter(), time.process_time()
 
     def stop(self) -> tuple[float, float]:
-        """Return seconds on the clock, and of CPU."""
+        """Return wall time and CPU time in seconds."""
         synchronize(self.device)
         return time.perf_counter() - self.started, time.process_time() - self.started_cpu
 
 
 class StepTimer(TrainerCallback):
-    """Takes the time of every step, and turns with the other arms."""
+    """Times every step, and takes turns with the other arms."""
 
     def __init__(self, device: str, turns: Turns | None) -> None:
         self.stopwatch = Stopwatch(device)
@@ -288,7 +288,7 @@ class StepTimer(TrainerCallback):
             self.turns.following.release()
 
     def train(self, trainer: Trainer) -> None:
-        """Train to the end; if that fails, the other arms do not wait for the turns that this one leaves out."""
+        """Train to the end; after a failure the other arms do not wait for the turns of this one."""
         try:
             trainer.train()
         finally:
@@ -298,7 +298,7 @@ class StepTimer(TrainerCallback):
 
 
 def take_turns(function: Callable[..., T], setup: Setup, arms: Sequence[str], *arguments: object) -> dict[str, T]:
-    """Return ``function(setup, arm, *arguments, turns)`` of every arm, each run in a process of its own."""
+    """Return ``function(setup, arm, *arguments, turns)`` for every arm, each run in a process of its own."""
     with SyncManager() as manager, process_pool(setup, len(arms)) as pool:
         gates = [manager.Semaphore(int(position == 0)) for position in range(len(arms))]
         runs = {
@@ -315,7 +315,7 @@ def median_ratio(ours: list[float], others: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Goal:
-    """Something that the figures must show: ``measured`` at most ``limit``."""
+    """A goal of a benchmark: ``measured`` is at most ``limit``."""
 
     what: str
     measured: float
@@ -327,7 +327,7 @@ class Goal:
 
 
 def report_goals(console: Console, goals: list[Goal]) -> None:
-    """Print each goal, what was measured, and whether it is met."""
+    """Print each goal, the measured value, and whether the goal is met."""
     for goal in goals:
         colour, word = ("green", "met") if goal.met else ("red", "MISSED")
         line = f"[{colour}]{word:>6}[/{colour}]  {goal.what}: {goal.measured:.3f}, goal at most {goal.limit:.3f}"
@@ -335,7 +335,7 @@ def report_goals(console: Console, goals: list[Goal]) -> None:
 
 
 def write_json(path: Path | None, benchmark: str, setup: Setup, goals: list[Goal], **content: object) -> None:
-    """Write the setup, every single measurement and the goals, if ``path`` is given."""
+    """Write the setup, all measurements and the goals, if ``path`` is given."""
     if path is None:
         return
     document = {

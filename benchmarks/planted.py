@@ -1,6 +1,6 @@
-"""A task whose answer is known: two layers of a pre-trained model are damaged, and that is all there is to repair.
+"""A task whose answer is known: two layers of a pre-trained model are damaged, and training has to repair them.
 
-The base learns word problems, one token a character: narrow enough for a small model to need all of its layers.
+The base learns word problems, with one token per character. It is small enough to need all of its layers.
 """
 
 import random
@@ -16,7 +16,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def make_text() -> torch.Tensor:
-    """Return the base's domain, (characters,), int64."""
+    """Return the tokens that the base is trained on: (characters,), int64."""
     problems = (f"{row['instruction']}\n{row['output']}\n" for row in write_problems(6000, seed=5))
     return torch.tensor(list("".join(problems).encode()))
 
@@ -42,10 +42,10 @@ def make_model() -> LlamaForCausalLM:
 
 
 def pretrain(text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the weights of the base; half a minute on one CPU core.
+    """Pre-train the base for half a minute on one CPU core, and return its weights.
 
     Raises:
-        RuntimeError: if it did not learn.
+        RuntimeError: if the loss stays too high.
     """
     model, steps, batch = make_model(), 300, 8
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -72,8 +72,9 @@ def draw_damaged(seed: int) -> list[int]:
 
 @torch.no_grad()
 def make_damaged(base: dict[str, torch.Tensor], seed: int) -> LlamaForCausalLM:
-    """Return the base with a random matrix of rank 8 and of twice the weight's norm added to each linear weight of
-    two layers.
+    """Return the base with two damaged layers.
+
+    A random matrix of rank 8 and of twice the weight's norm is added to each linear weight of them.
     """
     model = make_model()
     model.load_state_dict(base)

@@ -1,14 +1,14 @@
-"""Held-out loss against trainable parameters: LoRA in all layers beside the ways to choose layers and ranks.
+"""Compare held-out loss by trainable parameters: LoRA in all layers, and the ways to choose layers and ranks.
 
     python benchmarks/quality.py train BASE TRAIN.jsonl TEST.jsonl runs.csv --ranks 1 2 4 8 --seeds 0 1 2
     python benchmarks/quality.py report runs.csv --against lora --picture curves.svg
 
-Rows of a JSONL file have a ``question`` and an ``answer``; the loss is that of the answers' tokens. A TSV file has the
-columns ``sentence`` and ``label``, which an encoder learns to tell. Every arm has as many trainable parameters as LoRA
-of the rank in all layers, or fewer. An arm's learning rate is the one of ``--rates`` with the lowest mean loss on
-validation rows, which are neither trained nor tested on. A GPU is used where there is one, in TF32. Seconds are those
-of the processor, so that other work on the machine does not count. A run appends a line to the CSV file and is left out
-where its line is there already, so that a benchmark that was stopped goes on.
+Rows of a JSONL file have a ``question`` and an ``answer``; the loss is over the tokens of the answers. A TSV file has
+the columns ``sentence`` and ``label``, for an encoder. Every arm has at most as many trainable parameters as LoRA of
+the same rank in all layers. The learning rate of an arm is the one of ``--rates`` with the lowest mean loss on
+validation rows, which are neither trained nor tested on. A GPU is used if there is one, in TF32. Time is CPU time, so
+that other work on the machine does not count. Each run appends a line to the CSV file. A run whose line exists is
+skipped, so that a benchmark can be resumed.
 """
 
 import argparse
@@ -49,7 +49,7 @@ ENCODER_TARGETS = ["query", "key", "value", "attention.output.dense", "intermedi
 SAMPLES = 128
 HALF = {"ratio": 0.5, "rank_allocation": "match"}
 SCORED = {"rank_allocation": "score", "num_samples": SAMPLES}
-# The layersel block of every arm; EVA is PEFT's own way to give rank by the data, and has none.
+# The layersel block of every arm. EVA, PEFT's allocation of rank by the data, has none.
 ARMS: dict[str, dict[str, Any] | None] = {
     "lora": {"selection": {"method": "first", "ratio": 1.0}},
     "gradient": {"selection": {"method": "gradient", **SCORED}},
@@ -73,7 +73,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def read_rows(path: Path, tokenizer: Any, longest: int) -> list[dict[str, Any]]:
-    """Return the rows of a file as tokens and labels: of questions and answers, or of sentences and their labels."""
+    """Return the rows of a file, questions with answers or sentences with labels, as tokens and labels."""
     if path.suffix == ".tsv":
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file, delimiter="\t"))
@@ -96,7 +96,7 @@ def make_row(ids: list[int], labels: int | list[int]) -> dict[str, Any]:
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return rows as a batch, filled up on the right."""
+    """Return rows as a batch, padded on the right."""
     if isinstance(batch[0]["labels"], int):
         fill = {"input_ids": 0, "attention_mask": 0}
     else:
@@ -107,7 +107,7 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def measure(model: PeftModel, rows: list[dict[str, Any]], batch_size: int) -> tuple[float, float]:
-    """Return the mean loss of the answers' tokens or of the sentences, and the share of them that is predicted."""
+    """Return the mean loss and the accuracy over the tokens of the answers, or over sentences."""
     model.eval()
     loss, right, count = 0.0, 0, 0
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
@@ -174,7 +174,7 @@ def run_arm(
         if block is not None:
             plan = prepare_trainer(trainer, LayerselConfig.model_validate(block))
             chosen = json.dumps(plan.ranks or plan.selected) if plan else ""
-        if "l1ra" in (block or {}):  # its modules have room that is not in use
+        if "l1ra" in (block or {}):  # modules of l1ra have room for more rank than they use
             shapes = [p.shape for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
             parameters = sum(rows * columns for rows, columns in shapes) * rank // model.peft_config["default"].r
         else:
@@ -200,7 +200,7 @@ def run_arm(
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the CSV file, or none where there is no such file."""
+    """Return the lines of the CSV file; an empty list if the file does not exist."""
     if not path.exists():
         return []
     kinds = {"arm": str, "rank": int, "seed": int, "steps": int, "parameters": int, "chosen": str}
@@ -209,7 +209,7 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Run what is asked for and not there yet."""
+    """Run the arms that the command line asks for and that the CSV file does not have."""
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     rows = read_rows(arguments.train, tokenizer, arguments.longest)
@@ -234,8 +234,9 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def choose_rates(runs: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """Return the learning rate of each arm and rank that has the lowest mean validation loss, over the seeds that were
-    run with all of its rates.
+    """Return the learning rate with the lowest mean validation loss for each arm and rank.
+
+    The mean is over the seeds that were run with all rates of the arm.
     """
     losses: dict[tuple[str, int], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
@@ -258,7 +259,7 @@ def describe_difference(differences: list[float]) -> str:
 
 
 def find_mean(by_seed: dict[int, dict[str, Any]], name: str) -> float:
-    """Return the mean of a figure over the runs of an arm."""
+    """Return the mean of a column over the runs of an arm."""
     return statistics.mean(run[name] for run in by_seed.values())
 
 
@@ -290,7 +291,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def draw_curves(arms: dict[tuple[str, int], dict[int, dict[str, Any]]], path: Path) -> None:
-    """Draw the mean test loss of the arms that have several ranks, by trainable parameters and by time."""
+    """Draw the mean test loss of the arms with several ranks by trainable parameters and by time."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_parameters, by_time = figure.subplots(1, 2, sharey=True)
     for arm in dict.fromkeys(arm for arm, _ in arms):
@@ -310,7 +311,7 @@ def draw_curves(arms: dict[tuple[str, int], dict[int, dict[str, Any]]], path: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    training = commands.add_parser("train", help="run what is not in the CSV file yet")
+    training = commands.add_parser("train", help="run the arms that the CSV file does not have yet")
     training.set_defaults(function=train)
     for name in ("base", "train", "test", "output"):
         training.add_argument(name, type=Path)
@@ -320,7 +321,7 @@ def main() -> None:
     training.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3])
     training.add_argument("--steps", type=int, default=120)
     training.add_argument("--batch-size", type=int, default=8)
-    training.add_argument("--longest", type=int, default=512, help="tokens of a row, which is cut there")
+    training.add_argument("--longest", type=int, default=512, help="tokens after which rows are cut")
     training.add_argument("--train-rows", type=int, default=2000)
     training.add_argument("--held-out", type=int, default=200, help="rows to validate on")
     training.add_argument("--test-rows", type=int, default=200)

@@ -1,11 +1,12 @@
-"""How what scoring takes grows with the layers of a model, and with long rows of a large vocabulary.
+"""Measure how time and memory of scoring grow with the layers of a model, and with long rows and a large vocabulary.
 
-Every method that reads rows scores the same rows in models of 12 to 96 layers of one size, each in a process of its
-own. Time is that of the CPU, which neighbours disturb less than the clock; its exponent is the slope of a line through
-the logarithms. Memory over the weights is compared with what the passes must keep: ``fisher`` the hidden states between
-the layers of a micro-batch, and ``gradient`` its sketches too. ``cka``, ``cosine`` and ``relative`` keep nothing.
+Every method that reads rows scores the same rows in models of 12 to 96 layers of the same size, each in a process of
+its own. Time is CPU time, which other programs disturb less than wall time. Its exponent is the slope of a line through
+the logarithms. Memory in addition to the weights is compared with the tensors that a pass must keep: the hidden states
+between the layers of a micro-batch for ``fisher``, and also the sketches for ``gradient``. ``cka``, ``cosine`` and
+``relative`` keep nothing.
 
-Then one long row with a vocabulary of many words, whose logits alone would take gigabytes.
+Then each method scores one long row with a large vocabulary, whose logits would take gigabytes.
 """
 
 import argparse
@@ -44,22 +45,22 @@ from axolotl_layersel.selection.types import Selection
 
 SCORING = ("cka", "cosine", "relative", "fisher", "gradient")
 EXPONENT_GOAL = 1.2
-# What memory may grow by with each layer beyond what must be kept, as a share of the hidden states after one layer.
+# The limit of extra memory per layer, as a share of the hidden states after one layer.
 FLAT_GOAL = 0.25
-# Logits of a long row, with what their loss and its gradient take, are three times as large as this.
+# The logits of a long row, with their loss and gradient, take three times as much.
 LONG_ROW_GOAL = 0.25
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method took: CPU seconds, and peak memory over the weights in bytes."""
+    """The cost of a method: CPU seconds, and peak memory in addition to the weights in bytes."""
 
     seconds: float
     peak: int
 
 
 def make_pass(setup: Setup, folder: str, method: str, tokens: int, count: int) -> Callable[[], object]:
-    """Return what scores ``count`` rows with ``method``, warmed up with two short ones."""
+    """Return a function that scores ``count`` rows with ``method``, warmed up with two short rows."""
     # Recomputed in the backward pass, as training with checkpointing does.
     rows, short = draw_rows(setup, tokens, count), draw_rows(setup, 16, 4)
     trainer = make_trainer(setup, make_model(setup), folder, rows, gradient_checkpointing=True)
@@ -74,7 +75,7 @@ def make_pass(setup: Setup, folder: str, method: str, tokens: int, count: int) -
 
 
 def measure_seconds(setup: Setup, method: str, tokens: int, count: int, repeats: int) -> float:
-    """Return the CPU seconds of a pass, the median of some."""
+    """Return the median CPU time of a pass in seconds."""
     stopwatch, seconds = Stopwatch(setup.device), []
     with tempfile.TemporaryDirectory() as folder:
         score = make_pass(setup, folder, method, tokens, count)
@@ -86,7 +87,7 @@ def measure_seconds(setup: Setup, method: str, tokens: int, count: int, repeats:
 
 
 def measure_peak(setup: Setup, method: str, tokens: int, count: int) -> int:
-    """Return the peak memory of a pass over the weights, in bytes."""
+    """Return the peak memory of a pass in addition to the weights, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         score = make_pass(setup, folder, method, tokens, count)
         check_peak_memory(setup.device)
@@ -96,7 +97,7 @@ def measure_peak(setup: Setup, method: str, tokens: int, count: int) -> int:
 
 
 def count_kept_bytes(setup: Setup, method: str, tokens: int) -> int:
-    """Return the bytes that a pass must keep for each layer of a model in fp32: see the head of this file."""
+    """Return the bytes that a pass must keep per layer of a model in fp32; see the head of this file."""
     hidden = setup.batch_size * tokens * setup.hidden_size * 4
     if method == "fisher":
         return hidden
@@ -113,15 +114,17 @@ def find_exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def main() -> None:
-    """Measure, print the tables, judge the goals."""
+    """Measure, print the tables and check the goals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup_arguments(parser, hidden_size=128, layers=2, vocabulary=1024, batch_size=2)
     parser.add_argument("--depths", type=int, nargs="+", default=[12, 24, 48, 96], help="layers of the models")
-    parser.add_argument("--tokens", type=int, default=128, help="of each row")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each row")
     parser.add_argument("--samples", type=int, default=8, help="rows of a pass")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--long-tokens", type=int, default=8192, help="of the long row")
-    parser.add_argument("--long-vocabulary", type=int, default=131072, help="words of its model, of --layers layers")
+    parser.add_argument("--long-tokens", type=int, default=8192, help="tokens of the long row")
+    parser.add_argument(
+        "--long-vocabulary", type=int, default=131072, help="vocabulary size of its model, which has --layers layers"
+    )
     arguments = parser.parse_args()
     setup, console = read_setup(arguments), Console()
     tokens, count, depths = arguments.tokens, arguments.samples, arguments.depths
@@ -155,9 +158,9 @@ def main() -> None:
     peaks = {}
     for method in SCORING:
         peaks[method] = run_alone(measure_peak, long, method, arguments.long_tokens, 3)
-        console.print(f"{method:>9}: {peaks[method] / MIB:.0f} MiB over the weights")
+        console.print(f"{method:>9}: {peaks[method] / MIB:.0f} MiB in addition to the weights")
         goals.append(
-            Goal(f"{method}: memory of a long row, of its logits alone", peaks[method] / logits, LONG_ROW_GOAL)
+            Goal(f"{method}: memory of a long row, relative to its logits", peaks[method] / logits, LONG_ROW_GOAL)
         )
     report_goals(console, goals)
     raw = {method: [vars(cost) for cost in found] for method, found in costs.items()}

@@ -1,9 +1,10 @@
-"""What scoring layers by CKA costs, next to the plain way of doing it.
+"""Compare the cost of scoring layers by CKA with that of the plain way.
 
-Ours is the package's pass over the calibration sample, called as a run calls it, and its scoring. The plain way
-asks Hugging Face for ``output_hidden_states=True``, gets full logits with them, takes the row of the same token from
-every layer, and scores in the same way. Both see the same model, samples and batches and must give the same scores.
-Time: both ways alternate in one process. Peak memory over the weights: each measurement in a process of its own.
+Ours is the package's pass over the calibration sample, called as in a run, and its scoring. The plain way runs the
+model with ``output_hidden_states=True``, which also computes full logits, takes the state of the same token from every
+layer, and scores in the same way. Both have the same model, samples and batches, and must give the same scores.
+Time: both ways alternate in one process. Peak memory in addition to the weights: each measurement runs in a process of
+its own.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def draw_samples(setup: Setup, count: int, length: int) -> list[Sample]:
 
 
 def measure_plainly(trainer: Trainer, model: PeftModel, samples: list[Sample], positions: list[int]) -> torch.Tensor:
-    """Return the states of one token of each sample the plain way: (samples, layers + 1, width), fp32 on the CPU."""
+    """Return the states of one token of each sample in the plain way: (samples, layers + 1, width), fp32 on the CPU."""
     device, size = trainer.args.device, trainer.args.per_device_train_batch_size
 
     def measure(batch: list[Sample], rows: list[int]) -> torch.Tensor:
@@ -91,7 +92,7 @@ def measure_plainly(trainer: Trainer, model: PeftModel, samples: list[Sample], p
 
 
 def make_ways(setup: Setup, folder: str) -> dict[str, Callable[[list[Sample]], list[float | None]]]:
-    """Return both ways of scoring the layers of one model, each warmed up on a few short samples."""
+    """Return both ways to score the layers of one model, warmed up on a few short samples."""
     model = make_model(setup)
     trainer = make_trainer(setup, model, folder)
     settings = SelectionConfig(method="cka").resolve(run_seed=0)
@@ -113,7 +114,7 @@ def make_ways(setup: Setup, folder: str) -> dict[str, Callable[[list[Sample]], l
 def time_ways(
     setup: Setup, count: int, length: int, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float | None]]]:
-    """Return the seconds of each repeat and the scores, by way; the ways alternate in going first."""
+    """Return the seconds of each repeat and the scores by way; the ways take turns to go first."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     scores: dict[str, list[float | None]] = {}
     samples = draw_samples(setup, count, length)
@@ -132,7 +133,7 @@ def time_ways(
 
 
 def measure_peak(setup: Setup, count: int, length: int, way: str) -> tuple[int, list[float | None]]:
-    """Return the peak memory over the weights, in bytes, and the scores of one way."""
+    """Return the peak memory in addition to the weights, in bytes, and the scores of one way."""
     samples = draw_samples(setup, count, length)
     with tempfile.TemporaryDirectory() as folder:
         ways = make_ways(setup, folder)
@@ -143,10 +144,10 @@ def measure_peak(setup: Setup, count: int, length: int, way: str) -> tuple[int, 
 
 
 def compare(scores: list[float | None], others: list[float | None]) -> float:
-    """Return the largest difference of two ways' scores.
+    """Return the largest difference between the scores of two ways.
 
     Raises:
-        SystemExit: if they are not the same: then the ways do not do the same work, and nothing else counts.
+        SystemExit: if the scores differ, because then the ways do not do the same work.
     """
     pairs = list(zip(scores, others, strict=True))
     if any(one is None or other is None for one, other in pairs):
@@ -192,7 +193,7 @@ def make_table(setup: Setup, count: int, costs: list[Cost]) -> Table:
 
 
 def judge(costs: list[Cost]) -> list[Goal]:
-    """Return the goals: memory at the length it is set for, time at every length."""
+    """Return the goals: memory at one length, time at every length."""
     memory = [
         Goal(f"peak memory over the weights at {GOAL_LENGTH} tokens, of the plain way", cost.memory_ratio, 1 / 3)
         for cost in costs
@@ -205,13 +206,19 @@ def judge(costs: list[Cost]) -> list[Goal]:
 
 
 def main() -> None:
-    """Measure, print the table, judge the goals."""
+    """Measure, print the table and check the goals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup_arguments(parser, hidden_size=512, layers=12, vocabulary=32000, batch_size=4)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="in tokens")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[128, 256, 512, 1024, 2048],
+        help="tokens of a row, one or more lengths",
+    )
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5, help="of each way's time")
-    parser.add_argument("--memory-repeats", type=int, default=3, help="of each way's peak memory")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each way's time")
+    parser.add_argument("--memory-repeats", type=int, default=3, help="measurements of each way's peak memory")
     arguments = parser.parse_args()
     setup, console = read_setup(arguments), Console()
 

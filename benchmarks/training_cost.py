@@ -1,17 +1,17 @@
-"""What a training step costs with LoRA in the last half of the layers, next to LoRA in all of them.
+"""Compare the cost of a training step with LoRA in the upper half of the layers and with LoRA in all layers.
 
-Three arms, each a plain ``Trainer.train()`` on the same model, batch and LoRA rank:
+Three arms run a plain ``Trainer.train()`` with the same model, batch and LoRA rank:
 
-all       LoRA in every layer, inputs require gradients (as Axolotl always asks for).
-layersel  the same, then the package's selection, ``method: last``, ``ratio: 0.5``: the other layers' LoRA is removed
-          and the backward pass ends at the lowest layer that trains.
-stock     PEFT alone with LoRA in the same layers (``layers_to_transform``) and no input gradients. The Trainer asks
-          for those under checkpointing, so they are switched off again (``disable_input_require_grads``). Reentrant
-          checkpointing would train nothing then: there the layers without LoRA are not checkpointed, and the output
-          of the last of them requires gradients, which stock PEFT does not do by itself.
+all       LoRA in every layer. Inputs require gradients, as in Axolotl.
+layersel  the same, after the package's selection with ``method: last`` and ``ratio: 0.5``. It removes the LoRA of the
+          other layers, and ends the backward pass at the lowest layer that trains.
+stock     only PEFT, with LoRA in the same layers (``layers_to_transform``) and no input gradients. The Trainer switches
+          those on under checkpointing, so they are switched off again (``disable_input_require_grads``). Reentrant
+          checkpointing would then train nothing. For it, layers without LoRA are not checkpointed, and the output of
+          the last of them requires gradients; stock PEFT does neither.
 
-Time: the three arms run next to each other, one step of one arm at a time, in turn. Peak memory over the weights:
-each measurement in a process of its own.
+Time: the three arms take turns, one step at a time. Peak memory in addition to the weights: each measurement runs in a
+process of its own.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Cost:
 
 
 class NoInputGradients(TrainerCallback):
-    """Undoes what the Trainer did for checkpointing; ``lowest`` is the lowest layer with LoRA."""
+    """Undoes the changes of the Trainer for checkpointing; ``lowest`` is the lowest layer with LoRA."""
 
     def __init__(self, checkpointing: str, lowest: int) -> None:
         self.checkpointing = checkpointing
@@ -92,7 +92,7 @@ class NoInputGradients(TrainerCallback):
 def make_arm(
     setup: Setup, arm: str, checkpointing: str, tokens: int, steps: int, turns: Turns | None, folder: str
 ) -> tuple[Trainer, StepTimer]:
-    """Return one arm, ready to train for ``steps``."""
+    """Return the trainer of one arm for ``steps`` steps."""
     lowest = setup.layers - setup.layers // 2
     model = make_model(setup, list(range(lowest, setup.layers)) if arm == STOCK else None)
     timer = StepTimer(setup.device, turns)
@@ -119,7 +119,7 @@ def make_arm(
 def time_arm(
     setup: Setup, arm: str, checkpointing: str, tokens: int, warmup: int, steps: int, turns: Turns
 ) -> tuple[list[float], int]:
-    """Return the seconds of the steps after the first ``warmup``, and how many parameters trained."""
+    """Return the seconds of the steps after the first ``warmup``, and the number of trained parameters."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, timer = make_arm(setup, arm, checkpointing, tokens, warmup + steps, turns, folder)
         timer.train(trainer)
@@ -127,7 +127,7 @@ def time_arm(
 
 
 def measure_peak(setup: Setup, arm: str, checkpointing: str, tokens: int) -> int:
-    """Return the peak memory of training over the weights, in bytes."""
+    """Return the peak memory of training in addition to the weights, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, _ = make_arm(setup, arm, checkpointing, tokens, MEMORY_STEPS, None, folder)
         warm_up(trainer, setup)
@@ -138,10 +138,10 @@ def measure_peak(setup: Setup, arm: str, checkpointing: str, tokens: int) -> int
 
 
 def measure_times(setup: Setup, checkpointing: str, tokens: int, warmup: int, steps: int) -> dict[str, list[float]]:
-    """Return the seconds of every step of every arm; step i of the arms were taken one after the other.
+    """Return the seconds of every step of every arm; step i of each arm ran directly after that of the previous arm.
 
     Raises:
-        SystemExit: if ours and stock do not train the same number of parameters: they are not the same job then.
+        SystemExit: if ours and stock train different numbers of parameters, because then they differ in work.
     """
     results = take_turns(time_arm, setup, ARMS, checkpointing, tokens, warmup, steps)
     trained = {arm: parameters for arm, (_, parameters) in results.items()}
@@ -151,7 +151,7 @@ def measure_times(setup: Setup, checkpointing: str, tokens: int, warmup: int, st
 
 
 def make_table(setup: Setup, tokens: int, steps: int, costs: list[Cost]) -> Table:
-    """Return the medians as a table, each arm beside its ratios to LoRA in all layers and to stock PEFT."""
+    """Return the medians as a table, with ratios to LoRA in all layers and to stock PEFT."""
     title = f"{steps} steps of {tokens} tokens a row: {setup.describe()}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in ("checkpointing", "LoRA"):
@@ -188,14 +188,14 @@ def judge(costs: list[Cost]) -> list[Goal]:
 
 
 def main() -> None:
-    """Measure, print the table, judge the goals."""
+    """Measure, print the table and check the goals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setup_arguments(parser, hidden_size=1024, layers=8, vocabulary=1024, batch_size=1)
-    parser.add_argument("--tokens", type=int, default=512, help="of each row")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each row")
     parser.add_argument("--checkpointing", choices=tuple(TIME_GOALS), nargs="+", default=list(TIME_GOALS))
-    parser.add_argument("--steps", type=int, default=20, help="timed, of each arm")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them, not counted")
-    parser.add_argument("--memory-repeats", type=int, default=3, help="of each arm's peak memory")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each arm")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
+    parser.add_argument("--memory-repeats", type=int, default=3, help="measurements of each arm's peak memory")
     arguments = parser.parse_args()
     setup, console = read_setup(arguments), Console()
     if setup.layers % 2:

@@ -1,7 +1,7 @@
-"""Make the demo's base model and data: nothing is downloaded, the base is really trained.
+"""Make the base model and the data of the demo, without downloads.
 
 The base is a small Llama, pre-trained for a minute or two on the sources and docstrings of the Python
-standard library; the fine-tuning data are generated word problems with worked answers.
+standard library. The fine-tuning data are generated word problems with worked answers.
 """
 
 import argparse
@@ -70,8 +70,8 @@ def pretrain(
 ) -> None:
     """Pre-train a small Llama and write it, with its tokenizer, to ``output``.
 
-    Stops after ``seconds`` of training or ``max_steps`` steps, whichever is first. The folder appears at
-    once and complete, so an interrupted call leaves nothing that a later one would take for a model.
+    Training stops after ``seconds`` or ``max_steps`` steps, whichever is first. The folder appears only when it is
+    complete, so that an interrupted call leaves no partial model.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -96,7 +96,7 @@ def pretrain(
             pad_token_id=2,
         )
     )
-    # Small batches: with so little time, many steps count for more than smooth ones.
+    # Small batches: in so little time many steps help more than smooth ones.
     peak, length, batch = 3e-3, 128, 2
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     started, reported, step, mean = time.monotonic(), 0.0, 0, math.log(VOCABULARY)
@@ -162,17 +162,17 @@ def write_data(path: Path, count: int, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("demo/work"), help="where the base and the data go")
-    parser.add_argument("--seconds", type=float, default=90, help="how long to pre-train")
+    parser.add_argument("--work", type=Path, default=Path("demo/work"), help="folder for the base and the data")
+    parser.add_argument("--seconds", type=float, default=90, help="time to pre-train")
     parser.add_argument("--max-steps", type=int, default=None, help="stop pre-training after this many steps")
     arguments = parser.parse_args()
     base = arguments.work / "base"
     if (base / "config.json").exists():
-        print(f"the base model is there already: {base}")
+        print(f"the base model exists already: {base}")
     else:
         arguments.work.mkdir(parents=True, exist_ok=True)
         pretrain(base, arguments.seconds, arguments.max_steps)
-    # Axolotl names its tokenised copies by the files' paths: those of other content must go.
+    # Axolotl names tokenised data by the path of the file, so copies of other content must be removed.
     shutil.rmtree(arguments.work / "prepared", ignore_errors=True)
     write_data(arguments.work / "train.jsonl", 480, seed=2)
     write_data(arguments.work / "eval.jsonl", 48, seed=3)

@@ -1,33 +1,61 @@
-"""Write the parts of the documentation that the code and the tests know better: ``python docs/generate.py``."""
+"""Write the parts of the documentation that follow from code and test results: ``python docs/generate.py``."""
 
+import importlib.util
 import json
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
+import typer
+from annotated_types import Ge, Gt, Le, Lt
+from typer.utils import get_params_from_function
+
+from axolotl_layersel.cli.main import app
+from axolotl_layersel.config.flexora import FlexoraConfig
+from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.layer_names import LayerName
 from axolotl_layersel.config.methods import METHODS
+from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.config.selection import SelectionConfig
+from axolotl_layersel.config.strict_block import Block
 
 DOCS = Path(__file__).parent
-README, SUPPORT, SHOWN = DOCS.parent / "README.md", DOCS / "support.md", DOCS / "support.json"
-BEGIN, END = "<!-- The table of methods is made by docs/generate.py. -->", "<!-- End of the table of methods. -->"
+TESTS = DOCS.parent / "tests"
+SUPPORT, SHOWN = DOCS / "support.md", DOCS / "support.json"
+SELECTION, MESSAGES = DOCS / "selection.md", DOCS / "messages.md"
+KEYS, COMMANDS = DOCS / "reference-keys.md", DOCS / "reference-commands.md"
+BEGIN, END = "<!-- {} made by docs/generate.py. -->", "<!-- End of what docs/generate.py makes. -->"
+METHOD_TABLE, MESSAGE_LISTS = BEGIN.format("The table of methods is"), BEGIN.format("The messages are")
+BLOCKS = {
+    "The block": (LayerselConfig, "At least one of its two parts must be there."),
+    "Selection": (SelectionConfig, "What the keys do together is on [Selection](selection.md) and [Ranks](ranks.md)."),
+    "The search": (FlexoraConfig, "Only `method: flexora` reads these. [The search](flexora.md) explains them."),
+    "Moving rank": (L1RAConfig, "[Moving rank](l1ra.md) explains these."),
+}
+TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text", LayerName: "layer"}
+BOUNDS = {Gt: ("above", "gt"), Ge: ("from", "ge"), Lt: ("below", "lt"), Le: ("up to", "le")}
 COLUMNS = [*METHODS, "l1ra"]
 CHOSEN = (
-    "A method chose, all layers with LoRA had finite scores that tell them apart, and LoRA was in the chosen layers "
-    "alone afterwards. For `l1ra` rank moved while the model trained, and stock PEFT computes with the saved adapter "
-    "what the model computed."
+    "A method works if it chose layers, all layers with LoRA had finite scores that differ, and only the chosen layers "
+    "had LoRA afterwards. `l1ra` works if rank moved in training, and stock PEFT computes the same with the saved "
+    "adapter as the model."
 )
 TABLES = {
     "model": (
         "Models",
-        "Small random models of each family, with a plain `transformers.Trainer` on one process. Of encoders the row "
-        f"says what they are trained for. {CHOSEN} In encoders `cka` has no score for the lowest layer, whose first "
-        "token is the same in all rows, and `gradient` need not tell layers apart: labels there follow from nothing.",
+        "Small random models of each family, with a plain `transformers.Trainer` on one process. For encoders the row "
+        f"names the task. {CHOSEN} In encoders `cka` has no score for the lowest layer, whose first token is the same "
+        "in all rows. The scores of `gradient` may be equal in them, because their labels are random.",
     ),
     "trainer": (
         "Trainers",
         "Whole runs of Axolotl on one process with each trainer and kind of data. In each run all methods that are not "
-        "refused chose, with finite scores that tell layers apart, and nothing was changed by it. Then the choice by "
-        "`cka`, or where that is refused a plan that a run of SFT had left, was applied, and the model trained with "
-        "`l1ra`: rank moved, the adapter was in the chosen layers alone, and stock PEFT computes with it what the "
-        "model computed.",
+        "refused chose layers, with finite scores that differ, and without changes to the model. Then the choice of "
+        "`cka`, or the plan of a run of SFT if `cka` is refused, was applied, and the model trained with `l1ra`. Rank "
+        "moved, only the chosen layers had an adapter, and stock PEFT computes the same with it as the model.",
     ),
     "adapter": (
         "Kinds of adapter",
@@ -35,50 +63,202 @@ TABLES = {
     ),
 }
 SURVEYED = (
-    "All classes of transformers that its mappings have for text, each built from the defaults of its configuration, "
-    "but with few layers, without memory for weights. In those found, the layers, the shape that a plan records and "
-    "the lowest layer that trains are found, with LoRA in each list of layers; nothing was trained or scored."
+    "All classes for text in the mappings of transformers. Each was built from its default configuration with few "
+    'layers, on the meta device. "Found" means that the layers, the shape that a plan records and the lowest layer '
+    "that trains are found, with LoRA in each list of layers. Nothing was trained or scored."
 )
-REFUSED = "Refused, in these sentences (without their details), where `it` is the class and `n` a number:"
+REFUSED = "Refused with these messages, shortened; `it` is the class and `n` a number:"
 UNBUILT = (
-    "Not built: the defaults leave out what transformers itself needs, a library is missing, or PEFT has no linear "
-    "module in a list of modules to put LoRA on."
+    "Not built, because the defaults lack a setting that transformers needs, a library is missing, or the class has no "
+    "linear module in a list of modules for LoRA:"
 )
-HEAD = """# What is known to work
+KEYS_HEAD = """# YAML keys
+
+<!-- Made by docs/generate.py from the settings in axolotl_layersel/config. -->
+
+With this page you can look up what each key of the `layersel` block takes, and what it is by default. A key that is not
+here is an error that suggests the nearest one. Where the column of defaults has a dash, the meaning says what holds.
+"""
+COMMANDS_HEAD = """# Commands
+
+<!-- Made by docs/generate.py from axolotl_layersel/cli/main.py. -->
+
+With this page you can look up every command and option. `axolotl-layersel`, `axolotl layersel` and
+`python -m axolotl_layersel` are the same command. It exits with 0, with 1 after a message that says what is wrong, and
+with 2 where it does not know an option. `plan` exits with the code of the processes that it started, if they fail.
+"""
+HEAD = """# Tested models, trainers and adapters
 
 <!-- Made by docs/generate.py from docs/support.json, which `pytest --write-support` writes. -->
 
-These tables are made from the results of this project's tests, and a test whose result is not in them fails.
+With this page you can look up whether a method works with your model, trainer and kind of adapter. The tables are made
+from the results of this project's tests. A test fails if its result is not in them.
 
-- **yes**: a test shows what is said above the table. `l1ra` has its default rule.
-- **no**: it is refused, in one sentence, which the note below the table gives.
-- **?**: there is no test of it, so nothing is known. Nor is it of what has no row.
+- **yes**: a test shows that it works, as described above the table. `l1ra` has its default rule.
+- **no**: it is refused with the message in the note below the table.
+- **?**: no test covers it. Models, trainers and adapters without a row are not tested either.
 
-All of it ran on a CPU. The engines are another matter, which [the README](../README.md#engines) is about.
+All tests ran on a CPU. [Engines](engines.md) says what was tested with several processes.
 """
 
 
 def make_method_table() -> str:
     """Return the methods as a table in Markdown."""
-    rows = [
-        f"| `{method.name}` | {method.reads} | {', '.join(method.units)} | {method.summary} |"
-        for method in METHODS.values()
-    ]
-    return "\n".join(["| method | reads | chooses among | the score |", "|---|---|---|---|", *rows])
+    lines = ["| method | reads | chooses among | the score |", "|---|---|---|---|"]
+    for method in METHODS.values():
+        lines.append(f"| `{method.name}` | {method.reads} | {', '.join(method.units)} | {method.summary} |")
+    return "\n".join(lines)
 
 
-def fill(text: str) -> str:
-    """Return the text of the README with the table of methods between its marks."""
-    before, _, rest = text.partition(BEGIN)
+def fill(text: str, begin: str, part: str) -> str:
+    """Return the text of a page with ``part`` between its marks, the first of which is ``begin``."""
+    before, _, rest = text.partition(begin)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{make_method_table()}\n{END}{after}"
+    return f"{before}{begin}\n{part}\n{END}{after}"
+
+
+def describe_type(annotation: Any) -> str:
+    """Return what values of a field are, in words.
+
+    Raises:
+        KeyError: for a type that has no words yet.
+    """
+    if annotation == LayerName:
+        return TYPES[LayerName]
+    origin, parts = get_origin(annotation), [part for part in get_args(annotation) if part is not type(None)]
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(describe_type(part) for part in parts)
+    if origin is list:
+        return f"list of {describe_type(parts[0])}s"
+    if isinstance(annotation, type) and issubclass(annotation, Block):
+        return "mapping"
+    return TYPES[annotation]
+
+
+def make_keys() -> str:
+    """Return docs/reference-keys.md as the settings say it."""
+    parts = [KEYS_HEAD]
+    for title, (block, text) in BLOCKS.items():
+        lines = [
+            f"## {title}",
+            "",
+            f"`{block.path}`. {text}",
+            "",
+            "| key | takes | default | meaning |",
+            "|---|---|---|---|",
+        ]
+        for name, field in block.model_fields.items():
+            bounds = [
+                f"{words} {getattr(bound, attribute)}"
+                for bound in field.metadata
+                for kind, (words, attribute) in BOUNDS.items()
+                if type(bound) is kind
+            ]
+            takes = ", ".join([describe_type(field.annotation), *bounds])
+            default = "required" if field.is_required() else "–" if field.default is None else f"`{field.default}`"
+            lines.append(f"| `{name}` | {takes} | {default} | {escape_cell(field.description or '')} |")
+        parts.append("\n".join(lines) + "\n")
+    lines = [
+        "## Keys that some methods read",
+        "",
+        "A key that the method does not read is named in a warning and has no effect.",
+        "",
+    ]
+    lines += ["| method | reads |", "|---|---|"]
+    for method in METHODS.values():
+        lines.append(f"| `{method.name}` | {', '.join(f'`{key}`' for key in method.keys) or 'none of them'} |")
+    return "\n".join([*parts, "\n".join(lines) + "\n"])
+
+
+def escape_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def make_commands() -> str:
+    """Return docs/reference-commands.md as the commands' own helps say it."""
+    group = typer.main.get_group(app)
+    parts = [COMMANDS_HEAD, make_command("axolotl-layersel", group, {})]
+    for registered, (name, command) in zip(app.registered_commands, group.commands.items()):
+        assert registered.callback is not None and registered.callback.__name__ == name
+        # Click does not keep the helps of arguments, which are not options.
+        parameters = get_params_from_function(registered.callback)
+        helps = {key: parameter.default.help for key, parameter in parameters.items() if key != "context"}
+        parts.append(make_command(f"axolotl-layersel {name}", command, helps))
+    return "\n".join(parts)
+
+
+def make_command(name: str, command: Any, helps: dict[str, str]) -> str:
+    """Return the section of one command, in Markdown. ``helps``: of its parameters, by their names."""
+    with command.make_context(name, [], resilient_parsing=True) as context:
+        usage = " ".join(command.collect_usage_pieces(context))
+    text = " ".join((command.help or "").split())
+    lines = [
+        f"## {name}",
+        "",
+        text,
+        "",
+        "```text",
+        f"{name} {usage}",
+        "```",
+        "",
+        "| | meaning | default |",
+        "|---|---|---|",
+    ]
+    for param in command.params:
+        shown = param.make_metavar(context) if param.param_type_name == "argument" else ", ".join(param.opts)
+        choices = getattr(param.type, "choices", ())
+        names = ", ".join(describe_default(choice) for choice in choices)
+        values = f" One of {names}." if names else ""
+        default = "required" if param.required else describe_default(param.default)
+        lines.append(f"| `{shown}` | {escape_cell((helps.get(param.name) or param.help) + values)} | {default} |")
+    return "\n".join(lines) + "\n"
+
+
+def describe_default(value: Any) -> str:
+    return "" if value is None or value is False else f"`{getattr(value, 'value', value)}`"
+
+
+def load_cases() -> dict[str, Callable[[], str]]:
+    """Return the files of the tests that are refused, as functions that return each one's message, by name."""
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))
+    spec = importlib.util.spec_from_file_location("refused_files", TESTS / "unit" / "config" / "test_refused_files.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def refuse(values: dict) -> str:
+        try:
+            module.check(values)
+        except ValueError as error:
+            return module.describe_error(error)
+        raise AssertionError(f"{values} is not refused")
+
+    return {name: lambda values=values: refuse(values) for name, (values, _) in module.CASES.items()}
+
+
+def make_messages() -> str:
+    """Return the messages for files that are refused, by the block that they are about, in Markdown."""
+    headings = {block.path: f"### `{block.path}`" for block, _ in reversed(BLOCKS.values())}
+    groups: dict[str, list[str]] = {"": []} | {path: [] for path in headings}
+    for message in sorted({refuse() for refuse in load_cases().values()}, key=str.lower):
+        place = next((path for path in headings if re.match(rf"{re.escape(path)}[.:]", message)), "")
+        escaped = re.sub(r"([\\[<*])", r"\\\1", message)
+        groups[place].append(f"- {escaped}")
+    lines = []
+    for path in ["", *list(headings)[::-1]]:
+        if groups[path]:
+            lines += [headings.get(path, "### The rest of the file"), "", *groups[path], ""]
+    return "\n".join(lines).rstrip()
 
 
 def make_support_table(entries: list[dict], kind: str) -> str:
-    """Return what is known of every row of a table by every method, in Markdown.
+    """Return the results of every row and method as a table in Markdown.
 
     Raises:
-        ValueError: where one test has shown that something works, and another that it is refused.
+        ValueError: if one test shows that something works, and another that it is refused.
     """
     tested: dict[str, set[str]] = {}
     refused: dict[str, dict[str, str]] = {}
@@ -105,7 +285,7 @@ def make_support_table(entries: list[dict], kind: str) -> str:
 
 
 def make_survey(entries: list[dict]) -> str:
-    """Return in how many classes of transformers layers are found, and which are refused and why, in Markdown."""
+    """Return in Markdown in how many classes of transformers layers are found, and which are refused and why."""
     lines = ["| classes | tried | layers found | refused | not built |", "|---|---|---|---|---|"]
     reasons: dict[str, list[str]] = {}
     unbuilt: set[str] = set()
@@ -124,7 +304,7 @@ def make_survey(entries: list[dict]) -> str:
 
 
 def make_support() -> str:
-    """Return docs/support.md as docs/support.json has it."""
+    """Return the text of docs/support.md, made from docs/support.json."""
     entries = [entry for shown in json.loads(SHOWN.read_text()).values() for entry in shown]
     parts = [HEAD]
     for kind, (title, text) in TABLES.items():
@@ -135,6 +315,17 @@ def make_support() -> str:
     return "\n".join(parts)
 
 
+def make_pages() -> dict[Path, str]:
+    """Return what each page that is made here, or has a part that is, must hold."""
+    return {
+        SELECTION: fill(SELECTION.read_text(), METHOD_TABLE, make_method_table()),
+        MESSAGES: fill(MESSAGES.read_text(), MESSAGE_LISTS, make_messages()),
+        KEYS: make_keys(),
+        COMMANDS: make_commands(),
+        SUPPORT: make_support(),
+    }
+
+
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
-    SUPPORT.write_text(make_support())
+    for path, text in make_pages().items():
+        path.write_text(text)

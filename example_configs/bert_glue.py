@@ -1,10 +1,10 @@
-"""Fine-tune an encoder on a task of GLUE with LoRA in the layers that matter, by transformers and PEFT alone.
+"""Fine-tune an encoder on a task of GLUE with LoRA in the layers that matter, with only transformers and PEFT.
 
     python example_configs/bert_glue.py --model google-bert/bert-base-uncased \
         --train SST-2/train.tsv --dev SST-2/dev.tsv --text sentence --output runs/sst2
 
-The files are as GLUE publishes them: tab-separated, with a line of headings, without quotation marks. ``--text`` takes
-two columns for tasks on pairs, such as ``sentence1 sentence2``; ``--label`` is the column of the classes.
+The files have the format of GLUE: tab-separated, with a header line, without quotation marks. ``--text`` takes two
+columns for tasks on pairs, such as ``sentence1 sentence2``; ``--label`` is the column with the classes.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
 
 
 def read_glue(path: Path, text: list[str], label: str) -> tuple[list[list[str]], list[str]]:
-    """Return the texts of each row, one or two, and its class."""
+    """Return the one or two texts of each row and its class."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     return [[row[column] for column in text] for row in rows], [row[label] for row in rows]
 
 
 def measure_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the share of rows that are classified right."""
+    """Return the share of rows with the right class."""
     return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
 
 
@@ -68,9 +68,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows = tokenizer(*map(list, zip(*texts)), truncation=True, max_length=128)
         return Dataset.from_dict({**rows, "labels": [classes.index(label) for label in labels]})
 
-    torch.manual_seed(options.seed)  # of the new classifier
+    torch.manual_seed(options.seed)  # for the new classifier
     base = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(classes))
-    # PEFT finds the linear modules of the body, and trains the classifier, which is new, as a whole.
+    # PEFT puts LoRA on the linear modules of the body, and trains the whole new classifier.
     lora = LoraConfig(task_type="SEQ_CLS", r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
     trainer = Trainer(
         get_peft_model(base, lora),

@@ -1,1 +1,1 @@
-"""The keys of the YAML file, and what contradicts them. Nothing here imports torch."""
+"""The keys of the YAML file, and the checks of the rest of the file against them. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""What a YAML file asks for that no engine can do together with this package; nothing here imports torch."""
+"""Ways to distribute a model: which engine a YAML file chooses, and which ways the plugin refuses."""
 
 import json
 from collections.abc import Mapping
@@ -8,22 +8,22 @@ from typing import Any
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.strict_block import as_mapping, as_whole, quote
 
-# Keys that split what this package sees as one, what that is, and why they are refused. Under tensor parallelism each
-# device has its own rows of B, or columns of A, as plain tensors (PEFT 0.20.0), and the first one's are what is saved
-# (seen with axolotl 0.19.0 and plain LoRA on two processes). Axolotl needs ring-flash-attn for rows, and DeepEP for
+# Keys that are refused above 1, and how the message goes on after "splits". Under tensor parallelism each device holds
+# its own rows of B, or columns of A, as plain tensors (PEFT 0.20.0), and only the first device's are saved (seen with
+# axolotl 0.19.0 and plain LoRA on two processes). Axolotl needs ring-flash-attn to split rows, and DeepEP to split
 # experts.
-ROWS = "rows over devices by attention that this plugin is untested with; Axolotl's runs on GPUs alone"
+ROWS = "rows across devices, which the plugin is untested with; Axolotl supports it on GPUs only"
 PARALLELISM = {
-    "tensor_parallel_size": "LoRA's matrices over devices, of which one device's part alone is saved, and PEFT cannot "
-    "load that",
+    "tensor_parallel_size": "LoRA's matrices across devices, but only one device's part is saved, and PEFT cannot load "
+    "it",
     "context_parallel_size": ROWS,
     "sequence_parallel_degree": ROWS,
-    "expert_parallel_size": "experts over devices in a way that this plugin is untested with; Axolotl's runs on GPUs "
-    "alone",
+    "expert_parallel_size": "experts across devices, which the plugin is untested with; Axolotl supports it on GPUs "
+    "only",
 }
-# What FSDP2's own checkpointing of activations is called, as Axolotl reads it.
+# The keys under which Axolotl reads FSDP2's own activation checkpointing.
 CHECKPOINTING = ("activation_checkpointing", "fsdp_activation_checkpointing")
-# What the engines that split weights are called in messages, by their names.
+# How messages call the engines that split weights.
 LABELS = {"zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
 
@@ -43,13 +43,13 @@ def check_engine(data: Mapping[str, Any]) -> None:
         if checkpoints and data.get("gradient_checkpointing"):
             raise LayerselError(
                 f"fsdp_config.{checkpoints}: {fsdp_config[checkpoints]!r} and gradient_checkpointing: "
-                f"{data['gradient_checkpointing']!r} ask for the same. Remove one of them."
+                f"{data['gradient_checkpointing']!r} ask for the same thing. Remove one of them."
             )
     check_disk(read_zero(data.get("deepspeed")), moves_state(as_mapping(data.get("layersel"))))
 
 
 def check_parallelism(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError where a key of ``PARALLELISM`` is above 1, or no number."""
+    """Raise LayerselError if a key of ``PARALLELISM`` is above 1 or is not a whole number."""
     for key, what in PARALLELISM.items():
         value = as_whole(data.get(key))
         if value is None and data.get(key) is not None:
@@ -59,29 +59,33 @@ def check_parallelism(data: Mapping[str, Any]) -> None:
 
 
 def moves_state(block: Mapping[str, Any]) -> bool:
-    """Return whether a ``layersel`` block asks for what writes weights that are in training."""
+    """Return whether a ``layersel`` block asks for a feature that edits weights and optimizer state during training."""
     return "l1ra" in block or as_mapping(block.get("selection")).get("method") == "flexora"
 
 
 def check_disk(zero: Mapping[str, Any], writes: bool) -> None:
-    """Raise LayerselError where DeepSpeed keeps on an NVMe disk what the plugin reads or writes.
+    """Raise LayerselError if DeepSpeed offloads tensors to NVMe that the plugin reads or writes.
 
     Args:
-        zero: ``zero_optimization`` of its file.
-        writes: whether masters and moments are written too.
+        zero: ``zero_optimization`` of the DeepSpeed file.
+        writes: whether the plugin also writes fp32 masters and Adam moments.
     """
     for key in ("offload_param", "offload_optimizer") if writes else ("offload_param",):
         if as_mapping(zero.get(key)).get("device") == "nvme":
             raise LayerselError(
-                f"deepspeed: its file's zero_optimization.{key}.device nvme keeps on disk what layersel reads and "
-                "writes in memory. Use `cpu` or `none`."
+                f"deepspeed: zero_optimization.{key}.device: nvme in its file keeps tensors on disk that layersel must "
+                "read and write in memory. Use `cpu` or `none`."
             )
 
 
 def read_zero(deepspeed: Any) -> Mapping[str, Any]:
-    """Return ``zero_optimization`` of the ``deepspeed`` key, a file's path or its content.
+    """Return ``zero_optimization`` of the DeepSpeed file.
 
-    It is empty where it is not to be seen: Axolotl itself says what is wrong with the file.
+    Args:
+        deepspeed: the value of the ``deepspeed`` key: a path, or the content of the file.
+
+    Returns:
+        An empty mapping if the file cannot be read: Axolotl reports that.
     """
     try:
         content = deepspeed if isinstance(deepspeed, Mapping) else json.loads(Path(str(deepspeed)).read_text())
@@ -91,7 +95,7 @@ def read_zero(deepspeed: Any) -> Mapping[str, Any]:
 
 
 def find_zero_stage(deepspeed: Any) -> int | None:
-    """Return the ZeRO stage of the ``deepspeed`` key, see ``read_zero``; None where it is not to be seen."""
+    """Return the ZeRO stage that the ``deepspeed`` key sets, see ``read_zero``; None if it sets none."""
     try:
         return int(read_zero(deepspeed)["stage"])
     except (ValueError, KeyError, TypeError, OverflowError):
@@ -99,7 +103,7 @@ def find_zero_stage(deepspeed: Any) -> int | None:
 
 
 def find_engine_name(data: Mapping[str, Any]) -> str | None:
-    """Return the name of the engine that a YAML file chooses, None for one process and DDP, or where it is not seen."""
+    """Return the name of the engine that a YAML file chooses; None for one process, DDP and unreadable files."""
     stage = find_zero_stage(data.get("deepspeed"))
     if stage is not None:
         return f"zero{stage}"
@@ -107,13 +111,13 @@ def find_engine_name(data: Mapping[str, Any]) -> str | None:
 
 
 def find_shards(data: Mapping[str, Any]) -> str | None:
-    """Return the name of the engine that a YAML file chooses, where that splits weights over the processes."""
+    """Return the name of the engine that a YAML file chooses if it splits weights across processes, else None."""
     name = find_engine_name(data)
     return name if name in LABELS else None
 
 
 def writes_whole_state(data: Mapping[str, Any]) -> bool:
-    """Return whether a YAML file asks FSDP2 for FULL_STATE_DICT; Axolotl reads both names of the key."""
+    """Return whether a YAML file asks FSDP2 for FULL_STATE_DICT, under either name that Axolotl reads."""
     config = as_mapping(data.get("fsdp_config"))
     kind = config.get("state_dict_type") or config.get("fsdp_state_dict_type")
     return isinstance(kind, str) and kind.upper() == "FULL_STATE_DICT"

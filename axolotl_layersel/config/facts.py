@@ -1,15 +1,14 @@
-"""What a model's configuration says, read so that a fact that it does not have is None, however it is missing.
+"""Attributes of a model's configuration, read such that a missing one is None.
 
-Relied on in transformers 5.16.1 (``tests/families/test_configurations.py`` reads all configurations that there are): a
-fact that differs between layers, such as ``head_dim`` of Gemma 4, raises a RuntimeError of its own where it is read of
-the model.
+Seen with transformers 5.16.1: reading an attribute that differs between layers, such as ``head_dim`` of Gemma 4, raises
+a RuntimeError. ``tests/families/test_configurations.py`` reads every configuration of transformers.
 """
 
 from typing import Any
 
 
 def read_fact(config: Any, name: str) -> Any:
-    """Return what a configuration says under ``name``; None where it says nothing, or another thing of each layer."""
+    """Return the attribute ``name`` of a configuration; None if it has none, or one that differs between layers."""
     try:
         return getattr(config, name, None)
     except RuntimeError:
@@ -17,8 +16,9 @@ def read_fact(config: Any, name: str) -> Any:
 
 
 def find_text_config(config: Any) -> Any:
-    """Return the configuration of the part of a model that reads tokens, which may be the whole; of several parts that
-    read some, that of the one that writes.
+    """Return the configuration of the part of a model that reads tokens, which may be the whole model.
+
+    If several parts read tokens, it is the decoder's.
     """
     try:
         return config.get_text_config()

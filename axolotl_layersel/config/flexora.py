@@ -1,4 +1,4 @@
-"""``layersel.selection.flexora``: its settings, and what in the rest of the YAML file contradicts them."""
+"""``layersel.selection.flexora``: its settings, and the checks of the rest of the YAML file against them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from axolotl_layersel.config.gate_requirements import check_gated_file
 from axolotl_layersel.config.strict_block import Block, list_plugins
 
 SETTING = "layersel.selection.method: flexora"
-# Code that can be differentiated once only: the second time autograd fails or takes what it saved for constants.
+# Code that autograd cannot differentiate twice: it fails, or treats saved tensors of the first pass as constants.
 FUSED_PLUGINS = ("liger", "cut_cross_entropy", "kernels")
 FUSED_ATTENTION = ("flash", "flex", "xformers", "sage")
 FUSED_KEYS = ("tiled_mlp", "fused_attn_kernel", "large_head_attention", "gemma4_hybrid_attn_impl")
@@ -20,7 +20,7 @@ FUSED_KEYS = ("tiled_mlp", "fused_attn_kernel", "large_head_attention", "gemma4_
 
 @dataclass(frozen=True)
 class Search:
-    """The settings of a search as they take effect; see ``FlexoraConfig`` for what they mean."""
+    """The settings of a search with defaults filled in; ``FlexoraConfig`` describes each."""
 
     steps: int = 200
     inner_steps: int = 1
@@ -33,37 +33,40 @@ class Search:
 
 
 class FlexoraConfig(Block):
-    """``layersel.selection.flexora``: the search that ``method: flexora`` makes."""
+    """``layersel.selection.flexora``: settings of the search of ``method: flexora``."""
 
     path: ClassVar[str] = "layersel.selection.flexora"
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps of the search. Default 200.")
-    inner_steps: int | None = Field(default=None, ge=1, description="K: LoRA steps between two gate steps. Default 1.")
+    inner_steps: int | None = Field(
+        default=None, ge=1, description="K, the LoRA steps between two gate steps. Default 1."
+    )
     gate_lr: float | None = Field(
-        default=None, ge=0, examples=[0.01], description="Learning rate of the gates (Adam, constant). Default 0.01."
+        default=None, ge=0, examples=[0.01], description="Constant learning rate of the gates, for Adam. Default 0.01."
     )
     val_batches: int | None = Field(
-        default=None, ge=1, description="Validation micro-batches of a gate step, on every process. Default 1."
+        default=None, ge=1, description="Validation micro-batches per gate step and process. Default 1."
     )
     val_source: Literal["train", "eval"] | None = Field(
         default=None,
-        description="Where validation rows are from. `train` (default): training rows, which the search does not train "
-        "on; `eval`: the run's own eval set.",
+        description="Source of the validation rows. `train` (default): training rows that the search does not train "
+        "on. `eval`: the run's eval set.",
     )
     val_samples: int | None = Field(
         default=None,
         ge=1,
-        description="Validation rows. Of a smaller eval set all are taken. Default 200, and of training rows at "
-        "most a third of those that have a label to learn.",
+        description="Number of validation rows; a smaller eval set is used whole. Default 200, but at most a third of "
+        "the training rows that have labels.",
     )
     hypergradient: Literal["first_order", "unrolled"] | None = Field(
         default=None,
-        description="`first_order` (default): the gradient of the validation loss with the LoRA weights as they are; "
-        "`unrolled`: exact through K LoRA steps made as SGD steps. Needs whole weights: one process, DDP, ZeRO-1 or 2.",
+        description="`first_order` (default): the gradient of the validation loss, with the LoRA weights held "
+        "constant. `unrolled`: the exact gradient through K LoRA steps of SGD. It needs whole weights: one process, "
+        "DDP, ZeRO-1 or ZeRO-2.",
     )
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="Stop when what is kept has not changed for this many gate steps. Default: never.",
+        description="Stop when the choice has not changed for this many gate steps. Default: never.",
     )
 
     @model_validator(mode="after")
@@ -72,23 +75,23 @@ class FlexoraConfig(Block):
         if search.inner_steps > search.steps:
             raise ValueError(
                 f"{self.path}.inner_steps: {search.inner_steps} is more than steps: {search.steps}, so no gate would "
-                f"ever move. Set it to at most {search.steps}, or raise steps."
+                f"move. Set it to at most {search.steps}, or raise steps."
             )
         return self
 
     def find_unread(self) -> dict[str, str]:
         gate_steps = self.resolve().steps // self.resolve().inner_steps
-        # What is kept can have stayed the same from the first gate step on, and after the last one the search ends.
+        # The first gate step makes a choice to compare with, and the search ends after the last one anyway.
         never = self.patience is not None and self.patience >= gate_steps - 1
-        return {"patience": f"{gate_steps} gate steps in all"} if never else {}
+        return {"patience": f"{gate_steps} gate steps in total"} if never else {}
 
     def resolve(self) -> Search:
-        """Return the settings as they take effect, defaults filled in."""
+        """Return the settings with defaults filled in."""
         return Search(**self.model_dump(exclude_none=True))
 
 
 def check_file(data: Mapping[str, Any], search: Search) -> None:
-    """Raise LayerselError where a Flexora search cannot be made in this run."""
+    """Raise LayerselError if the rest of a YAML file conflicts with a search."""
     check_gated_file(data, SETTING)
     if search.val_source == "eval" and not (data.get("val_set_size") or data.get("test_datasets")):
         raise LayerselError(describe_missing_eval_set())
@@ -110,7 +113,7 @@ def check_file(data: Mapping[str, Any], search: Search) -> None:
             f"{key}: 'unrolled' differentiates twice, which {fused}: {data[fused]} does not support. Remove {fused}, "
             "or use `first_order`."
         )
-    # Axolotl routes packed rows through a kernel of its own on GPUs, unless it is told not to.
+    # On GPUs Axolotl computes packed rows with a kernel of its own, unless `sdpa_varlen` is false.
     if data.get("sample_packing") and implementation != "eager" and data.get("sdpa_varlen") is not False:
         raise LayerselError(
             f"{key}: 'unrolled' differentiates twice, which the attention kernel for packed rows does not support, and "
@@ -119,7 +122,7 @@ def check_file(data: Mapping[str, Any], search: Search) -> None:
     several = next((name for name in ("loraplus_lr_ratio", "lr_groups") if data.get(name)), None)
     if several:
         raise LayerselError(
-            f"{key}: 'unrolled' makes the LoRA steps with one learning rate, and {several}: {data[several]} sets "
+            f"{key}: 'unrolled' takes LoRA steps with one learning rate, but {several}: {data[several]} sets "
             f"several. Remove {several}, or use `first_order`."
         )
     shards = find_shards(data)
@@ -128,7 +131,7 @@ def check_file(data: Mapping[str, Any], search: Search) -> None:
 
 
 def check_attention(implementation: str) -> None:
-    """Raise LayerselError for an attention that an unrolled gradient cannot be computed through."""
+    """Raise LayerselError for an attention implementation that cannot be differentiated twice."""
     if any(part in implementation for part in FUSED_ATTENTION):
         raise LayerselError(
             f"{FlexoraConfig.path}.hypergradient: 'unrolled' differentiates twice, which {implementation} does not "
@@ -137,16 +140,16 @@ def check_attention(implementation: str) -> None:
 
 
 def describe_missing_eval_set() -> str:
-    """Return the message for a search on an eval set that there is not."""
+    """Return the message for a search on the eval set of a run without one."""
     return (
-        f"{FlexoraConfig.path}.val_source: 'eval' needs an eval set, and this run has none. Set `val_set_size` or "
+        f"{FlexoraConfig.path}.val_source: 'eval' needs an eval set, but this run has none. Set `val_set_size` or "
         "`test_datasets`, or use `val_source: train`."
     )
 
 
 def describe_sharded(engine: str) -> str:
-    """Return the message for an unrolled gradient on an engine that splits weights, by its name."""
+    """Return the message for an unrolled gradient on ``engine``, which splits weights."""
     return (
-        f"{FlexoraConfig.path}.hypergradient: 'unrolled' needs the LoRA weights whole on every process, and "
+        f"{FlexoraConfig.path}.hypergradient: 'unrolled' needs whole LoRA weights on every process, but "
         f"{LABELS[engine]} splits them. Use `first_order`, or one process, DDP, ZeRO-1 or ZeRO-2."
     )

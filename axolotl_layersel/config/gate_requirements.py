@@ -1,7 +1,6 @@
-"""What gates need of the LoRA under them and of the run around it; nothing here imports torch.
+"""Settings that conflict with gates, which multiply the output of plain LoRA modules.
 
-A gate multiplies what a plain LoRA module computes. Each refusal is one sentence, whether the fact comes from the
-YAML file or from a trainer.
+A refusal has the same words whether the YAML file or the trainer shows the reason.
 """
 
 import logging
@@ -14,48 +13,47 @@ from axolotl_layersel.config.initialisation import PLAIN, check_loftq, normalise
 LOG = logging.getLogger("axolotl.layersel")
 
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-# Written in Triton (axolotl 0.19.0), which computes on GPUs only; the others run on a CPU too.
+# Written in Triton (axolotl 0.19.0), which needs a GPU; the others also run on a CPU.
 GPU_KERNELS = ("lora_mlp_kernel",)
-# Trainers that generate the answers that they train on.
+# The values of `rl` whose trainers generate the answers that they train on.
 GENERATING_TRAINERS = ("grpo", "gdpo", "ebft")
 
 
 def check_gated_run(
     setting: str, *, initialisation: bool | str | None, has_dora: bool, fp16: Any, restarts: bool
 ) -> None:
-    """Raise LayerselError for what would make gates wrong.
+    """Raise LayerselError for a setting under which gates would be wrong.
 
     Args:
         setting: the YAML key that puts gates on LoRA.
         initialisation: ``peft_init_lora_weights``.
         has_dora: whether the adapter is DoRA.
-        fp16: whether the loss is scaled, as training in fp16 does; the value of the key.
-        restarts: whether training starts over with smaller batches where memory does not suffice.
+        fp16: the value of the key; training in fp16 scales the loss.
+        restarts: whether training starts over with smaller batches when memory runs out.
     """
     if has_dora:
         raise LayerselError(
-            f"peft_use_dora: true. DoRA ties its magnitudes to the whole adapter, of which {setting} cannot gate "
-            "parts. Remove peft_use_dora."
+            f"peft_use_dora: true cannot be combined with {setting}: DoRA's magnitudes depend on the whole adapter, "
+            "so parts of it cannot be gated. Remove peft_use_dora."
         )
     if normalise(initialisation) not in PLAIN:
         raise LayerselError(
-            f"peft_init_lora_weights: {initialisation!r} is not supported by {setting}, whose gates need an "
-            "adapter that starts from nothing. Remove it, or use `gaussian`."
+            f"peft_init_lora_weights: {initialisation!r} is not supported by {setting}, whose gates need an adapter "
+            "that adds nothing at the start. Remove it, or use `gaussian`."
         )
     if fp16:
         raise LayerselError(
-            f"fp16: {fp16!r} scales the loss, and with it the gradients of the gates of {setting}. "
-            "Set `bf16: true` instead."
+            f"fp16: {fp16!r} scales the loss, and so the gradients of the gates of {setting}. Set `bf16: true` instead."
         )
     if restarts:
         raise LayerselError(
-            f"auto_find_batch_size: true starts training over, which {setting} does not support. Remove it, and "
-            "set `micro_batch_size`."
+            f"auto_find_batch_size: true restarts training, which {setting} does not support. Remove it, and set "
+            "`micro_batch_size`."
         )
 
 
 def check_gated_file(data: Mapping[str, Any], setting: str) -> None:
-    """Raise LayerselError for what would make gates wrong in a YAML file; ``setting`` is the key that asks for them."""
+    """Raise LayerselError if a YAML file conflicts with gates; ``setting`` is the key that needs them."""
     check_gated_run(
         setting,
         initialisation=data.get("peft_init_lora_weights"),
@@ -67,37 +65,37 @@ def check_gated_file(data: Mapping[str, Any], setting: str) -> None:
 
 
 def check_generation(uses_vllm: bool) -> None:
-    """Raise LayerselError where vLLM, and not the model in training itself, generates the answers for ``l1ra``."""
+    """Raise LayerselError if vLLM generates the answers that ``l1ra`` trains on."""
     if uses_vllm:
         raise LayerselError(
-            "trl.use_vllm: true gives the adapter to vLLM while it trains, which layersel.l1ra was never run with. "
-            "Remove it, so that the model itself generates, or use `selection` alone."
+            "trl.use_vllm: true sends the adapter to vLLM while it trains, which layersel.l1ra is untested with. "
+            "Remove it, so that the model in training generates, or use only `selection`."
         )
 
 
 def switch_off_kernels(data: dict[str, Any]) -> None:
-    """Switch off the fused LoRA kernels that Axolotl would switch on by itself, where they cannot be given gates.
+    """Switch off the fused LoRA kernels that Axolotl switches on by default; called where they cannot apply gates.
 
     Args:
-        data: the YAML file's content as the user wrote it, which is changed.
+        data: the content of the YAML file as the user wrote it, changed in place.
 
     Raises:
-        LayerselError: if the user switched one on.
+        LayerselError: if the file switches one on.
     """
     for key in LORA_KERNELS:
         if data.get(key):
             raise LayerselError(
-                f"{key}: {data[key]} bypasses the modules that layersel.l1ra looks into. Remove {key}, or that setting."
+                f"{key}: {data[key]} bypasses the modules that layersel.l1ra needs. Remove {key} or layersel.l1ra."
             )
         data[key] = False
     LOG.info("layersel: l1ra switches off the fused LoRA kernels: %s", ", ".join(LORA_KERNELS))
 
 
 def keep_kernels_off(data: dict[str, Any]) -> None:
-    """Keep Axolotl from switching on its fused LoRA kernels by itself where there is no GPU to run them.
+    """Keep Axolotl from switching on its fused LoRA kernels; called where there is no GPU to run them.
 
     Args:
-        data: the YAML file's content as the user wrote it, which is changed where it names none of them.
+        data: the content of the YAML file as the user wrote it, changed in place if it sets none of them.
     """
     if data.get("adapter") in ("lora", "qlora") and all(data.get(key) is None for key in LORA_KERNELS):
         data.update(dict.fromkeys(LORA_KERNELS, False))
@@ -105,10 +103,10 @@ def keep_kernels_off(data: dict[str, Any]) -> None:
 
 
 def check_kernels(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError for a fused LoRA kernel that needs a GPU and is on; called where there is none."""
+    """Raise LayerselError if a fused LoRA kernel that needs a GPU is on; called where there is no GPU."""
     for key in GPU_KERNELS:
         if data.get(key):
             raise LayerselError(
-                f"{key}: {data[key]} needs a GPU, and this process sees none, so training would fail after the layers "
+                f"{key}: {data[key]} needs a GPU, but this process sees none, so training would fail after the layers "
                 f"are chosen. Remove {key}, or set it to false."
             )

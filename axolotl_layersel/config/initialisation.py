@@ -7,28 +7,28 @@ from axolotl_layersel.common.errors import LayerselError, suggest
 from axolotl_layersel.config.engines import find_zero_stage
 from axolotl_layersel.config.strict_block import as_mapping
 
-# A is drawn and B is zero, so that a module starts as nothing, each rank component by itself.
+# A is random and B is zero: every component adds nothing at the start, independently of the others.
 PLAIN = (True, "gaussian")
-# Drawn again from the run's seed, so that they are the same on every engine.
+# Drawn again from the run's seed, so that every engine starts with the same weights.
 SEEDED = (*PLAIN, "orthogonal")
-# PEFT takes the product of the initial factors out of the base weight, and again whenever it loads the adapter: the
-# base weight of a module that is removed gets it back.
+# PEFT subtracts the product of the initial factors from the base weight, and does so again whenever it loads the
+# adapter. The product is added again to the base weight of a module whose LoRA is removed.
 RESTORED = ("pissa", "olora")
 REFUSED = {
-    False: "Axolotl passes over it and starts as with `true`",
-    "corda": "Axolotl does not collect the statistics that it starts from",
-    "eva": "Axolotl does not look at the data for it, so it would be plain LoRA",
-    "loftq": "it exchanges base weights for quantised ones, which a layer without LoRA cannot get back",
-    "lora_ga": "Axolotl does not compute the gradients that it starts from, so it would be plain LoRA",
-    "mica": "half of each module would stay as it starts, which the plugin does not know",
-    "pissa_niter": "it draws random numbers whenever it is loaded, so that no adapter and no resumed run fits its base",
+    False: "Axolotl ignores it and starts as with `true`",
+    "corda": "Axolotl does not collect the statistics that it needs",
+    "eva": "Axolotl does not pass it the data that it needs, so it would be plain LoRA",
+    "loftq": "it replaces base weights by quantised ones, and they cannot be restored in a layer without LoRA",
+    "lora_ga": "Axolotl does not compute the gradients that it needs, so it would be plain LoRA",
+    "mica": "it trains only half of each module, which the plugin does not support",
+    "pissa_niter": "it is random at every load, so a saved adapter or a resumed run would not fit its base model",
 }
 # PEFT compares these in lower case.
 ANY_CASE = ("gaussian", "olora")
 
 
 def normalise(value: bool | str | None) -> bool | str:
-    """Return the initialisation under the name that it has in the tables above, or as it is where it is in none."""
+    """Return the name of an initialisation in the tables above, or ``value`` unchanged if it is in none."""
     if value is None:
         return True
     if isinstance(value, str) and value.lower() in ANY_CASE:
@@ -39,28 +39,29 @@ def normalise(value: bool | str | None) -> bool | str:
 
 
 def changes_base(value: bool | str | None) -> bool:
-    """Return whether PEFT changes base weights under this initialisation."""
+    """Return whether this initialisation changes base weights."""
     return normalise(value) in (*RESTORED, "corda", "loftq", "lora_ga", "pissa_niter")
 
 
 def describe_rounding(value: bool | str | None, found: str) -> str:
-    """Return the message for base weights that were rounded after the product of the factors was taken out."""
+    """Return the message for base weights that are stored with too low a precision to be restored."""
     return (
-        f"peft_init_lora_weights: {value!r} with `unselected: remove` needs base weights in float32, to give them back "
-        f"exactly what it takes out of them, and {found}. Set `unselected: freeze`, or remove peft_init_lora_weights."
+        f"peft_init_lora_weights: {value!r} with `unselected: remove` needs base weights in float32, so that the part "
+        f"that it subtracts can be added again exactly, but {found}. Set `unselected: freeze`, or remove "
+        "peft_init_lora_weights."
     )
 
 
 def describe_continued(value: bool | str | None, adapter: str) -> str:
-    """Return the message for an adapter whose initial factors, which fit the base weights, are gone."""
+    """Return the message for an adapter whose initial factors, needed to restore the base weights, are lost."""
     return (
-        f"layersel.selection.unselected: remove cannot be honoured: {adapter} started as {value!r}, which changed the "
-        "base weights, and what they had lost is not known after training. Set `unselected: freeze`."
+        f"layersel.selection.unselected: remove is not possible: {adapter} started as {value!r}, which changed the "
+        "base weights, and the change is not known after training. Set `unselected: freeze`."
     )
 
 
 def check_supported(value: bool | str | None) -> None:
-    """Raise LayerselError for an initialisation that a selection does not support, or that is not known."""
+    """Raise LayerselError for an initialisation that is unknown or that a selection does not support."""
     name = normalise(value)
     if name in SEEDED or name in RESTORED:
         return
@@ -69,35 +70,37 @@ def check_supported(value: bool | str | None) -> None:
     if reason is None:
         raise LayerselError(f"peft_init_lora_weights: {value!r} is not known: {suggest(str(value).lower(), known)}")
     raise LayerselError(
-        f"peft_init_lora_weights: {value!r} does not go with layersel.selection: {reason}. "
+        f"peft_init_lora_weights: {value!r} cannot be combined with layersel.selection: {reason}. "
         f"Remove it, or use {', '.join(known[:-1])} or {known[-1]}."
     )
 
 
 def check_redrawn(value: bool | str | None, rank: str) -> None:
-    """Raise LayerselError for an initialisation by which modules of other ranks cannot be begun anew.
+    """Raise LayerselError for an initialisation under which modules cannot be rebuilt with other ranks.
 
-    ``rank``: the value of ``layersel.selection.rank_allocation``.
+    Args:
+        value: the value of ``peft_init_lora_weights``.
+        rank: the value of ``layersel.selection.rank_allocation``.
     """
     if normalise(value) not in PLAIN:
         raise LayerselError(
-            f"peft_init_lora_weights: {value!r} does not go with layersel.selection.rank_allocation: {rank}, which "
-            "begins modules anew with other ranks. Remove it, use `gaussian`, or set `rank_allocation: same`."
+            f"peft_init_lora_weights: {value!r} cannot be combined with layersel.selection.rank_allocation: {rank}, "
+            "which rebuilds modules with other ranks. Remove it, use `gaussian`, or set `rank_allocation: same`."
         )
 
 
 def check_initialisation(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError for initial LoRA weights that a selection does not support in this file's run."""
+    """Raise LayerselError if a selection does not support the initialisation that a YAML file sets."""
     if data.get("lora_model_dir"):
-        return  # With an adapter to continue Axolotl does not look at these keys.
+        return  # Axolotl ignores these keys when it continues an adapter.
     check_loftq(data)
     initial = data.get("peft_init_lora_weights")
     check_supported(initial)
     lacking = None
     if find_zero_stage(data.get("deepspeed")) == 3:
-        lacking = "ZeRO-3 has split before PEFT sees them. Use ZeRO-2"
+        lacking = "ZeRO-3 splits before PEFT sees them. Use ZeRO-2"
     elif as_mapping(data.get("fsdp_config")).get("cpu_ram_efficient_loading"):
-        lacking = "fsdp_config.cpu_ram_efficient_loading loads on one process alone. Set it to false"
+        lacking = "fsdp_config.cpu_ram_efficient_loading loads on one process only. Set it to false"
     if changes_base(initial) and lacking:
         raise LayerselError(
             f"peft_init_lora_weights: {initial!r} is computed on every process from the base weights, which {lacking}, "
@@ -106,6 +109,6 @@ def check_initialisation(data: Mapping[str, Any]) -> None:
 
 
 def check_loftq(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError where LoftQ is asked for by its own block."""
+    """Raise LayerselError if a YAML file sets LoftQ in its own block."""
     if as_mapping(data.get("peft")).get("loftq_config"):
-        raise LayerselError("peft.loftq_config: LoftQ changes the base to match LoRA, and is not supported. Remove it.")
+        raise LayerselError("peft.loftq_config: LoftQ changes base weights, and is not supported. Remove it.")

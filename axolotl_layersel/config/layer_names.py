@@ -1,40 +1,37 @@
-"""What layers are called: by their number, or by side, as ``encoder.3``, where there may be several stacks of them.
-
-Nothing here imports torch, so that plans and settings can be read without it.
-"""
+"""Names of layers: a number, or a side and a number such as ``encoder.3`` in models with several stacks."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 LayerName = int | str
-# Where the layers are in the base model: ``model.layers``, or by side.
+# The path of the layers in the base model, such as ``model.layers``, or one path by side.
 Place = str | dict[str, str]
 ENCODER_DECODER = ("encoder", "decoder")
 VISION, LANGUAGE = "vision", "language"
-# Which sides are chosen among, by the value of `stacks`; the language model's layers alone have numbers for names.
+# By the value of `stacks`: the sides to choose from. The names are plain numbers only with `language`.
 STACKS = {"language": ("",), "vision": (VISION,), "both": (VISION, LANGUAGE)}
-# In the order that they run.
+# In the order in which they run.
 SIDES = (*ENCODER_DECODER, VISION, LANGUAGE)
 NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 NAME = re.compile(rf"({'|'.join(SIDES)})\.({NUMBER.pattern})")
 
 
 def name_layers(counts: Mapping[str, int]) -> list[LayerName]:
-    """Return the names of layers, in the order that they run.
+    """Return the names of layers, in the order in which they run.
 
     Args:
-        counts: how many there are, by side; the side without a name is that of a model with one list of layers.
+        counts: the number of layers by side; the side is empty in a model with one stack.
     """
     return [f"{side}.{number}" if side else number for side, count in counts.items() for number in range(count)]
 
 
 def is_layer_name(text: str) -> bool:
-    """Return whether ``text`` is the name of a layer, and not that of a group or a module."""
+    """Return whether ``text`` is the name of a layer, as opposed to a group or a module."""
     return text.isdecimal() or NAME.fullmatch(text) is not None
 
 
 def split_name(name: LayerName) -> tuple[str, int]:
-    """Return the side of a layer, empty in a model with one list of them, and its number there."""
+    """Return the side of a layer, empty in a model with one stack, and its number in it."""
     if isinstance(name, int):
         return "", name
     side, _, number = name.partition(".")
@@ -42,7 +39,7 @@ def split_name(name: LayerName) -> tuple[str, int]:
 
 
 def sort_names(names: Iterable[LayerName]) -> list[LayerName]:
-    """Return names of layers in the order that the layers run."""
+    """Return names of layers in the order in which the layers run."""
     order = ["", *SIDES]
 
     def find_order(name: LayerName) -> tuple[int, int]:
@@ -58,12 +55,12 @@ def format_names(names: Iterable[LayerName]) -> str:
 
 
 def split_place(place: Place) -> dict[str, str]:
-    """Return where layers are, by side, whose name is empty in a model with one list of layers."""
+    """Return the paths of layers by side, which is empty in a model with one stack."""
     return {"": place} if isinstance(place, str) else place
 
 
 def find_layer(place: Place, module: str) -> LayerName | None:
-    """Return the layer that a module is in, by its name in the base model, or None where it is in none."""
+    """Return the layer that contains a module, given the module's name in the base model; None if no layer does."""
     for side, path in split_place(place).items():
         number, _, rest = module.removeprefix(f"{path}.").partition(".")
         if module.startswith(f"{path}.") and NUMBER.fullmatch(number) and rest:
@@ -72,7 +69,7 @@ def find_layer(place: Place, module: str) -> LayerName | None:
 
 
 def are_all(names: Sequence[LayerName], place: Place) -> bool:
-    """Return whether ``names`` are those of all layers from the first one of each side on, in their order."""
+    """Return whether ``names`` start at the first layer of each side and leave out none, in order."""
     sides = split_place(place)
     if not all(isinstance(name, int) or NAME.fullmatch(name) for name in names):
         return False

@@ -1,7 +1,4 @@
-"""How layers are chosen: the table of methods. Each has a module of its own, which is loaded when it is used.
-
-Nothing here imports torch, so that settings can be checked without it.
-"""
+"""The table of methods that choose layers. The module of a method is imported when the method is used."""
 
 from __future__ import annotations
 
@@ -12,13 +9,13 @@ from typing import Any
 
 from axolotl_layersel.common.errors import LayerselError, suggest
 
-# The package whose modules the methods are.
+# The package that holds the modules of the methods.
 PACKAGE = "axolotl_layersel.selection.methods"
-# What a method reads of the data.
+# The part of the data that a method reads.
 NOTHING = "nothing"
 TOKENS = "tokens"
 LABELS = "tokens and labels"
-BATCHES = "batches"  # it trains on them, whatever they are made of
+BATCHES = "batches"  # of any content: the method trains on them
 
 
 @dataclass(frozen=True)
@@ -27,17 +24,17 @@ class Method:
 
     Attributes:
         name: the value of ``method`` in the YAML file.
-        summary: what the score of a layer is, for the documentation.
-        module: where its function is, below this package.
-        function: takes a ``Selection`` and returns a ``Choice``; every rank calls it.
-        reads: what it reads of the data.
+        summary: what the score of a layer means, for the documentation.
+        module: the module of its function, relative to ``PACKAGE``.
+        function: takes a ``Selection`` and returns a ``Choice``; every process calls it.
+        reads: the part of the data that it reads.
         needs_backward: whether it runs the model backward.
-        keys: of the ``selection`` block, those that not every method has.
-        units: what it can choose among, see ``units.UNITS``; the first is the default.
-        rank_allocation: its default.
-        fewest_samples: rows that it needs at least.
-        more_evidence: what to give more of when its scores do not tell layers apart.
-        way_out: what to do when layers cannot be scored.
+        keys: the keys of the ``selection`` block that it reads and some other method does not.
+        units: the kinds of unit that it can choose, see ``units.UNITS``; the first is the default.
+        rank_allocation: the default of ``rank_allocation``.
+        fewest_samples: the lowest number of rows that it accepts.
+        more_evidence: the advice when its scores do not tell layers apart.
+        way_out: the advice when layers cannot be scored.
     """
 
     name: str
@@ -60,11 +57,11 @@ class Method:
 
     @property
     def needs_data(self) -> bool:
-        """Whether it looks at the data."""
+        """Whether it reads the data."""
         return self.reads != NOTHING
 
     def load(self) -> Callable[[Any], Any]:
-        """Return its function, which takes a ``Selection`` and returns a ``Choice``."""
+        """Import and return its function, which takes a ``Selection`` and returns a ``Choice``."""
         return getattr(importlib.import_module(f"{PACKAGE}.{self.module}"), self.function)
 
 
@@ -73,8 +70,8 @@ METHODS = {
     for method in (
         Method(
             "cka",
-            "How much the layer rearranges your rows relative to each other: 0, they lie as before; towards "
-            "1, in a new order. (1 minus the linear CKA of its input and output.) One forward pass per row.",
+            "How much the layer rearranges your rows relative to each other: 0 if not at all, and towards 1 the more "
+            "it does. (1 minus the linear CKA of its input and output.) One forward pass per row.",
             "cka",
             keys=("num_samples", "seed", "token"),
             units=("layer", "group"),
@@ -83,15 +80,15 @@ METHODS = {
         ),
         Method(
             "cosine",
-            "How far the layer turns the hidden state of a token, averaged over all tokens: 0, not at all; 1, "
-            "to a right angle. One forward pass per row.",
+            "The angle by which the layer rotates the hidden state of a token, as 1 minus its cosine, averaged over "
+            "all tokens: 0 if not at all, 1 for a right angle. One forward pass per row.",
             "cosine",
             units=("layer", "group"),
         ),
         Method(
             "relative",
-            "How much the layer adds to the hidden state of a token, for its size, averaged over all tokens: 0, "
-            "nothing; 1, as much as there was. One forward pass per row.",
+            "How much the layer adds to the hidden state of a token, relative to its norm, averaged over all tokens: "
+            "0 for nothing, 1 for as much as the norm. One forward pass per row.",
             "relative",
             units=("layer", "group"),
         ),
@@ -100,7 +97,7 @@ METHODS = {
             "How strongly the likelihood of your answers (for a classifier, of each row's label) depends on "
             "the layer's own frozen weights: the squared gradient, averaged over rows and weights. A forward "
             "and a backward pass per row, with the logits of a few answer tokens at a time, so that a large "
-            "vocabulary takes no more memory. Axolotl's fused LoRA kernels are off meanwhile.",
+            "vocabulary needs no more memory. Axolotl's fused LoRA kernels are off during the passes.",
             "fisher",
             reads=LABELS,
             needs_backward=True,
@@ -108,9 +105,10 @@ METHODS = {
         ),
         Method(
             "gradient",
-            "What LoRA with `lora_r` there can be expected to gain: the singular values of the loss's gradient by "
-            "the frozen weights, as far as they are the same in two halves of the rows. They also say how much rank "
-            "pays where, see [below](#rank-where-it-pays). A forward and a backward pass per row.",
+            "The expected gain from LoRA of rank `lora_r` in the layer: the singular values of the loss's gradient "
+            "with respect to the frozen weights, as far as two halves of the rows agree on them. They also say how "
+            "much rank pays off in each module, see [Ranks and budgets](ranks.md). A forward and a backward pass per "
+            "row.",
             "gradient",
             reads=LABELS,
             needs_backward=True,
@@ -119,8 +117,8 @@ METHODS = {
         ),
         Method(
             "flexora",
-            "The layer's gate after a short search that trains: above 0, its LoRA helped on rows that it was "
-            "not trained on more than others' did. See [below](#searching-with-gates).",
+            "The layer's gate after a short search that trains: above 0 if its LoRA helped more than that of other "
+            "layers on rows that it was not trained on. See [The search](flexora.md).",
             "flexora.choice",
             reads=BATCHES,
             needs_backward=True,
@@ -130,7 +128,7 @@ METHODS = {
         ),
         Method(
             "random",
-            "None, and no data are read: the layers are drawn by the seed.",
+            "No score and no data: the layers are drawn at random with the seed.",
             "controls",
             "choose_random",
             reads=NOTHING,
@@ -139,7 +137,7 @@ METHODS = {
         ),
         Method(
             "first",
-            "None, and no data are read: the lowest layers are kept.",
+            "No score and no data: the lowest layers are chosen.",
             "controls",
             "choose_first",
             reads=NOTHING,
@@ -147,7 +145,7 @@ METHODS = {
         ),
         Method(
             "last",
-            "None, and no data are read: the highest layers are kept.",
+            "No score and no data: the highest layers are chosen.",
             "controls",
             "choose_last",
             reads=NOTHING,
@@ -155,7 +153,7 @@ METHODS = {
         ),
         Method(
             "explicit",
-            "None, and no data are read: the layers that you list are kept.",
+            "No score and no data: the layers that you list are chosen.",
             "controls",
             "choose_explicit",
             reads=NOTHING,
@@ -169,7 +167,7 @@ def get_method(name: str) -> Method:
     """Return the method ``name``.
 
     Raises:
-        LayerselError: if there is none.
+        LayerselError: if no method has this name.
     """
     if name not in METHODS:
         raise LayerselError(f"layersel.selection.method: {name!r} is not known: {suggest(name, METHODS)}")
@@ -177,5 +175,5 @@ def get_method(name: str) -> Method:
 
 
 def list_data_free() -> str:
-    """Return the names of the methods that look at no data, for messages."""
+    """Return the names of the methods that read no data, for messages."""
     return ", ".join(method.name for method in METHODS.values() if not method.needs_data)

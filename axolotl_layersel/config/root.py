@@ -1,7 +1,7 @@
-"""The ``layersel`` block of an Axolotl YAML file, and what in the rest of the file contradicts it.
+"""The ``layersel`` block of an Axolotl YAML file, and the checks of the rest of the file against it.
 
-Axolotl merges ``LayerselArgs`` into its own schema. Only what is wrong whatever the command is refused
-here: the same file also goes through ``preprocess``, ``evaluate``, ``inference`` and ``merge-lora``.
+Axolotl merges ``LayerselArgs`` into its own schema. ``preprocess``, ``evaluate``, ``inference`` and ``merge-lora`` read
+the same file, so the schema refuses only what is wrong for every command.
 """
 
 import difflib
@@ -36,24 +36,24 @@ class LayerselConfig(Block):
     path: ClassVar[str] = "layersel"
 
     selection: SelectionConfig | None = Field(
-        default=None, description="Choose the layers that get an adapter, before training."
+        default=None, description="Choose the layers that get an adapter before training."
     )
     l1ra: L1RAConfig | None = Field(
-        default=None, description="Move rank to the modules that use it, during training. `{}` for the defaults."
+        default=None, description="Move rank to the modules that need it during training. `{}` takes the defaults."
     )
 
     @model_validator(mode="after")
     def check_parts(self) -> "LayerselConfig":
         if self.selection is None and self.l1ra is None:
             raise ValueError(
-                "layersel: the block is empty, so it would do nothing. Add `selection`, `l1ra` (`l1ra: {}` "
-                "for its defaults), or both."
+                "layersel: the block is empty, so it would do nothing. Add `selection`, `l1ra` (`l1ra: {}` takes the "
+                "defaults), or both."
             )
         return self
 
 
 def describe_unread(settings: LayerselConfig) -> str | None:
-    """Return one sentence on the keys that were written and nothing reads, or None where there are none."""
+    """Return one sentence that lists the keys in the file that nothing reads; None if everything is read."""
     groups: dict[str, list[str]] = {}
     for key, why in settings.list_unread().items():
         groups.setdefault(why, []).append(key)
@@ -64,19 +64,19 @@ def describe_unread(settings: LayerselConfig) -> str | None:
 
 
 class LayerselArgs(BaseModel):
-    """What Axolotl's schema gains when the plugin is listed."""
+    """The keys that the plugin adds to Axolotl's schema."""
 
     layersel: LayerselConfig | None = Field(default=None, description="Which layers get LoRA, and how much rank.")
 
     @model_validator(mode="before")
     @classmethod
     def check_run(cls, data: Any) -> Any:
-        """Refuse what the plugin cannot honour in the rest of the file.
+        """Check the rest of the file against the ``layersel`` block.
 
         Raises:
-            ValueError: with the key, its value and the way out.
+            ValueError: with the key, its value and what to do.
         """
-        # Axolotl keeps the plugins of earlier files in one process: judge only files that list this one.
+        # In one process Axolotl keeps the plugins of earlier files: check only files that list this one.
         if not isinstance(data, Mapping) or not any("axolotl_layersel" in name for name in list_plugins(data)):
             return data
         if data.get("layersel") is None:
@@ -87,7 +87,7 @@ class LayerselArgs(BaseModel):
         try:
             block = LayerselConfig.model_validate(data["layersel"]).drop_unread()
         except ValidationError:
-            return data  # the field itself will say it
+            return data  # the validation of the field reports it
         if block.l1ra:
             l1ra.check_file(data, block.l1ra)
             check_length(data, block.l1ra)
@@ -101,7 +101,7 @@ class LayerselArgs(BaseModel):
 
 
 def check_ranks(data: Mapping[str, Any], block: LayerselConfig, moving: L1RAConfig) -> None:
-    """Raise LayerselError where a selection has no room for its ranks, or none of a file's ranks could move."""
+    """Raise LayerselError if a selection may give more rank than ``l1ra`` has room for, or if no rank could move."""
     chosen, lora_r = block.selection, as_whole(data.get("lora_r"))
     assert lora_r is not None, "l1ra has checked it"
     most = l1ra.find_max_rank(moving, lora_r, (chosen and chosen.max_rank) or 0)
@@ -113,14 +113,14 @@ def check_ranks(data: Mapping[str, Any], block: LayerselConfig, moving: L1RAConf
         l1ra.check_movable(moving, [lora_r], most)
 
 
-# Axolotl refuses values of a wrong type in most of the keys that are read below: those pass here.
+# Axolotl itself refuses most values of a wrong type in the keys below, so these checks let them pass.
 
 
 def missing_block(data: Mapping[str, Any]) -> str:
-    """Return the message for a file that lists the plugin without its block."""
+    """Return the message for a file that lists the plugin but has no ``layersel`` block."""
     near = difflib.get_close_matches("layersel", set(map(str, data)) - {"layersel"}, n=1)
     if near:
-        return f"{near[0]}: is not a setting, and the plugin finds no `layersel` block. Rename the key to `layersel`."
+        return f"{near[0]} is not a setting, and the file has no `layersel` block. Rename the key to `layersel`."
     return (
         "layersel: the plugin is listed but its block is missing or empty, so it would do nothing. Add "
         "`layersel: {selection: {method: cka, ratio: 0.5}}` or `layersel: {l1ra: {}}`, or remove axolotl_layersel "
@@ -129,7 +129,7 @@ def missing_block(data: Mapping[str, Any]) -> str:
 
 
 def check_adapter(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError unless the run trains LoRA in a way that layers can be left out of."""
+    """Raise LayerselError unless the run trains a kind of LoRA that the plugin supports."""
     adapter = data.get("adapter")
     if adapter not in ("lora", "qlora"):
         raise LayerselError(
@@ -137,9 +137,7 @@ def check_adapter(data: Mapping[str, Any]) -> None:
             "Set `adapter: lora` or `adapter: qlora`, or remove axolotl_layersel from `plugins`."
         )
     if data.get("lora_r") is not None and (as_whole(data["lora_r"]) or 0) < 1:
-        raise LayerselError(
-            f"lora_r: {quote(data['lora_r'])} is no rank that LoRA can have. Set 1 or more, such as 16."
-        )
+        raise LayerselError(f"lora_r: {quote(data['lora_r'])} is not a valid rank. Set 1 or more, such as 16.")
     block = as_mapping(data.get("layersel"))
     if as_number(data.get("lora_alpha")) == 0 and (not data.get("lora_model_dir") or block.get("l1ra") is not None):
         raise LayerselError(describe_unscaled(data["lora_alpha"]))
@@ -152,28 +150,28 @@ def check_adapter(data: Mapping[str, Any]) -> None:
 
 
 def describe_unscaled(alpha: Any) -> str:
-    """Return the message for a ``lora_alpha`` by which no LoRA weight would get a gradient."""
+    """Return the message for a ``lora_alpha`` under which no LoRA weight gets a gradient."""
     return (
-        f"lora_alpha: {quote(alpha)} scales what LoRA adds by 0, so no weight of it would train. Set another number, "
-        "such as 16."
+        f"lora_alpha: {quote(alpha)} scales the output of LoRA to 0, so no LoRA weight would train. Set another "
+        "number, such as 16."
     )
 
 
 def check_seed(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError for a seed of the run that the Trainer cannot use, which it would notice late."""
+    """Raise LayerselError for a ``seed`` that NumPy does not accept, before the Trainer fails on it."""
     seed = as_whole(data.get("seed"))
     if seed is not None and seed not in SEEDS:
         raise LayerselError(f"seed: {seed} is {describe_seeds()}")
 
 
 def check_blank_blocks(block: Mapping[str, Any]) -> None:
-    """Raise LayerselError for a part of the ``layersel`` block that is there but blank.
+    """Raise LayerselError for a blank ``selection`` or ``l1ra`` block.
 
-    Not in the schema: dumped defaults hold None where nothing was written.
+    The schema cannot check it: a dumped file holds None for the keys that were not written.
     """
     for key in ("selection", "l1ra"):
         if key in block and block[key] is None:
             raise LayerselError(
-                f"layersel.{key}: the key is there but its block is blank. Write its settings below it, or remove "
-                "it; `l1ra: {}` takes the defaults."
+                f"layersel.{key}: the block is blank. Write its settings below the key, or remove the key; "
+                "`l1ra: {}` takes the defaults."
             )

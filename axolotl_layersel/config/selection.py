@@ -1,4 +1,4 @@
-"""``layersel.selection``: its settings, and what in the rest of the YAML file contradicts them."""
+"""``layersel.selection``: its settings, and the checks of the rest of the YAML file against them."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from axolotl_layersel.config.strict_block import (
     read_choice,
 )
 
-# What they come to in a model: `ending` is the last token before the ending that nearly all rows share.
+# The values of `token` once the model is known. `ending`: the last token before the ending that nearly all rows share.
 Token = Literal["cls", "mean", "last", "ending"]
 Unselected = Literal["remove", "freeze"]
 DEFAULT_RATIO = 0.5
@@ -43,12 +43,12 @@ DEFAULT_BUDGET = 1.0
 HIGHEST_BUDGET = 64
 MAX_RANK_FACTOR = 4
 HIGHEST_RANK = 1024
-# The bounds that nothing reads, by the value of `rank_allocation`.
+# By the value of `rank_allocation`: the bounds of ranks that nothing reads.
 IDLE_BOUNDS: dict[str | None, tuple[str, ...]] = {"same": ("max_rank", "min_rank"), "match": ("min_rank",)}
 
 
 class SelectionConfig(Block):
-    """``layersel.selection``: which layers keep their adapter."""
+    """``layersel.selection``: how layers are chosen, and what happens to the others."""
 
     path: ClassVar[str] = "layersel.selection"
     renamed: ClassVar[dict[str, str]] = {"rank": "rank_allocation", "towers": "outside_layers"}
@@ -59,105 +59,106 @@ class SelectionConfig(Block):
         gt=0,
         le=1,
         examples=[DEFAULT_RATIO],
-        description=f"Share of the candidate layers that is kept, in (0, 1]. Default {DEFAULT_RATIO}, of a lone "
-        "candidate 1, unless `num_layers` or `layers` is given; with flexora see `keep`.",
+        description=f"Share of the candidates to choose, in (0, 1]. Default {DEFAULT_RATIO} (1 if there is only one "
+        "candidate), unless `num_layers`, `num_units`, `layers` or `keep` is set, and 1 with `rank_allocation: score`.",
     )
-    num_layers: int | None = Field(default=None, ge=1, description="Number of layers kept, instead of `ratio`.")
+    num_layers: int | None = Field(default=None, ge=1, description="Number of layers to choose, instead of `ratio`.")
     num_units: int | None = Field(
         default=None,
         ge=1,
-        description="With `granularity: group` or `module`: number of them kept, instead of `ratio`.",
+        description="With `granularity: group` or `module`: number of units to choose, instead of `ratio`.",
     )
     layers: list[LayerName] | None = Field(
         default=None,
-        description="With `method: explicit`: the layers kept, from 0; of a model with an encoder and a decoder as "
-        "`encoder.0` and `decoder.0`.",
+        description="With `method: explicit`: the layers to choose, counted from 0; in a model with an encoder and a "
+        "decoder `encoder.0`, `decoder.0` and so on.",
     )
     granularity: str | None = Field(
         default=None,
-        description="What is chosen among: `layer`, `group` (the attention or the MLP of a layer) or `module`. "
-        "Default: the first that the method has, see its table.",
+        description="The unit of the choice: `layer`, `group` (the attention or the MLP of a layer) or `module`. "
+        "The default depends on the method.",
     )
     rank_allocation: RankAllocation | None = Field(
         default=None,
-        description="How rank is given to the chosen units. `same`: `lora_r` each; `match`: one rank for all, as high "
-        "as `budget` allows; `score`: more where the score is higher. Default: `score` with gradient, `same` with the "
-        "others.",
+        description="How the chosen units get their ranks. `same`: `lora_r` each. `match`: one rank for all, as high "
+        "as `budget` allows. `score`: more rank for a higher score. Default: `score` with `method: gradient`, `same` "
+        "with the others.",
     )
     budget: float | None = Field(
         default=None,
-        description="With `rank_allocation: match` and `score`: the trainable parameters that may be spent, as a "
-        "multiple of those of LoRA with `lora_r` in all candidates. Default 1.",
+        description="With `rank_allocation: match` or `score`: the budget of trainable parameters, as a multiple of "
+        "those of LoRA with `lora_r` in all candidates. Default 1.",
     )
     budget_parameters: int | None = Field(
-        default=None, ge=1, description="The same as a number of parameters, instead of `budget`."
+        default=None, ge=1, description="The budget as a number of parameters, instead of `budget`."
     )
     min_rank: int | None = Field(
         default=None,
         ge=0,
         le=HIGHEST_RANK,
-        description="With `rank_allocation: score`: the lowest rank of a chosen unit. Default 0: units that would gain "
-        "nothing by rank are left out.",
+        description="With `rank_allocation: score`: the lowest rank of a chosen unit. Default 0: units that gain "
+        "nothing from rank get no adapter.",
     )
     max_rank: int | None = Field(
         default=None,
         ge=1,
         le=HIGHEST_RANK,
-        description="With `rank_allocation: match` and `score`: the highest rank. Default "
-        f"{MAX_RANK_FACTOR} × lora_r, and with l1ra the highest that it allows.",
+        description="With `rank_allocation: match` or `score`: the highest rank of a chosen unit. Default "
+        f"{MAX_RANK_FACTOR} × lora_r, or with l1ra its `max_rank`.",
     )
     keep: Literal["positive"] | None = Field(
         default=None,
-        description="flexora: `positive` (default) keeps what has a gate above zero, instead of `ratio` or "
-        "`num_layers`.",
+        description="With `method: flexora`: `positive` (default) chooses the units whose gate is above zero, instead "
+        "of `ratio` or `num_layers`.",
     )
     candidates: list[LayerName] | None = Field(
         default=None,
-        description="Layers that may be chosen, named as in `layers`. Default: every layer that carries LoRA, of the "
-        "language model, of both an encoder and a decoder, or of what `stacks` says.",
+        description="Layers that may be chosen, named as in `layers`. Default: every layer with LoRA, in the language "
+        "model, in both the encoder and the decoder, or in the stacks that `stacks` names.",
     )
     unselected: Unselected | None = Field(
         default=None,
-        description="`remove` (default): the other layers get no adapter; `freeze`: they keep it, untrained.",
+        description="What happens to the other layers. `remove` (default): they get no adapter. `freeze`: they keep "
+        "it, but it does not train.",
     )
     outside_layers: OutsideLayers | None = Field(
         default=None,
-        description="LoRA outside of the language model's layers, such as in a vision tower or a projector. "
-        "`keep` (default): it stays and trains; `remove`: it gets no adapter.",
+        description="What happens to LoRA outside the stacks that are chosen from, such as in a vision tower or a "
+        "projector. `keep` (default): it trains. `remove`: it is removed.",
     )
     stacks: Literal["language", "vision", "both"] | None = Field(
         default=None,
-        description="Of a multimodal model, whose layers are chosen among. `language` (default): the language model's; "
-        "`vision`: the vision tower's, and LoRA in the language model is what `outside_layers` is about; `both`.",
+        description="In a multimodal model, the layers to choose from. `language` (default): those of the language "
+        "model. `vision`: those of the vision tower; `outside_layers` then covers the language model. `both`: all.",
     )
     num_samples: int | None = Field(
         default=None,
-        description=f"Training rows that the scores are computed from. Default {DEFAULT_NUM_SAMPLES}, or all rows of a "
+        description=f"Number of training rows to compute scores from. Default {DEFAULT_NUM_SAMPLES}, or all rows of a "
         "smaller training set.",
     )
     token: Literal["auto", "last", "mean", "cls"] | None = Field(
         default=None,
-        description="cka: the token that stands for a row. `auto` (default): of an encoder the first, or the mean "
-        "where its pooling is one; else the last one before the ending that nearly all rows share (others are "
-        "left out); of an encoder beside a decoder the mean. Of a vision tower always the mean. "
-        "`last`, `mean` (of the row's tokens), `cls` (the first).",
+        description="With `method: cka`: the token that represents a row. `last`, `cls` (the first), or `mean` (the "
+        "mean of all tokens). `auto` (default): in a decoder, the last token before the ending that nearly all rows "
+        "share, and rows without it are left out; in an encoder, the first token, or the mean if the model pools so "
+        "or has a decoder too. A vision tower always takes the mean.",
     )
     seed: int | None = Field(
         default=None,
         ge=SEEDS.start,
         le=SEEDS.stop - 1,
-        description="Seed of the calibration sample, or of the search. Default: the run's seed.",
+        description="Seed of the drawn rows, of the search, or of `method: random`. Default: the run's seed.",
     )
     plan: str | None = Field(
-        default=None, description="Path of a saved plan.json: it is checked and applied, nothing is scored."
+        default=None, description="Path of a saved plan.json, which is checked and applied. Nothing is scored."
     )
     plan_check: Literal["error", "ignore"] | None = Field(
         default=None,
-        description="What a plan, or a checkpoint, that was made for another base model is. `error` (default); "
-        "`ignore`: it is applied, for a model that has another name only.",
+        description="What to do with a plan or a checkpoint that names another base model. `error` (default): refuse "
+        "it. `ignore`: use it, for the same model under another name.",
     )
     flexora: FlexoraConfig | None = Field(
-        default=None, description="The search of `method: flexora`, see below. Default: its defaults."
+        default=None, description="Settings of the search of `method: flexora`. Default: all defaults."
     )
 
     @field_validator("method", "granularity", mode="before")
@@ -171,13 +172,13 @@ class SelectionConfig(Block):
     @classmethod
     def check_budget(cls, value: Any) -> Any:
         if value == "parameters":
-            raise ValueError(f"{cls.path}.budget: 'parameters' is 1, the default, now. Leave the key out.")
+            raise ValueError(f"{cls.path}.budget: 'parameters' is now written as 1, the default. Remove the key.")
         number = as_number(value)
         if number is not None and not 0 < number <= HIGHEST_BUDGET:
             raise ValueError(
                 f"{cls.path}.budget: {quote(value)} is outside (0, {HIGHEST_BUDGET}]: it is a multiple of the "
-                "parameters of LoRA with `lora_r` in all candidates. Set one such as 0.5, or give a number of "
-                "parameters as `budget_parameters`."
+                "parameters of LoRA with `lora_r` in all candidates. Set a multiple such as 0.5, or set "
+                "`budget_parameters` to a number of parameters."
             )
         return value
 
@@ -188,12 +189,12 @@ class SelectionConfig(Block):
             return None
         key = f"{cls.path}.{info.field_name}"
         if not value:
-            raise ValueError(f"{key}: [] names no layer. List at least one, counted from 0.")
+            raise ValueError(f"{key}: [] is empty. List at least one layer, counted from 0.")
         numbers = [layer for layer in value if isinstance(layer, int)]
         if numbers and len(numbers) < len(value):
             raise ValueError(
-                f"{key}: {format_names(value)} names layers by their numbers, as in a model with one list of them, and "
-                "those of an encoder and a decoder. Write them all in one way."
+                f"{key}: {format_names(value)} mixes numbers, for a model with one stack of layers, and names such as "
+                "encoder.0. Use either numbers or names."
             )
         negative = [layer for layer in numbers if layer < 0]
         if negative:
@@ -206,27 +207,29 @@ class SelectionConfig(Block):
     @model_validator(mode="after")
     def check_together(self) -> "SelectionConfig":
         if self.method == "explicit" and self.layers is None:
-            raise ValueError(f"{self.path}.layers is missing: method explicit keeps just the layers listed there.")
+            raise ValueError(
+                f"{self.path}.layers is missing: method: explicit chooses the layers that it lists. Add it."
+            )
         if self.method != "explicit" and self.layers is not None:
             raise ValueError(
-                f"{self.path}.layers: {self.layers} has no effect with method {self.method}. "
-                f"Set `method: explicit`, or `num_layers: {len(self.layers)}` to keep as many, or use `candidates` to "
-                "limit the choice."
+                f"{self.path}.layers: {self.layers} has no effect with method: {self.method}. "
+                f"Set `method: explicit`, or `num_layers: {len(self.layers)}` to choose as many, or use `candidates` "
+                "to limit the choice."
             )
         method, read = get_method(self.method), self.drop_unread()
         if self.keep is not None and "keep" not in method.keys:
             raise ValueError(
-                f"{self.path}.keep: {self.keep} asks for gates, and method {self.method} has none. Say how much is "
-                "kept by `ratio` or `num_layers`, or set `method: flexora`."
+                f"{self.path}.keep: {self.keep} needs gates, but method: {self.method} has none. Use `ratio` or "
+                "`num_layers` instead, or set `method: flexora`."
             )
         if read.stacks == "vision" and read.token in ("last", "cls"):
             raise ValueError(
-                f"{self.path}.token: {self.token!r} has no effect with stacks: vision, where the mean of a row's "
-                "patches stands for it. Remove the key, or set `token: mean`."
+                f"{self.path}.token: {self.token!r} has no effect with stacks: vision, where the mean of its patches "
+                "represents a row. Remove the key, or set `token: mean`."
             )
         if read.num_samples is not None and read.num_samples < method.fewest_samples:
             raise ValueError(
-                f"{self.path}.num_samples: {self.num_samples} is too few to compare rows by {self.method}. "
+                f"{self.path}.num_samples: {self.num_samples} is too few rows for method: {self.method}. "
                 f"Set {method.fewest_samples} or more."
             )
         given = [
@@ -234,11 +237,11 @@ class SelectionConfig(Block):
         ]
         if len(given) > 1:
             shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
-            raise ValueError(f"{self.path}: {shown} both say how much is kept. Keep one of them.")
+            raise ValueError(f"{self.path}: {shown} all set how many are chosen. Keep only one of these keys.")
         if read.flexora is not None and read.flexora.gate_lr == 0 and self.ratio != 1:
             raise ValueError(
-                f"{FlexoraConfig.path}.gate_lr: 0 holds all gates at 0, so there would be nothing to choose by. Set it "
-                "above 0, or keep everything with `ratio: 1`."
+                f"{FlexoraConfig.path}.gate_lr: 0 holds all gates at 0, so they could not tell layers apart. Set it "
+                "above 0, or choose everything with `ratio: 1`."
             )
         self.check_units(method)
         self.check_ranks(method)
@@ -247,23 +250,23 @@ class SelectionConfig(Block):
             if outside:
                 raise ValueError(
                     f"{self.path}.layers: {format_names(outside)} are not among candidates: "
-                    f"{format_names(self.candidates)}. Add them there, or "
-                    "remove candidates."
+                    f"{format_names(self.candidates)}. Add them to candidates, or remove candidates."
                 )
             if (self.num_layers or 0) > len(self.candidates):
                 raise ValueError(
-                    f"{self.path}.num_layers: {self.num_layers} is more than the {len(self.candidates)} candidates."
+                    f"{self.path}.num_layers: {self.num_layers} is more than the {len(self.candidates)} candidates. "
+                    "Lower it, or add candidates."
                 )
         return self
 
     def check_units(self, method: Method) -> None:
-        """Raise ValueError for units that the method cannot choose among, or that are counted in layers."""
+        """Raise ValueError if the method cannot choose units of this kind, or if the wrong key sets their number."""
         granularity = self.granularity or method.units[0]
         if granularity not in method.units:
             raise ValueError(
-                f"{self.path}.granularity: {granularity!r} is not for method {self.method}, which chooses among "
-                f"{' or '.join(f'{unit}s' for unit in method.units)}. Use {list_methods_for(granularity)}, or leave "
-                "the key out."
+                f"{self.path}.granularity: {granularity!r} is not available with method: {self.method}, which chooses "
+                f"{' or '.join(f'{unit}s' for unit in method.units)}. Use {list_methods_for(granularity)}, or remove "
+                "the key."
             )
         if granularity != "layer" and self.num_layers is not None:
             raise ValueError(
@@ -272,16 +275,16 @@ class SelectionConfig(Block):
             )
         if granularity == "layer" and self.num_units is not None:
             raise ValueError(
-                f"{self.path}.num_units: {self.num_units} is for granularity group and module; layers are counted by "
-                "`num_layers`."
+                f"{self.path}.num_units: {self.num_units} is for granularity group and module. Use `num_layers` for "
+                "layers."
             )
 
     def check_ranks(self, method: Method) -> None:
-        """Raise ValueError for settings of rank that contradict each other or have no effect."""
+        """Raise ValueError for settings of ranks that contradict each other or have no effect."""
         rank = self.rank_allocation or method.rank_allocation
         if rank == "score" and not method.needs_data:
             raise ValueError(
-                f"{self.path}.rank_allocation: 'score' needs scores, and method {self.method} gives none. Use "
+                f"{self.path}.rank_allocation: 'score' needs scores, but method: {self.method} computes none. Use "
                 "`match` or `same`."
             )
         bounds = IDLE_BOUNDS["same"] if self.rank_allocation is None else ()
@@ -289,7 +292,7 @@ class SelectionConfig(Block):
             if rank == "same" and getattr(self, key) is not None:
                 asked = f"rank_allocation: {rank}"
                 if self.rank_allocation is None:
-                    asked += f", the default of method {self.method}"
+                    asked += f", the default of method: {self.method}"
                 way_out = "`rank_allocation: match` or `score`" if method.needs_data else "`rank_allocation: match`"
                 raise ValueError(
                     f"{self.path}.{key}: {getattr(self, key)} has no effect with {asked}. Set {way_out}, or remove the "
@@ -297,27 +300,27 @@ class SelectionConfig(Block):
                 )
         if self.budget is not None and self.budget_parameters is not None:
             raise ValueError(
-                f"{self.path}.budget_parameters: {self.budget_parameters} and budget: {self.budget} both say what may "
-                "be spent. Keep one of them."
+                f"{self.path}.budget_parameters: {self.budget_parameters} and budget: {self.budget} both set the "
+                "budget. Keep only one of them."
             )
         if (self.min_rank or 0) > (self.max_rank or HIGHEST_RANK):
-            raise ValueError(f"{self.path}.min_rank: {self.min_rank} is more than max_rank: {self.max_rank}.")
+            raise ValueError(f"{self.path}.min_rank: {self.min_rank} is more than max_rank: {self.max_rank}. Lower it.")
 
     def find_unread(self) -> dict[str, str]:
-        # Not those that say how much is kept: without them another share would be.
+        # Not the keys that set how many units are chosen: a run without them would choose a different number.
         keys = {key for method in METHODS.values() for key in method.keys} - {"layers", "keep"}
         unread = {key: f"method: {self.method}" for key in sorted(keys - {*get_method(self.method).keys})}
-        # Where the rank is not written, a bound is taken for a wish for different ranks, and refused.
+        # Without `rank_allocation` in the file, bounds most likely ask for different ranks, so they are refused.
         unread |= {key: f"rank_allocation: {self.rank_allocation}" for key in IDLE_BOUNDS.get(self.rank_allocation, ())}
         return {key: why for key, why in unread.items() if getattr(self, key) is not None}
 
     def resolve(self, run_seed: int) -> "ResolvedSelection":
-        """Return the settings as they take effect; ``run_seed``: the seed where the block gives none."""
+        """Return the settings with defaults filled in; ``run_seed`` is the default of ``seed``."""
         method = get_method(self.method)
         ratio, keep, rank = self.ratio, self.keep, self.rank_allocation or method.rank_allocation
         if not any((ratio, keep, self.num_layers, self.num_units, self.layers)):
             if rank == "score":
-                ratio = 1.0  # the scores themselves say what gets no rank
+                ratio = 1.0  # the scores decide which units get no rank
             elif "keep" in method.keys:
                 keep = "positive"
             else:
@@ -348,7 +351,7 @@ class SelectionConfig(Block):
 
 @dataclass(frozen=True)
 class ResolvedSelection:
-    """The settings of a selection as they take effect, None where one has none; see ``SelectionConfig``."""
+    """The settings of a selection with defaults filled in; None for a setting that does not apply."""
 
     method: str
     ratio: float | None
@@ -373,12 +376,12 @@ class ResolvedSelection:
 
 
 def list_methods_for(unit: str) -> str:
-    """Return the names of the methods that choose among units of this kind, for messages."""
+    """Return the names of the methods that can choose units of this kind, for messages."""
     return ", ".join(method.name for method in METHODS.values() if unit in method.units)
 
 
 def check_file(data: Mapping[str, Any], settings: SelectionConfig) -> None:
-    """Raise LayerselError for what in the rest of a YAML file does not go with ``layersel.selection``."""
+    """Raise LayerselError if the rest of a YAML file conflicts with ``layersel.selection``."""
     check_layers_to_transform(data, settings)
     check_initialisation(data)
     check_new_ranks(data, settings)
@@ -388,7 +391,7 @@ def check_file(data: Mapping[str, Any], settings: SelectionConfig) -> None:
 
 
 def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionConfig) -> None:
-    """Raise LayerselError where ``peft_layers_to_transform`` leaves no room for the selection."""
+    """Raise LayerselError if ``peft_layers_to_transform`` excludes layers that the selection needs."""
     value = data.get("peft_layers_to_transform")
     allowed = as_whole_list(value if isinstance(value, list) else [value])
     if allowed is None:
@@ -398,8 +401,8 @@ def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionConfi
         if outside:
             raise LayerselError(
                 f"peft_layers_to_transform: {allowed} contradicts layersel.selection.{key}: layers "
-                f"{format_names(outside)} would "
-                "carry no LoRA. Remove peft_layers_to_transform (the plugin decides the layers), or add them to it."
+                f"{format_names(outside)} would have no LoRA. Remove peft_layers_to_transform (the plugin chooses the "
+                "layers), or add them to it."
             )
     if (selection.num_layers or 0) > len(allowed):
         raise LayerselError(
@@ -409,14 +412,14 @@ def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionConfi
 
 
 def check_new_ranks(data: Mapping[str, Any], selection: SelectionConfig) -> None:
-    """Raise LayerselError where modules cannot be given other ranks than ``lora_r``."""
+    """Raise LayerselError if modules need ranks other than ``lora_r`` and cannot get them."""
     rank, shards = selection.resolve(run_seed=0).rank_allocation, find_shards(data)
     if rank == "same":
         return
     if data.get("lora_rank_pattern"):
         raise LayerselError(
             f"lora_rank_pattern: {data['lora_rank_pattern']!r} contradicts layersel.selection.rank_allocation: {rank}, "
-            "by which the plugin decides the ranks. Remove lora_rank_pattern, or set `rank_allocation: same`."
+            "with which the plugin sets the ranks. Remove lora_rank_pattern, or set `rank_allocation: same`."
         )
     if selection.plan is not None:
         return
@@ -429,8 +432,8 @@ def find_budget(settings: ResolvedSelection, lora: int) -> int:
     """Return the budget in parameters, rounded down.
 
     Args:
-        settings: they allocate rank, and so have a budget.
-        lora: the parameters of LoRA with ``lora_r`` in all candidates.
+        settings: settings with a budget.
+        lora: the number of parameters of LoRA with ``lora_r`` in all candidates.
     """
     if settings.budget_parameters is not None:
         return settings.budget_parameters
@@ -439,9 +442,9 @@ def find_budget(settings: ResolvedSelection, lora: int) -> int:
 
 
 def find_matched_room(selection: SelectionConfig, lora_r: int) -> int:
-    """Return twice the rank by which the kept share spends the whole budget, as far as the block shows it, else 0.
+    """Return twice the rank at which the chosen share uses the whole budget; 0 if the block does not determine it.
 
-    ``l1ra`` takes it for its room by default, so that modules that start alike can gain rank.
+    It is the default of ``max_rank`` of ``l1ra``, so that modules that start with equal ranks can gain rank.
     """
     settings = selection.resolve(run_seed=0)
     if settings.rank_allocation != "match" or settings.ratio is None or settings.budget is None:
@@ -451,14 +454,17 @@ def find_matched_room(selection: SelectionConfig, lora_r: int) -> int:
 
 
 def count_share(ratio: float, number: int) -> int:
-    """Return how many of ``number`` a ratio keeps: floor(ratio × number + 1e-9), for 0.29 × 100 is 28.999…."""
+    """Return how many of ``number`` units a ratio chooses: floor(ratio × number + 1e-9), as 0.29 × 100 is 28.999…."""
     return math.floor(ratio * number + 1e-9)
 
 
 def check_even_ranks(data: Mapping[str, Any], selection: SelectionConfig, room: int | None) -> None:
-    """Raise LayerselError where ranks that are to follow scores are all equal, as the file alone shows.
+    """Raise LayerselError if the YAML file shows that ranks by score would all be equal.
 
-    ``room``: the highest rank that ``layersel.l1ra`` has room for, None without it.
+    Args:
+        data: the content of the YAML file.
+        selection: its ``layersel.selection`` block.
+        room: the highest rank that ``layersel.l1ra`` has room for; None without ``l1ra``.
     """
     settings, lora_r = selection.resolve(run_seed=0), as_whole(data.get("lora_r"))
     if settings.rank_allocation != "score" or settings.ratio != 1 or selection.plan is not None or lora_r is None:
@@ -469,58 +475,62 @@ def check_even_ranks(data: Mapping[str, Any], selection: SelectionConfig, room: 
 
 
 def check_forced(method: Method, paid: float, least: int, most: int, step: float = 1e-9) -> None:
-    """Raise LayerselError where the ranks that ``method`` gives are equal by force, whatever its scores are.
+    """Raise LayerselError if the budget and the bounds make all ranks equal, whatever the scores are.
 
     Args:
-        method: by whose scores ranks are given to all candidates.
-        paid: the rank that the budget pays for in all of them.
-        least: the rank that each gets.
+        method: the method whose scores set the ranks of all candidates.
+        paid: the rank that the budget allows in every candidate.
+        least: the lowest rank.
         most: the highest rank.
-        step: the share of a rank in all of them that the cheapest component takes.
+        step: the cost of the cheapest component, as a share of the cost of one rank in every candidate.
     """
     way_out = f"so all ranks would be equal, whatever the scores of {method.name} are"
-    # Other methods leave out what has the score 0.
+    # With other methods units of score 0 get no rank, so the ranks of the others may differ.
     if method.rank_allocation == "score" and paid >= most:
         raise LayerselError(
-            f"layersel.selection.budget: it pays for rank {paid:.4g} everywhere, which is max_rank: {most} or more, "
-            f"{way_out}. "
-            "Lower budget, raise max_rank, or use `rank_allocation: match`."
+            f"layersel.selection.budget: it allows rank {paid:.4g} in every unit, which is not below max_rank: {most}, "
+            f"{way_out}. Lower budget, raise max_rank, or use `rank_allocation: match`."
         )
     if least and paid - least < step:
         raise LayerselError(
-            f"layersel.selection.min_rank: {least} everywhere takes the whole budget, which pays for rank {paid:.4g}, "
+            f"layersel.selection.min_rank: {least} in every unit uses the whole budget, which allows rank {paid:.4g}, "
             f"{way_out}. Lower min_rank, raise budget, or use `rank_allocation: match`."
         )
 
 
 def check_room(max_rank: int | None, room: int) -> None:
-    """Raise LayerselError where a selection may give more rank than ``layersel.l1ra`` has ``room`` for."""
+    """Raise LayerselError if a selection may give more rank than ``layersel.l1ra`` has ``room`` for."""
     if (max_rank or 0) > room:
         raise LayerselError(
-            f"layersel.selection.max_rank: {max_rank} is more than the {room} that layersel.l1ra has room for. Lower "
-            "it, or raise layersel.l1ra.max_rank."
+            f"layersel.selection.max_rank: {max_rank} is more than {room}, the rank that layersel.l1ra has room "
+            "for. Lower it, or raise layersel.l1ra.max_rank."
         )
 
 
 def describe_sharded_ranks(rank: str, engine: str) -> str:
-    """Return the message for ranks that follow a search, on an engine that splits weights, by its name."""
+    """Return the message for ranks that are set after a search on ``engine``, which splits weights."""
     return (
-        f"layersel.selection.rank_allocation: {rank!r} builds modules anew, which {SHARDED[engine]} does not allow "
+        f"layersel.selection.rank_allocation: {rank!r} rebuilds modules, which {SHARDED[engine]} does not allow "
         "after a search by flexora. Make the plan on one process with `axolotl-layersel plan --launcher python` and "
-        "give it as `plan`, or use `rank_allocation: same`."
+        "set `plan` to its path, or use `rank_allocation: same`."
     )
 
 
 def describe_generated(trainer: str, method: str) -> str:
-    """Return the message for a method that looks at answers, and a trainer that has none yet, called so."""
+    """Return the message for a method that reads answers, and a trainer that generates them later.
+
+    Args:
+        trainer: how the message calls the trainer.
+        method: the name of the method.
+    """
     return (
-        f"{trainer} trains on prompts whose answers are yet to be generated, and layersel.selection.method: {method!r} "
-        f"looks at answers. Give a saved `plan`, or use one of the methods that need no data: {list_data_free()}."
+        f"{trainer} trains on prompts whose answers are not generated yet, but layersel.selection.method: {method!r} "
+        f"reads answers. Set `plan` to a saved plan, or use one of the methods that need no data: {list_data_free()}."
     )
 
 
 def check_dataset(data: Mapping[str, Any], selection: SelectionConfig) -> None:
-    """Raise LayerselError where the method needs rows that cannot be drawn at random, or answers that no row has."""
+    """Raise LayerselError if the method needs rows that cannot be sampled, or answers that no row has."""
     method = get_method(selection.method)
     if not method.needs_data or selection.plan is not None:
         return
@@ -530,13 +540,13 @@ def check_dataset(data: Mapping[str, Any], selection: SelectionConfig) -> None:
         raise LayerselError(describe_generated(f"rl: {rl!r}", method.name))
     if method.reads == LABELS and data.get("reward_model"):
         raise LayerselError(
-            f"reward_model: {data['reward_model']} learns from pairs of answers and has no labels, of which "
-            f"layersel.selection.method: {method.name!r} needs the likelihood. Use `cka` or `cosine`."
+            f"reward_model: {data['reward_model']} learns from pairs of answers and has no labels, but "
+            f"layersel.selection.method: {method.name!r} needs the likelihood of labels. Use `cka` or `cosine`."
         )
     streamed = next((key for key in ("streaming", "pretraining_dataset") if data.get(key)), None)
     if streamed:
         raise LayerselError(
             f"{streamed}: {data[streamed]!r} cannot be sampled for layersel.selection.method: "
-            f"{selection.method!r}. Use a dataset that is loaded whole, give a saved `plan`, or one of the "
+            f"{selection.method!r}. Use a dataset that is loaded whole, set `plan` to a saved plan, or use one of the "
             f"methods that need no data: {list_data_free()}."
         )

@@ -1,4 +1,4 @@
-"""The strict base of this package's YAML blocks: what is not understood is an error that names key and value."""
+"""The base class of this package's YAML blocks: errors for unknown keys and wrong values name key and value."""
 
 import math
 import types
@@ -15,20 +15,21 @@ LAYER_LIST = (
     "a list of whole numbers, such as [0, 1, 5], or for a model with an encoder and a decoder one such as "
     "[encoder.3, decoder.0]"
 )
-# Longer values are cut in messages.
+# Messages truncate longer values.
 SHOWN = 120
 
 B = TypeVar("B", bound="Block")
 
 
 class Block(BaseModel):
-    """A YAML mapping in which an unknown key is an error that suggests the nearest known one, and so is a value of
-    another type: a boolean is no number, nor is an infinite one. Numbers may be text, for YAML reads 1e-3 so.
+    """A YAML mapping that refuses unknown keys, with a suggestion, and values of a wrong type.
+
+    Booleans and infinities are not numbers. Text may be a number, because YAML reads 1e-3 as text.
     """
 
     model_config = ConfigDict(extra="forbid")
     path: ClassVar[str]
-    # Keys of earlier versions, and what they are called now.
+    # Keys of earlier versions and their present names.
     renamed: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
@@ -40,7 +41,7 @@ class Block(BaseModel):
             )
         for key in data:
             if key in cls.renamed:
-                raise ValueError(f"{cls.path}.{key}: the key is called `{cls.renamed[key]}` now. Rename it.")
+                raise ValueError(f"{cls.path}.{key}: this key is now called `{cls.renamed[key]}`. Rename it.")
             if key not in cls.model_fields:
                 word = key if isinstance(key, str) else quote(key)
                 raise ValueError(f"{cls.path}.{word} is not a setting: {suggest(word, cls.model_fields)}")
@@ -60,19 +61,16 @@ class Block(BaseModel):
         return result
 
     def find_unread(self) -> dict[str, str]:
-        """Return the keys that were written and that nothing reads, each with the setting under which it is so."""
+        """Return the keys in the file that nothing reads, each with the setting that makes it so."""
         return {}
 
     def drop_unread(self: B) -> B:
-        """Return a copy without the keys that nothing reads, in the blocks inside of this one too."""
+        """Return a copy without the keys that nothing reads, here and in nested blocks."""
         update: dict[str, Any] = {name: value.drop_unread() for name, value in self if isinstance(value, Block)}
         return self.model_copy(update={**update, **dict.fromkeys(self.find_unread())})
 
     def list_unread(self) -> dict[str, str]:
-        """Return what ``find_unread`` does, with each key as it is found from the top of the YAML file, and its value.
-
-        The blocks inside of this one that are read are looked through too.
-        """
+        """Return the result of ``find_unread`` here and in nested blocks, with full paths and values as keys."""
         unread = self.find_unread()
         found = {f"{self.path}.{name}{show(getattr(self, name))}": why for name, why in unread.items()}
         for name, value in self:
@@ -82,22 +80,27 @@ class Block(BaseModel):
 
 
 def show(value: Any) -> str:
-    """Return a value as it follows its key in a message; a block has too many to list."""
+    """Return a value as it follows its key in a message; nothing for a block, which is too long."""
     return "" if isinstance(value, Block) else f": {quote(value)}"
 
 
 def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
-    """Return the value of ``key`` as the type ``annotation``: int, float, bool, str, names of layers, a block, or a
-    union.
+    """Return the value of ``key`` converted to the type ``annotation``.
+
+    Args:
+        key: the full path of the key.
+        value: the value in the YAML file.
+        annotation: int, float, bool, str, a list of layer names, a block, or a union of these.
+        description: the description of the key, shown if the value is blank.
 
     Raises:
-        ValueError: with the key, its value and what is expected, if it is something else.
+        ValueError: if the value has another type; it names the key, the value and the expected type.
     """
     kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     if value is None and type(None) in kinds:
         return None
     if value is None:
-        raise ValueError(f"{key}: the value is blank. Write one, or leave the key out. {description}")
+        raise ValueError(f"{key}: the value is blank. Write one, or remove the key. {description}")
     hint = " (YAML reads `on`, `yes` and `true` as True)" if value is True else ""
     result: Any
     if int in kinds:
@@ -115,14 +118,14 @@ def read(key: str, value: Any, annotation: Any, description: str | None) -> Any:
     elif list[LayerName] in kinds:
         result, expected = as_layer_list(value), LAYER_LIST
     else:
-        return value  # a block, which checks itself
+        return value  # a block, which pydantic validates next
     if result is None:
-        raise ValueError(f"{key}: {quote(value)}{hint} is not {expected}. Write {expected}, or leave the key out.")
+        raise ValueError(f"{key}: {quote(value)}{hint} is not {expected}. Write {expected}, or remove the key.")
     return result
 
 
 def check_bounds(key: str, value: float, field: FieldInfo) -> None:
-    """Raise ValueError for a number outside the bounds of its field, whose first example is named in the message."""
+    """Raise ValueError for a number outside the bounds of its field; the message gives the field's first example."""
     lowest, above, highest, below = (
         next((getattr(bound, name) for bound in field.metadata if hasattr(bound, name)), None)
         for name in ("ge", "gt", "le", "lt")
@@ -142,7 +145,7 @@ def check_bounds(key: str, value: float, field: FieldInfo) -> None:
 
 
 def check_known(key: str, value: Any, known: Iterable[str]) -> Any:
-    """Return ``value``, or raise ValueError with the nearest of ``known`` if it is another one; None passes."""
+    """Return ``value``; raise ValueError with the nearest of ``known`` if it is neither one of them nor None."""
     if value is not None and value not in known:
         word = value if isinstance(value, str) else quote(value)
         raise ValueError(f"{key}: {quote(value)} is not known: {suggest(word, known)}")
@@ -150,7 +153,7 @@ def check_known(key: str, value: Any, known: Iterable[str]) -> Any:
 
 
 def as_number(value: Any) -> float | None:
-    """Return a number, or text that is one, as a finite float; None for anything else."""
+    """Return a finite number, or text that is one, as a float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -177,7 +180,7 @@ def as_whole_list(value: Any) -> list[int] | None:
 
 
 def as_layer_list(value: Any) -> list[LayerName] | None:
-    """Return a list of names of layers; None for anything else."""
+    """Return a list of layer names; None for anything else."""
     if not isinstance(value, list):
         return None
     named = [item if isinstance(item, str) and NAME.fullmatch(item) else as_whole(item) for item in value]
@@ -186,28 +189,28 @@ def as_layer_list(value: Any) -> list[LayerName] | None:
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
-    """Return a mapping, and for anything else an empty one."""
+    """Return a mapping; an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}
 
 
 def quote(value: Any) -> str:
-    """Return a value as it may stand in a message."""
+    """Return a value for use in a message, truncated if long."""
     try:
         shown = repr(value)
-    except ValueError:  # Python writes no whole numbers of thousands of digits
+    except ValueError:  # Python does not print integers of thousands of digits
         return f"this {type(value).__name__}"
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
 
 
-# --- What several features read of a YAML file -------------------------------------------------------------------
+# --- Values of a YAML file that several features read -------------------------------------------------------------
 
-# What NumPy takes, which the Trainer seeds.
+# The seeds of NumPy, which the Trainer sets.
 SEEDS = range(2**32)
 
 
 def describe_seeds() -> str:
-    """Return the end of the message for a seed that is none."""
-    return f"outside of {SEEDS.start} to {SEEDS.stop - 1}, the seeds that NumPy takes. Set one of these."
+    """Return the end of the message for an invalid seed."""
+    return f"outside {SEEDS.start} to {SEEDS.stop - 1}, the seeds that NumPy accepts. Set one of these."
 
 
 def list_plugins(data: Mapping[str, Any]) -> list[str]:
@@ -217,5 +220,5 @@ def list_plugins(data: Mapping[str, Any]) -> list[str]:
 
 
 def read_choice(data: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a key whose value Axolotl may have turned into a member of an enumeration."""
+    """Return the value of a key, which Axolotl may have turned into a member of an enumeration."""
     return getattr(data.get(key), "value", data.get(key))

@@ -1,6 +1,6 @@
-"""What a YAML file says by itself, before Axolotl reads it: whether the plugin is listed, and what is in its block.
+"""The checks of a YAML file before Axolotl reads it: whether the plugin is listed, and its block.
 
-Nothing here imports torch or Axolotl, so that a slip is told within seconds.
+Nothing here imports torch or Axolotl, so that a mistake is reported within seconds.
 """
 
 import difflib
@@ -17,25 +17,25 @@ from axolotl_layersel.config.strict_block import as_mapping, list_plugins, quote
 
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
 NAMES = (PLUGIN, "axolotl_layersel.plugin.LayerSelectionPlugin")
-# How far a name may be from the plugin's, by difflib's measure, and still be a slip.
+# Names with at least this similarity to the plugin's, as difflib measures it, count as misspelt.
 NEAR = 0.6
-# Where Axolotl 0.19.0 writes without an ``output_dir``, and the log in it that it opens first.
+# The default of ``output_dir`` in Axolotl 0.19.0, and the log that Axolotl opens in the folder first.
 DEFAULT_OUTPUT = "./model-out"
 LOG_FILE = "debug.log"
 
 
 def check_file(path: Path, with_folder: bool = True) -> None:
-    """Check what a YAML file says by itself, see ``check_text``; what cannot be read at all Axolotl refuses itself."""
+    """Check a YAML file, see ``check_text``; Axolotl refuses a file that cannot be read."""
     data = read_yaml(path)
     if data is not None:
         check_text(data, with_folder)
 
 
 def check_plugin(path: Path) -> None:
-    """Raise LayerselError unless a YAML file has the plugin and its block, which may be wrong itself."""
+    """Raise LayerselError unless a YAML file lists the plugin and has its block, whose content is not checked."""
     data = read_yaml(path)
     if data is None:
-        raise LayerselError(f"CONFIG: {path} is no mapping in YAML. Give the path of an Axolotl YAML file.")
+        raise LayerselError(f"CONFIG: {path} is not a YAML file with a mapping. Give the path of an Axolotl YAML file.")
     check_listed(data)
     if data.get("layersel") is None:
         listed = any(name in NAMES for name in list_plugins(data))
@@ -43,7 +43,7 @@ def check_plugin(path: Path) -> None:
 
 
 def read_yaml(path: Path) -> Mapping[str, Any] | None:
-    """Return the content of a YAML file as Axolotl reads it; None where it is none, which Axolotl says itself."""
+    """Return the content of a YAML file; None if it is not a mapping, which Axolotl refuses."""
     try:
         data = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -54,11 +54,13 @@ def read_yaml(path: Path) -> Mapping[str, Any] | None:
 def check_text(data: Mapping[str, Any], with_folder: bool = True) -> None:
     """Check the plugin, its block and the output folder.
 
-    ``with_folder``: whether the run will write to the folder that the file names.
+    Args:
+        data: the content of the file.
+        with_folder: whether the run will write to the output folder.
 
     Raises:
-        LayerselError: for a block without its plugin, a plugin without its block, and an output folder that cannot be.
-        pydantic.ValidationError: for the block itself.
+        LayerselError: if the block or the plugin is missing, or the output folder cannot be written to.
+        pydantic.ValidationError: if the block is invalid.
     """
     check_listed(data)
     if not any(name in NAMES for name in list_plugins(data)):
@@ -74,9 +76,9 @@ def check_text(data: Mapping[str, Any], with_folder: bool = True) -> None:
 
 
 def check_listed(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError for a ``layersel`` block, however it is spelt, without the plugin that reads it.
+    """Raise LayerselError for a ``layersel`` block, also a misspelt one, in a file that does not list the plugin.
 
-    Axolotl passes over a plugin that it cannot import and a block that no plugin reads, and trains plain LoRA.
+    Axolotl ignores a plugin that it cannot import and a block that no plugin reads, and would train plain LoRA.
     """
     key = find_block(data)
     listed = data.get("plugins")
@@ -90,18 +92,18 @@ def check_listed(data: Mapping[str, Any]) -> None:
     slip = next((name for name in names if is_slip(name)), None)
     if slip is not None:
         raise LayerselError(
-            f"plugins: {quote(slip)} is no plugin of axolotl-layersel, so the run would train plain LoRA. "
+            f"plugins: {quote(slip)} is not a plugin of axolotl-layersel, so the run would train plain LoRA. "
             f"Write `{PLUGIN}`."
         )
     found = "the key is missing" if listed is None else f"{quote(listed)} does not list axolotl-layersel"
     raise LayerselError(
-        f"plugins: {found}, so `{key}` would be passed over and the run train plain LoRA. "
+        f"plugins: {found}, so `{key}` would be ignored and the run would train plain LoRA. "
         f"Write `- {PLUGIN}` on a line below `plugins:`, or remove `{key}`."
     )
 
 
 def find_block(data: Mapping[str, Any]) -> str | None:
-    """Return the key of the ``layersel`` block, or of what looks like one under a misspelt key; None without."""
+    """Return the key of the ``layersel`` block, which may be misspelt; None if there is no such block."""
     if "layersel" in data:
         return "layersel"
     near = difflib.get_close_matches("layersel", [key for key in data if isinstance(key, str)], n=3, cutoff=NEAR)
@@ -109,12 +111,12 @@ def find_block(data: Mapping[str, Any]) -> str | None:
 
 
 def is_slip(name: str) -> bool:
-    """Return whether the name of a plugin is meant to be this package's."""
+    """Return whether a name looks like that of this package's plugin."""
     return "layersel" in name.lower() or bool(difflib.get_close_matches(name, NAMES, n=1, cutoff=NEAR))
 
 
 def check_folder(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError where the output folder cannot be made or written to, as Axolotl's log would find first."""
+    """Raise LayerselError if the output folder, or Axolotl's log in it, cannot be written to."""
     folder = data.get("output_dir", DEFAULT_OUTPUT)
     if not isinstance(folder, str):
         return
@@ -122,5 +124,5 @@ def check_folder(data: Mapping[str, Any]) -> None:
     log = Path(folder) / LOG_FILE
     if log.is_dir():
         raise LayerselError(
-            f"output_dir: {log} is a folder, where Axolotl writes its log. Move it, or set another output_dir."
+            f"output_dir: {log} is a folder, but Axolotl writes its log there. Move it, or set another output_dir."
         )

@@ -38,7 +38,7 @@ from axolotl_layersel.training.checkpoints import check_best, check_resumable, h
 from axolotl_layersel.training.contents import check_lora, describe_lora
 from axolotl_layersel.training.leftovers import remove_leftovers
 from axolotl_layersel.training.process_agreement import check_trainers_alike, share_new_weights
-from axolotl_layersel.training.saving import complete_saves, list_records
+from axolotl_layersel.training.saving import RunSaves, list_records
 
 LOG = logging.getLogger("axolotl.layersel")
 RESUMED_KEY = "resume_from_checkpoint"
@@ -71,10 +71,10 @@ def prepare_trainer(
     again from ``trainer.args.seed``. ``modules_to_save``, such as the classifier that PEFT adds for ``SEQ_CLS``, train
     and are saved as usual.
 
-    Afterwards ``trainer.train()`` ends on Ctrl-C and SIGTERM as the README describes. ``trainer.save_model``, the
-    model's ``save_pretrained`` and every checkpoint write a plain PEFT adapter together with the plan; the adapter has
-    been read back and compared with the model. ``trainer.save_adapter(folder)`` saves as a checkpoint does, on every
-    engine; all processes must call it.
+    Afterwards ``trainer.train()`` ends on Ctrl-C and SIGTERM as docs/checkpoints.md describes. ``trainer.save_model``,
+    the model's ``save_pretrained`` and every checkpoint write a plain PEFT adapter together with the plan; the adapter
+    has been read back and compared with the model. ``trainer.save_adapter(folder)`` saves as a checkpoint does, on
+    every engine; all processes must call it.
 
     Args:
         trainer: a Trainer whose model is a PEFT model with one LoRA adapter. Methods that score read its
@@ -228,7 +228,9 @@ def record(start: Start, decision: Decision, readiness: Readiness, given: dict[s
     trainer.add_callback(TidyCallback(run, foreign, resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))  # must be the last one
-    vars(trainer)["save_adapter"] = complete_saves(run, writer, decision.plan, ranks, start.lora, given)
+    saves = RunSaves(run, writer, decision.plan, ranks, start.lora, given)
+    saves.install()
+    vars(trainer)["save_adapter"] = saves.save
     remove_leftovers(run)
 
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,112 +28,133 @@ from axolotl_layersel.selection.plan_file import write_plan
 from axolotl_layersel.training import nodes
 from axolotl_layersel.training.contents import record_path, write_record
 
-Save = Callable[[str | Path], None]
 ADAPTER_FILES = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME]
 
 
-def complete_saves(
-    run: Run,
-    writer: AdapterWriter,
-    plan: Plan | None,
-    ranks: RankRedistribution | None,
-    lora: dict[str, Any],
-    given: dict[str, Any],
-) -> Save:
-    """Make ``writer`` write every adapter of the run, with the plan and, in a checkpoint, the files to resume from.
+@dataclass
+class RunSaves:
+    """Every way to save the run's adapter: with the plan, and in a checkpoint the files to resume from.
 
     There are three ways to save. ``trainer.save_model`` writes checkpoints, the best model, and the final adapter on
     ZeRO-3; it runs before a push to a hub, ``on_save`` does not. The model's ``save_pretrained`` writes the final
     adapter on one process, DDP and ZeRO-1/2, where only one process calls it. Writers that gather shards themselves,
-    such as Axolotl's for FSDP2, call the returned function.
+    such as Axolotl's for FSDP2, call ``save``.
 
-    ``lora`` and ``given``: see ``contents.write_record``.
-
-    Returns:
-        The function that saves to a folder; every process must call it.
+    Attributes:
+        run: a prepared one.
+        writer: writes its adapter, and checks the file.
+        plan: written next to the adapter.
+        ranks: written next to it, and in a checkpoint the state to move them on from.
+        lora: the settings of LoRA, see ``contents.write_record``.
+        given: those of the YAML file, see there.
+        silent: whether ``save_pretrained`` writes nothing for now.
     """
-    trainer, model = run.trainer, run.model
-    upstream_save_model = trainer.save_model
-    upstream_save_pretrained = model.save_pretrained
-    silent = False
 
-    def save(folder: str | Path) -> None:
-        folder = Path(folder)
-        if ranks:  # SIGTERM requests a checkpoint after the callbacks of the step
-            ranks.check_finite(trainer.state.global_step)
+    run: Run
+    writer: AdapterWriter
+    plan: Plan | None
+    ranks: RankRedistribution | None
+    lora: dict[str, Any]
+    given: dict[str, Any]
+    silent: bool = False
+
+    def install(self) -> None:
+        """Let the trainer and its model save by this object."""
+        trainer, model, ranks = self.run.trainer, self.run.model, self.ranks
+        self.upstream_save_model = trainer.save_model
+        self.upstream_save_pretrained = model.save_pretrained
+
+        @functools.wraps(self.upstream_save_model)
+        def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
+            self.save_model(output_dir, _internal_call)
+
+        @functools.wraps(type(model).save_pretrained)
+        def save_pretrained(model: PeftModel, *args: Any, **options: Any) -> None:
+            self.save_pretrained(model, *args, **options)
+
+        let_one_process_write(trainer)
+        trainer.save_model = save_model  # type: ignore[method-assign]  # of this trainer only
+        # A method, not a closure over the model, so that a deep copy of the model saves itself.
+        model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]
+        if ranks:
+            load_adapter = ranks.load_adapter(type(model).load_adapter)
+            model.load_adapter = types.MethodType(load_adapter, model)  # type: ignore[method-assign]
+
+    def save(self, folder: str | Path) -> None:
+        """Save to a folder, and in a checkpoint's also the files to resume from; every process must call this."""
+        trainer, folder = self.run.trainer, Path(folder)
+        if self.ranks:  # SIGTERM requests a checkpoint after the callbacks of the step
+            self.ranks.check_finite(trainer.state.global_step)
         # Upstream accepts a checkpoint as the best one only if its folder exists, which it must on every node.
         nodes.make_folder(folder)
-        weights = writer.save(folder)
-        note = collectives.decide_on_rank_zero(lambda: write_further_files(folder, weights))
+        weights = self.writer.save(folder)
+        note = collectives.decide_on_rank_zero(lambda: self.write_further_files(folder, weights))
         if note:  # the Trainer writes its own state after this
             note_in_state(trainer, note)
         if trainer.args.save_on_each_node or not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            nodes.share_files(run, folder, ADAPTER_FILES + list_records())
+            nodes.share_files(self.run, folder, ADAPTER_FILES + list_records())
 
-    def write_further_files(folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
-        model.create_or_update_model_card(str(folder))
+    def write_further_files(self, folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
+        """Write all but the adapter, and return what ``contents.write_record`` does, None outside of checkpoints."""
+        self.run.model.create_or_update_model_card(str(folder))
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         if is_checkpoint:
             # The folder may be an earlier run's, whose files would seem to be of this run.
-            stale = ([] if plan else [plan_path(folder)]) + ([] if ranks else [ranks_path(folder), state_path(folder)])
+            stale = [] if self.plan else [plan_path(folder)]
+            stale += [] if self.ranks else [ranks_path(folder), state_path(folder)]
             for path in stale:
                 path.unlink(missing_ok=True)
-        if ranks and is_checkpoint:
-            ranks.save(folder, weights)
-        if plan:
-            write_plan(plan, plan_path(folder))
-        return write_record(folder, trainer.state.global_step, lora, given) if is_checkpoint else None
+        if self.ranks and is_checkpoint:
+            self.ranks.save(folder, weights)
+        if self.plan:
+            write_plan(self.plan, plan_path(folder))
+        step = self.run.trainer.state.global_step
+        return write_record(folder, step, self.lora, self.given) if is_checkpoint else None
 
-    @functools.wraps(upstream_save_model)
-    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
-        nonlocal silent
+    def save_model(self, output_dir: str | None, internal: bool) -> None:
+        """Do what ``Trainer.save_model`` does; ``internal``: whether the Trainer itself calls it."""
+        trainer = self.run.trainer
         # Upstream writes all files but the adapter. Its adapter would ignore gates, lack frozen weights on ZeRO-3, and
         # be missing on FSDP2 with SHARDED_STATE_DICT.
-        silent = True
+        self.silent = True
         try:
-            upstream_save_model(output_dir, _internal_call=True)
+            self.upstream_save_model(output_dir, _internal_call=True)
         finally:
-            silent = False
-        save(output_dir or run.output_dir)
-        if trainer.args.push_to_hub and not _internal_call:
+            self.silent = False
+        self.save(output_dir or self.run.output_dir)
+        if trainer.args.push_to_hub and not internal:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
-    @functools.wraps(type(model).save_pretrained)
-    def save_pretrained(self: PeftModel, *args: Any, **options: Any) -> None:
-        given = find_arguments(type(self).save_pretrained, self, *args, **options)
+    def save_pretrained(self, model: PeftModel, *args: Any, **options: Any) -> None:
+        """Do what ``PeftModel.save_pretrained`` does, for ``model`` or a deep copy of it."""
+        given = find_arguments(type(model).save_pretrained, model, *args, **options)
         selected = given["selected_adapters"]
-        selected = list(self.peft_config) if selected is None else list(selected)
+        selected = list(model.peft_config) if selected is None else list(selected)
         # The caller may have gathered weights for another program that generates text, or ask PEFT to convert factors.
         converts = given.get("state_dict") is not None or given["path_initial_model_for_weight_conversion"] is not None
-        if self is not model:
-            type(self).save_pretrained(self, *args, **options)
-        elif silent:
+        if model is not self.run.model:
+            type(model).save_pretrained(model, *args, **options)
+        elif self.silent:
             return
-        elif converts or run.adapter not in selected:
-            upstream_save_pretrained(*args, **options)
+        elif converts or self.run.adapter not in selected:
+            self.upstream_save_pretrained(*args, **options)
         else:
-            others = [name for name in selected if name != run.adapter]
+            others = [name for name in selected if name != self.run.adapter]
             if given["is_main_process"]:
-                save_alone(Path(given["save_directory"]), given["safe_serialization"], given["save_embedding_layers"])
+                self.save_alone(
+                    Path(given["save_directory"]), given["safe_serialization"], given["save_embedding_layers"]
+                )
             if others:
                 del given["self"]
-                upstream_save_pretrained(**{**given, "selected_adapters": others})
+                self.upstream_save_pretrained(**{**given, "selected_adapters": others})
 
-    def save_alone(folder: Path, as_safetensors: bool, embeddings: bool | Literal["auto"]) -> None:
+    def save_alone(self, folder: Path, as_safetensors: bool, embeddings: bool | Literal["auto"]) -> None:
+        """Save the adapter on this process only, as it calls ``save_pretrained``."""
         if as_safetensors:
-            writer.save_alone(folder, embeddings)
+            self.writer.save_alone(folder, embeddings)
         else:
-            pickle_adapter(folder, lambda place: writer.save_alone(place, embeddings))
-        model.create_or_update_model_card(str(folder))
-
-    let_one_process_write(trainer)
-    trainer.save_model = save_model  # type: ignore[method-assign]  # of this trainer only
-    # A method, not a closure over the model, so that a deep copy of the model saves itself.
-    model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]
-    if ranks:
-        load_adapter = ranks.load_adapter(type(model).load_adapter)
-        model.load_adapter = types.MethodType(load_adapter, model)  # type: ignore[method-assign]
-    return save
+            pickle_adapter(folder, lambda place: self.writer.save_alone(place, embeddings))
+        self.run.model.create_or_update_model_card(str(folder))
 
 
 def find_arguments(function: Callable, *args: Any, **options: Any) -> dict[str, Any]:

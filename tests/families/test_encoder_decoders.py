@@ -203,7 +203,7 @@ def test_names_of_two_sides_are_refused_in_a_model_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([0, "encoder.1"], r"layers: \[0, encoder\.1\] names layers by their numbers.* Write them all in one way"),
+        ([0, "encoder.1"], r"layers: \[0, encoder\.1\] mixes numbers.* Use either numbers or names"),
         (["encoder.-1"], r"layers: \['encoder\.-1'\] is not a list of whole numbers"),
         (["encoder.01"], r"layers: \['encoder\.01'\] is not a list of whole numbers.*\[encoder\.3, decoder\.0\]"),
         (["decoder.1", "decoder.1"], r"layers: \[decoder\.1\] are listed more than once"),

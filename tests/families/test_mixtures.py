@@ -198,7 +198,7 @@ def test_what_has_experts_only_cannot_be_searched(tmp_path):
 def test_gates_are_refused_where_all_lora_is_on_experts(tmp_path, settings):
     config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     trainer = make_trainer(get_peft_model(make_base("Qwen3Moe"), config), tmp_path)
-    with pytest.raises(LayerselError, match="lora_target_parameters: all LoRA is on the parameters of experts"):
+    with pytest.raises(LayerselError, match="lora_target_parameters: all LoRA is on expert parameters"):
         prepare_trainer(trainer, settings)
 
 

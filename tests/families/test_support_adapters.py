@@ -17,10 +17,10 @@ BATCH = {"input_ids": torch.arange(3, 23)[None]}
 # As wide as bitsandbytes' blocks.
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
 NOT_PLAIN = {column: "is not plain LoRA (DoRA, aLoRA, lora_bias or the like)" for column in ("flexora", L1RA)}
-DORA = {column: "peft_use_dora: true. DoRA ties its magnitudes" for column in ("flexora", L1RA)}
+DORA = {column: "peft_use_dora: true cannot be combined with" for column in ("flexora", L1RA)}
 CHANGED = {
-    **{column: "whose gates need an adapter that starts from nothing" for column in ("flexora", L1RA)},
-    "gradient": "does not go with layersel.selection.rank_allocation: score",
+    **{column: "whose gates need an adapter that adds nothing at the start" for column in ("flexora", L1RA)},
+    "gradient": "cannot be combined with layersel.selection.rank_allocation: score",
 }
 
 

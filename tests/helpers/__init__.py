@@ -1,1 +1,1 @@
-"""What tests share: models, settings, runs on engines, and what damages files."""
+"""Models, settings, runs on engines and damage to files that tests share."""

@@ -14,7 +14,7 @@ PAIRS = [{**row, "chosen": f" {i} 11 12", "rejected": f" 15 {i}"} for i, row in 
 
 
 def make_trained_lora(**settings):
-    """Return a model under LoRA that is as if it had been trained: no B is 0."""
+    """Return a model with LoRA whose B is not 0, as after training."""
     model = make_lora(make_small_llama(), task_type="CAUSAL_LM", **settings)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Processes that are prepared differently."""
+"""Processes that are started with different settings, rows or weights."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
 
 
 def prepare(folder: Path, rows: list[dict], moved: float = 0, moved_below: float = 0, **arguments) -> None:
-    """Prepare a trainer whose adapter is continued; a weight of it is ``moved``, and one of its base."""
+    """Prepare a trainer that continues an adapter, with one LoRA weight and one base weight changed."""
     model = make_lora(make_small_llama())
     projection = model.base_model.model.model.layers[2].self_attn.q_proj
     projection.lora_B["default"].weight.data[0, 0] += moved
@@ -26,13 +26,13 @@ def prepare(folder: Path, rows: list[dict], moved: float = 0, moved_below: float
 
 
 def be_a_rank(rank: int, folder: str) -> None:
-    """Differ from the other rank in one thing after another, and write what is said of each."""
+    """Differ from the other process in one thing after another, and write the error message for each."""
     import torch
     from accelerate import PartialState
 
     PartialState(cpu=True)
     rows, said = make_rows(), {}
-    torch.manual_seed(1)  # of the adapter that PEFT makes
+    torch.manual_seed(1)  # for the adapter that PEFT makes
     differences = {
         "nothing": {},
         "an argument": {"learning_rate": 0.5},

@@ -1,4 +1,4 @@
-"""Every class of transformers that a run could train, built from its configuration's defaults without memory."""
+"""Every class of transformers that a run could train, built from its default configuration on the meta device."""
 
 import contextlib
 import re
@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-# By what is trained: transformers' mappings of its classes.
+# By kind of model: the mappings of transformers that list its classes.
 KINDS = {
     "causal language models": ("CAUSAL_LM",),
     "masked language models": ("MASKED_LM",),
@@ -23,17 +23,17 @@ KINDS = {
     "classifiers of rows": ("SEQUENCE_CLASSIFICATION",),
     "classifiers of tokens": ("TOKEN_CLASSIFICATION",),
 }
-# Names of the numbers of layers, and the numbers that are tried in their place: lists of another kind, such as experts,
-# may be as long as one of them.
+# The attributes that hold numbers of layers, and the numbers to try instead: two of them, because a list of another
+# kind, such as experts, may have the same length as one.
 COUNTS = (
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth"),
     *("num_decoder_layers", "num_encoder_layers"),
 )
 TRIED = (3, 5)
 TOWER = re.compile("vision|audio|image")
-# The name of an entry of an outermost list, where there is more behind it.
+# The name of an entry of an outermost list, followed by more of the path.
 ENTRY = re.compile(r"(?:.*?\.)?\d+(?=\.)")
-# What transformers' own defaults leave out, by model type, or by class where that is not the same for all.
+# Settings that transformers' defaults lack, by model type, or by class if they differ between its classes.
 TURNED = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 NEEDED: dict[str, dict] = {
     **{name: {"head_dim": 128} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
@@ -60,18 +60,18 @@ def list_classes(kind: str) -> list[tuple[str, str]]:
 
 
 def find_config(name: str, model_type: str) -> PreTrainedConfig:
-    """Return the default configuration of a class, which may be a part of that of its model type."""
+    """Return the default configuration of a class; it may be a part of the configuration of its model type."""
     kind = getattr(transformers, name).config_class or getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
     return kind(**find_needed(name, model_type))
 
 
 def find_needed(name: str, model_type: str) -> dict:
-    """Return what the configuration of a class needs beyond its defaults."""
+    """Return the settings that the configuration of a class needs in addition to its defaults."""
     return NEEDED.get(name, NEEDED.get(model_type, {}))
 
 
 def shorten(config: PreTrainedConfig, layers: int, needed: dict) -> PreTrainedConfig:
-    """Return a new configuration of the same class with so many layers, and one more in towers."""
+    """Return a new configuration of the same class with ``layers`` layers, and one more in towers."""
     values = vars(config)
     fewer = {name: layers for name in COUNTS if isinstance(values.get(name), int) and values[name] > layers}
     parts = {
@@ -83,12 +83,12 @@ def shorten(config: PreTrainedConfig, layers: int, needed: dict) -> PreTrainedCo
 
 
 def build(name: str, model_type: str, layers: int) -> PreTrainedModel:
-    """Return a model of a class on the meta device, whose weights take no memory, if need be with all its layers."""
+    """Return a model of a class on the meta device; with all its layers if it does not accept fewer."""
     cls, config = getattr(transformers, name), find_config(name, model_type)
     with torch.device("meta"):
         try:
             return cls(shorten(config, layers, find_needed(name, model_type)))
-        except Exception:  # whatever a family raises for numbers of layers that do not fit its others
+        except Exception:  # families raise different errors if the number of layers conflicts with other settings
             return cls(config)
 
 
@@ -96,12 +96,12 @@ def put_lora(base: PreTrainedModel) -> PeftModel:
     """Return a model with LoRA on the first linear module of each entry of its outermost lists of modules.
 
     Raises:
-        ValueError: if there is none, or PEFT refuses them.
+        ValueError: if there is no such module, or PEFT refuses it.
     """
     first: dict[str, str] = {}
     for name, module in base.named_modules():
         entry = ENTRY.match(name)
-        # PEFT refuses LoRA there on modules of Mamba's that are called so.
+        # PEFT refuses LoRA on the out_proj of Mamba.
         if entry and isinstance(module, (nn.Linear, Conv1D)) and not name.endswith("out_proj"):
             first.setdefault(entry[0], name)
     if not first:
@@ -112,7 +112,7 @@ def put_lora(base: PreTrainedModel) -> PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let nothing warn within the block."""
+    """Suppress warnings within the block."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():

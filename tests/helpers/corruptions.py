@@ -22,7 +22,7 @@ def list_places(content: object):
 
 
 def edit_csv(data: st.DataObject, path: Path) -> bytes:
-    """Return the file with a cell changed or left out, or a row there twice, missing or in another's place."""
+    """Return the file with a changed or missing cell, or with a row repeated, missing or swapped with another."""
     rows = list(csv.reader(io.StringIO(path.read_text())))
     row = data.draw(st.integers(0, len(rows) - 1))
     column = data.draw(st.integers(0, len(rows[row]) - 1))
@@ -59,7 +59,7 @@ def kept(path: Path):
 
 
 def fuzz(examples: int):
-    """Return what gives a test so many examples, the same ones each time."""
+    """Return a decorator that runs a test on ``examples`` examples, the same ones each time."""
 
     def decorate(test: Callable) -> Callable:
         checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]

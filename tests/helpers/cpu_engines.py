@@ -1,6 +1,6 @@
 """Run Axolotl's real distributed engines (DDP, ZeRO-1/2/3, FSDP2) on a machine without a GPU.
 
-Listed first under ``plugins:`` in the tests' YAML files only; does nothing where CUDA is available.
+The tests' YAML files list it first under ``plugins:``. It does nothing if CUDA is available.
 Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, accelerate 1.13.0):
 
 * accelerate picks no backend on a machine without a GPU unless ``ACCELERATE_USE_CPU`` is set, and with
@@ -8,11 +8,11 @@ Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, a
 * accelerate would ask ``torch.cuda`` for a device index, and Axolotl for a "cuda" mesh under FSDP2.
 * gloo refuses to write into the autograd views that ZeRO-1/2 hand it; detached tensors share memory.
 * DeepSpeed gathers several ZeRO-3 parameters at once and waits for the last only, which is right on NCCL,
-  where operations end in order. On gloo it then reads weights that have not arrived: each is waited for.
+  where operations end in order. On gloo it would read weights that have not arrived, so each one is waited for.
 * transformers and accelerate refuse bf16 without a GPU, although the CPU computes in it.
 * Axolotl's ``device_map`` names a GPU in every run with several processes, and again for QLoRA on FSDP2.
-* bitsandbytes 0.50 packs 4-bit weights anew when they first see data in evaluation mode, where the CPU has
-  instructions for bf16, and fails where a width is no multiple of the block of 64: such a CPU is not looked for.
+* bitsandbytes 0.50 packs 4-bit weights again at their first use in evaluation mode if the CPU has
+  instructions for bf16, and fails if a width is not a multiple of the block of 64. The check for such a CPU is off.
 """
 
 import json

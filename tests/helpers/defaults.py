@@ -1,4 +1,4 @@
-"""A run whose rows are fewer than its defaults ask for."""
+"""Runs with fewer rows than the defaults ask for."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ UNREAD = "these keys are not read, and the run goes on without them: "
 
 
 def choose(folder: Path, rows: int | list[dict], l1ra: dict | None = None, model=None, **block):
-    """Return the trainer of a small Llama on so many rows, and the plan that the block leads to."""
+    """Return the trainer of a small Llama on these rows, and the plan that the block gives."""
     rows = make_rows(rows) if isinstance(rows, int) else rows
     trainer = make_trainer(model or make_lora(make_small_llama()), folder, rows, max_steps=20)
     return trainer, prepare_trainer(trainer, LayerselConfig(selection=block or None, l1ra=l1ra))

@@ -1,4 +1,4 @@
-"""Small random models with an encoder and a decoder of unequal depths, and rows for them."""
+"""Small random models with an encoder and a decoder of different depths, and rows for them."""
 
 import copy
 import functools
@@ -46,7 +46,7 @@ NAMES = {
 }
 # By the names of transformers' classes: the settings, and the modules that get LoRA.
 ARCHITECTURES = {"T5": (T5, ["q", "v"]), "Bart": (BART, ["q_proj", "v_proj"])}
-# Others of the same two kinds.
+# Other models of the same two kinds.
 RELATED = {
     "MT5": (T5, ["q", "v"]),
     "Marian": (BART, ["q_proj", "v_proj"]),
@@ -57,7 +57,7 @@ CLASSES = {"Marian": "MarianMTModel"}
 
 
 def make_t5gemma():
-    """Sides that have a configuration of their own."""
+    """Return a model whose encoder and decoder have separate configurations."""
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
     sides = {
@@ -68,7 +68,7 @@ def make_t5gemma():
 
 
 def make_two_berts():
-    """An encoder and a decoder that were models of their own."""
+    """Return a model made of two BERTs, an encoder and a decoder."""
     size = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     configs = [transformers.BertConfig(num_hidden_layers=n, initializer_range=0.1, **size) for n in (3, 2)]
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*configs)
@@ -77,7 +77,7 @@ def make_two_berts():
 
 
 def make_led():
-    """An encoder that fills rows up to its window, and puts rows behind tokens."""
+    """Return a model whose encoder pads rows to its window."""
     lengths = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
     settings = {key: value for key, value in BART.items() if key != "max_position_embeddings"}
     config = transformers.LEDConfig(vocab_size=97, attention_window=[4, 4], **lengths, **settings)
@@ -85,13 +85,13 @@ def make_led():
 
 
 def make_switch():
-    """Routed experts on both sides, whose load is no part of the likelihood."""
+    """Return a model with routed experts on both sides, without a loss for their load."""
     sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "router_aux_loss_coef": 0.0}
     config = transformers.SwitchTransformersConfig(vocab_size=97, num_experts=2, router_z_loss_coef=0.0, **sparse, **T5)
     return transformers.SwitchTransformersForConditionalGeneration(config)
 
 
-# Models of other make, with the modules that get LoRA.
+# Models of other architectures, with the modules that get LoRA.
 OTHERS = {
     "T5Gemma": (make_t5gemma, ["q_proj", "v_proj"]),
     "two Berts": (make_two_berts, ["query", "value"]),
@@ -107,7 +107,7 @@ def make_base(name: str):
     config = getattr(transformers, f"{name}Config")(vocab_size=97, **settings)
     model = getattr(transformers, CLASSES.get(name, f"{name}ForConditionalGeneration"))(config)
     if settings is T5:
-        # Its own are so small that layers hardly differ.
+        # Larger weights than the default, with which layers hardly differ.
         for key, parameter in model.named_parameters():
             if parameter.dim() == 2 and "shared" not in key and "embed" not in key:
                 torch.nn.init.normal_(parameter, std=0.15)
@@ -120,15 +120,15 @@ def make_encoder_decoder(name: str):
 
 
 def make_lora_encoder_decoder(name: str):
-    """Return it under LoRA as PEFT puts it on such models."""
+    """Return a model with LoRA, as PEFT puts it on such models."""
     _, targets = {**ARCHITECTURES, **RELATED}[name]
     return make_lora(make_encoder_decoder(name), targets, task_type="SEQ_2_SEQ_LM")
 
 
 def make_pairs(count: int = 13, answer: int | None = None) -> list[dict]:
-    """Return rows whose inputs and answers have other lengths, and all end in the token 1.
+    """Return rows with inputs and answers of different lengths, all ending in the token 1.
 
-    ``answer``: how many tokens all answers have, so that the loss of several processes is that of one.
+    If ``answer`` is given, all answers have that many tokens, so that several processes have the loss of one.
     """
     generator, rows = torch.Generator().manual_seed(1), []
     for _ in range(count):
@@ -140,7 +140,7 @@ def make_pairs(count: int = 13, answer: int | None = None) -> list[dict]:
 
 
 def make_tokenizer():
-    """Return a tokenizer whose words are numbers, which gives them their own number."""
+    """Return a tokenizer whose words are numbers, each its own token."""
     import tokenizers
 
     model = tokenizers.models.WordLevel({str(number): number for number in range(97)}, unk_token="2")
@@ -150,7 +150,7 @@ def make_tokenizer():
 
 
 def make_seq2seq_trainer(model, folder, rows: list[dict], **arguments):
-    """Return the trainer of transformers for such models, with its collator."""
+    """Return a ``Seq2SeqTrainer`` with its collator."""
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -177,7 +177,7 @@ CHOICES = {
 
 
 def be_a_rank(name: str, engine: str, base: str, folder: str) -> None:
-    """Choose by every method on an engine, and train what the last one chose; what the tests read is in ``folder``."""
+    """Choose with every method on an engine, train the last choice, and write the results to ``folder``."""
     import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
     from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
     from helpers.ranks import make_arguments, train_and_record
@@ -187,7 +187,7 @@ def be_a_rank(name: str, engine: str, base: str, folder: str) -> None:
     _, targets = ARCHITECTURES[name]
 
     def load(arguments):
-        # From a file, for then ZeRO-3 shards it at once.
+        # From a file, because ZeRO-3 then shards it at once.
         model = make_lora(kind.from_pretrained(base, dtype=torch.float32), targets, task_type="SEQ_2_SEQ_LM")
         model.enable_input_require_grads()
         return model

@@ -11,7 +11,7 @@ from helpers.models import make_lora
 
 TOKENS = {"vocab_size": 97, "max_position_embeddings": 64, "pad_token_id": 0}
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4, **TOKENS}
-# As the checkpoints of DeBERTa-v3 have them.
+# As in the checkpoints of DeBERTa-v3.
 DEBERTA = {
     "relative_attention": True,
     "pos_att_type": ["p2c", "c2p"],
@@ -24,7 +24,7 @@ DEBERTA = {
 }
 MODERN = {"global_attn_every_n_layers": 3, "local_attention": 8, "bos_token_id": 2, "eos_token_id": 3}
 DISTILLED = {"dim": 32, "hidden_dim": 48, "n_heads": 4, "n_layers": 4, **TOKENS}
-# By the names of transformers' classes: the settings, the modules that get LoRA, and where the layers are.
+# By the names of transformers' classes: the settings, the modules that get LoRA, and the path of the layers.
 ARCHITECTURES = {
     "Bert": (SIZE, ["query", "value"], "bert.encoder.layer"),
     "Roberta": (SIZE, ["query", "value"], "roberta.encoder.layer"),
@@ -39,7 +39,7 @@ ARCHITECTURES = {
     "XLMRoberta": (SIZE, ["query", "value"], "roberta.encoder.layer"),
 }
 ALBERT = {"Albert": ({**SIZE, "embedding_size": 16}, ["query", "value"], "albert.encoder")}
-# By the ends of the names of transformers' classes, what PEFT calls them.
+# By the end of the name of a class of transformers: the task type of PEFT.
 TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "MaskedLM": None}
 
 
@@ -47,7 +47,7 @@ TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"
 def make_base(name: str, task: str):
     settings, _, _ = {**ARCHITECTURES, **ALBERT}[name]
     torch.manual_seed(0)
-    # Weights so large that layers differ, and that dropping one is seen in the logits.
+    # Weights so large that layers differ, and that the logits change without one.
     config = getattr(transformers, f"{name}Config")(num_labels=3, initializer_range=0.1, **settings)
     return getattr(transformers, f"{name}For{task}")(config)
 
@@ -58,12 +58,12 @@ def make_encoder(name: str, task: str):
 
 
 def make_lora_encoder(name: str, task: str):
-    """Return it under LoRA as PEFT puts it on a model for this task, with the classifier that is trained whole."""
+    """Return a model with LoRA, as PEFT puts it on a model for this task, and a classifier that trains whole."""
     return make_lora(make_encoder(name, task), {**ARCHITECTURES, **ALBERT}[name][1], task_type=TASKS[task])
 
 
 def make_task_rows(task: str, count: int = 12) -> list[dict]:
-    """Return rows of different lengths that begin with the token 2 and end with 3, with the labels of ``task``."""
+    """Return rows of different lengths, from token 2 to token 3, with the labels of ``task``."""
     generator, rows = torch.Generator().manual_seed(1), []
     for number in range(count):
         length = int(torch.randint(6, 14, (1,), generator=generator))
@@ -78,9 +78,9 @@ def make_task_rows(task: str, count: int = 12) -> list[dict]:
 
 
 def check_gradients(squares: torch.Tensor, sketches: list[torch.Tensor], found: list[tuple[torch.Tensor, ...]]) -> None:
-    """Check what fisher and gradient measured, by samples and modules and by modules, against gradients of samples.
+    """Compare the results of fisher, by sample and module, and of gradient, by module, with gradients of each sample.
 
-    Sketches are as wide as the modules' inputs: they have the norm of the gradient itself.
+    Sketches are as wide as the modules' inputs, so they have the norm of the gradient.
     """
     for measured, gradients in zip(squares, found, strict=True):
         expected = [value.square().sum().item() for value in gradients]

@@ -1,3 +1,3 @@
-"""ending"""
+"""The beginning of the line that a refusal ends in."""
 
 PREFIX = "axolotl-layersel: "

@@ -32,6 +32,6 @@ def make_base(family: str, **settings):
 
 
 def make_experts(family: str, targets=("q_proj", "v_proj"), **settings):
-    """Return it with LoRA of rank 2 on its experts and on linear modules."""
+    """Return such a mixture with LoRA of rank 2 on its experts and on linear modules."""
     values = {"r": 2, "lora_alpha": 4, "target_modules": list(targets), "target_parameters": PARAMETERS}
     return get_peft_model(make_base(family), LoraConfig(**{**values, **settings}))

@@ -1,4 +1,4 @@
-"""Small random decoders of many families, under LoRA."""
+"""Small random decoders of many families, with LoRA."""
 
 import copy
 import functools
@@ -27,15 +27,15 @@ STATES = {
     **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     **{"num_experts": 2, "num_experts_per_tok": 1},
 }
-# Upper layers read keys and values of lower ones, and each reads embeddings of its own.
+# Upper layers share keys and values with lower ones, and each layer has embeddings of its own.
 SHARED = {
     **{"head_dim": 8, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     **{"sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
 }
-# Four predictions of each token's hidden state, one of which the layers read.
+# Four predictions of the hidden state of each token, one of which the layers read.
 PREDICTIONS = {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0], "laurel_rank": 4}
 ATTENTION = ["q_proj", "v_proj"]
-# By the names of transformers' classes: what their configuration needs beyond the size, and what gets LoRA.
+# By the name of a class of transformers: settings of its configuration besides the size, and the modules with LoRA.
 FAMILIES = {
     "Llama": ({}, ATTENTION),
     "Mistral": ({}, ATTENTION),

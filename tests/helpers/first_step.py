@@ -1,4 +1,4 @@
-"""The first step of a run: the gradients of LoRA, and what of the model ran for them."""
+"""The first step of a run: the gradients of LoRA, and how often each layer ran."""
 
 import torch
 from transformers import TrainerCallback
@@ -30,7 +30,7 @@ class FirstGradients(TrainerCallback):
 
 
 def train_first_step(trainer, layers) -> FirstGradients:
-    """Train with matrices B that are not 0, and return what the first step was, of ``layers`` of the model."""
+    """Train with matrices B that are not 0, and return the record of the first step."""
     torch.manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:

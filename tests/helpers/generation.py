@@ -1,4 +1,4 @@
-"""What trainers that generate need in a YAML file: prompts, and a reward; and one without Axolotl."""
+"""Prompts and rewards for trainers that generate, in a YAML file and without Axolotl."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from helpers.multimodal import make_tokenizer
 
 
 def make_prompts(cfg, *args, **kwargs):
-    """Return what makes a row a prompt, as Axolotl's data sets for GRPO ask for it."""
+    """Return a function that makes a prompt of a row, as Axolotl's data sets for GRPO need."""
 
     def transform(row, tokenizer=None):
         return {"prompt": row["instruction"]}
@@ -17,12 +17,12 @@ def make_prompts(cfg, *args, **kwargs):
 
 
 def reward_variety(prompts, completions, **kwargs) -> list[float]:
-    """Return how many different characters there are in each completion."""
+    """Return the number of different characters in each completion."""
     return [float(len(set(completion))) for completion in completions]
 
 
 def make_generating_trainer(folder, **arguments):
-    """Return TRL's trainer by GRPO, which generates the answers that it trains on."""
+    """Return TRL's GRPO trainer, which generates the answers that it trains on."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -34,7 +34,7 @@ def make_generating_trainer(folder, **arguments):
 
 
 def write_rows(folder: Path, rows: list[dict], kind: object) -> dict:
-    """Write rows to a file in ``folder``, and return the YAML keys of training on them."""
+    """Write rows to a file in ``folder``, and return the YAML keys to train on them."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"datasets": [{"path": str(path), "ds_type": "json", "type": kind}]}

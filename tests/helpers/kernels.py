@@ -1,4 +1,4 @@
-"""Runs with Axolotl's kernels."""
+"""Settings of runs with Axolotl's fused kernels."""
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

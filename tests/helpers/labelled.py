@@ -6,7 +6,7 @@ from helpers.models import make_lora, make_rows, make_small_bert, make_small_lla
 
 
 def make_rows_of(kind: str) -> list[dict]:
-    """Return rows with the labels that models of ``kind`` learn, and with two segments where BERT sees them."""
+    """Return rows with labels for models of ``kind``, and with two segments for BERT."""
     rows = make_rows()
     for number, row in enumerate(rows):
         length = len(row["input_ids"])
@@ -26,7 +26,7 @@ def make_rows_of(kind: str) -> list[dict]:
 
 
 def make_labelled(kind: str):
-    """Return a small model of ``kind`` under LoRA."""
+    """Return a small model of ``kind`` with LoRA."""
     name = kind.split(":")[0]
     if name == "LlamaForSequenceClassification":
         from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -43,7 +43,7 @@ def make_labelled(kind: str):
     return make_lora(base, ["query", "value"] if "Bert" in name else ["q_proj", "v_proj", "down_proj"])
 
 
-# What the mean of a model's own loss is taken over, for one row.
+# The number of terms in the model's own mean loss of one row.
 TERMS = {
     "LlamaForCausalLM": lambda labels: (labels[:, 1:] != -100).sum(),
     "BertForMaskedLM": lambda labels: (labels != -100).sum(),

@@ -1,4 +1,4 @@
-"""Runs of Axolotl that are launched, and what they left behind."""
+"""Runs of Axolotl in processes of their own, and the files that they leave."""
 
 import contextlib
 import csv
@@ -47,12 +47,12 @@ class Run:
         return json.loads((self.folder / place / "adapter_config.json").read_text())
 
     def target(self, place: str = ".") -> tuple[list[str], list[int], list[str]]:
-        """Where the configuration says that LoRA is: ends of names, layers, and what the layers are called."""
+        """The places of LoRA in the adapter's configuration: ends of names, layers, and the name of the stack."""
         config = self.config(place)
         return tuple(sorted(config[key]) for key in ("target_modules", "layers_to_transform", "layers_pattern"))
 
     def pattern(self, key: str = "rank_pattern", place: str = ".") -> dict[str, int]:
-        """What PEFT reads from ``rank_pattern`` or ``alpha_pattern`` for each module in the adapter's file."""
+        """Return PEFT's value of ``rank_pattern`` or ``alpha_pattern`` for each module in the adapter's file."""
         from peft.utils.other import get_pattern_key
 
         pattern = self.config(place)[key]
@@ -70,7 +70,7 @@ class Run:
         return steps
 
     def digest(self) -> dict[str, str]:
-        """Return what tells whether a file changed: the adapter, all checkpoints, and what this package wrote."""
+        """Return a fingerprint of each file of the adapter, of all checkpoints and of this package."""
         owned = [self.folder / "adapter_model.safetensors", *self.folder.glob("layersel/*")]
         files = [*owned, *(path for path in self.folder.glob("checkpoint-*/**/*") if path.is_file())]
         return {
@@ -78,7 +78,7 @@ class Run:
         }
 
     def log_history(self) -> list[dict[str, float]]:
-        """Return what the run logged until its last checkpoint, but for times, and Axolotl's counts of tokens."""
+        """Return the log of the run up to its last checkpoint, without times and Axolotl's counts of tokens."""
         checkpoints = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         history = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
         left_out = ("time", "sec", "memory", "tokens")
@@ -90,7 +90,7 @@ class Run:
 
 @dataclass
 class Zygote:
-    """The server that forks training processes (see zygote.py), and what it answered."""
+    """The server that forks training processes (see zygote.py), and its answers."""
 
     process: subprocess.Popen
     answers: dict[int, queue.Queue] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Zygote:
         timeout: float = 240,
         nodes: list[dict] | None = None,
     ) -> list[int]:
-        """Return the exit codes of the job's ranks. ``args``: those of all, or of each; ``nodes``: see zygote.py."""
+        """Run a job and return the exit codes of its processes; zygote.py describes the arguments."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -134,7 +134,7 @@ class Zygote:
 
 
 class RunsByEngine(dict):
-    """Runs that are made when they are first asked for, and once."""
+    """Runs that are made once, when a test first reads them."""
 
     def __init__(self, make):
         super().__init__()

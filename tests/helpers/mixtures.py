@@ -16,7 +16,7 @@ SPARSE = {**EXPERTS, "head_dim": 8, "num_experts_per_tok": 2}
 SHARED = {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 
 
-# By the names of transformers' classes: what their configuration needs beyond the size, and what gets LoRA.
+# By the name of a class of transformers: settings of its configuration besides the size, and the modules with LoRA.
 FAMILIES = {
     "Qwen3Moe": (SPARSE, ["q_proj", "k_proj", "v_proj", "o_proj", *MLP]),
     "Glm4Moe": ({**SHARED, "head_dim": 8, "first_k_dense_replace": 1}, ["q_proj", "v_proj", *MLP]),
@@ -49,6 +49,6 @@ def compute(model) -> torch.Tensor:
 
 
 def find_ranks(model, experts: bool) -> dict[str, int]:
-    """Return the ranks of LoRA on experts, or on linear modules."""
+    """Return the ranks of LoRA, either on experts or on linear modules."""
     modules = find_lora_modules(model.get_base_model())
     return {name: m.r["default"] for name, m in modules.items() if isinstance(m, ParamWrapper) == experts}

@@ -1,4 +1,4 @@
-"""Small models, their LoRA, rows and trainers."""
+"""Small models with LoRA, rows and trainers."""
 
 import types
 from pathlib import Path
@@ -28,7 +28,7 @@ def make_small_bert(kind: str = "BertForMaskedLM", **settings):
 
 
 def make_lora(model, targets: object = ("q_proj", "v_proj", "down_proj"), **settings):
-    """Return ``model`` under LoRA of rank 4, the target modules a list or a regular expression."""
+    """Return ``model`` with LoRA of rank 4; the target modules are a list or a regular expression."""
     from peft import LoraConfig, get_peft_model
 
     targets = targets if isinstance(targets, str) else list(targets)
@@ -47,7 +47,7 @@ def make_rows(count: int = 24, seed: int = 0, longest: int = 20) -> list[dict]:
 
 
 def make_selection(trainer, method: str = "cka", **settings):
-    """Return what is to be chosen by ``method`` in a trainer's run."""
+    """Return the ``Selection`` of a trainer's run by ``method``."""
     from axolotl_layersel.config.selection import SelectionConfig
     from axolotl_layersel.lora.run import Run
     from axolotl_layersel.selection.types import Selection
@@ -58,7 +58,7 @@ def make_selection(trainer, method: str = "cka", **settings):
 
 
 def describe_engine(kind: str, plugins: dict):
-    """Return what of a trainer its engine's name is read from."""
+    """Return the part of a trainer that the name of its engine is read from."""
     state = types.SimpleNamespace(**plugins)
     accelerator = types.SimpleNamespace(
         distributed_type=types.SimpleNamespace(value=kind), state=state, parallelism_config=None
@@ -67,7 +67,7 @@ def describe_engine(kind: str, plugins: dict):
 
 
 def make_trainer(model, folder: Path, rows: list[dict] | None = None, **arguments):
-    """Return a plain transformers Trainer of ``model`` on ``rows``; the model may be made from its arguments."""
+    """Return a plain transformers Trainer of ``model`` on ``rows``; ``model`` may be a function of the arguments."""
     from datasets import Dataset
     from torch.nn.utils.rnn import pad_sequence
     from transformers import Trainer, TrainingArguments
@@ -104,7 +104,7 @@ def make_llava():
 
 
 def make_t5(layers: int = 4):
-    """A decoder of ``layers`` layers beside an encoder of 4."""
+    """A decoder of ``layers`` layers with an encoder of 4."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 4}
@@ -121,14 +121,14 @@ def bart_config(layers: int):
 
 
 def make_bart(layers: int = 4):
-    """A decoder of ``layers`` layers beside an encoder of 4, and modules of the same names."""
+    """A decoder of ``layers`` layers with an encoder of 4 whose modules have the same names."""
     from transformers import BartForConditionalGeneration
 
     return BartForConditionalGeneration(bart_config(layers))
 
 
 def make_bart_decoder(layers: int = 4):
-    """What Axolotl loads of BART by default."""
+    """The part of BART that Axolotl loads by default."""
     from transformers import BartForCausalLM
 
     return BartForCausalLM(bart_config(layers))

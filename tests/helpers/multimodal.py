@@ -11,7 +11,7 @@ import transformers
 from helpers.models import make_lora
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-# Of other depth and width than the language model.
+# The depth and width differ from those of the language model.
 SMALL = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_hidden_layers": 4, "image_size": 16}
 GRID = {"depth": 4, "hidden_size": 16, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<image>", "<video>", "<start>", "<end>"]
@@ -25,7 +25,7 @@ TEMPLATE = (
 
 
 def make_llava():
-    """A tower of 4 layers of which the language model reads the third one's output, as is LLaVA's default."""
+    """Return a model that reads the third of the tower's 4 layers, as LLaVA does by default."""
     text = transformers.LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=3, initializer_range=0.15, **TEXT)
     vision = transformers.CLIPVisionConfig(patch_size=8, projection_dim=32, initializer_range=0.15, **SMALL)
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
@@ -51,12 +51,12 @@ def make_qwen(kind: str, vision: dict):
 
 
 def make_qwen2_5():
-    """Attention in windows, in all blocks but one."""
+    """Return a model with attention in windows in all blocks but one."""
     return make_qwen("Qwen2_5_VL", {"window_size": 8, "fullatt_block_indexes": [2], "spatial_merge_size": 2})
 
 
 def make_qwen3():
-    """Features of the second block are added to what the lowest layer of the language model returns."""
+    """Return a model that adds features of the second block to the output of the lowest language layer."""
     return make_qwen(
         "Qwen3VL", {"deepstack_visual_indexes": [1], "num_position_embeddings": 16, "spatial_merge_size": 2}
     )
@@ -76,7 +76,7 @@ def make_gemma3():
         initializer_range=0.15,
     )
     model = transformers.Gemma3ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.15)  # 0 by itself
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.15)  # the default is 0
     return model
 
 
@@ -88,7 +88,7 @@ PLACES = {
     "Qwen3VL": ("model.visual.blocks", "model.language_model.layers"),
     "Gemma3": ("model.vision_tower.encoder.layers", "model.language_model.layers"),
 }
-# In the attention of both stacks.
+# Modules in the attention of both stacks.
 TARGETS = {
     "Llava": ["q_proj", "v_proj"],
     "Qwen2_5_VL": r".*(q_proj|v_proj|blocks\.\d+\.attn\.(qkv|proj))",
@@ -114,7 +114,7 @@ def make_lora_multimodal(name: str, targets=None):
 
 
 def make_tokenizer():
-    """Return a tokenizer whose words are numbers, beside its special tokens."""
+    """Return a tokenizer whose words are numbers, with special tokens."""
     import tokenizers
 
     words = {word: number for number, word in enumerate([*SPECIAL, *map(str, range(len(SPECIAL), VOCABULARY))])}
@@ -149,7 +149,7 @@ def make_processor(name: str):
 
 
 def make_image_processor():
-    """Return that of Qwen2.5-VL and Qwen3-VL, whose whole processors need torchvision for videos."""
+    """Return a processor like that of Qwen2.5-VL and Qwen3-VL, which needs torchvision for videos."""
     size = {"shortest_edge": 64, "longest_edge": 1024}
     return transformers.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size)
 
@@ -176,7 +176,7 @@ def process(name: str, rows: list[dict]) -> dict:
 
 
 class Collator:
-    """Makes batches of messages and images by a processor; padding and images are no labels."""
+    """Makes batches of messages and images with a processor; padding and images have no labels."""
 
     def __init__(self, name: str):
         self.name = name
@@ -185,18 +185,18 @@ class Collator:
         batch = process(self.name, rows)
         labels = batch["input_ids"].clone()
         labels[(labels < len(SPECIAL)) & (labels != EOS)] = -100
-        labels[:, 0] = -100  # nothing answers the first token
+        labels[:, 0] = -100  # the first token has no label
         return {**batch, "labels": labels}
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows as a multimodal data set has them before they are a batch: messages, and images of the library PIL.
+    """Return rows of a multimodal data set before batching: messages, and images of PIL.
 
     Args:
-        count: how many.
-        without: those without an image.
-        words: how many each has, so that the loss of several processes is that of one.
-        images: how many each has; None: the second row has two, the others one.
+        count: the number of rows.
+        without: the rows without an image.
+        words: the number of words of every row, so that several processes have the loss of one.
+        images: the number of images of every row; None: two in the second row, one in the others.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Rows(torch.utils.data.Dataset):
         generator, self.rows = torch.Generator().manual_seed(1), []
         for number in range(count):
             length = int(torch.randint(4, 12, (), generator=generator)) if words is None else words
-            length += number in without  # whose first word has no label
+            length += number in without  # its first word has no label
             text = " ".join(map(str, torch.randint(len(SPECIAL), VOCABULARY, (length,), generator=generator).tolist()))
             seen = 0 if number in without else images or 1 + (number == 1)
             shape = (seen, 16, 16, 3)
@@ -228,7 +228,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def make_trainer(name: str, model, folder, rows: Rows | None = None, **arguments):
-    """Return a plain transformers Trainer, which gives its collator all columns."""
+    """Return a plain transformers Trainer that passes all columns to its collator."""
     values = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2, "report_to": [], "seed": 3}
     values |= {"remove_unused_columns": False, "save_strategy": "no"}
     arguments = transformers.TrainingArguments(output_dir=str(folder), **{**values, **arguments})
@@ -237,7 +237,7 @@ def make_trainer(name: str, model, folder, rows: Rows | None = None, **arguments
 
 
 def save_multimodal(name: str, folder: Path, rows: Path) -> None:
-    """Write a model with its processor and some images to ``folder``, and to ``rows`` messages with those images."""
+    """Write a model, its processor and some images to ``folder``, and messages with those images to ``rows``."""
     make_multimodal(name).save_pretrained(folder)
     make_processor(name).save_pretrained(folder)
     lines = []
@@ -263,23 +263,23 @@ LAYER_CLASSES = ["Qwen2_5_VLVisionBlock", "Qwen2_5_VLDecoderLayer"]
 
 
 def be_a_rank(engine: str, base: str, folder: str) -> None:
-    """Choose in both stacks by every method on an engine, and train what the last one chose, into ``folder``."""
+    """Choose in both stacks with every method on an engine, train the last choice, and write to ``folder``."""
     import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
     from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
     from helpers.ranks import make_arguments, train_and_record
 
     name = "Qwen2_5_VL"
-    # Adam would make whole steps of the rounding of gradients that are next to nothing.
+    # Adam would take whole steps for the rounding error of tiny gradients.
     chosen = {**make_arguments(engine, LAYER_CLASSES), "adam_epsilon": 1e-3}
 
     def load(arguments):
-        # From a file, for then ZeRO-3 shards it at once.
+        # From a file, because ZeRO-3 then shards it at once.
         model = make_lora(type(make_base(name)).from_pretrained(base, dtype=torch.float32), TARGETS[name])
         model.enable_input_require_grads()
         return model
 
     for choice, settings in CHOICES.items():
-        # No micro-batch is without an image, which engines that split weights would hang at.
+        # Every micro-batch has an image: engines that split weights hang without one.
         trainer = make_trainer(name, load, Path(folder) / choice, Rows(24, without=(4,), words=6), **chosen)
         selection = SelectionConfig(**{"method": choice, "stacks": "both", **settings})
         prepare_trainer(trainer, LayerselConfig(selection=selection))

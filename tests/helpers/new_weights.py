@@ -17,20 +17,20 @@ TARGETS = ["q_proj", "v_proj"]
 
 
 def make_with_head(base: str):
-    """Return a classifier under LoRA, whose head no file holds."""
+    """Return a classifier with LoRA whose head is in no file."""
     model = LlamaForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
     return make_lora(model, TARGETS, task_type="SEQ_CLS")
 
 
 def make_with_tokens(base: str):
-    """Return a language model under LoRA with three new tokens, whose embeddings train."""
+    """Return a language model with LoRA and three new tokens, whose embeddings train."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.resize_token_embeddings(100)
     return make_lora(model, TARGETS, modules_to_save=["embed_tokens", "lm_head"])
 
 
 def make_with_frozen_tokens(base: str):
-    """Return one whose embeddings do not train."""
+    """Return such a model whose embeddings do not train."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.resize_token_embeddings(100)
     return make_lora(model, TARGETS)
@@ -39,13 +39,13 @@ def make_with_frozen_tokens(base: str):
 MODELS = {"frozen": make_with_frozen_tokens, "head": make_with_head, "tokens": make_with_tokens}
 
 
-# DeepSpeed 0.18.9 takes attributes of what PEFT 0.20.0 wraps for those of the wrapper, so that on ZeRO-3 no run with
-# modules_to_save trains, with or without this package.
+# DeepSpeed 0.18.9 confuses attributes of modules that PEFT 0.20.0 wraps with those of the wrapper. On ZeRO-3 no run
+# with modules_to_save trains, with or without this package.
 UNTRAINABLE = {"zero3": {"head", "tokens"}}
 
 
 def make_data(place: str) -> list[dict]:
-    """Return rows with one of the new tokens, and a class where there is a head for it."""
+    """Return rows with one of the new tokens, and a class if the model has a head for it."""
     rows = make_rows(12)
     for number, row in enumerate(rows):
         row["input_ids"][4] = 97 + number % 3 if place != "head" else 5
@@ -55,9 +55,9 @@ def make_data(place: str) -> list[dict]:
 
 @torch.no_grad()
 def be_a_rank(engine: str, base: str, folder: str, start: str | None = None) -> None:
-    """Choose by the gradient of the loss and train, and leave what the new weights were before and after the choice.
+    """Choose with ``gradient``, train, and write the new weights before and after the choice.
 
-    ``start``: the folder of ranks whose first one's new weights are taken.
+    If ``start`` is given, the new weights are those of the first process that wrote to this folder.
     """
     import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
 
@@ -85,6 +85,6 @@ def list_places(engine: str) -> list[str]:
 
 
 def write(run: Run, weights: dict, path: str) -> None:
-    """Write this rank's values of some weights."""
+    """Write this process's values of some weights."""
     values = {name: run.engine.gather_parameter(weight) for name, weight in weights.items()}
     torch.save(values, f"{path}-{run.trainer.args.process_index}.pt")

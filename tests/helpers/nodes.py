@@ -2,7 +2,7 @@
 
 Where the machine allows it, a node is a network, mount and host-name namespace, and the two are joined by a pair of
 virtual interfaces. Elsewhere they are two loopback addresses, and each node's disk is the folder that its processes
-are started in; what they write under the same relative path lies apart all the same.
+are started in, so that files with the same relative path are separate too.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ class Node:
     """A node of a cluster.
 
     Attributes:
-        name: what its processes get as the host's name, where it has a namespace.
-        address: where other nodes reach it.
-        disk: its disk, as this process sees it.
-        root: its disk, as its own processes see it; the same on all nodes.
-        holder: the process that keeps its namespaces; None where it has none.
+        name: the host name that its processes see, if it has a namespace.
+        address: the address at which other nodes reach it.
+        disk: the path of its disk for this process.
+        root: the path of its disk for its own processes; the same on all nodes.
+        holder: the process that keeps its namespaces; None if it has none.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Node:
     holder: int | None
 
     def describe(self) -> dict:
-        """Return what zygote.py needs to let a process be one of this node's."""
+        """Return the settings with which zygote.py puts a process on this node."""
         return {
             "holder": self.holder,
             "address": self.address,
@@ -57,7 +57,7 @@ class Node:
 
 @contextlib.contextmanager
 def make_nodes(folder: Path) -> Iterator[list[Node]]:
-    """Yield two nodes whose disks lie in ``folder``; say so where they are no namespaces."""
+    """Yield two nodes whose disks lie in ``folder``; warn if they are not namespaces."""
     disks = [folder / f"disk-{index}" for index in range(2)]
     for disk in disks:
         disk.mkdir()
@@ -93,7 +93,7 @@ def make_namespaces(folder: Path, disks: list[Path]) -> Iterator[list[Node]]:
         nodes = []
         for index, disk in enumerate(disks):
             holder = subprocess.Popen(
-                # The shell says when the namespaces are there.
+                # The shell prints a line when the namespaces exist.
                 ["unshare", "--net", "--mount", "--uts", "sh", "-c", "echo; exec sleep infinity"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

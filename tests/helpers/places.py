@@ -1,4 +1,4 @@
-"""Where the tests and their engines are, and the environment of what they start."""
+"""Paths of the tests, names of engines and methods, and the environment of processes that tests start."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 
 
-# zero1 has the class of zero2, and one run in test_runs.py.
+# zero1 has the class of zero2, and one run in test_runs.py tests it.
 ENGINES = ["single", "ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 
 
@@ -23,6 +23,8 @@ SCORING = [name for name, method in METHODS.items() if method.draws_rows]
 
 
 ENVIRONMENT = {
+    # The rows of a data set are made in the process itself: others would be started for it, and import all anew.
+    "AXOLOTL_DATASET_NUM_PROC": "0",
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -32,7 +34,7 @@ ENVIRONMENT = {
 }
 
 
-# For a process that must never import this package, which torch would do by its entry point.
+# For a process that must never import this package; torch would import it through its entry point.
 WITHOUT_PACKAGE = {**ENVIRONMENT, "PYTHONPATH": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 

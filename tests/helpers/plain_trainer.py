@@ -1,4 +1,4 @@
-"""A BERT and its data for a plain Trainer, and what its adapter must be."""
+"""A BERT and its data for a plain Trainer, and a check of its adapter."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A plain run on nodes."""
+"""A run with a plain Trainer on several nodes."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from helpers.models import make_lora, make_small_llama, make_trainer
 
 
 def train_plainly(folder: str) -> None:
-    """Train with a plain Trainer whose checkpoints are saved on each node, on one of two."""
+    """Train on one of two nodes with a plain Trainer that saves checkpoints on each node."""
     from accelerate import PartialState
 
     PartialState(cpu=True)

@@ -1,4 +1,4 @@
-"""Plans that were never searched for."""
+"""Plans that no run has made."""
 
 import random
 from dataclasses import asdict

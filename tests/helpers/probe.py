@@ -2,18 +2,18 @@
 
 They change nothing, unless the environment variable ``LAYERSEL_TEST_SIGNAL`` says so:
 
-* ``"KILL:3"`` sends every rank SIGKILL at the end of step 3;
-* ``"INT:3"`` sends rank 0 alone SIGINT, as an impatient scheduler might; ``"TERM:3"`` sends it SIGTERM;
-* ``"TERMALL:3"`` sends SIGTERM to every rank and to all that it has started, as a launcher does;
-* ``"DIE:3"`` kills the last rank alone, ``"STOP:3"`` stops it until rank 0 is gone, and then kills it;
-* ``"SAVETERM:4"`` sends it to the last rank while checkpoint 4 is written;
-* ``"SCOREINT:1"`` and ``"SCORETERM:1"`` send rank 0 the signal in the first round of scoring;
-* ``"SEARCHINT:3"`` and ``"SEARCHTERM:3"`` send it to rank 0 and to all that it has started in step 3 of a search,
-  ``"SEARCHKILL:3"`` sends every rank SIGKILL there;
-* ``"DRIFT:3"`` moves a gate on rank 1 alone, ``"BIT:3"`` all gates there by their last bit;
+* ``"KILL:3"`` sends every process SIGKILL at the end of step 3;
+* ``"INT:3"`` sends only process 0 SIGINT, as an impatient scheduler might; ``"TERM:3"`` sends it SIGTERM;
+* ``"TERMALL:3"`` sends SIGTERM to every process and its children, as a launcher does;
+* ``"DIE:3"`` kills only the last process, ``"STOP:3"`` stops it until process 0 has ended, and then kills it;
+* ``"SAVETERM:4"`` sends SIGTERM to the last process while checkpoint 4 is written;
+* ``"SCOREINT:1"`` and ``"SCORETERM:1"`` send process 0 the signal in the first round of scoring;
+* ``"SEARCHINT:3"`` and ``"SEARCHTERM:3"`` send it to process 0 and its children in step 3 of a search,
+  ``"SEARCHKILL:3"`` sends every process SIGKILL there;
+* ``"DRIFT:3"`` changes one gate on process 1 only, ``"BIT:3"`` the last bit of all its gates;
 * ``"NAN:3"`` puts a NaN into a LoRA weight before step 3;
-* ``"BYPASS:0"`` computes the LoRA of one module past it;
-* ``"UNGATHERED:3"`` reads weights from step 3 on as one rank alone sees them;
+* ``"BYPASS:0"`` computes the LoRA of one module without calling the module;
+* ``"UNGATHERED:3"`` reads weights from step 3 on without gathering them;
 * ``"QUANTISED:0"`` gives the model a weight in an 8-bit type of torchao's, and may follow another after a comma.
 """
 
@@ -55,7 +55,7 @@ TOKENS = torch.arange(40).reshape(2, 20) + 300
 
 
 def count_optimized(trainer) -> int:
-    """Return how many parameters the engine's own optimizer holds, over all ranks' shards."""
+    """Return the number of parameters in the engine's own optimizer, over the shards of all processes."""
     engine = find_engine(trainer).name
     if engine in ("zero1", "zero2"):
         return sum(p.numel() for group in trainer.model_wrapped.optimizer.bit16_groups for p in group)
@@ -71,7 +71,7 @@ def is_offloaded(module) -> bool:
 
 
 def measure_quantised(model) -> dict[str, int]:
-    """Return how many weights of 4 bits the model has, and in how many bytes this rank holds its part of them."""
+    """Return the number of 4-bit weights in the model, and the bytes of this process's part of them."""
     modules = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     held = [getattr(module.weight, "_local_tensor", module.weight) for module in modules]
     assert all(isinstance(weight, bitsandbytes.nn.Params4bit) and weight.bnb_quantized for weight in held)
@@ -93,7 +93,7 @@ class ProbeCallback(TrainerCallback):
         parameters = adapter_parameters(model)
         weights = {name: engine.gather_parameter(p).contiguous() for name, p in parameters.items()}
         if engine.name == "fsdp2":
-            # The optimizer's own tensors are shards, whatever the model holds later.
+            # The tensors of the optimizer are shards, even if the model holds whole weights later.
             self.shards = {name: p for name, p in parameters.items() if p.requires_grad}
             held = [id(p) for group in self.trainer.optimizer.param_groups for p in group["params"]]
             assert {id(p) for p in self.shards.values()} == set(held)
@@ -114,7 +114,7 @@ class ProbeCallback(TrainerCallback):
             model.register_parameter("quantised", torch.nn.Parameter(weight, requires_grad=False))
 
     def on_save(self, args, state, control, **kwargs):
-        """Keep FSDP2's shards, whole, beside each checkpoint."""
+        """Write the gathered shards of FSDP2 next to each checkpoint."""
         if find_engine(self.trainer).name == "fsdp2":
             whole = {name: shards.full_tensor().detach().contiguous() for name, shards in self.shards.items()}
             if args.process_index == 0:
@@ -134,7 +134,7 @@ class ProbeCallback(TrainerCallback):
         write = tokenizer.save_pretrained
 
         def save_pretrained(folder, *args, **kwargs):
-            # Axolotl itself writes it to the run's folder, before training and on all ranks.
+            # Axolotl itself writes it to the run's folder, before training and on all processes.
             if Path(folder).name.startswith("checkpoint-"):
                 (self.folder / f"tokenizer_written_by_{collectives.get_rank()}").touch()
             return write(folder, *args, **kwargs)
@@ -157,7 +157,7 @@ class ProbeCallback(TrainerCallback):
 
 
 def lose_last_rank(way: str) -> None:
-    """Let the last rank be gone, or be there without an answer; every rank calls this."""
+    """End the last process, or stop it; every process calls this."""
     pids = collectives.gather_from_all(os.getpid())
     if os.getpid() != pids[-1]:
         return
@@ -167,7 +167,7 @@ def lose_last_rank(way: str) -> None:
 
 
 def collect_gradients(trainer) -> list[torch.Tensor]:
-    """Return copies of all gradients there are: of parameters, and in the buffers of DeepSpeed's optimizer."""
+    """Return copies of all gradients: of parameters, and in the buffers of DeepSpeed's optimizer."""
     found = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     optimizer = getattr(trainer.model_wrapped, "optimizer", None)
     waiting = [value for name, value in vars(optimizer).items() if "grad" in name or "ipg" in name] if optimizer else []
@@ -185,7 +185,7 @@ def collect_gradients(trainer) -> list[torch.Tensor]:
 
 
 def watch_search(trainer) -> None:
-    """Record what every gate step of a search for layers changes, in gate_steps.json."""
+    """Record in gate_steps.json what each gate step of a search changes."""
     upstream_step, upstream_finish = GateSearch.step_gates, GateSearch.finish_step
     record = []
 
@@ -210,7 +210,7 @@ def watch_search(trainer) -> None:
 
 
 def watch_scoring() -> None:
-    """Send rank 0 a signal in a round of scoring, if the environment says so."""
+    """Send process 0 a signal in a round of scoring, if the environment says so."""
     name, _, fatal = os.environ.get("LAYERSEL_TEST_SIGNAL", "").partition(":")
     if name not in ("SCOREINT", "SCORETERM"):
         return
@@ -226,7 +226,7 @@ def watch_scoring() -> None:
 
 
 def refer_to_engine(trainer) -> dict[str, weakref.ref]:
-    """Return weak references to what an engine holds: itself, its optimizers, fp32 masters and moments."""
+    """Return weak references to an engine, its optimizers, fp32 masters and moments."""
     wrapped = trainer.model_wrapped
     layers = [wrapped if wrapped is not trainer.model else None, trainer.optimizer]
     while layers[-1] is not None and hasattr(layers[-1], "optimizer"):
@@ -240,7 +240,7 @@ def refer_to_engine(trainer) -> dict[str, weakref.ref]:
 
 
 def watch_release(trainer) -> None:
-    """Record what of a search's engine is there, and what is still there when the search is over."""
+    """Record the parts of a search's engine, and which of them still exist after the search."""
     upstream_trial, upstream_finish = search.run_trial, GateSearch.finish_step
     held = {}
 
@@ -271,7 +271,7 @@ class ProbePlugin(BasePlugin):
         return [ProbeCallback(trainer)]
 
     def post_train(self, cfg, model):
-        """Keep the logits of the model in training; Axolotl calls this again without a process group."""
+        """Write the logits of the model in training; Axolotl calls this again without a process group."""
         if self.recorded:
             return
         self.recorded = True
@@ -283,12 +283,12 @@ class ProbePlugin(BasePlugin):
 
 
 def find_ranks(trainer):
-    """Return what redistributes the run's rank, or None."""
+    """Return the object that redistributes the run's rank, or None."""
     return next((c.ranks for c in trainer.callback_handler.callbacks if isinstance(c, RankCallback)), None)
 
 
 def gather_moment(trainer, parameter, moment: str) -> torch.Tensor:
-    """Return the numbers of one of Adam's moments of a parameter, whole, on every rank."""
+    """Return the whole values of one of Adam's moments of a parameter, on every process."""
     if not find_engine(trainer).name.startswith("zero"):
         value = compute_moment(trainer.optimizer.state[parameter], moment)
         return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
@@ -309,7 +309,7 @@ def gather_moment(trainer, parameter, moment: str) -> torch.Tensor:
 
 
 def describe_optimizer(trainer) -> dict:
-    """Return the class of the optimizer that steps, bitsandbytes' kind, and how many weights' moments are codes."""
+    """Return the optimizer's class, its kind in bitsandbytes, and the number of weights with quantised moments."""
     optimizer = unwrap_optimizer(trainer.optimizer)
     kind = f"bits {optimizer.args.optim_bits}{', paged' * optimizer.is_paged}" if hasattr(optimizer, "is_paged") else ""
     coded = 0
@@ -321,7 +321,7 @@ def describe_optimizer(trainer) -> dict:
 
 
 def compute_moment(state: dict, moment: str) -> torch.Tensor:
-    """Return the numbers of a moment in an optimizer's state, as its own library reads them."""
+    """Return the values of a moment in an optimizer's state, dequantised by its own library."""
     number = {"exp_avg": "1", "exp_avg_sq": "2"}[moment]
     if f"absmax{number}" in state:
         codes, scales, numbers = (state[f"{name}{number}"] for name in ("state", "absmax", "qmap"))
@@ -334,12 +334,12 @@ def compute_moment(state: dict, moment: str) -> torch.Tensor:
 
 
 def by_component(tensor: torch.Tensor, side: str) -> torch.Tensor:
-    """Return A as it is, or B transposed: a row for each rank component."""
+    """Return A, or B transposed: one row per component."""
     return tensor if side == "lora_A" else tensor.T
 
 
 class RankProbe(TrainerCallback):
-    """Watches every update of ranks, and the weights in the first forward after it."""
+    """Records every update of ranks, and the weights in the first forward pass after it."""
 
     def __init__(self, trainer, ranks):
         self.trainer, self.ranks = trainer, ranks
@@ -414,7 +414,7 @@ class RankProbe(TrainerCallback):
             module.lora_B[self.ranks.run.adapter].weight.data[0, 0] = float("nan")
 
     def on_save(self, args, state, control, **kwargs):
-        """Keep the logits of the model in training at each checkpoint."""
+        """Write the logits of the model in training at each checkpoint."""
         model = self.trainer.model
         model.eval()
         with torch.no_grad():
@@ -439,7 +439,7 @@ class RankProbe(TrainerCallback):
 
 
 def bypass(module, hidden):
-    """Compute a LoRA module as fused kernels do, from its matrices alone."""
+    """Compute a LoRA module as fused kernels do, from its matrices only."""
     matrices = module.lora_A["default"].weight.T @ module.lora_B["default"].weight.T
     return module.base_layer(hidden) + hidden @ matrices * module.scaling["default"]
 
@@ -457,9 +457,9 @@ class RankProbePlugin(BasePlugin):
 
 
 class MethodsPlugin(BasePlugin):
-    """Chooses by each method that ``LAYERSEL_TEST_METHODS`` names, before the run itself chooses, and applies nothing.
+    """Chooses with each method in ``LAYERSEL_TEST_METHODS`` before the run itself chooses, without applying it.
 
-    What each of them came to is in methods.json.
+    The results are in methods.json.
     """
 
     def post_trainer_create(self, cfg, trainer):

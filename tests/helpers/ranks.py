@@ -1,4 +1,4 @@
-"""Forked ranks that choose and train with a plain Trainer on an engine, and what they leave, beside one process's."""
+"""Forked processes that choose and train with a plain Trainer on an engine, and a comparison with one process."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.plan_file import read_plan
 
-# What each engine's trainer is told.
+# The arguments of the trainer on each engine.
 ENGINE_ARGUMENTS = {
     "single": {},
     "ddp": {"ddp_find_unused_parameters": False},
@@ -47,9 +47,9 @@ ENGINE_ARGUMENTS = {
 
 
 def make_arguments(engine: str, layer_classes: list[str]) -> dict:
-    """Return what the trainer of a rank is told, so that two of them have the batches that one has alone.
+    """Return arguments of a trainer under which two processes share the batches of one.
 
-    ``layer_classes``: what FSDP2 shards together.
+    ``layer_classes`` are the classes of layers that FSDP2 shards as one.
     """
     arguments = {"per_device_train_batch_size": 4 if engine == "single" else 2, **ENGINE_ARGUMENTS[engine]}
     if engine == "fsdp2":
@@ -59,7 +59,7 @@ def make_arguments(engine: str, layer_classes: list[str]) -> dict:
 
 
 def train_and_record(trainer, folder: str) -> None:
-    """Train and save, and leave in ``folder`` which engine that was on."""
+    """Train, save, and write the name of the engine to ``folder``."""
     trainer.train()
     trainer.save_model()
     record = {"engine": Run.of(trainer).engine.name, "processes": trainer.accelerator.num_processes}
@@ -68,7 +68,7 @@ def train_and_record(trainer, folder: str) -> None:
 
 
 def launch_ranks(zygote, function: str, engine: str, folder: Path, base, **arguments) -> Path:
-    """Let each rank of ``engine`` run ``function`` on the model ``base``, and return the folder that they wrote."""
+    """Run ``function`` on the model ``base`` in each process of ``engine``, and return the folder with the results."""
     base.save_pretrained(folder / "base")
     arguments = {**arguments, "engine": engine, "base": str(folder / "base"), "folder": str(folder)}
     world, log = 1 if engine == "single" else 2, folder / "log"
@@ -80,17 +80,17 @@ def launch_ranks(zygote, function: str, engine: str, folder: Path, base, **argum
 
 
 def check_same_choices(alone: Path, shared: Path, engine: str, choices: Iterable[str], base) -> list[tuple[Plan, Plan]]:
-    """Compare what an engine chose and trained last with what one process did, and return the plans of both.
+    """Compare the choices and the last adapter of an engine with those of one process, and return the plans of both.
 
-    ``base``: a model that the last adapter loads into with stock PEFT.
+    ``base`` is a model into which stock PEFT loads the last adapter.
     """
     plans = [(read_plan(plan_path(alone / choice)), read_plan(plan_path(shared / choice))) for choice in choices]
     for one, other in plans:
         assert (one.engine, other.engine) == ("single", engine)
         assert (other.selected, other.modules, other.ranks) == (one.selected, one.modules, one.ranks)
         scores = [[layer.score for layer in plan.layers] for plan in (one, other)]
-        # Adam makes steps of LoRA of the size of its learning rate from gradients that are next to nothing, whose
-        # rounding depends on the rows that are summed together; a gate's step here is 0.01.
+        # For tiny gradients Adam still takes LoRA steps as large as the learning rate, and their rounding depends on
+        # the rows that are summed together. A gate's step here is 0.01.
         exactness = {"abs": 1e-3} if one.method == "flexora" else {"rel": 1e-4, "abs": 1e-6}
         assert scores[1] == pytest.approx(scores[0], **exactness)
         assert other.dataset_fingerprint == one.dataset_fingerprint and other.token == one.token
@@ -104,14 +104,14 @@ def check_same_choices(alone: Path, shared: Path, engine: str, choices: Iterable
     return plans
 
 
-# What each engine reads of its own to resume, by which a test takes it away.
+# The files that each engine reads to resume; a test removes them.
 OPTIMIZER_STATES = {"zero3": "global_step*/*zero_pp_rank_1_mp_rank_00_optim_states.pt", "fsdp2": "optimizer.bin"}
 
 
 def train_and_resume(engine: str, base: str, folder: str) -> None:
-    """Train with a plain Trainer on an engine, in one go and again from the middle, and then without a file of that.
+    """Train with a plain Trainer on an engine: uninterrupted, resumed, and resumed without one of the files.
 
-    Before it, search with a model whose first layer has inputs without a gradient.
+    Before that, search with a model whose first layer has inputs without a gradient.
     """
     from transformers import LlamaForCausalLM
 
@@ -128,7 +128,7 @@ def train_and_resume(engine: str, base: str, folder: str) -> None:
 
     def make(place: str):
         def load(arguments):
-            # From a file, for then ZeRO-3 shards it at once.
+            # From a file, because ZeRO-3 then shards it at once.
             return make_lora(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32))
 
         return make_trainer(load, Path(folder) / place, **arguments)

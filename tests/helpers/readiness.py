@@ -1,4 +1,4 @@
-"""A run beside another adapter, on every process of an engine."""
+"""A run of a model with another adapter, on every process of an engine."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def freeze_all(model):
 
 
 def train_beside_another(engine: str, base: str, folder: str) -> None:
-    """Train on an engine beside another adapter, biases too; then let one process switch to that one."""
+    """Train an adapter and biases on an engine with another adapter in the model; then one process switches to it."""
     from transformers import LlamaForCausalLM
 
     import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
@@ -38,7 +38,7 @@ def train_beside_another(engine: str, base: str, folder: str) -> None:
 
     def make(place: str):
         def load(arguments):
-            # From a file, for then ZeRO-3 shards it at once.
+            # From a file, because ZeRO-3 then shards it at once.
             loaded = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
             model = make_lora(loaded, task_type="CAUSAL_LM", bias="lora_only")
             torch.manual_seed(7)  # the same on all processes

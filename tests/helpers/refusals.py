@@ -1,4 +1,4 @@
-"""Settings that are valid, and what a file with others is told."""
+"""Valid settings, and the messages for a file with other settings."""
 
 import pytest
 from hypothesis import strategies as st
@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from axolotl_layersel.config.root import LayerselArgs
 
-# What a YAML file can hold.
+# Values that a YAML file can hold.
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -31,7 +31,7 @@ FILE = {"plugins": ["axolotl_layersel.LayerSelectionPlugin"], "adapter": "lora",
 
 
 def say_by_file(block: dict, keys: dict) -> str:
-    """Return what a YAML file with ``keys`` is refused with."""
+    """Return the messages that refuse a YAML file with ``keys``."""
     with pytest.raises(ValidationError) as caught:
         LayerselArgs.model_validate({**FILE, **keys, "layersel": block})
     return caught.value.errors()[0]["msg"].removeprefix("Value error, ")

@@ -7,7 +7,7 @@ from helpers.places import SCORING
 
 
 def selection(method: str = "cka", **values) -> dict:
-    """Return a ``layersel`` block; methods that score take an odd number of rows, for unequal shares of two."""
+    """Return a ``layersel`` block; the number of rows is odd, so that two processes have unequal shares."""
     scoring = {"num_samples": 15} if method in SCORING else {}
     return {"layersel": {"selection": {"method": method, **scoring, **values}}}
 
@@ -25,7 +25,7 @@ BEST_IS_FIRST = {
 CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 
 
-# For what must not change plain LoRA. Two micro-batches a step, and gradients that are clipped.
+# For runs that must equal plain LoRA. Each step has two micro-batches, and gradients are clipped.
 ACCUMULATED = {
     "gradient_accumulation_steps": 2,
     "max_grad_norm": 0.01,
@@ -56,14 +56,14 @@ def l1ra(**values) -> dict:
 
 
 def pressure(**values) -> dict:
-    """Return a ``layersel`` block that redistributes rank by the paper's rule, with the sum of ranks as the budget."""
+    """Return a ``layersel`` block that redistributes rank by ``rule: pressure`` with ``budget_unit: rank``."""
     return l1ra(**{"rule": "pressure", "budget_unit": "rank", **values})
 
 
 def preferences(folder: Path, rl: str = "dpo") -> dict:
-    """Write 24 pairs of answers to ``folder``, and return the YAML keys of preference training on them.
+    """Write 24 pairs of answers to ``folder``, and return the YAML keys to train on them.
 
-    ``rl``: such as dpo or orpo; reward for a reward model.
+    ``rl`` is a kind of preference training such as dpo or orpo, or reward for a reward model.
     """
     path = folder / "preferences.jsonl"
     rows = []
@@ -93,7 +93,7 @@ def preferences(folder: Path, rl: str = "dpo") -> dict:
 def deepspeed_config(stage: int) -> dict:
     zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
     if stage == 3:
-        # By default no parameter under 1e5 elements is partitioned: a small model would test nothing.
+        # By default parameters under 1e5 elements are not partitioned, so a small model would test nothing.
         zero.update(stage3_param_persistence_threshold=0, stage3_gather_16bit_weights_on_model_save=False)
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
     return {"zero_optimization": zero, "gradient_clipping": "auto", **dict.fromkeys(automatic, "auto")}
@@ -102,7 +102,7 @@ def deepspeed_config(stage: int) -> dict:
 def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
     """Return the YAML keys that choose ``engine``, and its number of processes.
 
-    ``fsdp2-full`` loads weights on one process alone, ``fsdp2-full-everywhere`` on each, as 4-bit ones need.
+    ``fsdp2-full`` loads weights on one process only, ``fsdp2-full-everywhere`` on each, as 4-bit weights need.
     """
     if engine == "single":
         return {}, 1
@@ -118,9 +118,9 @@ def engine_settings(engine: str, folder: Path) -> tuple[dict, int]:
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "cpu_ram_efficient_loading": "full" in engine and not engine.endswith("everywhere"),
         "offload_params": offloaded,
-        # Memory is pinned for an accelerator, and there is none.
+        # Memory is pinned for an accelerator, which the CPU does not have.
         **({"cpu_offload_pin_memory": False} if offloaded else {}),
-        # False also leaves whole weights behind after an evaluation, in the way of whoever writes to shards.
+        # With False whole weights also remain after an evaluation, which writes to shards must handle.
         "reshard_after_forward": "full" in engine,
         "state_dict_type": kind,
         "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",

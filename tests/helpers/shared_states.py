@@ -20,13 +20,13 @@ CHOICES = {
 
 
 def be_a_rank(family: str, engine: str, base: str, folder: str) -> None:
-    """Choose by several methods on an engine, and train what the last one chose, into ``folder``."""
+    """Choose with several methods on an engine, train the last choice, and write to ``folder``."""
     import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
 
     chosen = make_arguments(engine, [f"{family}TextDecoderLayer"])
 
     def load(arguments):
-        # From a file, for then ZeRO-3 shards it at once.
+        # From a file, because ZeRO-3 then shards it at once.
         model = make_lora(type(make_base(family)).from_pretrained(base, dtype=torch.float32), TARGETS)
         model.enable_input_require_grads()
         return model

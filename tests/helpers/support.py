@@ -1,4 +1,4 @@
-"""What is known to work, cell by cell: the tests say it, docs/support.json holds it, docs/support.md shows it."""
+"""The tables of docs/support.md: tests record each cell, docs/support.json stores it, docs/support.md shows it."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ L1RA = "l1ra"
 COLUMNS = [*METHODS, L1RA]
 TABLES = ("model", "trainer", "adapter")
 SURVEY = "architecture"
-# Layers of which the model reads nothing, and outside of the layers.
+# Layers whose output the model does not read, and modules outside the layers.
 IDLE = {"vision.3", None}
 
 
 class Support:
-    """What a test has shown.
+    """The results of a test for the tables.
 
     Attributes:
-        entries: by table and row, the columns that were tested, and those that were refused with the message.
-        surveys: of architectures, see ``survey``.
+        entries: by table and row, the columns that were tested, and those that were refused, with their messages.
+        surveys: results for architectures, see ``survey``.
     """
 
     def __init__(self) -> None:
@@ -49,13 +49,13 @@ class Support:
         self.find(table, row)[1][column] = message
 
     def survey(self, row: str, found: int, refused: dict[str, str], unbuilt: dict[str, str]) -> None:
-        """Say in how many classes of a kind layers were found, and by class why not in others, or what they lack."""
+        """Record the number of classes of a kind in which layers were found, and why not in the others."""
         self.surveys.append(
             {"table": SURVEY, "row": row, "found": found, "refused": refused, "unbuilt": dict(sorted(unbuilt.items()))}
         )
 
     def describe(self) -> list[dict]:
-        """Return it as docs/support.json has it."""
+        """Return the results in the format of docs/support.json."""
         return [
             {"table": table, "row": row, "tested": sorted(set(tested), key=COLUMNS.index), "refused": refused}
             for (table, row), (tested, refused) in self.entries.items()
@@ -63,7 +63,7 @@ class Support:
 
 
 def read_file() -> dict[str, list[dict]]:
-    """Return what every test has shown, by its name."""
+    """Return the results of every test by its name."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
@@ -76,7 +76,7 @@ def write_file(shown: dict[str, list[dict]]) -> None:
 
 
 def make_selection_config(method: str, layers: list, **settings) -> SelectionConfig:
-    """Return settings by which ``method`` keeps a half; ``layers``: those that `explicit` keeps."""
+    """Return settings with which ``method`` chooses a half; ``layers`` are the choice of ``explicit``."""
     values: dict = {"ratio": 0.5}
     if METHODS[method].draws_rows:
         values["num_samples"] = 8
@@ -99,15 +99,19 @@ def try_every_method(
     layers: Sequence[int | str] = (1,),
     **settings,
 ) -> None:
-    """Choose with every method, and move rank, in a new trainer each time, and say what held.
+    """Choose with every method, and move rank, in a new trainer each time, and record what works.
 
     Args:
-        make: returns a new trainer that writes to a folder; its arguments are given to the Trainer.
-        make_base: returns a new model without LoRA, as stock PEFT loads the adapter into it.
-        batch: what the model computes its logits from.
-        refused: by method, a part of the message that it is refused with.
-        layers: those that `explicit` keeps.
-        settings: more of the ``selection`` block.
+        support: the record of the results.
+        table: the table that the results belong to.
+        row: the row of the table.
+        make: returns a new trainer that writes to a folder, from arguments of the Trainer.
+        make_base: returns a new model without LoRA, into which stock PEFT loads the adapter.
+        folder: the folder for all runs.
+        batch: inputs to compute the logits of the model from.
+        refused: by method, a part of the message that refuses it.
+        layers: the choice of ``explicit``.
+        settings: other keys of the ``selection`` block.
     """
     refused = refused or {}
     for column in COLUMNS:
@@ -130,7 +134,7 @@ def try_every_method(
 
 
 def find_refusal(trainer, config: LayerselConfig) -> str:
-    """Return what a trainer is refused with."""
+    """Return the message that refuses a trainer."""
     try:
         prepare_trainer(trainer, config)
     except LayerselError as error:
@@ -139,7 +143,7 @@ def find_refusal(trainer, config: LayerselConfig) -> str:
 
 
 def check_choice(trainer, config: LayerselConfig, method: str) -> None:
-    """Check that a method leaves LoRA in what it has chosen, and nowhere else, and scores each layer with LoRA."""
+    """Check that LoRA remains only in the units that a method has chosen, and that each layer with LoRA has a score."""
     before = list(find_lora_modules(Run.of(trainer).base))
     plan = prepare_trainer(trainer, config)
     scores = {choice.layer: choice.score for choice in plan.layers if choice.score is not None}
@@ -155,7 +159,7 @@ def check_choice(trainer, config: LayerselConfig, method: str) -> None:
 
 
 def check_rank_moves(trainer, config: LayerselConfig, base, folder: Path, batch: dict) -> None:
-    """Check that rank moves while a trainer trains, and that stock PEFT computes with its adapter what it does."""
+    """Check that rank moves in training, and that stock PEFT computes the same logits with the adapter."""
     prepare_trainer(trainer, config)
     trainer.train()
     trainer.save_model()
@@ -164,7 +168,7 @@ def check_rank_moves(trainer, config: LayerselConfig, base, folder: Path, batch:
     rebuilt = PeftModel.from_pretrained(base, folder).eval()
     with torch.no_grad():
         expected, plain = trainer.model.eval()(**batch).logits, base.eval()
-        # l1ra folds the scaling into B, so that sums are rounded in another place.
+        # l1ra folds the scaling into B, so that rounding differs.
         torch.testing.assert_close(rebuilt(**batch).logits, expected, atol=1e-4, rtol=1e-4)
         with rebuilt.disable_adapter():
             assert (plain(**batch).logits - expected).abs().max() > 1e-4

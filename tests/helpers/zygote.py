@@ -1,12 +1,12 @@
 """Fork training processes from one that has imported Axolotl already.
 
-An ``axolotl`` process spends most of its time on imports. This server imports once, then forks one child
-a rank for every job, with the environment that torchrun would set, so that a test pays for the run alone.
-The children run Axolotl's own entry points; nothing of it is replaced.
+An ``axolotl`` process spends most of its time on imports. This server imports once, and then forks the processes
+of every job with the environment that torchrun would set, so that a test takes only the time of the run itself.
+The children run Axolotl's own entry points, and replace nothing of it.
 
 Jobs come as JSON lines on standard input, ``{"id", "target", "args", "world", "env", "log", "port"}``;
 answers go to standard output: ``{"id", "pids"}`` once started and ``{"id", "codes"}`` at the end. ``args`` may be a
-list, one for each rank. A job with ``nodes`` (see nodes.py) shares its ranks out to them.
+list, one for each process. A job with ``nodes`` (see nodes.py) distributes its processes over them.
 """
 
 import atexit
@@ -27,7 +27,7 @@ import torch
 from helpers.nodes import INTERFACE
 
 REPLY = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # what libraries print must not mix with the answers
+os.dup2(2, 1)  # the output of libraries must not mix with the answers
 LOCK = threading.Lock()
 
 
@@ -37,9 +37,9 @@ def reply(**message) -> None:
 
 
 def save_coverage() -> None:
-    """Write what coverage has measured in this process, where it measures.
+    """Save the coverage of this process, if it is measured.
 
-    Its patch of ``os._exit`` would do so too, but also in the processes that load data. There a thread of the plugin's
+    Coverage's patch of ``os._exit`` would do so too, but also in processes that load data. There a thread of the plugin
     calls ``os._exit`` while the main thread may do so as well, and two threads that save at once crash the process.
     """
     measured = coverage.Coverage.current()
@@ -48,7 +48,7 @@ def save_coverage() -> None:
 
 
 def enter(node: dict) -> None:
-    """Let this process, which has one thread, be one of a node's."""
+    """Move this process, which has one thread, to a node."""
     if node["holder"] is not None:
         libc = ctypes.CDLL(None, use_errno=True)
         for kind in ("net", "mnt", "uts"):
@@ -63,7 +63,7 @@ def enter(node: dict) -> None:
 def run_child(job: dict, rank: int) -> None:
     """Run the target in this forked process and leave with its exit code."""
     os.setpgid(0, 0)
-    atexit._clear()  # what the server has registered is its own to do
+    atexit._clear()  # exit handlers that the server registered are for the server only
     log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -83,7 +83,7 @@ def run_child(job: dict, rank: int) -> None:
         )
         if job["nodes"]:
             enter(nodes[rank // local])
-    # A fork inherits the parent's random state; processes that are started apart do not share one.
+    # A fork inherits the parent's random state, unlike processes that are started separately.
     random.seed()
     numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
     torch.seed()
@@ -124,7 +124,7 @@ def main() -> None:
     # The package and what watches it: half a second of every process. Runs that are started as users do import it anew.
     import helpers.probe  # noqa: F401
 
-    # What the imports have made stays: the children's collections, of which a run makes a dozen, need not look at it.
+    # Objects of the imports stay alive, so the garbage collector of the children can skip them.
     gc.collect()
     gc.freeze()
     reply(ready=True)

@@ -49,9 +49,9 @@ def base_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory, base_model) -> Path:
-    """64 word problems as JSON lines whose answers have equally many tokens.
+    """64 word problems as JSON lines, with the same number of tokens in every answer.
 
-    Axolotl's loss weighs ranks, not tokens: only with equal counts do one and two processes train alike.
+    Axolotl averages the loss over processes, not tokens. Only with equal numbers do one and two processes train alike.
     """
     from collections import Counter
 
@@ -127,7 +127,7 @@ def make_config(base_model, data, tmp_path_factory):
 def train(zygote, make_config):
     """Return a function that trains with real Axolotl on an engine and returns the finished run.
 
-    ``elsewhere``: settings that ranks above 0 have differently; ``timeout``: seconds, after which all are killed.
+    ``elsewhere`` are settings that differ in all processes but the first. After ``timeout`` seconds all are killed.
     """
 
     def run(
@@ -173,8 +173,8 @@ def make_plan(zygote, make_config):
 
 @pytest.fixture(scope="session")
 def plain_runs(train) -> dict[str, Run]:
-    """On each engine plain LoRA in all layers, in two micro-batches a step, with gradients that are clipped.
+    """A run of plain LoRA in all layers on each engine, with two micro-batches a step and clipped gradients.
 
-    Before it a search whose gates are held at 0, of as many steps, on the same rows in the same order: plain LoRA too.
+    A search with the same number of steps on the same rows comes first. Its gates stay at 0, so it is plain LoRA too.
     """
     return RunsByEngine(lambda engine: train(engine, **PLAIN))

@@ -1,4 +1,4 @@
-"""Files that cannot be honoured: real Axolotl ends with an error code and one sentence that says what to do."""
+"""Invalid files: real Axolotl ends with an error code and one sentence that says what to do."""
 
 import json
 import os
@@ -22,11 +22,11 @@ def flexora(**values) -> dict:
     return selection("flexora", flexora=values)
 
 
-# One for each phase of a command: as plugins register, as the file is validated, and as data sets load.
+# A case for each phase of a command: plugins register, the file is validated, and data sets load.
 BEFORE_THE_MODEL = {
     "l1ra: blank": (
         {"layersel": {**selection()["layersel"], "l1ra": None}},
-        "layersel.l1ra: the key is there but its block is blank",
+        "layersel.l1ra: the block is blank",
     ),
     "unknown key": (selection(rato=0.5), "layersel.selection.rato is not a setting: did you mean 'ratio'?"),
     "layers out of range": (
@@ -54,7 +54,7 @@ AFTER_THE_MODEL = {
 
 @pytest.fixture(scope="module")
 def refused(request, train):
-    """The runs of the cases that are asked for, two at a time, for each is one process's work."""
+    """The runs of the collected cases, two at a time, because each uses one process."""
     cases = {**BEFORE_THE_MODEL, **AFTER_THE_MODEL}
     asked = [item.callspec.params["case"] for item in request.session.items if "refused" in item.fixturenames]
     with ThreadPoolExecutor(2) as pool:

@@ -16,7 +16,7 @@ from axolotl_layersel.training.lock import RunLock
 
 
 def call(*command: str, expect: int = 0, timeout: float = 240) -> str:
-    """Run a command and return what it printed."""
+    """Run a command and return its output."""
     done = subprocess.run(
         list(command),
         cwd=ROOT,
@@ -121,7 +121,7 @@ def test_both_names_of_the_command_know_the_same(command, tmp_path):
 
 @pytest.fixture(scope="module")
 def completion(tmp_path_factory) -> Path:
-    """What a shell that called the command completes it by; the shell is found among the command's parents."""
+    """The completion script for bash; the command finds the shell among its parent processes."""
     script = tmp_path_factory.mktemp("completion") / "completion.bash"
     script.write_text(call("bash", "-c", "axolotl-layersel --show-completion; exit $?"))
     return script
@@ -138,7 +138,7 @@ def completion(tmp_path_factory) -> Path:
     ],
 )
 def test_bash_completes_what_is_typed(typed, offered, completion):
-    # What bash itself does when tab is pressed: it calls the function that the script has registered.
+    # As bash does when tab is pressed: it calls the function that the script has registered.
     code = (
         'source "$1"; read -ra COMP_WORDS <<< "$2"; [[ $2 == *" " ]] && COMP_WORDS+=(""); '
         "COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); function=$(complete -p axolotl-layersel); "
@@ -157,7 +157,7 @@ def test_importing_the_plugin_costs_no_second_beyond_axolotl():
 
 
 def without_deepspeed(path: Path, **values) -> Path:
-    """Write a copy of a YAML file for commands that run in one process, where Axolotl cannot start DeepSpeed."""
+    """Write a copy of a YAML file for commands in one process, in which Axolotl cannot start DeepSpeed."""
     settings = {**yaml.safe_load(path.read_text()), "deepspeed": None, **values}
     settings["plugins"] = [name for name in settings["plugins"] if "probe" not in name]
     other = path.with_name("one-process.yml")
@@ -176,7 +176,7 @@ def in_process(zygote, target: str, path: Path, **args) -> str:
 
 def test_merge_lora_merges_the_selected_layers(trained, zygote, base_model, tmp_path):
     path, output = trained
-    training = RunLock.take(output)  # a run that goes on is in the way of no command that does not train
+    training = RunLock.take(output)  # commands that do not train work during a run
     in_process(zygote, "axolotl.cli.merge_lora:do_cli", without_deepspeed(path))
     training.release()
     merged = load_merged(output, tmp_path)

@@ -1,4 +1,4 @@
-"""What a block leaves open fits itself to the run and says so; keys that nothing reads are named once."""
+"""Defaults that depend on the run, and the warning about keys that nothing reads."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What ``make demo`` does, in short: prepare, train with real Axolotl, report."""
+"""A short version of ``make demo``: prepare, train with real Axolotl, report."""
 
 import json
 import os
@@ -15,7 +15,7 @@ STEPS = 4
 
 
 def run(*command: str) -> str:
-    """Return what a command prints; it must succeed."""
+    """Return the output of a command, which must succeed."""
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -30,7 +30,7 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str, str]:
-    """The demo's folder, what the training printed, and what the report printed."""
+    """The folder of the demo, and the output of its training and of its report."""
     work = tmp_path_factory.mktemp("demo")
     run(sys.executable, "-m", "demo.prepare", "--work", str(work), "--max-steps", "5")
     text = (ROOT / "example_configs" / "demo.yml").read_text().replace("demo/work", str(work))
@@ -45,7 +45,7 @@ def test_the_base_model_is_kept_for_the_next_time(demo):
     work, *_ = demo
     before = (work / "base" / "model.safetensors").stat()
     printed = run(sys.executable, "-m", "demo.prepare", "--work", str(work), "--max-steps", "5")
-    assert "is there already" in printed
+    assert "exists already" in printed
     assert (work / "base" / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
 
 

@@ -16,7 +16,7 @@ from axolotl_layersel.selection.plan_file import read_plan
 
 @pytest.fixture(scope="module")
 def launch(zygote, tmp_path_factory):
-    """Return a function that lets an engine choose by every method and train, once, and returns the folder."""
+    """Return a function that chooses with every method and trains, once for each engine, and returns the folder."""
 
     @functools.cache
     def run(name: str, engine: str) -> Path:
@@ -34,7 +34,7 @@ def test_every_engine_chooses_and_trains_as_one_process_does(name, engine, launc
 
 @pytest.fixture(scope="module")
 def t5_settings(tmp_path_factory) -> dict:
-    """What a YAML file says of a T5 and rows that are tokenised already."""
+    """The YAML keys of a T5 and of rows that are already tokenised."""
     folder = tmp_path_factory.mktemp("axolotl")
     make_encoder_decoder("T5").save_pretrained(folder / "t5")
     make_tokenizer().save_pretrained(folder / "t5")

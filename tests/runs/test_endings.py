@@ -1,4 +1,4 @@
-"""How a refused run ends: one sentence, last on the terminal, printed once, whatever starts the processes."""
+"""The end of a refused run: one sentence, printed once and last, with every launcher."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from axolotl_layersel.training.ending import COLLECTOR
 
 
 def end(*command: str, **env: str) -> tuple[int, list[str]]:
-    """Run a command and return its exit code and all lines that it printed, both streams in their order."""
+    """Run a command and return its exit code and the lines of both streams in their order."""
     inherited = {key: value for key, value in os.environ.items() if key != COLLECTOR}
     done = subprocess.run(
         list(command),
@@ -34,7 +34,7 @@ def test_a_block_without_its_plugin_is_refused_before_axolotl_begins(make_config
     code, lines = end("axolotl", "train", str(path))
     assert code == 1
     assert lines == [
-        f"{PREFIX}plugins: the key is missing, so `layersel` would be passed over and the run train plain LoRA. "
+        f"{PREFIX}plugins: the key is missing, so `layersel` would be ignored and the run would train plain LoRA. "
         f"Write `- {PLUGIN}` on a line below `plugins:`, or remove `layersel`."
     ]
     assert not output.exists()
@@ -71,7 +71,7 @@ def test_plan_on_one_process_starts_none_and_ends_in_the_sentence(make_config):
 def test_other_errors_and_signals_end_as_ever(tmp_path):
     code = (
         "import os, signal, sys; from axolotl_layersel.training.ending import collect; collect();"
-        # A shell that starts the tests in the background has them ignore it.
+        # Processes ignore the signal if a shell starts the tests in the background.
         "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "sys.argv[1] == 'term' and os.kill(os.getpid(), signal.SIGTERM); sys.argv[1] == 'int' and "
         "signal.raise_signal(signal.SIGINT); raise ValueError('of another package')"

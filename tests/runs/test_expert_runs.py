@@ -14,7 +14,7 @@ from axolotl_layersel.lora.modules import find_lora_modules
 
 @pytest.fixture(scope="module")
 def launch(train, base_model, tmp_path_factory):
-    """Return a function that lets Axolotl choose among experts and train on an engine, once, and returns the run."""
+    """Return a function that chooses among experts and trains with Axolotl, once for each engine."""
     folder = tmp_path_factory.mktemp("mixture")
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_model)
     tokenizer.save_pretrained(folder)
@@ -48,7 +48,7 @@ def test_engines_give_experts_rank_and_train_them_as_one_process_does(launch, en
     assert one.keys() == other.keys()
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, atol=2e-4, rtol=1e-3)
-        assert value.abs().max() > 2e-3  # B has left zero
+        assert value.abs().max() > 2e-3  # B is no longer zero
     base = transformers.AutoModelForCausalLM.from_pretrained(settings["base_model"])
     model = PeftModel.from_pretrained(base, shared.folder)
     assert set(find_lora_modules(model.get_base_model())) == set(ranks)

@@ -1,4 +1,4 @@
-"""Files are written complete or not at all, and read with one clear error."""
+"""A file that exceeds a limit is not written at all."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 
 def test_a_limit_on_the_size_of_files_is_said_in_bytes(tmp_path):
-    # In a process of its own: the limit stays.
+    # In a process of its own, because the limit cannot be lifted.
     code = f"""if True:
         import resource, signal
         from axolotl_layersel.common.files import write_atomically
@@ -14,7 +14,7 @@ def test_a_limit_on_the_size_of_files_is_said_in_bytes(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         write_atomically({str(tmp_path / "plan.json")!r}, b"x" * 2000)
     """
-    # Coverage would measure that process too, and its own file would not fit either.
+    # Without coverage, whose own file would exceed the limit too.
     env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     last = done.stderr.strip().splitlines()[-1]

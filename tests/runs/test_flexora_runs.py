@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from axolotl_layersel.selection.gate_history import GateHistory
 
-# Gates move three times, the last one sees two micro-batches. Reentrant, for ZeRO-3 fails with the other kind.
+# Gates take three steps, the last one on two micro-batches. Reentrant, because ZeRO-3 fails with the other kind.
 SEARCH = {"steps": 6, "inner_steps": 2, "val_samples": 13, "val_batches": 2, "gate_lr": 0.05}
 SETTINGS = {
     "max_steps": 4,
@@ -78,7 +78,7 @@ def test_two_processes_choose_what_one_chooses(searched, engine):
     assert two.train_losses == pytest.approx(one.train_losses, abs=2e-5)
     assert two.final == pytest.approx(one.final, abs=1e-3)
     ordered = sorted(one.final.values())
-    # No gate is so near to the boundary that rounding could decide.
+    # No gate is so close to the boundary that rounding could change the choice.
     assert ordered[4] - ordered[3] > 4e-3
 
 

@@ -1,4 +1,4 @@
-"""What users combine with a search for layers, in real runs of Axolotl."""
+"""Settings that users combine with a search for layers, in real runs of Axolotl."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_a_search_and_moving_rank_go_together(train, engine, base_model, tmp_pat
 
 
 def test_shards_of_nothing_are_told_apart(train):
-    """With rank 1 on two processes the second one's shards of A are empty."""
+    """With LoRA of rank 1 on two processes the second one has empty shards of A."""
     settings = {"lora_r": 1, "lora_alpha": 2, "max_steps": 4, "save_steps": 4}
     alone, together = (train(engine, **search(), **settings) for engine in ("single", "fsdp2-sharded"))
     assert together.selected == alone.selected

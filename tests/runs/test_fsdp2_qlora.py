@@ -1,4 +1,4 @@
-"""Whole runs of Axolotl on FSDP2 with a base of 4 bits, which every process loads whole and then holds a part of."""
+"""Whole runs of Axolotl on FSDP2 with a 4-bit base, which every process loads whole and then shards."""
 
 import subprocess
 import sys
@@ -20,8 +20,8 @@ BLOCKS = {
     "flexora": selection("flexora", flexora={"steps": 4, "val_samples": 8}),
 }
 RUNS = [*((block, engine) for block in ("last", "cka and l1ra") for engine in ENGINES), ("flexora", "fsdp2-sharded")]
-# The model stays in training mode, where nothing drops out: in the other one some CPUs would pack 4-bit weights anew,
-# see cpu_engines.py.
+# The model stays in training mode, without dropout: in evaluation mode some CPUs would pack 4-bit weights again, see
+# cpu_engines.py.
 STOCK_SCRIPT = """
 import sys
 import torch
@@ -69,7 +69,7 @@ def test_it_chooses_moves_rank_and_trains_as_one_process_does(runs, block, engin
     if "l1ra" in block:
         assert together.ranks() == alone.ranks()
         assert len({tuple(ranks.values()) for ranks in alone.ranks().values()}) > 2, "ranks moved more than once"
-    # As in test_runs.py, the order of a sum moves a weight whose gradient is near zero. Seen: 5e-7, and 1.2e-5.
+    # As in test_runs.py, the order of a sum changes a weight whose gradient is near zero. Seen: 5e-7 and 1.2e-5.
     assert together.losses() == pytest.approx(alone.losses(), abs=2e-5)
     assert difference(together.adapter(), alone.adapter()) <= 5e-5
 

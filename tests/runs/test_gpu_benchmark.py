@@ -1,4 +1,4 @@
-"""The benchmark that somebody with GPUs runs in one command, tried on a CPU."""
+"""The benchmark for GPUs, run on a CPU."""
 
 import json
 import os

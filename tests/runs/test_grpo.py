@@ -1,4 +1,4 @@
-"""Trainers that compare with a reference switch adapters in every loss: what is frozen stays so, on every path."""
+"""Frozen LoRA stays frozen in trainers that switch to a reference adapter in every loss."""
 
 import json
 
@@ -9,13 +9,13 @@ from helpers.settings import selection
 
 
 def read_norms(run) -> list[float]:
-    """Return the gradient's norm in each step of a run of Axolotl."""
+    """Return the norm of the gradient in each step of a run of Axolotl."""
     state = json.loads((run.folder / "checkpoint-6" / "trainer_state.json").read_text())
     return [log["grad_norm"] for log in state["log_history"] if "grad_norm" in log]
 
 
 def test_frozen_lora_takes_no_part_in_a_run_of_axolotl_by_grpo_with_a_reference(train, tmp_path):
-    """LoRA that is frozen as nothing computes as no LoRA does, so that both runs must be one."""
+    """Frozen LoRA with B = 0 adds nothing, so the run must equal one without LoRA there."""
     settings = {**train_by_grpo(tmp_path), "save_steps": 6, "logging_steps": 1, "max_grad_norm": 1e-3}
     settings["trl"] = {**settings["trl"], "beta": 0.1}
     frozen, removed = (

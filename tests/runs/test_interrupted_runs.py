@@ -1,4 +1,4 @@
-"""Whole runs of Axolotl that a signal ends while layers are chosen."""
+"""Whole runs of Axolotl that a signal stops while layers are chosen."""
 
 import pytest
 from helpers.launched import Run
@@ -15,7 +15,7 @@ def check_nothing_is_left(run: Run, name: str) -> None:
     assert not (run.folder / "layersel").exists() and not list(run.folder.glob("checkpoint-*"))
 
 
-# Of FSDP2, one rank alone scores with full state dicts, and the other waits for it.
+# On FSDP2 with full state dicts only the first process scores, and the other waits for it.
 @pytest.mark.parametrize(
     ("engine", "method", "name"),
     [

@@ -46,7 +46,7 @@ def test_rank_moves_beside_kernels_as_without_them(train, engine):
     plain = train(engine, **MOVING)
     assert plain.engine["fused_modules"] == 0
     assert run.ranks() == plain.ranks() and len({*map(str, run.ranks().values())}) > 1
-    # Both compute in fp32, in another order, and Adam divides small gradients by their own size.
+    # Both compute in fp32 in a different order, and Adam divides small gradients by their own size.
     assert difference(run.adapter(), plain.adapter()) < 1e-3
 
 
@@ -64,5 +64,5 @@ def test_a_search_finds_the_same_gates_with_kernels_as_without_them(train):
     assert [run.engine["fused_modules"] for run in runs] == [8, 0]
     scores = [[choice["score"] for choice in run.plan["layers"]] for run in runs]
     assert len({*scores[0]}) == 8
-    # Adam's first steps are as large for a gradient of rounding as for any other, so gates may differ more than it.
+    # The first steps of Adam are as large for a rounding error as for any gradient, so gates may differ by more.
     assert max(abs(one - other) for one, other in zip(*scores)) < 1e-4

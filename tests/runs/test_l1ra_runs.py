@@ -59,7 +59,7 @@ def test_two_processes_move_rank_as_one_does(whole_runs, engine):
     assert torch.equal(one["gates/active"], two["gates/active"])
     gates = read_updates(alone)["gates"]
     nearest = min(gate for step in UPDATES for kept in gates[str(step)].values() for gate in kept if gate > 0)
-    # A gate that is clamped at 0 is exactly 0; no other is near enough to the threshold for rounding to decide.
+    # A clamped gate is exactly 0, and no other is so close to the threshold that rounding could prune it.
     assert nearest > 1e-3
     assert torch.allclose(one["gates/values"], two["gates/values"], atol=nearest / 10)
 
@@ -88,7 +88,7 @@ def test_the_next_forward_computes_with_the_rows_that_an_update_wrote(whole_runs
                 assert not rows[f"{key}/{side}/exp_avg"].any() and not rows[f"{key}/{side}/exp_avg_sq"].any()
     assert written > 10
     assert record["survivors_changed_by"] == 0
-    # That all agree is asked once, of objects whose sizes go first; nothing that is written is sent.
+    # Agreement is checked once, on objects preceded by their sizes; no written file is sent.
     assert set(record["collectives"].values()) == {0 if engine == "single" else 2}
 
 
@@ -105,7 +105,7 @@ def test_with_gates_held_at_one_the_losses_are_those_of_plain_lora(train, plain_
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2-sharded"])
 def test_a_killed_run_resumes_with_its_gates_and_their_pressure(train, whole_runs, engine):
-    """Other rules, and other engines, are killed in test_stopped_runs.py."""
+    """test_stopped_runs.py kills runs with other rules and on other engines."""
     killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **SETTINGS)
     resumed = train(engine, output=killed.folder, auto_resume_from_checkpoints=True, **SETTINGS)
     assert (resumed.folder / "weights_at_4.safetensors").exists(), "it did not resume at step 4"
@@ -116,7 +116,7 @@ def test_a_killed_run_resumes_with_its_gates_and_their_pressure(train, whole_run
 
 
 def test_checkpoints_that_axolotl_writes_past_the_trainer_are_complete_too(train, whole_runs):
-    """On FSDP2 it does so where a weight is quantised, such as one that takes no part in anything here."""
+    """On FSDP2 Axolotl does so if any weight is quantised, such as the unused one here."""
     settings = {**SETTINGS, "load_best_model_at_end": False}
     killed = train("fsdp2-sharded", expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5,QUANTISED:0"}, **settings)
     env = {"LAYERSEL_TEST_SIGNAL": "QUANTISED:0"}

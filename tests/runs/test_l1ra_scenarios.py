@@ -1,4 +1,4 @@
-"""What users combine with redistributing rank, in real runs of Axolotl."""
+"""Settings that users combine with redistributing rank, in real runs of Axolotl."""
 
 import json
 
@@ -150,7 +150,7 @@ def test_shards_on_the_cpu_change_nothing(train, runs, engine):
 
 def test_small_parameters_that_zero3_keeps_whole_are_written_too(train, runs, tmp_path):
     config = deepspeed_config(3)
-    # The default of 1e5 keeps most LoRA matrices of real models on every rank.
+    # The default of 1e5 keeps most LoRA matrices of real models on every process.
     del config["zero_optimization"]["stage3_param_persistence_threshold"]
     path = tmp_path / "persistent.json"
     path.write_text(json.dumps(config))
@@ -185,7 +185,7 @@ def test_bf16_weights_and_their_fp32_masters_are_both_written(train, tmp_path, s
 
 
 def test_fsdp2_saves_its_fp32_shards_after_an_evaluation_in_bf16(train):
-    # Without resharding an evaluation leaves whole weights in bf16 behind.
+    # Without resharding, whole weights in bf16 remain after an evaluation.
     evaluated = {"eval_steps": 5, "save_steps": 5, "val_set_size": 0.1}
     run = train("fsdp2-sharded", **{**SETTINGS, **evaluated, "bf16": True})
     assert run.engine["engine"] == "fsdp2"
@@ -202,7 +202,7 @@ def test_fsdp2_saves_its_fp32_shards_after_an_evaluation_in_bf16(train):
 
 @pytest.mark.parametrize("engine", ["single", "zero2"])
 def test_early_stopping_counts_what_came_before_a_resume_and_ends_with_the_best_ranks(train, engine):
-    # The first evaluation is the best one, see test_runs; the fourth after it ends the run.
+    # The first evaluation is the best one, see test_runs; the fourth one after it ends the run.
     settings = {
         **SETTINGS,
         "eval_steps": 1,

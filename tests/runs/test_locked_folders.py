@@ -34,7 +34,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def hold(tmp_path):
-    """Return a function that starts a process which holds the lock of a folder until it is written to."""
+    """Return a function that starts a process that holds the lock of a folder until it reads a line."""
     processes = []
 
     def start(end: str = "") -> subprocess.Popen:
@@ -52,7 +52,7 @@ def hold(tmp_path):
 
 
 def say_it_is_elsewhere(folder) -> None:
-    """Change the lock in place to what a process on another machine would have written."""
+    """Change the lock to the content that a process on another machine would write."""
     owner = replace(Owner.read(folder / FILE), host="node7", machine="another")
     (folder / FILE).write_text(json.dumps(vars(owner)))
 
@@ -76,7 +76,7 @@ def test_a_run_that_ends_leaves_nothing_behind(hold, tmp_path, end):
 def test_a_run_that_was_killed_on_this_machine_is_known_to_be_gone_at_once(hold, tmp_path):
     process = hold()
     process.send_signal(signal.SIGKILL)
-    # Not waited for, so that its number is still taken, by what is left of it.
+    # Not waited for, so that the zombie still has its process number.
     while lock.find_start(process.pid) is not None:
         time.sleep(0.01)
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""l1ra and flexora on mixtures of experts under the usual target modules, which PEFT turns into expert parameters."""
+"""l1ra and flexora on mixtures of experts with the usual target modules, which PEFT maps to expert parameters."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from peft import PeftModel
 
 @pytest.fixture(scope="module")
 def runs(train, base_model, tmp_path_factory):
-    """By engine, runs of Axolotl that move rank in a mixture with the usual target modules, and the mixture."""
+    """A run by engine that moves rank in a mixture with the usual target modules, and the mixture."""
     folder = tmp_path_factory.mktemp("mixture")
     tokenizer = transformers.AutoTokenizer.from_pretrained(base_model)
     tokenizer.save_pretrained(folder)

@@ -20,7 +20,7 @@ from axolotl_layersel.selection.plan_file import read_plan
 
 @pytest.fixture(scope="module")
 def launch(zygote, tmp_path_factory):
-    """Return a function that lets an engine choose by every method and train, once, and returns the folder."""
+    """Return a function that chooses with every method and trains, once for each engine, and returns the folder."""
 
     @functools.cache
     def run(engine: str) -> Path:
@@ -40,7 +40,7 @@ def test_every_engine_chooses_and_trains_as_one_process_does(engine, launch):
 
 
 def make_settings(name: str, folder: Path) -> dict:
-    """Write a model with its processor, and rows that are tokenised batch by batch, and return YAML keys of both."""
+    """Write a model with its processor and rows that are tokenised batch by batch, and return their YAML keys."""
     save_multimodal(name, folder / "model", folder / "rows.jsonl")
     return {
         "base_model": str(folder / "model"),

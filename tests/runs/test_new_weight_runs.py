@@ -1,6 +1,5 @@
-"""Weights that are new in each process, such as a head or the rows of added tokens: all take those of the first."""
+"""Weights that each process creates, such as a head or rows of added tokens: all take those of the first process."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.documents import find_blocks
 from helpers.models import make_small_llama
 from helpers.new_weights import (
     list_places,
@@ -72,16 +72,15 @@ def test_axolotl_trains_a_reward_model_on_several_processes(train, tmp_path):
     assert any("score" in name for name in run.adapter())
 
 
-def test_the_example_of_the_readme_runs_under_torchrun(bert, tmp_path):
-    section = (ROOT / "README.md").read_text().split("\n## Without Axolotl\n")[1].split("\n## ")[0]
-    (example,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+def test_the_example_of_the_manual_runs_under_torchrun(bert, tmp_path):
+    (example,) = find_blocks(ROOT / "docs" / "trainer.md", "python")
     (tmp_path / "train.tsv").symlink_to(bert / "train.tsv")
     base = tmp_path / "google-bert" / "bert-base-uncased"
     shutil.copytree(bert / "google-bert" / "bert-base-uncased", base)
-    weights = load_file(base / "model.safetensors")  # of an encoder, whose classifier is yet to be made
+    weights = load_file(base / "model.safetensors")  # of an encoder without a classifier
     encoder = {name: value for name, value in weights.items() if not name.startswith("classifier")}
     save_file(encoder, base / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "script.py").write_text(f"import logging\nlogging.basicConfig(level=logging.INFO)\n{example}")
+    (tmp_path / "script.py").write_text(f"import logging\nlogging.basicConfig(level=logging.INFO)\n{example.text}")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
     done = subprocess.run(
         [sys.executable, *command],

@@ -1,4 +1,4 @@
-"""Two nodes without a shared disk: whole runs of Axolotl on every engine, and what is needed to resume them."""
+"""Two nodes without a shared disk: whole runs of Axolotl on every engine, and the files needed to resume them."""
 
 import fnmatch
 import json
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.documents import find_section
 from helpers.launched import Run, RunsByEngine, difference
 from helpers.nodes import INTERFACE, Node, make_nodes
-from helpers.places import ENVIRONMENT, ROOT
+from helpers.places import ENVIRONMENT
 from helpers.settings import BEST_IS_FIRST, l1ra, selection
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
@@ -27,7 +28,7 @@ SETTINGS = {
     **BEST_IS_FIRST,
     "save_total_limit": 10,
 }
-# Of the README's table of files.
+# The patterns in the table of files in docs/clusters.md.
 ROWS = {
     "ddp": "DDP",
     "zero2": "ZeRO-1, ZeRO-2",
@@ -36,7 +37,7 @@ ROWS = {
     "fsdp2-sharded": "FSDP2, `SHARDED_STATE_DICT`",
 }
 MODEL_LOADS = "Loading weights"
-SECONDS = 60  # a run that is refused takes 2, on a busy machine more; a rank that waits for one that is gone takes 1800
+SECONDS = 60  # a refused run takes 2, more on a busy machine; a process that waits for a dead one takes 1800
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 RECORDS = ("layersel/plan.json", "layersel/ranks.csv")
 LACKS = re.compile(
@@ -46,7 +47,7 @@ LACKS = re.compile(
 
 @dataclass
 class NodesRun:
-    """A run on two nodes: what each has on its disk, exit codes, all logs, and the seconds that it took."""
+    """A run on two nodes: both disks, exit codes, all logs and the time in seconds."""
 
     on: list[Run]
     codes: list[int]
@@ -66,7 +67,7 @@ def nodes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def configure(nodes, make_config):
-    """Return a function that writes a YAML file for each node, for a run into the same folder of their disks."""
+    """Return a function that writes a YAML file for each node, with the same output folder on their disks."""
 
     def write(engine: str, output: str, elsewhere: dict | None = None, **settings) -> list[Path]:
         root = nodes[0].root
@@ -81,7 +82,7 @@ def configure(nodes, make_config):
 def train_on_nodes(nodes, zygote, configure):
     """Return a function that trains with real Axolotl on both nodes, and returns the finished run.
 
-    ``local``: processes of a node; ``elsewhere``: settings that the second node has differently.
+    ``local`` is the number of processes of a node; ``elsewhere`` are settings that differ on the second node.
     """
     runs = []
 
@@ -138,7 +139,7 @@ def check_equal(run: NodesRun, alone: Run) -> None:
 
 
 def check_same_on_both(run: NodesRun) -> None:
-    """Compare what the two nodes have at the end of a run."""
+    """Compare the files of the two nodes at the end of a run."""
     for name in (*ADAPTER, *RECORDS):
         first, second = run.read(name)
         assert first == second, name
@@ -161,13 +162,13 @@ def test_both_nodes_have_the_best_adapter_at_the_end_byte_for_byte(whole_runs, e
 
 
 def copy_checkpoint(run: NodesRun, nodes: list[Node], output: str, name: str = "checkpoint-4") -> None:
-    """Let each node have its own part of a checkpoint of a run, in a folder of its own."""
+    """Copy each node's part of a checkpoint to a folder of its own."""
     for one, node in zip(run.on, nodes):
         shutil.copytree(one.folder / name, node.disk / output / name)
 
 
 def copy_lacking(message: str, nodes: list[Node], output: str, name: str = "checkpoint-4") -> list[str]:
-    """Copy the files that ``message`` says to copy to where it says, and return their patterns."""
+    """Copy the files that ``message`` says to copy, and return their patterns."""
     copied = []
     for match in LACKS.finditer(message):
         reader = nodes[int(re.search(r"\d+", match["reader"])[0])]
@@ -182,8 +183,8 @@ def copy_lacking(message: str, nodes: list[Node], output: str, name: str = "chec
 
 
 def check_documented(engine: str, copied: list[str]) -> None:
-    """Compare the files that were lacking with those in the README's table, where they are patterns and folders."""
-    section = (ROOT / "README.md").read_text().split("\n### Nodes without a shared disk\n")[1]
+    """Compare the missing files with the patterns and folders in the manual's table."""
+    section = find_section("clusters.md", "Nodes without a shared disk")
     row = re.search(rf"^\| {ROWS[engine]} \| (.*?) \|", section, flags=re.MULTILINE)[1]
     named = re.findall(r"`([^`]+\.\w+|latest|\w+/)`", row)
     patterns = [f"{name}*" if name.endswith("/") else name for name in named]
@@ -233,7 +234,7 @@ def test_a_checkpoint_of_another_run_on_the_second_node_is_refused(whole_runs, t
 
 
 def test_a_node_that_was_given_the_other_ones_number_is_told_what_to_copy(whole_runs, train_on_nodes, nodes):
-    """As when a scheduler starts the job again: what was the first node is the second one now."""
+    """A scheduler may restart a job with the nodes in another order."""
     for one, node in zip(whole_runs["zero3"].on[::-1], nodes):
         shutil.copytree(one.folder / "checkpoint-4", node.disk / "swapped" / "checkpoint-4")
     settings = {**SETTINGS, "auto_resume_from_checkpoints": True, "output": "swapped"}
@@ -252,7 +253,7 @@ def test_output_folders_that_differ_between_nodes_are_refused(train_on_nodes, no
     assert MODEL_LOADS not in refused.log
 
 
-# On two nodes of two processes each, a process has one row of a step of four.
+# With two processes on each of two nodes, each process has one of the four rows of a step.
 FOUR = {**SETTINGS, "micro_batch_size": 1}
 
 
@@ -277,7 +278,7 @@ def test_a_plain_trainer_saves_on_each_node_what_it_saves_on_the_first(zygote, n
             assert (first / place / name).read_bytes() == (second / place / name).read_bytes()
 
 
-# --- As many processes as there happen to be ----------------------------------------------------------------------
+# --- Another number of processes ----------------------------------------------------------------------------------
 
 
 def test_a_run_on_two_nodes_goes_on_in_one_process_and_back(whole_runs, train, train_on_nodes, nodes, tmp_path):
@@ -313,7 +314,7 @@ def test_engines_that_cannot_resume_with_other_processes_say_so_before_the_model
     assert MODEL_LOADS not in refused.log and refused.seconds < SECONDS
 
 
-# --- Nodes that go away -------------------------------------------------------------------------------------------
+# --- Nodes that die -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("engine", "way"), [("ddp", "STOP"), ("zero2", "DIE"), ("fsdp2-full", "DIE")])
@@ -340,10 +341,9 @@ def test_a_signal_to_one_process_ends_both_nodes_with_their_parts_of_a_checkpoin
 
 
 def launch(nodes: list[Node], paths: list[Path], *words: str) -> str:
-    """Run a launcher on each node as a user does, with ``{rank}``, ``{host}`` and ``{config}`` in its words filled in.
+    """Run a launcher on each node as a user does, and return the output of both.
 
-    Returns:
-        What both printed.
+    ``{rank}``, ``{host}`` and ``{config}`` in its arguments are filled in.
     """
     running = []
     for rank, (node, path) in enumerate(zip(nodes, paths)):

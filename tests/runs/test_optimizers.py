@@ -10,15 +10,15 @@ from helpers.launched import KILLED, Run, RunsByEngine, difference
 from helpers.settings import l1ra
 from safetensors.torch import load_file
 
-# With room for rank 64 the matrices have 2048 to 10240 elements, and from 4096 on moments are codes. Updates after
-# steps 2, 4 and 6.
+# With room for rank 64 the matrices have 2048 to 10240 elements, and moments of 4096 or more are quantised. Updates
+# are after steps 2, 4 and 6.
 SETTINGS = {
     **l1ra(update_ratio=0.25, last_update_ratio=0.8, move_ratio=0.2, max_rank=64),
     "max_steps": 8,
     "lora_r": 32,
     "lora_alpha": 64,
 }
-# torchao would compile its step, which takes a minute on the CPU and computes the same.
+# Without compiling torchao's step, which takes a minute on the CPU and computes the same.
 ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1"}
 CLASSES = {
     "adamw_bnb_8bit": ("bitsandbytes.optim.adamw.AdamW", "bits 8"),
@@ -27,8 +27,8 @@ CLASSES = {
     "adamw_torch_8bit": ("torchao.optim.adam.AdamW8bit", ""),
     "ao_adamw_fp8": ("torchao.optim.adam.AdamWFp8", ""),
 }
-# Each way in which moments are kept, on each engine that keeps them in its own way. Other names of the same classes are
-# in tests/unit/engines/test_moments.py.
+# Each format of moments, on each engine that stores them differently. Other names of the same
+# classes are in tests/unit/engines/test_moments.py.
 RUNS = [
     ("adamw_bnb_8bit", "ddp"),
     ("adamw_bnb_8bit", "zero3"),
@@ -68,7 +68,7 @@ def test_rank_moves_and_the_moments_of_what_moves_alone_are_cleared(runs, optimi
 @pytest.mark.parametrize(("optimizer", "engine"), RUNS)
 def test_it_trains_as_with_moments_of_32_bits(runs, optimizer, engine):
     whole = runs["adamw_torch", "single"].losses()
-    # Codes of 8 bits round every moment to 1 in 100 or so.
+    # 8-bit codes round every moment by about 1 %.
     assert runs[optimizer, engine].losses() == pytest.approx(whole, abs=2e-3)
     assert max(whole) - min(whole) > 0.1
 

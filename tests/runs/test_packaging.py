@@ -1,4 +1,4 @@
-"""What is published: the wheel, the source distribution, and what they say that they need."""
+"""The published files, the wheel and the source distribution, and their declared dependencies."""
 
 import ast
 import importlib.metadata
@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from axolotl_layersel import __version__
 
-# What `axolotl-layersel show` needs of all that the package depends on.
+# The dependencies of the package that `axolotl-layersel show` needs.
 NEEDED_BY_SHOW = {"pydantic", "rich", "safetensors", "typer"}
 PLAN = {
     "schema_version": 3,
@@ -41,7 +41,7 @@ PLAN = {
 
 
 def call(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Run a command where the checkout is not on the path, and return what it printed."""
+    """Run a command without the checkout on its path, and return the output."""
     inherited = {key: value for key, value in {**os.environ, **ENVIRONMENT}.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [str(part) for part in command],
@@ -57,7 +57,7 @@ def call(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 class Built(NamedTuple):
-    """The two files that are published."""
+    """The two published files."""
 
     sdist: Path
     wheel: Path
@@ -77,7 +77,7 @@ def built(tmp_path_factory) -> Built:
 
 @pytest.fixture(scope="session")
 def unpacked(built, tmp_path_factory) -> Path:
-    """A folder into which the wheel is installed, for the path of the environment that the tests run in."""
+    """A folder with the installed wheel, to put on the path of the tests' environment."""
     folder = tmp_path_factory.mktemp("unpacked")
     call(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, built.wheel, cwd=folder)
     return folder
@@ -85,14 +85,14 @@ def unpacked(built, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def requirements(unpacked) -> list[Requirement]:
-    """All that the wheel says that it needs, extras too."""
+    """All declared dependencies of the wheel, with extras."""
     (distribution,) = importlib.metadata.distributions(path=[str(unpacked)])
     return [Requirement(line) for line in distribution.requires or []]
 
 
 @pytest.fixture(scope="session")
 def empty_environment(built, requirements, tmp_path_factory) -> Path:
-    """The programs of an environment with the wheel and what ``show`` needs, without torch and Axolotl."""
+    """The programs of an environment with the wheel and the dependencies of ``show``, without torch and Axolotl."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     programs = folder / "venv" / "bin"
@@ -181,7 +181,7 @@ def test_axolotl_has_the_command_too(unpacked, tmp_path):
         "step,module,rank\n0,model.layers.1.self_attn.q_proj,8\n9,model.layers.1.self_attn.q_proj,5\n"
     )
     text = call("axolotl", "layersel", "show", "run", **beside)
-    # Axolotl prints its own picture first.
+    # Axolotl prints its logo first.
     shown = text[text.index("layersel: method") :]
     assert "layersel: ranks after l1ra, in all 8 before, 5 now, from 5 to 5" in shown
     command = "from axolotl_layersel.cli.main import app; app()"
@@ -198,7 +198,7 @@ def test_axolotls_door_to_the_command_loads_neither_torch_nor_axolotl(unpacked, 
 
 
 def find_imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the top-level package of every import in a file, and whether it is made when the file is imported."""
+    """Yield the top-level package of every import in a file, and whether importing the file runs it."""
 
     def walk(node: ast.AST, at_once: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
@@ -229,7 +229,7 @@ def test_everything_that_is_imported_is_declared(requirements):
         for package, at_once in find_imports(path):
             if package in sys.stdlib_module_names or package == "axolotl_layersel":
                 continue
-            # Several distributions may put modules into one package, as Axolotl's do.
+            # Several distributions may install modules into one package, as Axolotl's do.
             providers = {name for name, packages in contents.items() if package in packages}
             assert providers, f"{path} imports {package}, which pyproject.toml does not declare"
             imported |= providers

@@ -1,4 +1,4 @@
-"""The public function on a plain Trainer: the README's example and the example script, and what importing loads."""
+"""The public function with a plain Trainer: the manual's example, the example script, and the imports."""
 
 import re
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.documents import find_blocks
 from helpers.models import make_small_llama
 from helpers.places import ENVIRONMENT, ROOT
 from helpers.plain_trainer import check_adapter, make_bert
@@ -23,9 +24,8 @@ def bert(tmp_path_factory) -> Path:
     return make_bert(tmp_path_factory.mktemp("glue"))
 
 
-def test_the_example_of_the_readme_runs_where_there_is_no_axolotl(bert, tmp_path):
-    section = (ROOT / "README.md").read_text().split("\n## Without Axolotl\n")[1].split("\n## ")[0]
-    (example,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+def test_the_example_of_the_manual_runs_where_there_is_no_axolotl(bert, tmp_path):
+    (example,) = find_blocks(ROOT / "docs" / "trainer.md", "python")
     for name in ("google-bert", "train.tsv"):
         (tmp_path / name).symlink_to(bert / name)
     code = (
@@ -33,7 +33,7 @@ def test_the_example_of_the_readme_runs_where_there_is_no_axolotl(bert, tmp_path
         "print('seconds', time.perf_counter() - start, 'torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{example}"],
+        [sys.executable, "-c", f"{code}\n{example.text}"],
         cwd=tmp_path,
         env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "cache"), "COLUMNS": "120"},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Ranks that were not started alike: every one ends with the sentence that names rank and key, and none hangs."""
+"""Processes that were not started alike: all end with a sentence that names process and key, and none hangs."""
 
 import json
 
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 MODEL_LOADS = "Loading weights"
 
 
-SECONDS = 120  # an agreed run takes less, on a busy machine too
+SECONDS = 120  # a run with agreement takes less, even on a busy machine
 
 
 UP = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"

@@ -1,4 +1,4 @@
-"""A run in which nothing would train, or whose adapter is not the one that was prepared, is refused before a step."""
+"""A run in which nothing would train, or whose adapter was exchanged, is refused before the first step."""
 
 import pytest
 import torch

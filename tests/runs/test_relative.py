@@ -1,4 +1,4 @@
-"""selection/methods/test_relative"""
+"""A run that chooses by ``relative``."""
 
 import pytest
 from helpers.settings import selection

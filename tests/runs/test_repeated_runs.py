@@ -1,4 +1,4 @@
-"""Saving with a plain Trainer: what is written, what is refused, and that training does not notice."""
+"""The same run with a plain Trainer writes the same bytes."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_writer import BLOCKS, prepare
+from helpers.writing import BLOCKS, prepare
 from axolotl_layersel.lora.export import export_adapter
 
 for name, block in BLOCKS.items():

@@ -22,7 +22,7 @@ NOT_RESUMED_FROM = {
     "training_args.bin",
     "zero_to_fp32.py",
 }
-# By which accelerate, and Axolotl before it, tells a process its engine.
+# The variables in which accelerate, and Axolotl before it, pass a process its engine.
 VARIABLES = {
     "single": {},
     "ddp": {},
@@ -73,8 +73,8 @@ def test_every_engine_starts_from_the_same_lora_weights(whole_runs, engine):
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_every_engine_trains_as_one_process_does(whole_runs, engine):
     alone, together = whole_runs["single"], whole_runs[engine]
-    # Adam divides by the root of the squared gradient: where a gradient is near zero, the order of a sum
-    # moves the weight by a share of the learning rate, 5e-3 a step. Seen: 7e-6 after six steps.
+    # Adam divides by the root of the squared gradient: if a gradient is near zero, the order of a sum
+    # changes the weight by a share of the learning rate, 5e-3 a step. Seen: 7e-6 after six steps.
     assert together.losses() == pytest.approx(alone.losses(), abs=2e-5)
     assert difference(alone.adapter("checkpoint-6"), together.adapter("checkpoint-6")) <= 5e-5
 
@@ -123,7 +123,7 @@ def test_every_run_says_once_that_it_reads_its_adapters_back(whole_runs, engine)
 def test_a_checkpoint_of_each_engine_is_complete_until_any_file_that_it_reads_is_gone_or_cut(
     whole_runs, engine, tmp_path, monkeypatch
 ):
-    """A file of a new version that is neither read nor known to be of no use fails here too."""
+    """A new file in a checkpoint that is neither read nor known to be unused also fails here."""
     for name, value in VARIABLES[engine.rstrip("0123456789")].items():
         monkeypatch.setenv(name, value.format(stage=engine[-1], folder=tmp_path))
     (tmp_path / "deepspeed.json").write_text("{}")
@@ -140,9 +140,9 @@ def test_a_checkpoint_of_each_engine_is_complete_until_any_file_that_it_reads_is
     for name in sorted(files - NOT_RESUMED_FROM):
         content = (checkpoint / name).read_bytes()
         (checkpoint / name).unlink()
-        # Axolotl counts tokens anew where its file is gone.
+        # Axolotl counts tokens again if its file is missing.
         assert any(find_faults()) == (name != "tokens_state.json"), name
-        # Not at a half, which may be just between two of the archives that a file of shards consists of.
+        # Not in the middle, which may be the boundary between two archives in a file of shards.
         (checkpoint / name).write_bytes(b"" if Path(name).suffix == "" else content[: len(content) // 3])
         assert any(fault is not None and fault.startswith(name) for fault in find_faults()), name
         (checkpoint / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""What users combine with layer selection, in real runs of Axolotl; on one process unless it matters."""
+"""Settings that users combine with layer selection, in real runs of Axolotl; on one process unless it matters."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from axolotl_layersel.training.lock import FILE
 
 @pytest.fixture(scope="module")
 def computed(train):
-    """A run on one process that computes its plan, watched by a tracker."""
+    """A run on one process that computes its plan, with a tracker."""
     return train(use_tensorboard=True)
 
 
@@ -51,17 +51,17 @@ def test_packed_and_unpacked_runs_score_the_same(computed, make_plan):
 
 @pytest.fixture(scope="module")
 def plans(make_plan) -> dict[str, dict]:
-    """The plan of one process by each method, and by ``cka`` for branches of layers."""
+    """The plans of one process by each method, and by ``cka`` for branches of layers."""
     blocks = {**{method: selection(method) for method in SCORING}, "group": selection("cka", granularity="group")}
     return RunsByEngine(lambda case: make_plan(**blocks[case]))
 
 
-# Where all processes hold all weights, where they hold parts, and where the first one holds them. On fsdp2-sharded all
-# do until the engine is built, as with DDP, and its own runs show cka.
+# An engine whose processes hold all weights, one whose processes hold parts, and one whose first process holds all.
+# On fsdp2-sharded all processes hold them until the engine is built, as on DDP, and its own runs test cka.
 SCORED_ON = ["ddp", "zero3", "fsdp2-full"]
 
 
-@pytest.mark.parametrize("method", [method for method in SCORING if method != "cka"])  # its own runs show it
+@pytest.mark.parametrize("method", [method for method in SCORING if method != "cka"])  # its own runs test it
 @pytest.mark.parametrize("engine", SCORED_ON)
 def test_every_score_is_the_same_on_one_process_and_on_sharded_weights(make_plan, plans, method, engine):
     alone, together = plans[method], make_plan(engine, **selection(method))
@@ -100,8 +100,8 @@ def test_qlora_with_packing_accumulation_and_a_regex_trains_and_loads(train, bas
 
 
 def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
-    # The highest layers alone: the backward pass ends at layer 4. Reentrant, for ZeRO-3 fails with the other
-    # kind in this stack, without any plugin.
+    # Only the highest layers: the backward pass ends at layer 4. Reentrant, because ZeRO-3 fails with the other kind in
+    # this stack, without any plugin.
     settings = {
         **selection("last"),
         "gradient_checkpointing": True,
@@ -119,7 +119,7 @@ def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
 
 
 def test_fsdp2s_own_checkpointing_is_the_one_of_transformers(train, tmp_path):
-    """Its own would enter the names in the adapter."""
+    """FSDP2's own checkpointing would change the names in the adapter."""
     engine = "fsdp2-sharded"
     config = engine_settings(engine, tmp_path)[0]["fsdp_config"]
     block = {**selection()["layersel"], **l1ra(update_ratio=0.25, last_update_ratio=0.8)["layersel"]}
@@ -128,7 +128,7 @@ def test_fsdp2s_own_checkpointing_is_the_one_of_transformers(train, tmp_path):
     expected = train(engine, **settings, **usual)
     run = train(engine, **settings, fsdp_config={**config, "activation_checkpointing": True})
     assert run.engine == expected.engine
-    # The stack of layers and each of them, for layer 0 trains.
+    # The stack of layers and each layer, because layer 0 trains.
     assert (run.engine["engine"], run.engine["processes"], run.engine["checkpointed"]) == ("fsdp2", 2, 9)
     assert run.ranks() == expected.ranks()
     assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) > 2, "ranks moved more than once"
@@ -173,7 +173,7 @@ def test_frozen_layers_stay_as_they_started_on_every_engine_also_after_a_resume(
 
 
 def test_weights_that_zero3_has_not_gathered_are_never_written(train, base_model, tmp_path):
-    """They are of size 0, and PEFT would write them."""
+    """They have size 0, and PEFT would write them."""
     env = {"LAYERSEL_TEST_SIGNAL": "UNGATHERED:3"}
     run = train("zero3", expect=1, env=env, **selection("explicit", layers=[2, 5]), save_total_limit=1)
     assert run.engine["engine"] == "zero3"

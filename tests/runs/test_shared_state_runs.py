@@ -1,4 +1,4 @@
-"""Upper layers that read keys and values of lower ones, in training and on every engine."""
+"""Upper layers that share keys and values with lower ones, in training on every engine."""
 
 import functools
 from pathlib import Path
@@ -11,7 +11,7 @@ from helpers.shared_states import CHOICES
 
 @pytest.fixture(scope="module")
 def launch(zygote, tmp_path_factory):
-    """Return a function that lets an engine choose and train, once, and returns the folder."""
+    """Return a function that chooses and trains, once for each engine, and returns the folder."""
 
     @functools.cache
     def run(family: str, engine: str) -> Path:

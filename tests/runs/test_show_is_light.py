@@ -1,4 +1,4 @@
-"""l1ra/test_records"""
+"""``axolotl-layersel show`` imports no torch."""
 
 import subprocess
 import sys

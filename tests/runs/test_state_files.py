@@ -1,4 +1,4 @@
-"""State files whose digest is right, or that have none, and that no run can have come to."""
+"""Files of tensors have the same bytes in every process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Runs that choose layers, give them ranks and move rank, on every engine: stopped in every way, and started again."""
+"""Runs that choose layers and their ranks and move rank, stopped in every way and resumed, on every engine."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from helpers.launched import (
 from helpers.places import ENGINES
 from helpers.settings import BEST_IS_FIRST, l1ra, selection
 
-# Rank moves after steps 2, 4, 6 and 8, among the modules that have ranks by their gradients. Processes load data, and
-# layers are computed again in the backward pass.
+# Rank moves after steps 2, 4, 6 and 8 between modules with ranks by gradient. Worker processes load data, and
+# checkpointing recomputes layers in the backward pass.
 SETTINGS = {
     "layersel": {
         **selection("gradient", budget=0.5, max_rank=8)["layersel"],
@@ -41,7 +41,7 @@ def whole_runs(train) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def resumed_runs(train) -> dict[str, Run]:
-    """On each engine what resumed a run that was killed at step 5, after two updates of rank."""
+    """A run on each engine that was killed at step 5, after two updates of rank, and resumed."""
 
     def make(engine: str) -> Run:
         killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **SETTINGS)
@@ -52,7 +52,7 @@ def resumed_runs(train) -> dict[str, Run]:
 
 
 def check_same_end(whole: Run, other: Run, engine: str) -> None:
-    """Check that a run that was stopped has the files of one that was not."""
+    """Check that a stopped and resumed run has the same files as an uninterrupted one."""
     tolerance = 0 if engine == "single" else 1e-6
     assert other.plan["ranks"] == whole.plan["ranks"]
     assert other.ranks() == whole.ranks()
@@ -113,7 +113,7 @@ def test_a_run_that_has_ended_leaves_its_files_as_they_are_when_it_is_started_ag
     assert again.digest() == before
 
 
-# At step 5 nothing but SIGTERM asks for a checkpoint; at step 6 an evaluation is due, which the resumed run makes.
+# At step 5 only SIGTERM asks for a checkpoint; at step 6 an evaluation is due, which the resumed run makes.
 TERMINATIONS = {
     "single": ("TERM:6", 6),
     "ddp": ("TERMALL:5", 5),

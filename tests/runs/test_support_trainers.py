@@ -26,7 +26,7 @@ PLUGINS = [
     "axolotl_layersel.LayerSelectionPlugin",
 ]
 SCORING = ("cka", "cosine", "relative", "fisher", "gradient")
-UNGENERATED = dict.fromkeys((*SCORING, "flexora"), "trains on prompts whose answers are yet to be generated")
+UNGENERATED = dict.fromkeys((*SCORING, "flexora"), "trains on prompts whose answers are not generated yet")
 STREAMED = dict.fromkeys((*SCORING, "flexora"), "streaming: True cannot be sampled for")
 REWARDED = dict.fromkeys(("fisher", "gradient"), "learns from pairs of answers and has no labels")
 
@@ -64,7 +64,7 @@ def train_by_simpo(folder: Path) -> dict:
     return {**preferences(folder, "simpo"), "rl_beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.5}
 
 
-# What trains on what, and which methods are refused with which part of a message.
+# The trainers with their data, and for refused methods a part of the message.
 TRAINERS = {
     "SFT": (lambda folder: {}, {}),
     "SFT, `chat_template`": (train_on_chats, {}),
@@ -88,7 +88,7 @@ def make_block(method: str) -> dict:
 
 @pytest.fixture(scope="module")
 def plan(train) -> Path:
-    """The plan that a run of SFT has left."""
+    """The plan of a run of SFT."""
     run = train(**selection(), max_steps=1)
     return run.folder / "layersel" / "plan.json"
 
@@ -102,7 +102,7 @@ def test_every_method_chooses_in_a_run_with_a_trainer_and_rank_moves(name, train
     methods = [method for method in METHODS if method not in refused]
     for method in methods:
         LayerselArgs.model_validate({**FILE, **settings, "layersel": make_block(method)})
-    # A plan that was made elsewhere also goes where rows cannot be scored.
+    # A plan of another run also works if rows cannot be scored.
     given = {"selection": {"method": "cka", "plan": str(plan)}}
     block = {**(make_block("cka") if "cka" in methods else given), "l1ra": {"update_ratio": 0.16, "move_ratio": 0.3}}
     env = {"LAYERSEL_TEST_METHODS": " ".join(methods)}
@@ -128,7 +128,7 @@ def test_every_method_chooses_in_a_run_with_a_trainer_and_rank_moves(name, train
     assert {int(name.split(".layers.")[1][0]) for name in tensors} == set(run.selected)
     losses = run.losses()
     assert losses and torch.tensor(losses).isfinite().all()
-    if name == "reward model":  # its head is new, and trains beside LoRA
+    if name == "reward model":  # its head is new, and trains in addition to LoRA
         assert set(run.adapter()) - set(tensors) == {"base_model.model.score.weight"}
         stock = compute_rewards(base_model, run.folder)
     else:
@@ -139,13 +139,13 @@ def test_every_method_chooses_in_a_run_with_a_trainer_and_rank_moves(name, train
 
 
 def compute_rewards(base_model: Path, adapter: Path) -> torch.Tensor:
-    """Return what stock PEFT makes of a reward model, on the tokens of the probe."""
+    """Return the output of a reward model in stock PEFT on the tokens of the probe."""
     from transformers import AutoModelForSequenceClassification
 
     base = AutoModelForSequenceClassification.from_pretrained(base_model, num_labels=1, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter).eval()
     with torch.no_grad():
-        # A row at a time, for which it is not asked what fills rows up.
+        # One row at a time, which needs no padding token.
         return torch.cat([model(input_ids=tokens[None]).logits for tokens in TOKENS])
 
 

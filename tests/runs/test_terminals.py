@@ -1,4 +1,4 @@
-"""Tables and messages print on every terminal, and what files say does not steer it."""
+"""Tables and messages print on every terminal, and the content of files cannot control it."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ ENCODINGS = [NARROW, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "
 
 
 def run(code: str, *args: object, **env: str) -> str:
-    """Run Python code and return what it printed to a file, its words one space apart."""
+    """Run Python code with its output in a file, and return the output with single spaces."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
         cwd=ROOT,

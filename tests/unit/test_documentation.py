@@ -4,10 +4,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import typer
+from helpers.documents import find_section
 from helpers.places import COLLECTED, ROOT
 from helpers.support import COLUMNS, TABLES, read_file
 
-from axolotl_layersel.config.l1ra import OPTIMIZERS
+from axolotl_layersel.cli.main import app
+from axolotl_layersel.config.l1ra import OPTIMIZERS, L1RAConfig
 from axolotl_layersel.config.methods import METHODS
 
 
@@ -19,10 +22,27 @@ def generate():
     return module
 
 
-def test_the_readme_holds_the_table_of_methods_as_it_is(generate):
-    text = generate.README.read_text()
-    assert generate.fill(text) == text, "run `python docs/generate.py`"
-    assert all(f"| `{name}` |" in text for name in METHODS)
+def test_the_pages_hold_what_is_made_from_the_code(generate):
+    pages = generate.make_pages()
+    stale = [path.name for path, text in pages.items() if path.read_text() != text]
+    assert stale == [], "run `python docs/generate.py`"
+    assert all(f"| `{name}` |" in pages[generate.SELECTION] for name in METHODS)
+
+
+def test_a_default_or_a_help_that_changes_makes_a_page_stale(generate, monkeypatch):
+    monkeypatch.setattr(L1RAConfig.model_fields["update_ratio"], "default", 0.2)
+    assert generate.make_keys() != generate.KEYS.read_text()
+    monkeypatch.setattr(app.registered_commands[0].callback, "__doc__", "Choose.")
+    assert generate.make_commands() != generate.COMMANDS.read_text()
+
+
+def test_the_reference_holds_every_key_and_every_option(generate):
+    keys, commands = generate.KEYS.read_text(), generate.COMMANDS.read_text()
+    for block, _ in generate.BLOCKS.values():
+        assert all(f"| `{name}` |" in keys for name in block.model_fields)
+    for command in typer.main.get_group(app).commands.values():
+        assert f"## axolotl-layersel {command.name}" in commands
+        assert all(f"| `{name}` |" in commands for param in command.params for name in param.opts if "-" in name)
 
 
 def test_every_method_has_a_module_of_its_own_or_shares_it_with_its_like():
@@ -31,14 +51,12 @@ def test_every_method_has_a_module_of_its_own_or_shares_it_with_its_like():
         assert (Path(ROOT) / "axolotl_layersel/selection/methods" / f"{method.module.replace('.', '/')}.py").exists()
 
 
-def test_the_readme_says_of_every_optimizer_of_l1ra_where_it_works():
-    _, _, section = (ROOT / "README.md").read_text().partition("### Optimizers of `l1ra`")
-    table = section.partition("## ")[0]
+def test_a_page_says_of_every_optimizer_of_l1ra_where_it_works():
+    table = find_section("l1ra.md", "Optimizers of `l1ra`")
     assert all(f"`{name}`" in table for name in OPTIMIZERS)
 
 
 def test_the_tables_of_what_works_are_those_of_the_tests(generate, request):
-    assert generate.SUPPORT.read_text() == generate.make_support(), "run `python docs/generate.py`"
     assert generate.COLUMNS == COLUMNS and set(generate.TABLES) == set(TABLES)
     collected = request.session.stash[COLLECTED]
     # Of a file of which single tests were asked for, the others were not collected.

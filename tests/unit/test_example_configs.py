@@ -10,17 +10,14 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from helpers.axolotl_files import PLUGIN, find_unknown_keys, validate, without_plugins
 from helpers.places import ROOT
 from pydantic import ValidationError
 
-from axolotl_layersel.config.flexora import FlexoraConfig
 from axolotl_layersel.config.gate_requirements import LORA_KERNELS
-from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.root import LayerselConfig
-from axolotl_layersel.config.selection import SelectionConfig
 
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
-PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
 # The first one whose jobs know what to do about a pod that is evicted without a switch being set.
 OLDEST_KUBERNETES = "1.31"
 PROCESSES = {
@@ -32,52 +29,13 @@ PROCESSES = {
 
 @pytest.fixture(autouse=True)
 def no_plugins(monkeypatch):
-    """Axolotl keeps the plugins of earlier files in one process: start and end without any."""
-    from axolotl.integrations.base import PluginManager
-
     monkeypatch.chdir(ROOT)
-    PluginManager.get_instance().plugins.clear()
-    yield
-    PluginManager.get_instance().plugins.clear()
+    with without_plugins():
+        yield
 
 
 def read(path: Path) -> dict:
     return yaml.safe_load(path.read_text())
-
-
-def validate(content: dict, processes: int = 1):
-    """Return what Axolotl makes of a YAML file's content on a machine with H100 GPUs; no model is loaded."""
-    from axolotl.cli.config import prepare_plugins
-    from axolotl.utils.config import validate_config
-    from axolotl.utils.dict import DictDefault
-
-    cfg = DictDefault(content)
-    prepare_plugins(cfg)
-    capabilities = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": processes, "compute_capability": "sm_90"}
-    return validate_config(cfg, capabilities=capabilities, env_capabilities={"torch_version": "2.13.0"})
-
-
-def known_keys(model: type) -> set[str]:
-    """Return the names and aliases of a pydantic model's fields."""
-    keys = set(model.model_fields)
-    for field in model.model_fields.values():
-        keys.update(name for name in (field.alias, field.validation_alias) if isinstance(name, str))
-        keys.update(getattr(field.validation_alias, "choices", ()))
-    return keys
-
-
-def find_unknown_keys(content: dict) -> set[str]:
-    """Return the keys of a YAML file's content that Axolotl, with the plugins registered last, ignores."""
-    from axolotl.integrations.config import merge_input_args
-    from axolotl.utils.schemas.datasets import SFTDataset
-    from axolotl.utils.schemas.fsdp import FSDPConfig
-
-    unknown = set(content) - known_keys(merge_input_args()[0])
-    unknown |= set(content.get("fsdp_config", {})) - known_keys(FSDPConfig)
-    for key in ("datasets", "test_datasets"):
-        for dataset in content.get(key, []):
-            unknown |= set(dataset) - known_keys(SFTDataset)
-    return unknown
 
 
 def test_the_examples_are_there():
@@ -134,24 +92,6 @@ def test_the_kernels_that_axolotl_switches_on_by_itself_stay_on_where_there_is_a
     for name in ("llama-3.1-8b-lora", "llama-3.1-8b-l1ra", "llama-3.1-8b-flexora"):
         cfg = validate(read(ROOT / "example_configs" / f"{name}.yml"))
         assert [bool(cfg[key]) for key in LORA_KERNELS] == [True] * 4
-
-
-def test_the_readme_explains_every_key_of_the_block_once():
-    text = (ROOT / "README.md").read_text()
-    for block, heading in (
-        (SelectionConfig, "## The YAML block"),
-        (FlexoraConfig, "### Searching with gates"),
-        (L1RAConfig, "## Moving rank while training"),
-    ):
-        table = text.split(f"\n{heading}\n")[1].split("\n##")[0].split("| key |")[1].split("\n\n")[0]
-        assert sorted(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == sorted(block.model_fields)
-
-
-@pytest.mark.parametrize("document", ["README.md"])
-def test_files_that_a_document_names_exist(document):
-    text = (ROOT / document).read_text()
-    named = set(re.findall(r"(?:example_configs|benchmarks|tests|demo)/[\w./-]*\w\.\w+", text))
-    assert named and [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 # In place of Slurm's commands and torchrun: what they are called with, and how they take a signal.

@@ -88,7 +88,7 @@ def test_a_kernel_that_needs_a_gpu_is_refused_without_one(key):
     check_kernels({key: False})
     if key not in GPU_KERNELS:
         return check_kernels({key: True})
-    with pytest.raises(LayerselError, match=rf"^{key}: True needs a GPU, and this process sees none"):
+    with pytest.raises(LayerselError, match=rf"^{key}: True needs a GPU, but this process sees none"):
         check_kernels({key: True})
 
 

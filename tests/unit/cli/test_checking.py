@@ -73,7 +73,7 @@ def test_a_file_without_a_fault_says_what_will_be_done(write, tmp_path):
 
 
 FAULTS = {
-    "no plugin": ({"plugins": None}, ["plugins: the key is missing, so `layersel` would be passed over"]),
+    "no plugin": ({"plugins": None}, ["plugins: the key is missing, so `layersel` would be ignored"]),
     "no block": ({"plugins": None, "layersel": None}, ["layersel: "]),
     "all at once": (
         {**selection(ratio=2), "logging_steps": "often"},
@@ -85,7 +85,7 @@ FAULTS = {
     "a checkpoint": ({"resume_from_checkpoint": "nowhere"}, ["resume_from_checkpoint: nowhere cannot be resumed from"]),
     "a DeepSpeed file": ({"deepspeed": "nowhere.json"}, ["deepspeed: nowhere.json cannot be read"]),
     "a folder": ({"output_dir": "/dev/null/run"}, ["output_dir: /dev/null is a file"]),
-    "a kernel": ({"lora_mlp_kernel": True}, ["lora_mlp_kernel: True needs a GPU, and this process sees none"]),
+    "a kernel": ({"lora_mlp_kernel": True}, ["lora_mlp_kernel: True needs a GPU, but this process sees none"]),
 }
 
 
@@ -130,8 +130,8 @@ def test_what_is_no_file_of_axolotl_is_said(tmp_path, content):
     assert check(tmp_path / "config.yml") == (
         1,
         [
-            f"axolotl-layersel: CONFIG: {tmp_path / 'config.yml'} is no mapping in YAML. Give the path of an Axolotl "
-            "YAML file."
+            f"axolotl-layersel: CONFIG: {tmp_path / 'config.yml'} is not a YAML file with a mapping. Give the path "
+            "of an Axolotl YAML file."
         ],
     )
 

@@ -190,7 +190,7 @@ def lone_module():
             lambda: make_lora(make_small_llama()),
             r"max_rank: 4 is the rank that all modules start with",
         ),
-        ({}, lone_module, r"^layersel\.l1ra: one LoRA module trains, and rank moves between modules"),
+        ({}, lone_module, r"^layersel\.l1ra: only one LoRA module trains, and rank moves between modules"),
         (
             {"move_ratio": 0.01},
             lambda: make_lora(make_small_llama()),
@@ -263,12 +263,12 @@ def test_scores_that_decide_nothing_are_said_to(tmp_path, logged, block, said):
     [
         (
             {"method": "gradient", "budget_parameters": 10**6},
-            r"budget: it pays for rank .* max_rank: 16 or more, so all ranks would",
+            r"budget: it allows rank .* max_rank: 16, so all ranks would",
         ),
-        ({"method": "gradient", "max_rank": 3}, r"budget: it pays for rank 4 everywhere, which is max_rank: 3 or more"),
+        ({"method": "gradient", "max_rank": 3}, "budget: it allows rank 4 in every unit, which is not below max_rank"),
         (
             {"method": "cosine", "rank_allocation": "score", "min_rank": 4},
-            r"min_rank: 4 everywhere takes the whole budget",
+            r"min_rank: 4 in every unit uses the whole budget",
         ),
         (
             {"method": "cosine", "rank_allocation": "score", "min_rank": 4, "budget": 0.5},

@@ -42,8 +42,8 @@ def test_every_initialisation_that_peft_knows_is_supported_or_refused_with_a_rea
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (False, "False does not go with layersel.selection: Axolotl passes over it"),
-        ("pissa_niter_16", "'pissa_niter_16' does not go with layersel.selection: it draws random numbers"),
+        (False, "False cannot be combined with layersel.selection: Axolotl ignores it"),
+        ("pissa_niter_16", "'pissa_niter_16' cannot be combined with layersel.selection: it is random at every load"),
         ("pisa", "'pisa' is not known: did you mean 'pissa'?"),
         ("PiSSA", "'PiSSA' is not known: did you mean 'pissa'?"),
         ("true", "'true' is not known"),
@@ -63,8 +63,8 @@ def test_names_are_compared_as_peft_compares_them():
 @pytest.mark.parametrize(
     ("initial", "continues", "message"),
     [
-        ("mica", False, "'mica' does not go with layersel.selection"),
-        ("pissa", True, "remove cannot be honoured: the adapter started as 'pissa'"),
+        ("mica", False, "'mica' cannot be combined with layersel.selection"),
+        ("pissa", True, "remove is not possible: the adapter started as 'pissa'"),
     ],
 )
 def test_a_model_is_refused_before_its_layers_are_scored(tmp_path, initial, continues, message):

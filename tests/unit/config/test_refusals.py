@@ -157,7 +157,7 @@ def test_an_engine_that_is_not_known_raises():
 
 def test_a_search_with_a_trainer_that_generates_is_refused_in_the_same_sentence(tmp_path):
     by_file = say_by_file(FLEXORA, {"rl": "grpo"})
-    assert by_file.startswith("rl: 'grpo' trains on prompts whose answers are yet to be generated")
+    assert by_file.startswith("rl: 'grpo' trains on prompts whose answers are not generated yet")
     by_trainer = say_by_trainer(FLEXORA, make_generating_trainer(tmp_path))
     assert by_trainer.replace("trainer: GRPOTrainer", "rl: 'grpo'") == by_file
 

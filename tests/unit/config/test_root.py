@@ -39,22 +39,22 @@ def check(search: dict | None = None, **values) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "flexora", "keep": "positive", "ratio": 0.5}, "keep: positive and ratio: 0.5 both say how much"),
+        ({"method": "flexora", "keep": "positive", "ratio": 0.5}, "keep: positive and ratio: 0.5 all set how many"),
         (
             {"method": "cka", "keep": "positive"},
-            "selection.keep: positive asks for gates, and method cka has none. Say how much is kept by `ratio`",
+            "selection.keep: positive needs gates, but method: cka has none. Use `ratio`",
         ),
         (
             {"method": "random", "layers": [1, 4]},
-            r"selection.layers: \[1, 4\] has no effect with method random. Set `method: explicit`, or `num_layers: 2`",
+            r"selection.layers: \[1, 4\] has no effect with method: random. Set `method: explicit`, or `num_layers: 2`",
         ),
         (
             {"method": "cka", "num_samples": 2},
-            "selection.num_samples: 2 is too few to compare rows by cka. Set 3",
+            "selection.num_samples: 2 is too few rows for method: cka. Set 3",
         ),
         (
             {"method": "cosine", "num_samples": 1},
-            "selection.num_samples: 1 is too few to compare rows by cosine",
+            "selection.num_samples: 1 is too few rows for method: cosine",
         ),
         ({"method": "cka", "ratio": True}, r"selection.ratio: True .*`on`.* is not a finite number"),
         ({"method": "cka", "num_layers": True}, "selection.num_layers: True .* is not a whole number"),
@@ -77,22 +77,22 @@ def check(search: dict | None = None, **values) -> None:
         ({"method": "flexora", "granularity": "modul"}, "granularity: 'modul' is not known: did you mean"),
         (
             {"method": "cka", "granularity": "module"},
-            "granularity: 'module' is not for method cka, which chooses among layers or groups. Use fisher, gradient, ",
+            "granularity: 'module' is not available with method: cka, which chooses layers or groups. Use fisher, ",
         ),
         ({"method": "fisher", "num_units": 2}, "num_units: 2 is for granularity group and module"),
         ({"method": "cosine", "granularity": "group", "num_units": 0}, "num_units: 0 is too low"),
         (
             {"method": "cosine", "granularity": "group", "num_units": 2, "ratio": 0.5},
-            "ratio: 0.5 and num_units: 2 both say how much is kept",
+            "ratio: 0.5 and num_units: 2 all set how many are chosen",
         ),
         (
             {"method": "random", "rank_allocation": "score"},
-            "rank_allocation: 'score' needs scores, and method random gives none",
+            "rank_allocation: 'score' needs scores, but method: random computes none",
         ),
         ({"method": "cka", "rank_allocation": "most"}, "rank_allocation: 'most' is not known"),
         (
             {"method": "cka", "budget": 0.5},
-            "budget: 0.5 has no effect with rank_allocation: same, the default of method cka. Set",
+            "budget: 0.5 has no effect with rank_allocation: same, the default of method: cka. Set",
         ),
         (
             {"method": "cka", "rank_allocation": "same", "budget": 0.5},
@@ -100,7 +100,7 @@ def check(search: dict | None = None, **values) -> None:
         ),
         (
             {"method": "random", "max_rank": 9},
-            "max_rank: 9 has no effect with rank_allocation: same, the default of method random",
+            "max_rank: 9 has no effect with rank_allocation: same, the default of method: random",
         ),
         ({"method": "gradient", "min_rank": 9, "max_rank": 8}, "min_rank: 9 is more than max_rank: 8"),
         ({"method": "gradient", "max_rank": 0}, "max_rank: 0 is outside 1 to 1024"),
@@ -109,19 +109,19 @@ def check(search: dict | None = None, **values) -> None:
             {"method": "gradient", "budget": 100.5},
             r"budget: 100.5 is outside \(0, 64\]: it is a multiple of",
         ),
-        ({"method": "gradient", "budget": 10**6}, "or give a number of parameters as `budget_parameters`"),
+        ({"method": "gradient", "budget": 10**6}, "or set `budget_parameters` to a number of parameters"),
         (
             {"method": "gradient", "budget": "parameters"},
-            "budget: 'parameters' is 1, the default, now. Leave",
+            "budget: 'parameters' is now written as 1, the default. Remove",
         ),
         ({"method": "gradient", "budget_parameters": 0}, "budget_parameters: 0 is too low. Set 1 or more."),
-        ({"method": "gradient", "budget_parameters": 9, "budget": 2}, "both say what may be spent. Keep one of them."),
+        ({"method": "gradient", "budget_parameters": 9, "budget": 2}, "both set the budget. Keep only one of them."),
         (
             {"method": "cka", "budget_parameters": 9},
             "budget_parameters: 9 has no effect with rank_allocation: same,",
         ),
-        ({"method": "cka", "rank": "match"}, "selection.rank: the key is called `rank_allocation` now. Rename it."),
-        ({"method": "cka", "towers": "keep"}, "selection.towers: the key is called `outside_layers` now. Rename it."),
+        ({"method": "cka", "rank": "match"}, "selection.rank: this key is now called `rank_allocation`. Rename it."),
+        ({"method": "cka", "towers": "keep"}, "selection.towers: this key is now called `outside_layers`. Rename it."),
         ({"method": "gradient", "budget": -1}, r"budget: -1 is outside \(0, 64\]"),
         ({"method": "flexora", "flexora": {"val_batches": 0}}, "flexora.val_batches: 0 is too low"),
         ({"method": "flexora", "flexora": {"patience": 0}}, "flexora.patience: 0 is too low"),
@@ -207,7 +207,7 @@ def test_all_keys_that_are_not_read_are_named_in_one_sentence():
         ({"max_rank": 16.5}, "l1ra.max_rank: 16.5 is not a whole number"),
         ({"max_rank": "1e9"}, "l1ra.max_rank: 1000000000 is outside 1 to 65536. Set a value in"),
         ({"min_rank": True}, "l1ra.min_rank: True .* is not a whole number"),
-        ({"min_rank": None}, "l1ra.min_rank: the value is blank. Write one, or leave the key out"),
+        ({"min_rank": None}, "l1ra.min_rank: the value is blank. Write one, or remove the key"),
         ({"update_ratio": True}, "l1ra.update_ratio: True .* is not a finite number"),
         ({"reassign": 1}, "l1ra.reassign: 1 is not true or false"),
     ],
@@ -225,15 +225,15 @@ def test_numbers_may_be_text_since_yaml_reads_some_so():
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ({"lora_r": 0}, "lora_r: 0 is no rank that LoRA can have"),
-        ({"lora_r": -4}, "lora_r: -4 is no rank"),
-        ({"lora_r": True}, "lora_r: True is no rank"),
-        ({"lora_r": "high"}, "lora_r: 'high' is no rank"),
-        ({"seed": -1}, "seed: -1 is outside of 0 to 4294967295, the seeds that NumPy takes"),
-        ({"seed": 2**32}, "seed: 4294967296 is outside of 0 to 4294967295"),
+        ({"lora_r": 0}, "lora_r: 0 is not a valid rank"),
+        ({"lora_r": -4}, "lora_r: -4 is not a valid rank"),
+        ({"lora_r": True}, "lora_r: True is not a valid rank"),
+        ({"lora_r": "high"}, "lora_r: 'high' is not a valid rank"),
+        ({"seed": -1}, "seed: -1 is outside 0 to 4294967295, the seeds that NumPy accepts"),
+        ({"seed": 2**32}, "seed: 4294967296 is outside 0 to 4294967295"),
         ({"fsdp_config": [{"offload_params": False}]}, r"fsdp_config: \[{'offload_params': False}\] is not a mapping"),
         ({"tensor_parallel_size": "two"}, "tensor_parallel_size: 'two' is not a whole number"),
-        ({"context_parallel_size": "2"}, "context_parallel_size: 2 splits rows over devices"),
+        ({"context_parallel_size": "2"}, "context_parallel_size: 2 splits rows across devices"),
     ],
 )
 def test_other_keys_of_the_file_that_are_read_are_refused_by_name(run, message):
@@ -270,12 +270,12 @@ EQUAL = "so all ranks would be equal, whatever the scores of"
         (
             {"selection": {"method": "gradient", "max_rank": 4}},
             {},
-            f"budget: it pays for rank 4 .*max_rank: 4 .*{EQUAL}",
+            f"budget: it allows rank 4 .*max_rank: 4, {EQUAL}",
         ),
         (
             {"selection": {"method": "gradient", "budget": 4}},
             {},
-            f"budget: it pays for rank 16 .*max_rank: 16 .*{EQUAL}",
+            f"budget: it allows rank 16 .*max_rank: 16, {EQUAL}",
         ),
         ({"selection": {"method": "gradient", "budget": 3.9}}, {}, None),
         ({"selection": {"method": "gradient", "budget_parameters": 10**6}}, {}, None),
@@ -283,10 +283,10 @@ EQUAL = "so all ranks would be equal, whatever the scores of"
         (
             {"selection": {"method": "cka", "rank_allocation": "score", "min_rank": 4}},
             {},
-            f"min_rank: 4 everywhere takes .*{EQUAL}",
+            f"min_rank: 4 in every unit uses .*{EQUAL}",
         ),
         ({"selection": {"method": "cka", "rank_allocation": "score", "min_rank": 3}}, {}, None),
-        ({"selection": {"method": "gradient"}, "l1ra": {"max_rank": 4}}, {}, f"max_rank: 4 or more, {EQUAL}"),
+        ({"selection": {"method": "gradient"}, "l1ra": {"max_rank": 4}}, {}, f"max_rank: 4, {EQUAL}"),
         ({"selection": {"method": "gradient", "max_rank": 20}, "l1ra": {}}, {}, None),
         (
             {"selection": {"method": "gradient", "max_rank": 20}, "l1ra": {"max_rank": 19}},
@@ -372,15 +372,15 @@ def test_any_value_of_other_keys_is_passed_by_or_refused_by_key(key, value, bloc
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ({"peft_init_lora_weights": "eva"}, "peft_init_lora_weights: 'eva' does not go with layersel.selection"),
-        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "peft.loftq_config: LoftQ changes the base"),
+        ({"peft_init_lora_weights": "eva"}, "peft_init_lora_weights: 'eva' cannot be combined with layersel.selection"),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "peft.loftq_config: LoftQ changes base"),
         (
             {"peft_init_lora_weights": "olora", "deepspeed": {"zero_optimization": {"stage": 3}}},
-            "'olora' is computed on every process from the base weights, which ZeRO-3 has split",
+            "'olora' is computed on every process from the base weights, which ZeRO-3 splits",
         ),
         (
             {"peft_init_lora_weights": "pissa", **FSDP2},
-            "which fsdp_config.cpu_ram_efficient_loading loads on one process alone. Set it to false",
+            "which fsdp_config.cpu_ram_efficient_loading loads on one process only. Set it to false",
         ),
         ({"peft_init_lora_weights": "olora", "deepspeed": {"zero_optimization": {"stage": 2}}}, None),
         ({"peft_init_lora_weights": "eva", "lora_model_dir": "adapter"}, None),
@@ -395,15 +395,15 @@ def test_an_initialisation_that_layers_cannot_be_selected_under_is_refused(run, 
 @pytest.mark.parametrize(
     ("search", "run", "message"),
     [
-        ({}, {"peft_use_dora": True}, "peft_use_dora: true. DoRA ties .* of which layersel.selection.method: flexora"),
+        ({}, {"peft_use_dora": True}, "peft_use_dora: true cannot be combined with layersel.selection.method: flexora"),
         ({}, {"fp16": True}, "fp16: True scales the loss"),
         (
             {},
             {"rl": "grpo"},
-            "rl: 'grpo' trains on prompts .* layersel.selection.method: 'flexora' looks",
+            "rl: 'grpo' trains on prompts .* layersel.selection.method: 'flexora' reads",
         ),
         ({}, {"peft_init_lora_weights": "pissa"}, "peft_init_lora_weights: 'pissa' is not supported by layersel.sel"),
-        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: true starts training over"),
+        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: true restarts training"),
         ({}, {"streaming": True}, "streaming: True cannot be sampled for layersel.selection.method: 'flexora'"),
         (
             {"hypergradient": "unrolled"},
@@ -418,11 +418,11 @@ def test_an_initialisation_that_layers_cannot_be_selected_under_is_refused(run, 
         ),
         ({"hypergradient": "unrolled"}, {"tiled_mlp": True}, "twice, which tiled_mlp: True does not support"),
         ({"hypergradient": "unrolled"}, {"sample_packing": True}, "the attention kernel for packed rows does not sup"),
-        ({"hypergradient": "unrolled"}, {"loraplus_lr_ratio": 16}, "with one learning rate, and loraplus_lr_ratio: 16"),
+        ({"hypergradient": "unrolled"}, {"loraplus_lr_ratio": 16}, "with one learning rate, but loraplus_lr_ratio: 16"),
         (
             {"hypergradient": "unrolled"},
             {"deepspeed": {"zero_optimization": {"stage": 3}}},
-            "whole on every process, and ZeRO-3 splits them",
+            "on every process, but ZeRO-3 splits them",
         ),
     ],
 )
@@ -456,7 +456,7 @@ def test_an_optimizer_is_refused_on_the_engines_alone_that_it_does_not_work_on(o
     messages = collect_errors({**run, "optimizer": optimizer})
     assert len(messages) == (engine in engines)
     for message in messages:
-        assert message.startswith(f"optimizer: '{optimizer}' does not go with ")
+        assert message.startswith(f"optimizer: '{optimizer}' cannot be combined with ")
         assert message.endswith(f"Use `{instead}`.")
         assert collect_errors({**run, "optimizer": instead}) == []
 
@@ -467,7 +467,7 @@ def test_torchaos_moments_are_not_to_be_written_whole_by_fsdp2(optimizer, key):
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         config = {**FSDP2, "fsdp_config": {key: kind}}
         messages = collect_errors({**RUN, "layersel": {"l1ra": {}}, **config, "optimizer": optimizer})
-        messages = [message for message in messages if "does not go with FSDP2" not in message]
+        messages = [message for message in messages if "cannot be combined with FSDP2" not in message]
         assert len(messages) == (kind == "FULL_STATE_DICT" and OPTIMIZERS[optimizer] == "torchao")
         for message in messages:
             assert message.startswith(f"fsdp_config.state_dict_type: FULL_STATE_DICT with optimizer: '{optimizer}'")
@@ -501,7 +501,7 @@ def test_a_deepspeed_file_is_read_for_its_stage(tmp_path):
         if stage == 2:
             check({"hypergradient": "unrolled"}, deepspeed=str(path))
         else:
-            with pytest.raises(ValidationError, match="and ZeRO-3 splits them"):
+            with pytest.raises(ValidationError, match="but ZeRO-3 splits them"):
                 check({"hypergradient": "unrolled"}, deepspeed=str(path))
     check({"hypergradient": "unrolled"}, deepspeed="nowhere.json")  # Axolotl says what is wrong with it
 

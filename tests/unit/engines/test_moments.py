@@ -51,7 +51,7 @@ CODED = ("8bit", "8 bits", "Fp8")
 
 @pytest.fixture(autouse=True)
 def without_compiling(monkeypatch) -> None:
-    """torchao compiles its step, which takes long on a CPU and computes the same."""
+    """Keep torchao from compiling its step, which takes long on a CPU and computes the same."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
@@ -229,7 +229,7 @@ def test_the_optimizer_inside_of_what_is_around_it_is_found():
 
 @pytest.fixture
 def manager():
-    """bitsandbytes' list of paged tensors, which is as it was after the test."""
+    """The list of paged tensors of bitsandbytes, restored after the test."""
     found = bitsandbytes.functional.GlobalPageManager.get_instance()
     before = list(found.paged_tensors)
     yield found

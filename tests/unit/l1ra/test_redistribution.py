@@ -145,7 +145,7 @@ def test_a_run_resumed_from_any_checkpoint_ends_the_same(tmp_path):
             {"optim": "adafactor"},
             "optimizer: 'adafactor' is not supported by layersel.l1ra, which clears the Adam moments",
         ),
-        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: true starts training over"),
+        ({}, {"auto_find_batch_size": True}, "auto_find_batch_size: true restarts training"),
     ],
 )
 def test_a_trainer_in_which_rank_cannot_move_is_refused(tmp_path, settings, arguments, message):

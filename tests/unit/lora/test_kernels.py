@@ -215,7 +215,7 @@ def test_kernels_that_cannot_be_given_gates_are_off_with_l1ra(monkeypatch, caplo
     LayerSelectionPlugin().register(cfg)
     assert [cfg[key] for key in LORA_KERNELS] == [False] * 4
     assert "cannot be given gates, since they have no get_lora_parameters" in caplog.text
-    with pytest.raises(LayerselError, match=r"lora_o_kernel: True bypasses .* Remove lora_o_kernel, or that setting"):
+    with pytest.raises(LayerselError, match=r"lora_o_kernel: True bypasses .* Remove lora_o_kernel or layersel"):
         LayerSelectionPlugin().register(DictDefault({"layersel": {"l1ra": {}}, "lora_o_kernel": True}))
 
 

@@ -10,7 +10,7 @@ from axolotl_layersel.lora.run import Run
     ("make", "message"),
     [
         (lambda: make_lora(make_small_llama(), ["embed_tokens"]), "embed_tokens is a Embedding, whose LoRA"),
-        (lambda: make_lora(make_small_llama(), use_dora=True), "peft_use_dora: true. DoRA ties"),
+        (lambda: make_lora(make_small_llama(), use_dora=True), "peft_use_dora: true cannot be combined with"),
         (lambda: make_lora(make_small_llama(), init_lora_weights="pissa"), "peft_init_lora_weights: 'pissa'"),
         (lambda: make_lora(make_small_llama(attention_bias=True), ["q_proj"], lora_bias=True), "is not plain LoRA"),
     ],

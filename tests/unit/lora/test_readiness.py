@@ -94,7 +94,7 @@ def test_a_scaling_of_zero_is_refused_by_the_file_and_the_trainer_in_the_same_se
         prepare(tmp_path, block, **ZERO)
     assert str(caught.value) == by_file
     assert by_file == (
-        "lora_alpha: 0 scales what LoRA adds by 0, so no weight of it would train. Set another number, such as 16."
+        "lora_alpha: 0 scales the output of LoRA to 0, so no LoRA weight would train. Set another number, such as 16."
     )
 
 

@@ -88,16 +88,16 @@ def test_the_file_is_found_among_the_arguments(tmp_path, monkeypatch):
 
 
 UNPLUGGED = {
-    "no key": ({"plugins": None, **selection()}, "plugins: the key is missing, so `layersel` would be passed over"),
+    "no key": ({"plugins": None, **selection()}, "plugins: the key is missing, so `layersel` would be ignored"),
     "an empty list": ({"plugins": [], **selection()}, "plugins: [] does not list axolotl-layersel"),
     "another plugin": ({"plugins": ["axolotl.integrations.liger.LigerPlugin"], **selection()}, "does not list axolotl"),
     "another package": ({"plugins": ["layersel.LayerSelectionPlugin"], **selection()}, "Write `axolotl_layersel."),
     "another class": ({"plugins": ["axolotl_layersel.LayerSelectPlugin"], **selection()}, "'axolotl_layersel.LayerSel"),
-    "no class": ({"plugins": ["axolotl_layersel"], **selection()}, "plugins: 'axolotl_layersel' is no plugin of"),
+    "no class": ({"plugins": ["axolotl_layersel"], **selection()}, "plugins: 'axolotl_layersel' is not a plugin of"),
     "no list": ({"plugins": PLUGIN, **selection()}, f"plugins: '{PLUGIN}' is not a list"),
     "a slip without its block": ({"plugins": ["axolotl_layersel.Plugin"]}, "plugins: 'axolotl_layersel.Plugin' is no"),
     "a blank block": ({"layersel": None}, "plugins: the key is missing"),
-    "a misspelt block": ({"layersell": {"selection": {"method": "cka"}}}, "so `layersell` would be passed over"),
+    "a misspelt block": ({"layersell": {"selection": {"method": "cka"}}}, "so `layersell` would be ignored"),
     "no block": ({"plugins": [PLUGIN]}, "layersel: the plugin is listed but its block is missing or empty"),
     "a slip in the block": ({"plugins": [PLUGIN], **selection(rato=1)}, "layersel.selection.rato is not a setting"),
     "a folder that cannot be": ({**GOOD, "output_dir": "/dev/null/run"}, "output_dir: /dev/null is a file"),

@@ -39,8 +39,8 @@ CASES = {
     ),
     "PiSSA on rounded weights": (
         {"peft_init_lora_weights": "pissa", "torch_dtype": torch.bfloat16},
-        "peft_init_lora_weights: 'pissa' with `unselected: remove` needs base weights in float32, to give them back "
-        "exactly what it takes out of them, and they are in bfloat16.",
+        "peft_init_lora_weights: 'pissa' with `unselected: remove` needs base weights in float32, so that the part "
+        "that it subtracts can be added again exactly, but they are in bfloat16.",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The public function on a plain Trainer: the README's example and the example script, and what importing loads."""
+"""The public function on a plain Trainer: the manual's example and the example script, and what importing loads."""
 
 import importlib.util
 from pathlib import Path

@@ -316,7 +316,7 @@ def test_a_method_that_draws_nothing_cannot_be_repeated(tmp_path):
     ("change", "settings", "message"),
     [
         ({}, {"search": {"val_samples": 38}}, "val_samples: 38 of the 40 training rows leaves 2 to train on"),
-        ({}, {"search": {"val_source": "eval"}}, "val_source: 'eval' needs an eval set, and this run has none"),
+        ({}, {"search": {"val_source": "eval"}}, "val_source: 'eval' needs an eval set, but this run has none"),
         ({}, {"keep": "positive", "candidates": [3]}, "keep: 'positive' needs two or more gates to compare, and there"),
         ({}, {"ratio": 0.01}, "ratio: 0.01 of 6 layers keeps none. Set at least 0.167, or `num_layers: 1`"),
         (
@@ -357,9 +357,9 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
     with pytest.raises(LayerselError, match="optimizer: it was made before the trainer was prepared"):
         search(tmp_path, trainer=trainer)
     trainer = make(tmp_path, auto_find_batch_size=True)
-    with pytest.raises(LayerselError, match="auto_find_batch_size: true starts training over"):
+    with pytest.raises(LayerselError, match="auto_find_batch_size: true restarts training"):
         search(tmp_path, trainer=trainer)
-    with pytest.raises(LayerselError, match=r"DoRA ties .* of which layersel.selection.method: flexora cannot gate"):
+    with pytest.raises(LayerselError, match=r"peft_use_dora: true cannot be combined with layersel.*: flexora"):
         search(tmp_path, trainer=make(tmp_path, make_lora(make_small_llama(), use_dora=True)))
     trainer = make(tmp_path)
     trainer.model.config._attn_implementation = "flash_attention_2"
