@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from axolotl_layersel import __version__
+from axolotl_layersel.cli.arguments import DescribedCommand
 from axolotl_layersel.cli.overrides import OVERRIDES, OverridableCommand
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.terminal import clean, report_errors, say
@@ -20,8 +21,7 @@ EXIT_CODES = (
     "Exit codes: 0, the command did what it says; 1, it was refused or failed, and standard error says why; 2, the "
     "command line has a mistake."
 )
-
-# Commands describe their arguments in their own text: click 8.5 loses the help of typer's arguments.
+Config = Annotated[Path, typer.Argument(help="The Axolotl YAML file.")]
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -57,7 +57,7 @@ class Launcher(str, Enum):
 )
 def plan(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument()],
+    config: Config,
     launcher: Annotated[
         Launcher | None,
         typer.Option(help="The launcher of the processes. Default: accelerate, if there are several."),
@@ -68,7 +68,7 @@ def plan(
 ) -> None:
     """Select layers and write the plan, without training. Arguments after -- go to the launcher.
 
-    CONFIG is the Axolotl YAML file. Axolotl's options replace its keys, as in axolotl train: --lora-r 16.
+    Axolotl's options replace keys of the file, as in axolotl train: --base-model NAME, --lora-r 16.
     """
     from axolotl_layersel.cli.starting import find_launcher
     from axolotl_layersel.config.textual import check_text, read_yaml
@@ -97,10 +97,10 @@ def plan(
 
 
 @app.command(cls=OverridableCommand, epilog="Example: axolotl-layersel check run.yml --lora-r 16")
-def check(context: typer.Context, config: Annotated[Path, typer.Argument()]) -> None:
+def check(context: typer.Context, config: Config) -> None:
     """Report the faults of a YAML file that can be found without the model and the data.
 
-    CONFIG is the Axolotl YAML file. Axolotl's options replace its keys, as in axolotl train: --lora-r 16.
+    Axolotl's options replace keys of the file, as in axolotl train: --base-model NAME, --lora-r 16.
     """
     from axolotl_layersel.cli.checking import check_config
     from axolotl_layersel.config.textual import check_plugin
@@ -130,9 +130,9 @@ def check_early(config: Path, check: Callable[[Path], None]) -> None:
     collect()
 
 
-@app.command(epilog="Example: axolotl-layersel show outputs/run --picture pictures/run.png")
+@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel show outputs/run --picture pictures/run.png")
 def show(
-    path: Annotated[Path, typer.Argument()],
+    path: Annotated[Path, typer.Argument(help="A plan.json, or the folder of a run or checkpoint.")],
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -146,8 +146,6 @@ def show(
     ] = False,
 ) -> None:
     """Print the chosen layers, and the rank of every module.
-
-    PATH is a plan.json, or the folder of a run or checkpoint.
 
     If a run with moving ranks also has a search or a plan with scores, their picture has -gates or -plan in its name.
     """
@@ -178,9 +176,9 @@ class Layout(str, Enum):
     uniform = "uniform"
 
 
-@app.command(epilog="Example: axolotl-layersel export outputs/run --layout uniform")
+@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel export outputs/run --layout uniform")
 def export(
-    adapter: Annotated[Path, typer.Argument()],
+    adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter, of a run or a checkpoint.")],
     layout: Annotated[
         Layout, typer.Option(help="ragged: each module its own rank; uniform: all padded to the highest rank.")
     ],
@@ -191,8 +189,6 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Overwrite any adapter in the folder to write to.")] = False,
 ) -> None:
     """Write a LoRA adapter in a layout that other programs read, with the same result.
-
-    ADAPTER is the folder of a LoRA adapter, of a run or a checkpoint.
 
     The folder to write to may hold no other adapter than an earlier export of ADAPTER.
     """
@@ -215,14 +211,15 @@ def export(
     say(f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: its highest is 512")
 
 
-@app.command(epilog="Example: axolotl-layersel examples my-examples")
+@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel examples my-examples")
 def examples(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path("layersel-examples"),
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="The folder to write to. It is made if needed.")
+    ] = Path("layersel-examples"),
 ) -> None:
     """Write the example configurations to a folder, with its name in their paths and commands.
 
-    DIR is the folder to write to, which is made if needed. If a file there differs from an example, nothing is
-    written.
+    If a file there differs from an example, nothing is written.
     """
     from axolotl_layersel.cli.examples import write_examples
 
@@ -233,7 +230,7 @@ def examples(
     say(f"{folder}: {len(written)} files of examples. Each says in its first lines how to run it.")
 
 
-@app.command(epilog="Example: axolotl-layersel schema > layersel.schema.json")
+@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel schema > layersel.schema.json")
 def schema() -> None:
     """Print the JSON schema of the layersel block, with which editors complete and check an Axolotl YAML file.
 

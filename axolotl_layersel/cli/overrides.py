@@ -10,11 +10,13 @@ from typing import Any
 from typer import Context
 from typer.core import TyperCommand, TyperOption
 
+from axolotl_layersel.cli.arguments import DescribedCommand
+
 OVERRIDES = "axolotl_layersel.overrides"  # the key in the context of a command
 NESTED = "__"  # between a key and the key in its block, such as trl__beta for --trl.beta
 
 
-class OverridableCommand(TyperCommand):
+class OverridableCommand(DescribedCommand):
     """A command that also takes Axolotl's options; their values are in ``context.meta[OVERRIDES]``, by key.
 
     Its help does not list them: there are some 400.

@@ -110,10 +110,7 @@ def test_an_option_of_axolotl_replaces_a_key_of_the_file(write):
     assert code == 1
     assert lines[-1].startswith("axolotl-layersel: deepspeed: nowhere.json cannot be read")
     code, lines = check(path, "--logging-steps", "2", "--lora-r", "0")
-    assert (code, lines[-1]) == (
-        1,
-        "axolotl-layersel: lora_r: 0 is no rank that LoRA can have. Set 1 or more, such as 16.",
-    )
+    assert (code, lines[-1]) == (1, "axolotl-layersel: lora_r: 0 is not a valid rank. Set 1 or more, such as 16.")
 
 
 def test_plan_checks_the_file_as_the_options_of_axolotl_change_it(write):
