@@ -4,10 +4,13 @@ Relied on in axolotl 0.19.0 (``tests/unit/cli/test_checking.py`` fails when it c
 ``axolotl.cli.config.load_cfg``, except its log in the output folder, its telemetry and its calls of trackers.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from axolotl_layersel.cli.overrides import apply_overrides
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import read_json
 from axolotl_layersel.config.root import LayerselConfig
@@ -17,8 +20,10 @@ from axolotl_layersel.config.textual import read_yaml
 from axolotl_layersel.training.ending import describe_error
 
 
-def check_config(path: Path) -> str:
+def check_config(path: Path, overrides: Mapping[str, Any]) -> str:
     """Validate a YAML file as Axolotl does, run this package's checks before the model, and return the result as text.
+
+    ``overrides``: values by key, in place of those in the file.
 
     Raises:
         SystemExit: if the file is refused, after printing why.
@@ -26,15 +31,15 @@ def check_config(path: Path) -> str:
     from axolotl_layersel.training.ending import tell
 
     try:
-        settings = load_settings(path)
+        settings = load_settings(path, overrides)
     except (LayerselError, ValidationError) as error:
         tell(describe_error(error).splitlines())
         raise SystemExit(1) from None
     return f"{path}: no fault was found. {describe_settings(settings)}"
 
 
-def load_settings(path: Path) -> LayerselConfig:
-    """Return the validated ``layersel`` block of a YAML file.
+def load_settings(path: Path, overrides: Mapping[str, Any]) -> LayerselConfig:
+    """Return the validated ``layersel`` block of a YAML file, with ``overrides`` in place of its values.
 
     Raises:
         LayerselError: if a check of this package fails.
@@ -46,9 +51,10 @@ def load_settings(path: Path) -> LayerselConfig:
     from axolotl_layersel.training.preflight import check_before_model, read_settings
 
     data = read_yaml(path) or {}
-    if isinstance(data.get("deepspeed"), str):
-        read_json("deepspeed", data["deepspeed"], "Give the path of a DeepSpeed file.")
     cfg = DictDefault(data)
+    apply_overrides(cfg, overrides)
+    if isinstance(cfg.deepspeed, str):
+        read_json("deepspeed", cfg.deepspeed, "Give the path of a DeepSpeed file.")
     cfg.axolotl_config_path = str(path)
     config.prepare_plugins(cfg)
     capabilities, environment = config.gpu_capabilities()

@@ -1,5 +1,6 @@
 """The command ``axolotl-layersel``, which is also ``python -m axolotl_layersel`` and ``axolotl layersel``."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,16 @@ from typing import Annotated
 import typer
 
 from axolotl_layersel import __version__
+from axolotl_layersel.cli.arguments import DescribedCommand
+from axolotl_layersel.cli.overrides import OVERRIDES, OverridableCommand
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.terminal import report_errors, say
+from axolotl_layersel.common.terminal import clean, report_errors, say
+
+EXIT_CODES = (
+    "Exit codes: 0, the command did what it says; 1, it was refused or failed, and standard error says why; 2, the "
+    "command line has a mistake."
+)
+Config = Annotated[Path, typer.Argument(help="The Axolotl YAML file.")]
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -24,7 +33,7 @@ def print_version(asked: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
+@app.callback(epilog=f"Example: axolotl-layersel check run.yml\n\n{EXIT_CODES}")
 def start(
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
@@ -41,10 +50,14 @@ class Launcher(str, Enum):
     python = "python"
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    cls=OverridableCommand,
+    context_settings={"allow_extra_args": True},
+    epilog="Example: axolotl-layersel plan run.yml --base-model my/model --launcher torchrun -- --nproc_per_node=2",
+)
 def plan(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")],
+    config: Config,
     launcher: Annotated[
         Launcher | None,
         typer.Option(help="The launcher of the processes. Default: accelerate, if there are several."),
@@ -53,34 +66,47 @@ def plan(
         int, typer.Option(min=1, help="The number of seeds to choose with. Above 1, report how far the choices agree.")
     ] = 1,
 ) -> None:
-    """Select layers and write the plan, without training. Arguments after -- go to the launcher."""
-    from axolotl_layersel.cli.starting import find_launcher
-    from axolotl_layersel.config.textual import check_file
+    """Select layers and write the plan, without training. Arguments after -- go to the launcher.
 
-    check_early(config, check_file)
+    Axolotl's options replace keys of the file, as in axolotl train: --base-model NAME, --lora-r 16.
+    """
+    from axolotl_layersel.cli.starting import find_launcher
+    from axolotl_layersel.config.textual import check_text, read_yaml
+
+    overrides = context.meta[OVERRIDES]
+
+    def check_text_of(path: Path) -> None:
+        data = read_yaml(path)
+        if data is not None:  # Axolotl itself refuses a file that cannot be read
+            check_text({**data, **overrides})
+
+    check_early(config, check_text_of)
 
     commands = {
         Launcher.accelerate: ["accelerate", "launch", *context.args, "-m"],
         Launcher.torchrun: ["torchrun", *context.args, "-m"],
         Launcher.python: [sys.executable, *context.args, "-m"],
     }
-    launcher = launcher or Launcher(find_launcher(config, context.args))
+    launcher = launcher or Launcher(find_launcher({**(read_yaml(config) or {}), **overrides}, context.args))
     if launcher is Launcher.python and not context.args:
         from axolotl_layersel.cli.worker import main
 
-        return main(str(config), repeat)
-    command = [*commands[launcher], "axolotl_layersel.cli.worker", str(config), str(repeat)]
-    raise typer.Exit(subprocess.run(command).returncode)
+        return main(str(config), repeat, overrides)
+    worker = ["axolotl_layersel.cli.worker", str(config), str(repeat), json.dumps(overrides)]
+    raise typer.Exit(subprocess.run([*commands[launcher], *worker]).returncode)
 
 
-@app.command()
-def check(config: Annotated[Path, typer.Argument(help="The Axolotl YAML file.")]) -> None:
-    """Report the faults of a YAML file that can be found without the model and the data."""
+@app.command(cls=OverridableCommand, epilog="Example: axolotl-layersel check run.yml --lora-r 16")
+def check(context: typer.Context, config: Config) -> None:
+    """Report the faults of a YAML file that can be found without the model and the data.
+
+    Axolotl's options replace keys of the file, as in axolotl train: --base-model NAME, --lora-r 16.
+    """
     from axolotl_layersel.cli.checking import check_config
     from axolotl_layersel.config.textual import check_plugin
 
     check_early(config, check_plugin)
-    say(check_config(config))
+    say(check_config(config, context.meta[OVERRIDES]))
 
 
 def check_early(config: Path, check: Callable[[Path], None]) -> None:
@@ -104,53 +130,41 @@ def check_early(config: Path, check: Callable[[Path], None]) -> None:
     collect()
 
 
-@app.command()
+@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel show outputs/run --picture pictures/run.png")
 def show(
     path: Annotated[Path, typer.Argument(help="A plan.json, or the folder of a run or checkpoint.")],
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw ranks, or a search's gates, to this file, such as run.png.")
+        Path | None,
+        typer.Option(
+            help="Also draw the ranks, and a search's gates or the plan's scores, to this file, such as run.png. A "
+            "missing folder is made."
+        ),
     ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON instead of tables: the plan, and the ranks by optimizer step."),
+    ] = False,
 ) -> None:
     """Print the chosen layers, and the rank of every module.
 
-    If a run has both ranks and a search, the picture of the gates has -gates in its name.
+    If a run with moving ranks also has a search or a plan with scores, their picture has -gates or -plan in its name.
     """
-    from axolotl_layersel.cli.pictures import check_picture, draw_gates, draw_ranks
-    from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path
-    from axolotl_layersel.l1ra.records import RankHistory
-    from axolotl_layersel.l1ra.report import print_ranks
-    from axolotl_layersel.selection.gate_history import GateHistory
-    from axolotl_layersel.selection.plan_file import read_plan
-    from axolotl_layersel.selection.report import print_plan
+    from axolotl_layersel.cli.pictures import check_picture
+    from axolotl_layersel.cli.showing import read_record
 
-    is_folder = os.path.isdir(path)  # unlike Path.is_dir, it accepts names of any length
-    has_ranks = is_folder and ranks_path(path).exists()
-    has_gates = is_folder and gates_path(path).exists()
-    kept: list[str] = []
-    modules: tuple[str, ...] = ()
     try:
+        record = read_record(path, with_gates=picture is not None)
         if picture:
             check_picture(picture)
-        if not has_ranks or plan_path(path).exists():
-            plan = read_plan(plan_path(path) if is_folder else path, key="PATH")
-            modules = tuple(f"{name}." for name in plan.modules) if plan.module_scores else ()
-            kept = [str(layer) for layer in plan.selected]
-            print_plan(plan)
-        if has_ranks:
-            history = RankHistory.read(path)
-            print_ranks(history.ranks[0], history.ranks[max(history.ranks)])
-        if picture and not has_ranks and not has_gates:
-            raise LayerselError(
-                f"--picture: {path} has no layersel/ranks.csv or gates.csv to draw. Give the folder of a run."
-            )
-        if picture and has_ranks:
-            draw_ranks(history.ranks, picture)
-        if picture and has_gates:
-            target = picture.with_stem(f"{picture.stem}-gates") if has_ranks else picture
-            gates = GateHistory.read(path)
-            # The name of a unit is its layer's number, or the common beginning of its modules' names.
-            kept += [unit for unit in gates.names if any(name.startswith(f"{unit}.") for name in modules)]
-            draw_gates(gates, kept, target)
+        if as_json:
+            typer.echo(record.format_json())
+        else:
+            record.print()
+        for drawn in record.draw(picture) if picture else []:
+            if as_json:  # standard output is JSON only
+                print(clean(f"picture: {drawn}"), file=sys.stderr)
+            else:
+                say(f"picture: {drawn}")
     except LayerselError as error:
         fail(str(error))
 
@@ -162,7 +176,7 @@ class Layout(str, Enum):
     uniform = "uniform"
 
 
-@app.command()
+@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel export outputs/run --layout uniform")
 def export(
     adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter, of a run or a checkpoint.")],
     layout: Annotated[
@@ -172,20 +186,66 @@ def export(
         Path | None,
         typer.Option(help="The folder to write to. Default: next to ADAPTER, such as uniform-NAME."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite any adapter in the folder to write to.")] = False,
 ) -> None:
-    """Write a LoRA adapter in a layout that other programs read, with the same result."""
-    from axolotl_layersel.lora.export import export_adapter, find_vllm_rank
+    """Write a LoRA adapter in a layout that other programs read, with the same result.
+
+    The folder to write to may hold no other adapter than an earlier export of ADAPTER.
+    """
+    from axolotl_layersel.cli.exporting import check_target, write_record
 
     # Next to the folder, not in it, where it would look like a checkpoint or an adapter of the run.
     place = Path(os.path.realpath(adapter))  # unlike Path.resolve, it accepts a loop of links
     output = output or place.parent / f"{layout.value}-{place.name}"
     try:
+        if not force:
+            check_target(adapter, output)
+        from axolotl_layersel.lora.export import export_adapter, find_vllm_rank
+
         rank = export_adapter(adapter, layout.value, output)
+        write_record(adapter, output, layout.value)
     except LayerselError as error:
         fail(str(error))
     needed = find_vllm_rank(rank)
     say(f"{output}: highest rank {rank}")
     say(f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: its highest is 512")
+
+
+@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel examples my-examples")
+def examples(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="The folder to write to. It is made if needed.")
+    ] = Path("layersel-examples"),
+) -> None:
+    """Write the example configurations to a folder, with its name in their paths and commands.
+
+    If a file there differs from an example, nothing is written.
+    """
+    from axolotl_layersel.cli.examples import write_examples
+
+    try:
+        written = write_examples(folder)
+    except LayerselError as error:
+        fail(str(error))
+    say(f"{folder}: {len(written)} files of examples. Each says in its first lines how to run it.")
+
+
+@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel schema > layersel.schema.json")
+def schema() -> None:
+    """Print the JSON schema of the layersel block, with which editors complete and check an Axolotl YAML file.
+
+    For editors with the YAML language server, the first line of the YAML file is:
+    # yaml-language-server: $schema=layersel.schema.json
+    """
+    from axolotl_layersel.config.root import LayerselArgs
+
+    content = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **LayerselArgs.model_json_schema(),
+        "title": "Axolotl YAML file with axolotl-layersel",
+        "description": "The layersel block. Other keys are Axolotl's, which this schema accepts as they are.",
+    }
+    typer.echo(json.dumps(content, indent=2))
 
 
 def fail(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Plots of a search's gates and losses, and of the ranks of a run. They need the extra ``plots`` (matplotlib)."""
+"""Plots of a plan, of a search's gates and losses, and of a run's ranks. They need the extra ``plots`` (matplotlib)."""
 
 import io
 import math
@@ -14,6 +14,7 @@ from axolotl_layersel.common.tables import arrange, find_places
 from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.config.layer_names import is_layer_name
 from axolotl_layersel.selection.gate_history import GateHistory
+from axolotl_layersel.selection.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ MISSING = "--picture needs matplotlib. Install it: pip install 'axolotl-layersel
 
 
 def check_picture(path: Path) -> None:
-    """Raise LayerselError unless matplotlib is installed and can write a picture to ``path``."""
+    """Make the folder of ``path``. Raise LayerselError unless matplotlib is installed and can write a picture there."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
@@ -40,8 +41,12 @@ def check_picture(path: Path) -> None:
         raise LayerselError(f"--picture: {path}: {what} of a picture. Use one of {', '.join(endings)}.")
     if os.path.isdir(path):
         raise LayerselError(f"--picture: {path} is a folder. Give the path of a file, such as {path / 'run.png'}.")
-    if not os.path.isdir(path.parent):
-        raise LayerselError(f"--picture: the folder {path.parent} does not exist. Make it, or give another path.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LayerselError(
+            f"--picture: the folder {path.parent} cannot be made ({error.strerror}). Give another path."
+        ) from error
 
 
 def draw_gates(history: GateHistory, kept: Collection[str], path: Path) -> None:
@@ -140,6 +145,52 @@ def draw_ranks(history: Mapping[int, Mapping[str, int]], path: Path) -> None:
     save(figure, path)
 
 
+def has_scores(plan: Plan) -> bool:
+    """Return whether a plan has the score of any layer or module."""
+    scores = [*plan.module_scores.values(), *(choice.score for choice in plan.layers)]
+    return any(score is not None for score in scores)
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Draw the ranks of a plan by layer and type of module, and the scores of what it chose among.
+
+    Args:
+        plan: a plan with ranks, scores or both.
+        path: the file; its ending selects the format.
+
+    Raises:
+        LayerselError: if matplotlib is not installed, or the picture cannot be written.
+    """
+    scores = {name: score for name, score in plan.module_scores.items() if score is not None}
+    rows = max(len(plan.layers), len(arrange(plan.module_scores or plan.ranks)[0]))
+    parts = [*(["scores"] if has_scores(plan) else []), *(["ranks"] if plan.ranks else [])]
+    figure = make_figure((1 + 6.5 * len(parts), max(5.0, 1.5 + ROW_HEIGHT * rows)))
+    axes = figure.subplot_mosaic([[*parts]])
+    if scores:
+        draw_grid(axes["scores"], scores, plan.modules, modules=plan.module_scores)
+        axes["scores"].set(title=f"scores by {plan.method}; a dot: kept")
+    elif "scores" in axes:
+        draw_layer_scores(axes["scores"], plan)
+    if plan.ranks:
+        draw_grid(axes["ranks"], plan.ranks, (), numbers=True, modules=[*plan.module_scores, *plan.ranks])
+        axes["ranks"].set(title="rank of the kept modules")
+    save(figure, path)
+
+
+def draw_layer_scores(axes: "Axes", plan: Plan) -> None:
+    """Draw the score of every layer as a bar, in colour if the layer is kept."""
+    places = range(len(plan.layers))
+    colours = ["tab:blue" if choice.selected else GREY for choice in plan.layers]
+    axes.barh(places, [choice.score or 0.0 for choice in plan.layers], color=colours)
+    # A kept layer without a score has no bar, so its name is bold too.
+    axes.set_yticks(places, [clean(str(choice.layer)) for choice in plan.layers], fontsize=7, parse_math=False)
+    for label, choice in zip(axes.get_yticklabels(), plan.layers):
+        label.set_fontweight("bold" if choice.selected else "normal")
+    axes.set_ylim(len(plan.layers) - 0.5, -0.5)
+    title = f"scores by {plan.method}, the {len(plan.selected)} kept of {len(plan.layers)} layers in colour"
+    axes.set(xlabel="score", ylabel="layer", title=title)
+
+
 # --- Parts of pictures ------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +269,13 @@ def push_up(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str], numbers: bool = False) -> None:
+def draw_grid(
+    axes: "Axes",
+    values: Mapping[str, float],
+    marked: Collection[str],
+    numbers: bool = False,
+    modules: Collection[str] = (),
+) -> None:
     """Draw a value of every module as a coloured cell, by layer and type.
 
     Args:
@@ -226,10 +283,11 @@ def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str]
         values: the values by the module's name.
         marked: the modules that get a dot.
         numbers: write the values into the cells, instead of drawing a colour bar.
+        modules: the modules that have a cell, which is empty without a value; by default those with a value.
     """
-    rows, columns = arrange(values)
+    rows, columns = arrange(modules or values)
     cells = {name: (columns.index(column), y) for y, row in enumerate(rows.values()) for column, name in row.items()}
-    grid = [[values[row[column]] if column in row else math.nan for column in columns] for row in rows.values()]
+    grid = [[values.get(row.get(column, ""), math.nan) for column in columns] for row in rows.values()]
     largest = max(map(abs, values.values())) or 1
     cmap, low, high = ("Blues", 0.0, 1.3 * largest) if numbers else ("RdBu_r", -largest, largest)
     image = axes.imshow(grid, aspect="auto", cmap=cmap, vmin=low, vmax=high)
@@ -241,8 +299,8 @@ def draw_grid(axes: "Axes", values: Mapping[str, float], marked: Collection[str]
     axes.set_yticks(range(len(rows)), map(clean, rows), fontsize=7, parse_math=False)
     axes.set_ylabel("layer")
     if numbers:
-        for name, cell in cells.items():
-            axes.text(*cell, str(values[name]), ha="center", va="center", fontsize=7)
+        for name in filter(values.__contains__, cells):
+            axes.text(*cells[name], str(values[name]), ha="center", va="center", fontsize=7)
     else:
         figure: Any = axes.figure
         figure.colorbar(image, ax=axes, shrink=min(1.0, 5 / figure.get_size_inches()[1]), anchor=(0, 1))

@@ -1,8 +1,11 @@
 """Selection without training, in the processes that ``axolotl-layersel plan`` launches, or in its own."""
 
+import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -12,10 +15,13 @@ from axolotl_layersel.common.terminal import say
 from axolotl_layersel.training.ending import describe_error, end_in_sentences, tell
 
 
-def make_plan(config: str, repeat: int = 1) -> Path:
+def make_plan(config: str, repeat: int = 1, overrides: Mapping[str, Any] | None = None) -> Path:
     """Run Axolotl up to its trainer, where the plugin selects, and return the path of the plan.
 
-    ``repeat``: see ``select_layers``.
+    Args:
+        config: the YAML file.
+        repeat: see ``select_layers``.
+        overrides: values for ``load_cfg`` by key, in place of those in the file.
     """
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
@@ -26,7 +32,8 @@ def make_plan(config: str, repeat: int = 1) -> Path:
 
     from axolotl_layersel.plugin import LayerSelectionPlugin
 
-    cfg = load_cfg(config, resume_from_checkpoint=None, auto_resume_from_checkpoints=False)
+    afresh = {"resume_from_checkpoint": None, "auto_resume_from_checkpoints": False}
+    cfg = load_cfg(config, **{**(overrides or {}), **afresh})
     if cfg.layersel is None:
         raise LayerselError(f"plugins: {config} does not list axolotl_layersel.LayerSelectionPlugin. Add it.")
     if cfg.layersel.selection is None:
@@ -44,11 +51,11 @@ def make_plan(config: str, repeat: int = 1) -> Path:
     return plan_path(cfg.output_dir)
 
 
-def main(config: str, repeat: int = 1) -> None:
+def main(config: str, repeat: int = 1, overrides: Mapping[str, Any] | None = None) -> None:
     """Make the plan and print its path, or print the sentences of a refusal and exit with code 1."""
     end_in_sentences()
     try:
-        path = make_plan(config, repeat)
+        path = make_plan(config, repeat, overrides)
     except (LayerselError, ValidationError) as error:
         tell(describe_error(error).splitlines())
         raise SystemExit(1) from None
@@ -57,4 +64,4 @@ def main(config: str, repeat: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))

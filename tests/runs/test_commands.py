@@ -42,8 +42,10 @@ def trained(make_config):
 
 def test_plan_selects_without_training_and_writes_what_training_would(trained, make_config):
     _, trained_output = trained
-    path, _, output = make_config("zero2")
-    command = ("axolotl-layersel", "plan", str(path), "--repeat", "2", "--launcher", "torchrun")
+    path, _, elsewhere = make_config("zero2")
+    output = elsewhere.with_name("by-option")
+    command = ("axolotl-layersel", "plan", "--output-dir", str(output), str(path), "--repeat", "2")
+    command += ("--launcher", "torchrun")
     text = call(*command, "--", "--nproc_per_node=2")
     assert "2 seeds agree with a mean overlap (Jaccard) of" in text
     assert f"plan: {output / 'layersel' / 'plan.json'}" in text
@@ -55,6 +57,7 @@ def test_plan_selects_without_training_and_writes_what_training_would(trained, m
     assert plans[1].pop("stability") is None
     assert plans[0] == plans[1]
     assert not (output / "adapter_model.safetensors").exists()
+    assert not elsewhere.exists()
 
 
 def test_plan_prints_the_sentence_alone_for_a_file_that_cannot_be_honoured(make_config):
@@ -107,12 +110,8 @@ def test_both_names_of_the_command_know_the_same(command, tmp_path):
     assert call(*command, "--version") == f"axolotl-layersel {__version__}\n"
     text = call(*command, "--help")
     assert "Choose the layers that get a LoRA adapter" in text
-    assert [name for name in ("plan", "check", "show", "export") if f"│ {name} " in text] == [
-        "plan",
-        "check",
-        "show",
-        "export",
-    ]
+    names = ["plan", "check", "show", "export", "examples", "schema"]
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("│ ") and line[2].isalpha()] == names
     assert ("--install-completion" in text) == (command == ["axolotl-layersel"])
     nowhere = tmp_path / "plan.json"
     assert call(*command, "show", str(nowhere), expect=1).startswith(
@@ -131,8 +130,8 @@ def completion(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("axolotl-layersel ", {"plan", "check", "show", "export"}),
-        ("axolotl-layersel sh", {"show"}),
+        ("axolotl-layersel ", {"plan", "check", "show", "export", "examples", "schema"}),
+        ("axolotl-layersel s", {"show", "schema"}),
         ("axolotl-layersel plan run.yml --l", {"--launcher"}),
         ("axolotl-layersel plan run.yml --launcher t", {"torchrun"}),
         ("axolotl-layersel export run --layout ", {"ragged", "uniform"}),

@@ -112,7 +112,11 @@ def test_the_wheel_holds_the_package_alone_and_all_of_it(built):
     metadata = f"axolotl_layersel-{__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"axolotl_layersel", metadata}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "axolotl_layersel").rglob("*.py")}
-    assert {name for name in names if name.startswith("axolotl_layersel/")} == modules | {"axolotl_layersel/py.typed"}
+    examples = {path.relative_to(ROOT / "example_configs") for path in (ROOT / "example_configs").rglob("*.*")}
+    examples = {f"axolotl_layersel/examples/{name}" for name in examples if name.suffix != ".pyc"}
+    assert {name for name in names if name.startswith("axolotl_layersel/")} == (
+        modules | examples | {"axolotl_layersel/py.typed"}
+    )
     assert f"{metadata}/licenses/LICENSE" in names
 
 
@@ -136,6 +140,15 @@ def test_plans_are_shown_where_neither_torch_nor_axolotl_is(empty_environment, c
     assert "layersel: method cka keeps 1 of 2 layers; the others are without an adapter" in text
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert rows == [["0", "0.25", "█" * 12, ""], ["1", "0.5", "█" * 24, "yes"]]
+
+
+def test_examples_and_the_schema_are_written_where_neither_torch_nor_axolotl_is(empty_environment, tmp_path):
+    command = empty_environment / "axolotl-layersel"
+    call(command, "examples", "mine", cwd=tmp_path)
+    text = (ROOT / "example_configs" / "slurm.sh").read_text()
+    assert (tmp_path / "mine" / "slurm.sh").read_text() == text.replace("example_configs", "mine")
+    assert (tmp_path / "mine" / "deepspeed" / "zero2.json").exists()
+    assert "selection" in json.loads(call(command, "schema", cwd=tmp_path))["$defs"]["LayerselConfig"]["properties"]
 
 
 def test_that_environment_really_lacks_torch_and_axolotl(empty_environment, tmp_path):

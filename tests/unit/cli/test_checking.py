@@ -55,8 +55,8 @@ def write(tmp_path):
     return write
 
 
-def check(path) -> tuple[int, list[str]]:
-    result = CliRunner().invoke(app, ["check", str(path)])
+def check(path, *options: str) -> tuple[int, list[str]]:
+    result = CliRunner().invoke(app, ["check", str(path), *options])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.exit_code, [line for line in result.output.splitlines() if line]
 
@@ -99,6 +99,28 @@ def test_a_fault_is_a_sentence(write, fault):
     assert all(any(line.startswith(message) for line in said) for message in messages), said
 
 
+def test_an_option_of_axolotl_replaces_a_key_of_the_file(write):
+    path = write(logging_steps="often")
+    assert check(path)[0] == 1
+    assert check(path, "--logging-steps", "2")[0] == 0
+    assert check(path, "--logging-steps=2", "--val-set-size", "0.1", "--no-sample-packing")[0] == 0
+    result = CliRunner().invoke(app, ["check", "--logging-steps", "2", str(path)])
+    assert result.exit_code == 0, result.output
+    code, lines = check(path, "--logging-steps", "2", "--lora-r", "0", "--deepspeed", "nowhere.json")
+    assert code == 1
+    assert lines[-1].startswith("axolotl-layersel: deepspeed: nowhere.json cannot be read")
+    code, lines = check(path, "--logging-steps", "2", "--lora-r", "0")
+    assert (code, lines[-1]) == (1, "axolotl-layersel: lora_r: 0 is not a valid rank. Set 1 or more, such as 16.")
+
+
+def test_plan_checks_the_file_as_the_options_of_axolotl_change_it(write):
+    path = write(output_dir="/dev/null/run", deepspeed="nowhere.json")
+    result = CliRunner().invoke(app, ["plan", str(path), "--output-dir", "/dev/null/other"])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
+    (line,) = result.output.splitlines()
+    assert line.startswith("axolotl-layersel: output_dir: /dev/null is a file, where a folder is needed.")
+
+
 @pytest.mark.parametrize("content", ["[1]", "a: [", "\0"])
 def test_what_is_no_file_of_axolotl_is_said(tmp_path, content):
     (tmp_path / "config.yml").write_text(content)
@@ -136,10 +158,10 @@ def test_what_is_asked_for_is_one_sentence(block, said):
     assert said in describe_settings(LayerselConfig.model_validate(block["layersel"]))
 
 
-def test_a_launcher_is_for_several_processes_and_engines(write, tmp_path, monkeypatch):
+def test_a_launcher_is_for_several_processes_and_engines(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
-    assert find_launcher(write(), []) == "python"
-    assert find_launcher(write(), ["--num_processes=2"]) == "accelerate"
-    assert find_launcher(write(fsdp_version=2, fsdp_config={"offload_params": False}), []) == "accelerate"
+    assert find_launcher({}, []) == "python"
+    assert find_launcher({}, ["--num_processes=2"]) == "accelerate"
+    assert find_launcher({"fsdp_version": 2, "fsdp_config": {"offload_params": False}}, []) == "accelerate"
     (tmp_path / "none.yaml").write_text("num_processes: 2")
-    assert find_launcher(write(), []) == "accelerate"
+    assert find_launcher({}, []) == "accelerate"

@@ -1,5 +1,6 @@
 """Pictures that are read: every name at the end of a line has a place of its own."""
 
+from dataclasses import asdict
 from itertools import combinations, pairwise
 
 import pytest
@@ -16,12 +17,15 @@ from axolotl_layersel.cli.pictures import (
     check_picture,
     draw_gate_lines,
     draw_gates,
+    draw_layer_scores,
+    draw_plan,
     draw_ranks,
     make_figure,
     spread_out,
 )
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.selection.plan_file import write_plan
 
@@ -100,7 +104,8 @@ def test_every_ending_that_is_offered_can_be_written(tmp_path):
     [
         ("x.txt", "x.txt: '.txt' is not an ending of a picture. Use one of "),
         ("x", "x: it lacks the ending of a picture. Use one of "),
-        ("nowhere/x.png", "nowhere does not exist. Make it, or give another path."),
+        ("file/x.png", "file cannot be made (File exists). Give another path."),
+        ("file/nowhere/x.png", "file/nowhere cannot be made (Not a directory). Give another path."),
         ("folder.png", "folder.png is a folder. Give the path of a file"),
     ],
 )
@@ -110,6 +115,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_shown(tm
     make_search(["0", "1", "2"]).write(tmp_path)
     RankHistory({0: {plan.modules[0]: 4}}).write(tmp_path)
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
     result = CliRunner().invoke(app, ["show", str(tmp_path), "--picture", str(tmp_path / name)])
     assert result.exit_code == 1
     assert result.exception is None or isinstance(result.exception, SystemExit)
@@ -126,6 +132,59 @@ def test_show_draws_both_ranks_and_gates_of_a_run_that_has_both(tmp_path):
     result = CliRunner().invoke(app, ["show", str(tmp_path), "--picture", str(tmp_path / "run.png")])
     assert result.exit_code == 0, result.output
     assert {path.name for path in tmp_path.glob("*.png")} == {"run.png", "run-gates.png"}
+    pictures = [f"picture: {tmp_path / name}" for name in ("run.png", "run-gates.png")]
+    assert result.output.splitlines()[-2:] == pictures
+
+
+MODULES = list_modules(3)
+SCORES = {name: None if "k_proj" in name else 0.5 * index for index, name in enumerate(MODULES)}
+RANKS = dict.fromkeys(MODULES[::2], 4)
+PLANS = {
+    "layers": make_plan(),
+    "negative": make_plan(scores=[-0.5, -0.1], selected=(1,)),
+    "layers with ranks": make_plan(ranks={"model.layers.0.self_attn.q_proj": 8}),
+    "modules": make_plan(modules=MODULES[::2], module_scores=SCORES, granularity="module"),
+    "ranks": make_plan(modules=MODULES[::2], module_scores=SCORES, granularity="module", ranks=RANKS),
+    "ranks only": make_plan(scores=[None] * 3, modules=MODULES[::2], ranks=RANKS),
+    "80 layers": make_plan(scores=[layer / 80 for layer in range(80)], selected=tuple(range(40))),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_is_drawn_with_its_scores_and_ranks(name, tmp_path):
+    draw_plan(PLANS[name], tmp_path / "plan.svg")
+    assert (tmp_path / "plan.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_the_layers_that_a_plan_keeps_stand_out():
+    plan = make_plan(scores=[0.5, None, 0.1, 0.2], selected=(0, 3))
+    axes = make_figure((6, 5)).subplots()
+    draw_layer_scores(axes, plan)
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.0, 0.1, 0.2]
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    assert colours[0] == colours[3] != colours[1] == colours[2]
+    assert [label.get_fontweight() for label in axes.get_yticklabels()] == ["bold", "normal", "normal", "bold"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "2", "3"]
+
+
+def test_show_draws_a_plan_into_a_folder_that_it_makes(tmp_path):
+    write_plan(make_plan(), tmp_path / "plan.json")
+    picture = tmp_path / "new" / "folder" / "plan.png"
+    result = CliRunner().invoke(app, ["show", str(tmp_path / "plan.json"), "--picture", str(picture)])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == f"picture: {picture}"
+    assert picture.exists()
+
+
+def test_a_plan_without_scores_and_ranks_is_not_drawn(tmp_path):
+    settings = asdict(SelectionConfig(method="last", num_layers=1).resolve(run_seed=1))
+    plan = make_plan(scores=[None] * 3, selected=(2,), method="last", settings=settings, calibration_rows=[])
+    write_plan(plan, tmp_path / "plan.json")
+    result = CliRunner().invoke(app, ["show", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "plan.png")])
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith(
+        "axolotl-layersel: --picture: the plan of method last has neither scores nor ranks to draw."
+    )
 
 
 def test_names_are_drawn_as_they_are_and_not_as_formulas(tmp_path):

@@ -1,5 +1,6 @@
-"""Files and names that ``show`` and ``export`` cannot do anything with: one sentence, never a traceback."""
+"""``show`` and ``export``, and what they cannot do anything with: one sentence, never a traceback."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,80 @@ def test_names_that_no_file_has_are_refused(loop, tmp_path):
     for place in (loop, loop / "run", TOO_LONG):
         assert "cannot be read" in call("show", place)
         assert "does not exist. Give the path of an Axolotl YAML file." in call("plan", place)
-    for place, fault in ((loop / "a.png", "does not exist"), (tmp_path / TOO_LONG / "a.png", "does not exist")):
-        assert fault in call("show", tmp_path, "--picture", place)
+    for place in (loop / "a.png", tmp_path / TOO_LONG / "a.png"):
+        assert "cannot be made" in call("show", tmp_path, "--picture", place)
+
+
+def test_the_folder_of_a_run_without_the_plugin_is_named_as_such(adapter, tmp_path):
+    for place in (adapter, tmp_path):
+        assert call("show", place) == (
+            f"axolotl-layersel: PATH: {place} holds no layersel/plan.json or ranks.csv, so it is not of a run with "
+            "axolotl-layersel. Give the output_dir of a run whose YAML file lists the plugin, one of its checkpoints, "
+            "or a plan.json."
+        )
+
+
+def run(*arguments: object):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_the_plan_and_the_ranks_are_shown_as_json(searched, tmp_path):
+    plan = json.loads(plan_path(searched).read_text())
+    modules = list_modules(2)
+    ranks = {"0": dict.fromkeys(modules, 4), "5": dict.fromkeys(modules, 3)}
+    assert json.loads(run("show", searched, "--json").stdout) == {"plan": plan, "ranks": ranks}
+    assert json.loads(run("show", plan_path(searched), "--json").stdout) == {"plan": plan, "ranks": None}
+    plan_path(searched).unlink()
+    picture = tmp_path / "run.svg"
+    result = run("show", searched, "--json", "--picture", picture)
+    assert json.loads(result.stdout) == {"plan": None, "ranks": ranks}
+    assert result.stderr.splitlines() == [f"picture: {picture}", f"picture: {tmp_path / 'run-gates.svg'}"]
+
+
+def test_an_export_overwrites_only_an_earlier_export_of_the_same_adapter(adapter, tmp_path):
+    other = tmp_path / "other"
+    make_lora(make_small_llama(2)).save_pretrained(str(other))
+    output = tmp_path / "out"
+    arguments = ("export", "--layout", "uniform", "--output", output)
+    run(*arguments, adapter)
+    first = (output / "adapter_model.safetensors").read_bytes()
+    run(*arguments, adapter)
+    assert (output / "adapter_model.safetensors").read_bytes() == first
+    assert call(*arguments, other) == (
+        f"axolotl-layersel: --output: {output} holds an adapter_model.safetensors that is not an earlier export of "
+        f"{other}. Give another folder, or overwrite it with --force."
+    )
+    assert (output / "adapter_model.safetensors").read_bytes() == first
+    run(*arguments, other, "--force")
+    run(*arguments, other)
+    assert "is not an earlier export of" in call(*arguments, adapter)
+
+
+def test_an_export_overwrites_neither_its_source_nor_an_adapter_of_a_run(adapter, tmp_path):
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    for layout in ("ragged", "uniform"):
+        assert "is not an earlier export of" in call("export", adapter, "--layout", layout, "--output", adapter)
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    (tmp_path / "uniform-adapter").mkdir()
+    (tmp_path / "uniform-adapter" / "adapter_config.json").touch()
+    assert "holds an adapter_config.json that is not an earlier" in call("export", adapter, "--layout", "uniform")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"source": 3}', "[" * 100_000])
+def test_a_damaged_record_of_an_export_protects_the_adapter(adapter, tmp_path, content):
+    run("export", adapter, "--layout", "uniform")
+    (tmp_path / "uniform-adapter" / "layersel_export.json").write_text(content)
+    assert "is not an earlier export of" in call("export", adapter, "--layout", "uniform")
+
+
+def test_an_export_is_known_after_both_folders_are_moved(adapter, tmp_path):
+    run("export", adapter, "--layout", "uniform")
+    (tmp_path / "moved").mkdir()
+    for name in ("adapter", "uniform-adapter"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    run("export", tmp_path / "moved" / "adapter", "--layout", "uniform")
 
 
 @pytest.fixture
