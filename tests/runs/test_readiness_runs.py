@@ -28,4 +28,5 @@ def test_engines_train_beside_another_adapter_and_all_processes_refuse_what_one_
     switched, idle = refusals.splitlines()
     assert switched.startswith("adapter: 'default' was prepared for training, but 'other' is active.")
     assert switched.endswith("Process 1 is affected, but not all processes are.")
-    assert idle.startswith("adapter: none of the 36 LoRA matrices") and idle.endswith("Process 0 is affected, but not all processes are.")
+    assert idle.startswith("adapter: none of the 36 LoRA matrices")
+    assert idle.endswith("Process 0 is affected, but not all processes are.")
