@@ -1,5 +1,6 @@
 """Models with weights that their checkpoint does not hold."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def be_a_rank(engine: str, base: str, folder: str, start: str | None = None) -> 
 
     for place in list_places(engine if start is None else Path(start).parent.name):
         load = MODELS[place]
-        torch.seed()  # a trainer has given both the same one
+        # A trainer has given all processes one seed. These differ, and are the same whenever the test runs.
+        torch.manual_seed(1 + int(os.environ.get("RANK", "0")))
         arguments = {**make_arguments(engine, ["LlamaDecoderLayer"]), "use_cpu": engine == "single"}
         trainer = make_trainer(lambda _, load=load: load(base), Path(folder) / place, make_data(place), **arguments)
         run = Run.of(trainer)
