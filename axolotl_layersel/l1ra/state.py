@@ -13,7 +13,6 @@ from axolotl_layersel.common.tensors import load_tensors, save_tensors
 from axolotl_layersel.config.l1ra import BUDGETS, L1RAConfig
 from axolotl_layersel.l1ra.records import RankHistory
 
-STATE_FILE = "state.safetensors"
 SCHEMA_VERSION = "1"
 STEP = "step"  # metadata key of the checkpoint's step
 # Prefixes of tensor names: weights in training, neither folded nor scaled, and flat tensors of the gates.

@@ -19,9 +19,9 @@ from helpers.encoder_decoders import (
     make_pairs,
 )
 from helpers.encoders import check_gradients
-from helpers.first_step import FirstGradients, train_first_step
+from helpers.first_step import FirstGradients, train_selected
 from helpers.models import make_lora, make_small_llama, make_trainer
-from helpers.settings import CHECKPOINTING
+from helpers.settings import CHECKPOINTING, checkpoint_layers
 from peft import PeftModel
 from rich.console import Console
 
@@ -34,7 +34,6 @@ from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.data.calibration import Sample, read_sample, read_samples
 from axolotl_layersel.selection.data.decoder_inputs import give_decoder_inputs
 from axolotl_layersel.selection.gate_history import GateHistory
@@ -526,13 +525,10 @@ def train_one_step(name: str, folder, layers: list[str], checkpointing: str, tru
     """Train LoRA in ``layers`` for a step, with the backward pass cut or whole."""
     model = make_lora_encoder_decoder(name)
     model.enable_input_require_grads()  # Axolotl always does
-    options = CHECKPOINTING[checkpointing]
-    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options} if options else {}
+    arguments = checkpoint_layers(checkpointing)
     trainer = make_trainer(model, folder, make_pairs(4), max_steps=1, save_strategy="no", **arguments)
-    prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="explicit", layers=layers)))
-    if not truncate:
-        trainer.remove_callback(LayerSelectionCallback)
-    return train_first_step(trainer, find_layer_stack_of(model.get_base_model()))
+    settings = SelectionConfig(method="explicit", layers=layers)
+    return train_selected(trainer, settings, find_layer_stack_of(model.get_base_model()), truncate)
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from helpers.encoder_decoders import make_encoder_decoder
-from helpers.first_step import FirstGradients, train_first_step
+from helpers.first_step import FirstGradients, train_selected
 from helpers.models import make_lora, make_rows, make_small_llama
 from helpers.models import make_trainer as make_text_trainer
 from helpers.multimodal import (
@@ -20,7 +20,7 @@ from helpers.multimodal import (
     make_multimodal,
     make_trainer,
 )
-from helpers.settings import CHECKPOINTING
+from helpers.settings import CHECKPOINTING, checkpoint_layers
 from peft import PeftModel
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
@@ -32,7 +32,6 @@ from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.backward_cut import find_lowest_trained
-from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.methods.cka import linear_cka
 
 CHEAP = [name for name, method in METHODS.items() if method.reads != "batches"]
@@ -241,14 +240,10 @@ def train_one_step(name: str, folder, layers: str, checkpointing: str, rows: Row
     """Train LoRA in ``layers`` for a step, with the backward pass cut or whole."""
     model = make_lora_multimodal(name)
     model.enable_input_require_grads()  # Axolotl always does
-    options = CHECKPOINTING[checkpointing]
-    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options} if options else {}
+    arguments = checkpoint_layers(checkpointing)
     trainer = make_trainer(name, model, folder, rows, per_device_train_batch_size=4, max_steps=1, **arguments)
     settings = SelectionConfig(method="explicit", stacks="both", layers=layers.split())
-    prepare_trainer(trainer, LayerselConfig(selection=settings))
-    if not truncate:
-        trainer.remove_callback(LayerSelectionCallback)
-    return train_first_step(trainer, find_layers(name, model.get_base_model()))
+    return train_selected(trainer, settings, find_layers(name, model.get_base_model()), truncate)
 
 
 @pytest.mark.parametrize(("name", "layers"), CUTS)

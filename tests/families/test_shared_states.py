@@ -3,26 +3,22 @@
 import pytest
 import torch
 from helpers.families import make_family
-from helpers.first_step import train_first_step
+from helpers.first_step import train_selected
 from helpers.models import make_lora, make_rows, make_trainer
-from helpers.settings import CHECKPOINTING
+from helpers.settings import checkpoint_layers
 from helpers.shared_states import TARGETS
 
-from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-from axolotl_layersel.selection.callback import LayerSelectionCallback
+from axolotl_layersel import SelectionConfig
 
 
 def train_one_step(family: str, folder, layers: list[int], checkpointing: str, truncate: bool = True) -> dict:
     """Return the gradients of LoRA in ``layers``, the backward pass being cut below them or whole."""
     model = make_lora(make_family(family), TARGETS)
     model.enable_input_require_grads()  # Axolotl always does
-    options = CHECKPOINTING[checkpointing]
-    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options} if options else {}
+    arguments = checkpoint_layers(checkpointing)
     trainer = make_trainer(model, folder, make_rows(4), max_steps=1, save_strategy="no", **arguments)
-    prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="explicit", layers=layers)))
-    if not truncate:
-        trainer.remove_callback(LayerSelectionCallback)
-    return train_first_step(trainer, model.get_base_model().model.layers).kept
+    settings = SelectionConfig(method="explicit", layers=layers)
+    return train_selected(trainer, settings, model.get_base_model().model.layers, truncate).kept
 
 
 # Layers 2 and 3 read keys and values of layers 0 and 1.

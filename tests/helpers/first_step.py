@@ -3,6 +3,9 @@
 import torch
 from transformers import TrainerCallback
 
+from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
+from axolotl_layersel.selection.callback import LayerSelectionCallback
+
 
 class FirstGradients(TrainerCallback):
     """Keeps the gradients of the first step, and counts how often each layer ran."""
@@ -27,6 +30,14 @@ class FirstGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         named = model.named_parameters()
         self.kept = self.kept or {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def train_selected(trainer, selection: SelectionConfig, layers, truncate: bool) -> FirstGradients:
+    """Return the record of the first step of a run that ``selection`` prepares, its backward pass cut or whole."""
+    prepare_trainer(trainer, LayerselConfig(selection=selection))
+    if not truncate:
+        trainer.remove_callback(LayerSelectionCallback)
+    return train_first_step(trainer, layers)
 
 
 def train_first_step(trainer, layers) -> FirstGradients:

@@ -1,6 +1,8 @@
 """A BERT and its data for a plain Trainer, and a check of its adapter."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertTokenizer
 
 from axolotl_layersel.lora.modules import find_lora_modules
+from helpers.places import ENVIRONMENT
 
 WORDS = ["a", "bad", "good", "film", "play", "story", "with", "fine", "actors"]
 
@@ -26,6 +29,20 @@ def make_bert(folder: Path) -> Path:
     (folder / "train.tsv").write_text(text)
     (folder / "dev.tsv").write_text(text)
     return folder
+
+
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python in ``folder`` with a cache of its own there, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**ENVIRONMENT, "HF_HOME": str(folder / "cache"), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def check_adapter(folder: Path, model: Path, chosen: int) -> None:

@@ -25,6 +25,12 @@ BEST_IS_FIRST = {
 CHECKPOINTING = {"none": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 
 
+def checkpoint_layers(kind: str) -> dict:
+    """Return the settings of a run or a trainer that compute layers again, of a kind in ``CHECKPOINTING``."""
+    options = CHECKPOINTING[kind]
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options} if options else {}
+
+
 # For runs that must equal plain LoRA. Each step has two micro-batches, and gradients are clipped.
 ACCUMULATED = {
     "gradient_accumulation_steps": 2,

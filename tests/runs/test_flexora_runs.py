@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.launched import Run, RunsByEngine, difference
 from helpers.places import ENGINES
-from helpers.settings import selection
+from helpers.settings import checkpoint_layers, selection
 from safetensors.torch import load_file
 
 from axolotl_layersel.selection.gate_history import GateHistory
@@ -15,8 +15,7 @@ SEARCH = {"steps": 6, "inner_steps": 2, "val_samples": 13, "val_batches": 2, "ga
 SETTINGS = {
     "max_steps": 4,
     "save_steps": 4,
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    **checkpoint_layers("reentrant"),
 }
 
 

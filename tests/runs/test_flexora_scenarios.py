@@ -4,7 +4,7 @@ import json
 
 import pytest
 from helpers.launched import KILLED, difference, load_with_stock_peft
-from helpers.settings import PACKED_QLORA, deepspeed_config, preferences, pressure, selection
+from helpers.settings import PACKED_QLORA, checkpoint_layers, deepspeed_config, preferences, pressure, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -66,7 +66,7 @@ def test_shards_of_nothing_are_told_apart(train):
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_unrolled_gradients_are_those_of_one_process(train, engine):
     settings = {**search(hypergradient="unrolled"), "max_steps": 2, "save_steps": 2, "learning_rate": 0.02}
-    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    checkpointing = checkpoint_layers("reentrant")
     alone, together = train(**settings), train(engine, **settings, **checkpointing)
     assert together.engine["engine"] == engine
     one, two = (GateHistory.read(run.folder) for run in (alone, together))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.launched import KILLED, Run, RunsByEngine, difference, load_with_stock_peft, read_state
 from helpers.places import ENGINES
-from helpers.settings import ACCUMULATED, BEST_IS_FIRST, pressure
+from helpers.settings import ACCUMULATED, BEST_IS_FIRST, checkpoint_layers, pressure
 from safetensors.torch import load_file
 
 # Updates after steps 2, 4, 6 and 8.
@@ -18,8 +18,7 @@ SETTINGS = {
     # With these rows rank moves at most updates.
     "val_set_size": 0.1,
     "save_total_limit": 10,
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    **checkpoint_layers("reentrant"),
 }
 UPDATES = [2, 4, 6, 8]
 MODULES = 8 * 3

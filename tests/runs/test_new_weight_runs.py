@@ -1,8 +1,6 @@
 """Weights that each process creates, such as a head or rows of added tokens: all take those of the first process."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,8 @@ from helpers.models import make_small_llama
 from helpers.new_weights import (
     list_places,
 )
-from helpers.places import ENVIRONMENT, ROOT
-from helpers.plain_trainer import check_adapter, make_bert
+from helpers.places import ROOT
+from helpers.plain_trainer import check_adapter, make_bert, run_python
 from helpers.ranks import check_same_choices, launch_ranks
 from helpers.settings import preferences, selection
 from safetensors.torch import load_file, save_file
@@ -82,14 +80,6 @@ def test_the_example_of_the_manual_runs_under_torchrun(bert, tmp_path):
     save_file(encoder, base / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "script.py").write_text(f"import logging\nlogging.basicConfig(level=logging.INFO)\n{example.text}")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=tmp_path,
-        env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "cache"), "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(tmp_path, *command)
     assert done.stderr.count(SAID) == 1
     check_adapter(tmp_path / "out", base, 2)

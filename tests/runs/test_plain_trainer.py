@@ -1,16 +1,14 @@
 """The public function with a plain Trainer: the manual's example, the example script, and the imports."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.documents import find_blocks
 from helpers.models import make_small_llama
-from helpers.places import ENVIRONMENT, ROOT
-from helpers.plain_trainer import check_adapter, make_bert
+from helpers.places import ROOT
+from helpers.plain_trainer import check_adapter, make_bert, run_python
 from helpers.ranks import OPTIMIZER_STATES, launch_ranks
 from safetensors.torch import load_file
 
@@ -32,15 +30,7 @@ def test_the_example_of_the_manual_runs_where_there_is_no_axolotl(bert, tmp_path
         "import sys, time; sys.modules['axolotl'] = None; start = time.perf_counter(); import axolotl_layersel;"
         "print('seconds', time.perf_counter() - start, 'torch' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{example.text}"],
-        cwd=tmp_path,
-        env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "cache"), "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(tmp_path, "-c", f"{code}\n{example.text}")
     (seconds, torch_too), *_ = re.findall(r"^seconds (\S+) (\S+)$", done.stdout, flags=re.MULTILINE)
     assert float(seconds) < 1
     assert torch_too == "False"

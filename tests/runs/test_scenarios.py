@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.launched import KILLED, RunsByEngine, difference, load_with_stock_peft, scores
 from helpers.places import ENGINES, SCORING
-from helpers.settings import PACKED_QLORA, engine_settings, l1ra, selection
+from helpers.settings import PACKED_QLORA, checkpoint_layers, engine_settings, l1ra, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -104,8 +104,7 @@ def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
     # this stack, without any plugin.
     settings = {
         **selection("last"),
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        **checkpoint_layers("reentrant"),
         "max_steps": 4,
         "save_steps": 4,
     }

@@ -13,7 +13,7 @@ from helpers.launched import (
     read_state,
 )
 from helpers.places import ENGINES
-from helpers.settings import BEST_IS_FIRST, l1ra, selection
+from helpers.settings import BEST_IS_FIRST, checkpoint_layers, l1ra, selection
 
 # Rank moves after steps 2, 4, 6 and 8 between modules with ranks by gradient. Worker processes load data, and
 # checkpointing recomputes layers in the backward pass.
@@ -27,8 +27,7 @@ SETTINGS = {
     **BEST_IS_FIRST,
     "save_total_limit": 10,
     "dataloader_num_workers": 1,
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    **checkpoint_layers("reentrant"),
 }
 UPDATES = [2, 4, 6, 8]
 RESUMING = {"auto_resume_from_checkpoints": True, **SETTINGS}

@@ -3,7 +3,7 @@ import torch
 from helpers.first_step import FirstGradients, train_first_step
 from helpers.generation import make_generating_trainer
 from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
-from helpers.settings import CHECKPOINTING
+from helpers.settings import CHECKPOINTING, checkpoint_layers
 
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
@@ -17,9 +17,7 @@ def train_one_step(folder, checkpointing: str, truncate: bool) -> FirstGradients
     """Train LoRA in layers 3 and 5 for a step: with this package, or with stock PEFT's ``layers_to_transform``."""
     model = make_lora(make_small_llama(), layers_to_transform=None if truncate else [3, 5])
     model.enable_input_require_grads()  # Axolotl always does
-    options = CHECKPOINTING[checkpointing]
-    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options} if options else {}
-    # Nothing is saved, for the first adapter that is written is run too, and would be counted.
+    arguments = checkpoint_layers(checkpointing)
     trainer = make_trainer(model, folder, make_rows(4), max_steps=1, save_strategy="no", **arguments)
     if truncate:
         prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="explicit", layers=[3, 5])))
