@@ -149,8 +149,8 @@ def show(
 
     If a run with moving ranks also has a search or a plan with scores, their picture has -gates or -plan in its name.
     """
-    from axolotl_layersel.cli.pictures import check_picture
     from axolotl_layersel.cli.showing import read_record
+    from axolotl_layersel.reports.pictures import check_picture
 
     try:
         record = read_record(path, with_gates=picture is not None)

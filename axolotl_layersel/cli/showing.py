@@ -5,15 +5,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from axolotl_layersel.cli.pictures import draw_gates, draw_plan, draw_ranks, has_scores
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.l1ra.report import print_ranks
+from axolotl_layersel.reports.pictures import draw_gates, draw_plan, draw_ranks, has_scores
+from axolotl_layersel.reports.plan_table import print_plan
+from axolotl_layersel.reports.rank_table import print_ranks
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.plan_file import read_plan
-from axolotl_layersel.selection.report import print_plan
 
 
 @dataclass

@@ -30,6 +30,12 @@ from axolotl_layersel.config.strict_block import (
 
 # The values of `token` once the model is known. `ending`: the last token before the ending that nearly all rows share.
 Token = Literal["cls", "mean", "last", "ending"]
+TOKENS: dict[Token, str] = {
+    "cls": "their first token",
+    "mean": "the mean of their tokens",
+    "last": "their last token",
+    "ending": "the last token before the ending that nearly all of them share",
+}
 Unselected = Literal["remove", "freeze"]
 DEFAULT_RATIO = 0.5
 DEFAULT_NUM_SAMPLES = 128
@@ -550,3 +556,8 @@ def check_dataset(data: Mapping[str, Any], selection: SelectionConfig) -> None:
             f"{selection.method!r}. Use a dataset that is loaded whole, set `plan` to a saved plan, or use one of the "
             f"methods that need no data: {list_data_free()}."
         )
+
+
+def describe_token(token: Token) -> str:
+    """Return the token at which rows are compared, in words."""
+    return TOKENS[token]

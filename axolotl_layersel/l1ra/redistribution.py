@@ -23,7 +23,6 @@ from axolotl_layersel.l1ra.allocation import Moves
 from axolotl_layersel.l1ra.capacity import Capacity
 from axolotl_layersel.l1ra.components import Components
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
-from axolotl_layersel.l1ra.report import print_ranks
 from axolotl_layersel.l1ra.rules import RULES, Rule
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, write_state
 from axolotl_layersel.lora import layouts
@@ -332,7 +331,6 @@ class RankRedistribution:
                     len(self.modules),
                     closed[0],
                 )
-            print_ranks(self.history.ranks[0], self.components.ranks())
 
     # --- Files --------------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,6 @@ from axolotl_layersel.selection.plan_checks import ModelFacts
 from axolotl_layersel.selection.plan_file import write_plan
 from axolotl_layersel.selection.provenance import describe_shape
 from axolotl_layersel.selection.ranks import allocate_ranks, check_spread
-from axolotl_layersel.selection.report import print_plan
 from axolotl_layersel.selection.reuse import (
     KnownRun,
     Reused,
@@ -112,8 +111,6 @@ def select_layers(
     else:
         decide_on_rank_zero(lambda: write_choice(plan, history, output))
     report_parameters(run, plan)
-    if get_rank() == 0:
-        print_plan(plan)
     return plan
 
 

@@ -13,8 +13,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines import collectives, trainers
 from axolotl_layersel.engines.signals import WATCH, SharedSignal, leave
+from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.writer import AdapterWriter
+from axolotl_layersel.reports.rank_table import print_ranks
 from axolotl_layersel.training import nodes
 from axolotl_layersel.training.leftovers import find_surplus, remove
 
@@ -92,6 +94,18 @@ class TidyCallback(TrainerCallback):
             return
         for path in surplus:
             remove(path, f"is one checkpoint more than save_total_limit: {limit}")
+
+
+@dataclass(eq=False)
+class RankTableCallback(TrainerCallback):
+    """Prints the ranks that ``l1ra`` ended with, after the callback that decides them."""
+
+    history: RankHistory
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if collectives.get_rank() == 0:
+            steps = sorted(self.history.ranks)
+            print_ranks(self.history.ranks[steps[0]], self.history.ranks[steps[-1]])
 
 
 @dataclass(eq=False)

@@ -29,11 +29,18 @@ from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.switching import preserve_trained
 from axolotl_layersel.lora.weights import initialize_lora, restore_live_adapter
 from axolotl_layersel.lora.writer import AdapterWriter
+from axolotl_layersel.reports.plan_table import print_plan
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.reuse import read_reused
 from axolotl_layersel.selection.select import select_layers
 from axolotl_layersel.training import nodes
-from axolotl_layersel.training.callbacks import InterruptCallback, RestoreCallback, ShareCallback, TidyCallback
+from axolotl_layersel.training.callbacks import (
+    InterruptCallback,
+    RankTableCallback,
+    RestoreCallback,
+    ShareCallback,
+    TidyCallback,
+)
 from axolotl_layersel.training.checkpoints import check_best, check_resumable, holds, is_resumable
 from axolotl_layersel.training.contents import check_lora, describe_lora
 from axolotl_layersel.training.leftovers import remove_leftovers
@@ -186,6 +193,8 @@ def decide(start: Start, lora_r: int | None, scaling: float | None, repeat: int)
     plan = None
     if selection:
         plan = select_layers(run, selection, start.resume_from, start.continues_adapter, repeat, capacity)
+        if collectives.get_rank() == 0:
+            print_plan(plan)
         check_trains(run)
     ranks = RankRedistribution(run, l1ra, capacity) if l1ra and capacity else None
     if ranks and start.resume_from is None:
@@ -212,6 +221,7 @@ def apply(start: Start, decision: Decision) -> Readiness:
         if resume_from:
             ranks.check(resume_from, RESUMED_KEY)
         trainer.add_callback(RankCallback(ranks, resume_from))
+        trainer.add_callback(RankTableCallback(ranks.history))
     return readiness
 
 

@@ -26,7 +26,6 @@ from peft import PeftModel
 from rich.console import Console
 
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
-from axolotl_layersel.cli.pictures import draw_gates
 from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.config.layer_names import find_layer
 from axolotl_layersel.config.methods import METHODS
@@ -34,13 +33,14 @@ from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.run import Run
+from axolotl_layersel.reports.pictures import draw_gates
+from axolotl_layersel.reports.plan_table import print_plan
 from axolotl_layersel.selection.data.calibration import Sample, read_sample, read_samples
 from axolotl_layersel.selection.data.decoder_inputs import give_decoder_inputs
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.methods import cka, cosine, fisher, gradient
 from axolotl_layersel.selection.passes import forward
 from axolotl_layersel.selection.plan_file import read_plan
-from axolotl_layersel.selection.report import print_plan
 from axolotl_layersel.selection.types import Selection
 
 CHEAP = [name for name, method in METHODS.items() if method.reads != "batches"]

@@ -91,8 +91,8 @@ def test_a_quantised_and_packed_base_is_seen_through_the_same_sketch(train):
 
 
 def test_the_plan_is_shown_with_its_ranks(whole_runs, capsys):
+    from axolotl_layersel.reports.plan_table import print_plan
     from axolotl_layersel.selection.plan import Plan
-    from axolotl_layersel.selection.report import print_plan
 
     print_plan(Plan.model_validate_json(json.dumps(whole_runs["single"].plan)))
     shown = capsys.readouterr().out

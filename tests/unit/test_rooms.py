@@ -10,7 +10,7 @@ import axolotl_layersel
 
 PACKAGE = Path(axolotl_layersel.__file__).parent
 # A folder imports from those before it, and the package's own file only looks names up when they are asked for.
-ORDER = ["common", "config", "engines", "lora", "l1ra", "selection", "training", "plugin", "cli"]
+ORDER = ["common", "config", "engines", "lora", "l1ra", "selection", "reports", "training", "plugin", "cli"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "axolotl"}
 
 

@@ -12,14 +12,13 @@ from torch import nn
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.layer_names import VISION, name_layers
-from axolotl_layersel.config.selection import Token
+from axolotl_layersel.config.selection import Token, describe_token
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.selection.choosing import choose_by_score
 from axolotl_layersel.selection.data.calibration import Sample, are_most, count_most_common, place_tokens
 from axolotl_layersel.selection.data.row_token import find_token
 from axolotl_layersel.selection.passes import forward
 from axolotl_layersel.selection.passes.hooks import get_hidden, get_output, hooking_layers, removing
-from axolotl_layersel.selection.report import describe_token
 from axolotl_layersel.selection.types import Choice, Scores, Selection
 
 LOG = logging.getLogger("axolotl.layersel")

@@ -10,8 +10,8 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.common.terminal import make_console
 from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.reports.plan_table import print_plan
 from axolotl_layersel.selection.plan_file import write_plan
-from axolotl_layersel.selection.report import print_plan
 
 
 def test_a_bar_is_a_bar_where_the_terminal_knows_it():

@@ -9,7 +9,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.tables import find_places
 from axolotl_layersel.common.terminal import make_console
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
-from axolotl_layersel.l1ra.report import print_ranks
+from axolotl_layersel.reports.rank_table import print_ranks
 
 
 def test_the_history_comes_back_from_its_file(tmp_path):

@@ -20,11 +20,11 @@ from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.reports.plan_table import print_plan
 from axolotl_layersel.selection.candidates import count_kept
 from axolotl_layersel.selection.choosing import choose_highest
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.plan_file import check_checkpoint, read_plan, write_plan
-from axolotl_layersel.selection.report import print_plan
 from axolotl_layersel.training.prepare import prepare_trainer
 
 

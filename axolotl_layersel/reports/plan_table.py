@@ -6,18 +6,11 @@ from rich.table import Table
 from axolotl_layersel.common.tables import arrange, cell
 from axolotl_layersel.common.terminal import clean, make_console, make_encodable
 from axolotl_layersel.config.layer_names import find_layer
-from axolotl_layersel.config.selection import Token
+from axolotl_layersel.config.selection import Token, describe_token
 from axolotl_layersel.selection.plan import Budget, Plan, Stability, Tower
 
 BAR_WIDTH = 24
 FULL_BLOCK = "█"
-# The token that stands for a row, by the ``token`` of a plan.
-TOKENS: dict[Token, str] = {
-    "cls": "their first token",
-    "mean": "the mean of their tokens",
-    "last": "their last token",
-    "ending": "the last token before the ending that nearly all of them share",
-}
 # Two random halves of many layers overlap by a third. Below this value, two choices share less than three in four of
 # the layers that each of them keeps.
 LOW_OVERLAP = 0.6
@@ -76,11 +69,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for choice in plan.layers:
         if choice.layer in plan.unscored:
             console.print(f"layer {choice.layer} is not scored: {clean(plan.unscored[choice.layer])}")
-
-
-def describe_token(token: Token) -> str:
-    """Return the token at which rows are compared, in words."""
-    return TOKENS[token]
 
 
 def describe_tokens(token: Token | dict[str, Token]) -> str:

@@ -11,7 +11,11 @@ from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
-from axolotl_layersel.cli.pictures import (
+from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.config.selection import SelectionConfig
+from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.reports.pictures import (
     MOST_NAMES,
     OUTERMOST,
     check_picture,
@@ -23,10 +27,6 @@ from axolotl_layersel.cli.pictures import (
     make_figure,
     spread_out,
 )
-from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.paths import plan_path
-from axolotl_layersel.config.selection import SelectionConfig
-from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.selection.plan_file import write_plan
 
 
