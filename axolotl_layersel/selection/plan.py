@@ -86,6 +86,11 @@ class Plan(BaseModel):
     )
     modules: list[str] = Field(description="LoRA modules that are kept in the layers, by their name in the base model")
     granularity: str = Field(default="layer", description="what was chosen among: layer, group or module")
+    backward_end: Layer | None = Field(
+        default=None,
+        description="the lowest layer that the backward pass of the run reaches, the first one if it cannot be cut; "
+        "null in older plans",
+    )
     ranks: dict[str, int] = Field(
         default_factory=dict, description="the rank of every module that is kept; empty where all have lora_r"
     )

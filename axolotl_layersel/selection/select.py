@@ -30,6 +30,7 @@ from axolotl_layersel.lora.removal import freeze_unselected, remove_modules, rem
 from axolotl_layersel.lora.resizing import set_ranks
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.weights import lora_parameters
+from axolotl_layersel.selection.backward_cut import find_lowest_trained
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import find_mean_overlap
 from axolotl_layersel.selection.fitting import fit_to_data, fit_to_units
@@ -102,6 +103,7 @@ def select_layers(
     apply_plan(run, stack, plan)
     if plan.ranks:
         apply_ranks(run, plan, capacity, continues_adapter)
+    plan.backward_end = stack.names[find_lowest_trained(run.model, stack)]
     run.trainer.add_callback(LayerSelectionCallback(run, stack, plan))
 
     # Record.
