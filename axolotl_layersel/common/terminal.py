@@ -1,9 +1,12 @@
 """Text for a terminal or a log: free of control characters, and escaped where the encoding lacks a character."""
 
+import os
 import sys
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
+
+LOG_WIDTH = 80
 
 
 def clean(text: str) -> str:
@@ -36,7 +39,14 @@ class EncodableFile:
 
 
 def make_console(file: TextIO | None = None, width: int | None = None) -> Console:
-    """Return a console that prints tables to ``file``, by default standard output, without markup and emoji."""
+    """Return a console that prints tables to ``file``, by default standard output, without markup and emoji.
+
+    ``width``: in characters; by default that of the terminal, or in a log ``COLUMNS`` or 80. rich would take the width
+    of a terminal that only standard input is connected to.
+    """
+    if width is None and not (file or sys.stdout).isatty():
+        columns = os.environ.get("COLUMNS", "")
+        width = int(columns) if columns.isdecimal() and int(columns) else LOG_WIDTH
     encodable = cast(IO[str], EncodableFile(file or sys.stdout))
     return Console(file=encodable, width=width, markup=False, emoji=False, highlight=False)
 

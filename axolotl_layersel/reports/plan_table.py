@@ -1,74 +1,178 @@
-"""A plan as a table."""
+"""Print a plan: what it keeps and saves, and a table of its layers or modules that fits 80 columns."""
+
+from bisect import bisect_right
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from axolotl_layersel.common.tables import arrange, cell
+from axolotl_layersel.common.tables import Column, Grid, lay_out, make_grids
 from axolotl_layersel.common.terminal import clean, make_console, make_encodable
-from axolotl_layersel.config.layer_names import find_layer
+from axolotl_layersel.config.layer_names import LayerName, find_layer
 from axolotl_layersel.config.selection import Token, describe_token
+from axolotl_layersel.reports.rank_table import lay_out_ranks
+from axolotl_layersel.reports.savings import describe_savings
 from axolotl_layersel.selection.plan import Budget, Plan, Stability, Tower
 
 BAR_WIDTH = 24
 FULL_BLOCK = "█"
+# By order, because one score that is a thousand times the others would flatten all other bars.
+SCALE = "bars: the order of the scores, not their size"
+STATES = {"remove": "without an adapter", "freeze": "frozen"}  # of what is not selected
 # Two random halves of many layers overlap by a third. Below this value, two choices share less than three in four of
 # the layers that each of them keeps.
 LOW_OVERLAP = 0.6
 
 
-def make_table(plan: Plan, bar: str) -> Table:
-    """Return the plan as a table: layer, score, a bar relative to the highest score, and whether it was chosen.
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print what a plan keeps and saves, its table, and why layers have no score."""
+    console = console or make_console()
+
+    def tell(text: str, style: str = "") -> None:
+        console.print(Text(text, style=style), soft_wrap=True)
+
+    tell(f"layersel: {describe_choice(plan)}")
+    if plan.token is not None:
+        tell(f"layersel: rows were compared at {describe_tokens(plan.token)}")
+    if plan.budget is not None:
+        tell(f"layersel: {describe_budget(plan.ranks, plan.budget)}")
+    tell(f"layersel: {describe_savings(plan)}")
+    bar = FULL_BLOCK if make_encodable(FULL_BLOCK, console.encoding) == FULL_BLOCK else "#"
+    for line, style in lay_out_plan(plan, bar, console.width):
+        tell(line, style)
+    for tower in plan.outside:
+        tell(f"{clean(tower.place)}: {describe_tower(tower, plan.outside_layers)}")
+    if plan.stability is not None:
+        for seed, layers in plan.stability.selected.items():
+            tell(f"seed {seed}: layers {', '.join(map(str, layers))}")
+        for sentence, style in describe_stability(plan.stability):
+            tell(f"layersel: {sentence}", style)
+    for choice in plan.layers:
+        if choice.layer in plan.unscored:
+            tell(f"layer {choice.layer} is not scored: {clean(plan.unscored[choice.layer])}")
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def lay_out_plan(plan: Plan, bar: str, width: int) -> list[tuple[str, str]]:
+    """Return the lines of a plan's table, each with its style, at most ``width`` characters wide.
 
     ``bar``: the character of the bars.
     """
-    table = Table()
-    # Folded in narrow terminals, because not every encoding has the ellipsis of a cut text.
-    table.add_column("layer", justify="right", overflow="fold")
-    table.add_column("score", justify="right", overflow="fold")
-    table.add_column("", width=BAR_WIDTH)
-    table.add_column("chosen", overflow="fold")
-    if plan.ranks:
-        table.add_column("rank", justify="right", overflow="fold")
-    highest = max((choice.score for choice in plan.layers if choice.score is not None), default=0.0)
-    for choice in plan.layers:
-        score = format_score(choice.score, 4)
-        share = 0.0 if choice.score is None or highest <= 0 else max(choice.score, 0.0) / highest
-        drawn = bar * round(share * BAR_WIDTH)
-        style = "bold" if choice.selected else "dim"
-        cells = [str(choice.layer), score, drawn, "yes" if choice.selected else ""]
+    if plan.granularity == "layer" and not plan.ranks and all(choice.score is None for choice in plan.layers):
+        return [(f"kept layers: {format_layers(plan)}", "")]
+    if plan.granularity == "layer":
+        columns = list_layer_columns(plan, bar)
+        styles = ["bold" if choice.selected else "dim" for choice in plan.layers]
+        lines = [(line, "" if row is None else styles[row]) for row, line in lay_out(columns, width)]
+        return [*lines, (SCALE, "")] if any(column.heading == "order" for column in columns) else lines
+    grids = make_grids(dict.fromkeys([*plan.module_scores, *plan.modules]))
+    cells = PlaceCells(plan)
+    missing = plan.ranks.keys() < plan.module_scores.keys()
+    of_ranks = "rank of each LoRA module" + (f"; -: {STATES[plan.unselected]}" if missing else "")
+    lines = [of_ranks if plan.ranks else cells.describe()]
+    for grid in grids:
+        labels = [name_row(plan, grid, layer) for layer in grid.layers]
+        lines += [""] if len(grids) > 1 else []
         if plan.ranks:
-            inside = [rank for name, rank in plan.ranks.items() if find_layer(plan.stack, name) == choice.layer]
-            cells.append("-".join(map(str, sorted({min(inside), max(inside)}))) if inside else "")
-        table.add_row(*cells, style=style)
-    return table
+            lines += lay_out_ranks(grid, plan.ranks, width, labels)
+        else:
+            columns = [Column(kind, list(map(cells.show, grid.list_cells(kind)))) for kind in grid.kinds]
+            lines += [line for _, line in lay_out([Column("layer", labels), *columns], width)]
+    return [(line, "") for line in lines]
 
 
-def format_score(score: float | None, digits: int) -> str:
+def list_layer_columns(plan: Plan, bar: str) -> list[Column]:
+    """Return the columns of a table of layers: scores and ranks only if there are any."""
+    columns = [Column("layer", [str(choice.layer) for choice in plan.layers])]
+    scores = sorted(choice.score for choice in plan.layers if choice.score is not None)
+    if scores:
+        columns.append(Column("score", [format_score(choice.score) for choice in plan.layers]))
+        bars = ["" if c.score is None else bar * find_length(c.score, scores) for c in plan.layers]
+        columns.append(Column("order", [f"{drawn:{BAR_WIDTH}}" for drawn in bars], left=True))
+    columns.append(Column("kept", ["yes" if choice.selected else "" for choice in plan.layers]))
+    if plan.ranks:
+        columns.append(Column("rank", [describe_ranks_in(plan, choice.layer) for choice in plan.layers]))
+    return columns
+
+
+def format_layers(plan: Plan) -> str:
+    """Return the kept layers, such as ``0-3, 7``."""
+    runs: list[list[LayerName]] = []
+    for before, choice in zip([None, *plan.layers], plan.layers):
+        if choice.selected and before is not None and before.selected:
+            runs[-1].append(choice.layer)
+        elif choice.selected:
+            runs.append([choice.layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def find_length(score: float, scores: list[float]) -> int:
+    """Return the length of the bar of a score: full for the highest of all ``scores``, which are ascending."""
+    return max(1, round(BAR_WIDTH * bisect_right(scores, score) / len(scores)))
+
+
+def format_score(score: float | None) -> str:
     """Return a score as it is printed, or a dash for None."""
-    return "-" if score is None else f"{score:.{digits}g}"
+    return "-" if score is None else f"{score:.4g}"
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print a summary, the plan's table, and why layers have no score."""
-    console = console or make_console()
-    others = "frozen" if plan.unselected == "freeze" else "without an adapter"
-    count = f"{len(plan.selected)} of {len(plan.layers)} layers"
-    if plan.module_scores:
-        count = f"{len(plan.modules)} of {len(plan.module_scores)} LoRA modules, in {count}"
-    console.print(f"layersel: method {plan.method} keeps {count}; the others are {others}")
-    if plan.token is not None:
-        console.print(f"layersel: rows were compared at {describe_tokens(plan.token)}", soft_wrap=True)
-    bar = FULL_BLOCK if make_encodable(FULL_BLOCK, console.encoding) == FULL_BLOCK else "#"
-    if plan.budget is not None:
-        console.print(describe_budget(plan.ranks, plan.budget), soft_wrap=True)
-    console.print(make_module_table(plan) if plan.module_scores else make_table(plan, bar))
-    for tower in plan.outside:
-        console.print(f"{clean(tower.place)}: {describe_tower(tower, plan.outside_layers)}", soft_wrap=True)
-    if plan.stability is not None:
-        print_stability(plan.stability, console)
-    for choice in plan.layers:
-        if choice.layer in plan.unscored:
-            console.print(f"layer {choice.layer} is not scored: {clean(plan.unscored[choice.layer])}")
+def describe_ranks_in(plan: Plan, layer: LayerName) -> str:
+    """Return the lowest and the highest rank in a layer, or an empty text without any."""
+    inside = [rank for name, rank in plan.ranks.items() if find_layer(plan.stack, name) == layer]
+    return "-".join(map(str, sorted({min(inside), max(inside)}))) if inside else ""
+
+
+def name_row(plan: Plan, grid: Grid, layer: str) -> str:
+    """Return the name of a layer in the plan, or the number in the grid if the plan has no such layer."""
+    name = next(iter(next(iter(grid.layers[layer].values()))))
+    found = find_layer(plan.stack, name)
+    return layer if found is None else str(found)
+
+
+class PlaceCells:
+    """The cells of modules without ranks: their places in the order of scores, and which of them are kept."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.scores = {name: score for name, score in plan.module_scores.items() if score is not None}
+        self.places = {score: place for place, score in enumerate(sorted({*self.scores.values()}, reverse=True), 1)}
+        self.kept = set(plan.modules)
+
+    def describe(self) -> str:
+        """Return what the cells are."""
+        places = "place of each LoRA module in the order of scores, the highest is 1; " if self.places else ""
+        return f"{places}*: kept"
+
+    def show(self, names: list[str]) -> str:
+        """Return the cell of a module, or of several that share a column: how many of them are kept."""
+        if len(names) > 1:
+            return f"{sum(name in self.kept for name in names)}/{len(names)}*"
+        return "".join(self.show_one(name) for name in names)
+
+    def show_one(self, name: str) -> str:
+        place = str(self.places[self.scores[name]]) if name in self.scores else ""
+        return place + ("*" if name in self.kept else " ")
+
+
+# --- Sentences --------------------------------------------------------------------------------------------------------
+
+
+def describe_choice(plan: Plan) -> str:
+    """Return how many layers or modules keep LoRA, and what becomes of the others if there are any."""
+    selected, total = len(plan.selected), len(plan.layers)
+    kept, others = count_of(selected, total, "layers"), "the others" if selected < total else ""
+    if plan.granularity != "layer":
+        modules, all_modules = len(plan.modules), len(plan.module_scores)
+        # A method without scores does not record the modules that it leaves out.
+        count = count_of(modules, all_modules, "LoRA modules") if all_modules else f"{modules} LoRA modules"
+        others = "the others" if modules < all_modules else "the other layers" if selected < total else ""
+        kept = f"{count}, in {kept}"
+    return f"method {plan.method} keeps {kept}" + (f"; {others} are {STATES[plan.unselected]}" if others else "")
+
+
+def count_of(part: int, total: int, what: str) -> str:
+    """Return ``part`` of ``total`` in words."""
+    return f"all {total} {what}" if part == total else f"{part} of {total} {what}"
 
 
 def describe_tokens(token: Token | dict[str, Token]) -> str:
@@ -100,38 +204,16 @@ def describe_tower(tower: Tower, towers: str) -> str:
     return f"{count} LoRA module{'s' if count > 1 else ''} outside of the layers, {state}"
 
 
-def make_module_table(plan: Plan) -> Table:
-    """Return the scores of modules by layer (rows) and type (columns).
-
-    Modules that are kept have their rank after the score, or a star if all ranks are the same.
-    """
-    layers, kinds = arrange(plan.module_scores)
-    table = Table()
-    for heading in ("layer", *kinds):
-        table.add_column(cell(heading), justify="right", overflow="fold")
-    marks = {name: str(plan.ranks.get(name, "*")) for name in plan.modules}
-    width = max(map(len, marks.values()))
-    for place, row in layers.items():
-        layer = find_layer(plan.stack, next(iter(row.values())))
-        cells = {
-            kind: f"{format_score(plan.module_scores[name], 3)} {marks.get(name, ''):>{width}}"
-            for kind, name in row.items()
-        }
-        table.add_row(cell(place if layer is None else str(layer)), *(cells.get(kind, "") for kind in kinds))
-    return table
-
-
-def print_stability(stability: Stability, console: Console) -> None:
-    """Print the layers that each seed chose and how far the choices agree, with a warning if they do not."""
-    for seed, layers in stability.selected.items():
-        console.print(f"seed {seed}: layers {', '.join(map(str, layers))}")
-    console.print(
-        f"layersel: {len(stability.selected)} seeds agree with a mean overlap (Jaccard) of {stability.overlap:.2f}; "
-        "1 is the same choice each time",
+def describe_stability(stability: Stability) -> list[tuple[str, str]]:
+    """Return how far the choices of the seeds agree, with a warning if they do not, each with its style."""
+    overlap = (
+        f"{len(stability.selected)} seeds agree with a mean overlap (Jaccard) of {stability.overlap:.2f}; 1 is the "
+        "same choice each time"
     )
-    if stability.overlap < LOW_OVERLAP:
-        console.print(
-            "layersel: WARNING: the choice depends on the seed, so it says little about your data. Give the method "
-            "more to look at (num_samples; for flexora steps and val_samples), or keep more layers.",
-            style="yellow",
-        )
+    if stability.overlap >= LOW_OVERLAP:
+        return [(overlap, "")]
+    warning = (
+        "WARNING: the choice depends on the seed, so it says little about your data. Give the method more to look at "
+        "(num_samples; for flexora steps and val_samples), or keep more layers."
+    )
+    return [(overlap, ""), (warning, "yellow")]

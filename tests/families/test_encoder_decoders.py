@@ -145,7 +145,7 @@ def test_a_plan_names_both_sides_in_the_file_and_in_the_report_and_is_read_again
     assert content["token"] == {"encoder": "mean", "decoder": "ending"}
     assert read_plan(plan_path(tmp_path)) == plan
     printed = capsys.readouterr().out
-    assert "│ encoder.2 │" in printed and "│ decoder.1 │" in printed
+    assert {"encoder.2", "decoder.1"} <= {line.split()[0] for line in printed.splitlines() if line}
     assert "rows were compared at the mean of their tokens in the encoder; the last token before the ending" in printed
     # Every row begins with the same token of the decoder, but none ends in the same one.
     assert plan.unscored == {}

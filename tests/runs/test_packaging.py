@@ -138,8 +138,8 @@ def test_plans_are_shown_where_neither_torch_nor_axolotl_is(empty_environment, c
     assert call(*command, "--version", cwd=tmp_path) == f"axolotl-layersel {__version__}\n"
     text = call(*command, "show", "plan.json", cwd=tmp_path)
     assert "layersel: method cka keeps 1 of 2 layers; the others are without an adapter" in text
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
-    assert rows == [["0", "0.25", "█" * 12, ""], ["1", "0.5", "█" * 24, "yes"]]
+    rows = [line.split() for line in text.splitlines() if "█" in line]
+    assert rows == [["0", "0.25", "█" * 12], ["1", "0.5", "█" * 24, "yes"]]
 
 
 def test_examples_and_the_schema_are_written_where_neither_torch_nor_axolotl_is(empty_environment, tmp_path):
