@@ -9,6 +9,11 @@ from rich.console import Console
 LOG_WIDTH = 80
 
 
+def is_first_process() -> bool:
+    """Return whether this is process 0 by its launcher's count, which is known before processes are connected."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def clean(text: str) -> str:
     """Return ``text`` on one line with control characters escaped, because files may hold any."""
     return "".join(

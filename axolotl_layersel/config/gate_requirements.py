@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.terminal import is_first_process
 from axolotl_layersel.config.initialisation import PLAIN, check_loftq, normalise
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -88,7 +89,8 @@ def switch_off_kernels(data: dict[str, Any]) -> None:
                 f"{key}: {data[key]} bypasses the modules that layersel.l1ra needs. Remove {key} or layersel.l1ra."
             )
         data[key] = False
-    LOG.info("layersel: l1ra switches off the fused LoRA kernels: %s", ", ".join(LORA_KERNELS))
+    if is_first_process():
+        LOG.info("layersel: l1ra switches off the fused LoRA kernels: %s", ", ".join(LORA_KERNELS))
 
 
 def keep_kernels_off(data: dict[str, Any]) -> None:
@@ -99,7 +101,8 @@ def keep_kernels_off(data: dict[str, Any]) -> None:
     """
     if data.get("adapter") in ("lora", "qlora") and all(data.get(key) is None for key in LORA_KERNELS):
         data.update(dict.fromkeys(LORA_KERNELS, False))
-        LOG.info("layersel: there is no GPU, so Axolotl's fused LoRA kernels stay off: %s", ", ".join(LORA_KERNELS))
+        if is_first_process():
+            LOG.info("layersel: there is no GPU, so Axolotl's fused LoRA kernels stay off: %s", ", ".join(LORA_KERNELS))
 
 
 def check_kernels(data: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines.base import Engine, multiply_rows, name_random_state
-from axolotl_layersel.engines.collectives import add_up, count_ranks
+from axolotl_layersel.engines.collectives import add_up, count_ranks, get_rank
 from axolotl_layersel.engines.edits import Edit, edit_data
 from axolotl_layersel.engines.trainers import get_model
 
@@ -81,9 +81,11 @@ class ShardedEngine(Engine):
         # Another trainer may be created with these arguments, which must not contain both keys.
         config: Any = arguments.fsdp_config  # a dictionary, also if the user gave a file
         config.pop("activation_checkpointing", None)
-        LOG.info(
-            "layersel: fsdp_config.activation_checkpointing is done by gradient_checkpointing with use_reentrant: false"
-        )
+        if get_rank() == 0:
+            LOG.info(
+                "layersel: fsdp_config.activation_checkpointing is done by gradient_checkpointing with use_reentrant: "
+                "false"
+            )
 
     def writes_whole_state(self) -> bool:
         return self.trainer.accelerator.state.fsdp_plugin.state_dict_type.name == "FULL_STATE_DICT"

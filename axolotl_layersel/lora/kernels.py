@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer
 
+from axolotl_layersel.common.terminal import is_first_process
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.engines import find_engine
 from axolotl_layersel.engines.trainers import unwrap_model
@@ -40,13 +41,15 @@ def give_gates_to_kernels() -> bool:
     try:
         kernels = importlib.import_module("axolotl.kernels.lora")
     except ImportError as error:
-        LOG.info("layersel: Axolotl's fused LoRA kernels cannot be imported here: %s", error)
+        if is_first_process():
+            LOG.info("layersel: Axolotl's fused LoRA kernels cannot be imported here: %s", error)
         return False
     read = getattr(kernels, READER, None)
     if read is None:
-        LOG.info(
-            "layersel: the fused LoRA kernels of this Axolotl cannot be given gates, since they have no %s", READER
-        )
+        if is_first_process():
+            LOG.info(
+                "layersel: the fused LoRA kernels of this Axolotl cannot be given gates, since they have no %s", READER
+            )
         return False
     if not hasattr(read, GIVES_GATES):
         setattr(kernels, READER, with_gates(read))

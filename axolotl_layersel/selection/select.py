@@ -244,7 +244,8 @@ def adopt_plan(run: Run, stack: LayerStack, reused: Reused, facts: ModelFacts | 
     report_data(plan, run, source)
     remove_towers(run, stack, plan.outside_layers)
     plan.outside = describe_towers(run, stack)
-    LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
+    if get_rank() == 0:
+        LOG.info("layersel: the plan of %s is applied; nothing is scored", source)
     return plan
 
 
@@ -363,6 +364,8 @@ def apply_ranks(run: Run, plan: Plan, capacity: Capacity | None, continues_adapt
     if not continues_adapter:
         check_redrawn(run.config.init_lora_weights, plan.resolve_settings().rank_allocation)
     modules = run.lora_modules
+    if get_rank() == 0:
+        LOG.info("layersel: %d LoRA modules are set up with the ranks of the plan", len(plan.ranks))
     check_linear(run, {name: modules[name] for name in plan.ranks}, "layersel.selection.rank_allocation")
     trainers.check_no_optimizer(run.trainer)
     seed = run.trainer.args.seed
@@ -385,6 +388,7 @@ def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
 
 
 def report_parameters(run: Run, plan: Plan) -> None:
-    """Log the number of trainable parameters."""
+    """Log the number of trainable parameters, on process 0."""
     trainable = sum(math.prod(run.engine.find_shape(p)) for p in run.model.parameters() if p.requires_grad)
-    LOG.info("layersel: %s parameters train; %d layers keep LoRA", f"{trainable:,}", len(plan.selected))
+    if get_rank() == 0:
+        LOG.info("layersel: %s parameters train", f"{trainable:,}")

@@ -177,7 +177,9 @@ def initialize(start: Start) -> None:
     preserve_trained(run.model)
     check_trains(run)  # before minutes are spent on scoring
     seeded = not start.continues_adapter and initialize_lora(run.model, run.trainer.args.seed)
-    LOG.info("layersel: initial LoRA weights %s", "drawn from the seed" if seeded else "are kept as they were loaded")
+    if collectives.get_rank() == 0:
+        state = "drawn from the seed" if seeded else "are kept as they were loaded"
+        LOG.info("layersel: initial LoRA weights %s", state)
     share_new_weights(run, start.continues_adapter)
 
 

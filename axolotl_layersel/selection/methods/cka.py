@@ -12,7 +12,7 @@ from torch import nn
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.layer_names import VISION, name_layers
-from axolotl_layersel.config.selection import Token, describe_token
+from axolotl_layersel.config.selection import Token
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.selection.choosing import choose_by_score
 from axolotl_layersel.selection.data.calibration import Sample, are_most, count_most_common, place_tokens
@@ -230,9 +230,7 @@ def measure_token_states(
     """
     states = TokenStates(selection, samples, positions)
     with forward.scoring(selection):
-        return forward.over_samples(
-            selection.run, samples, states.measure, forward.count_fitting(selection.run, samples)
-        )
+        return forward.over_samples(selection, samples, states.measure, forward.count_fitting(selection.run, samples))
 
 
 def name_states(selection: Selection) -> list[str]:
@@ -280,7 +278,7 @@ def report_rows(selection: Selection, drawn: int, seeing: list[Sample], compared
 def report_token(
     samples: list[Sample], positions: list[int] | None, setting: str, token: Token, side: str = ""
 ) -> None:
-    """Log which token stands for a row, and a warning if that token says little.
+    """Log a warning if the token that stands for a row says little.
 
     Args:
         samples: the scored samples.
@@ -289,8 +287,6 @@ def report_token(
         token: the token that the setting resolves to.
         side: the side of the model in which it does, see ``layers.Side``.
     """
-    where = f" in the {side}" if side else ""
-    LOG.info("layersel: token: %s: rows are compared at %s%s", setting, describe_token(token), where)
     alike = 0 if positions is None else count_most_common(samples, positions, side)
     if are_most(alike, len(samples)):
         LOG.warning(

@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.progress import PhaseProgress
 from axolotl_layersel.common.randomness import make_row_generator
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.lora.modules import count_experts
@@ -43,7 +44,11 @@ def score(selection: Selection, samples: list[Sample]) -> Scores:
                     f"layersel.selection.method: the gradient of {name} is too large for its precision. Use bf16, or "
                     "another method."
                 )
-        gains = {name: find_gains(sketch) for name, sketch in sketches.items()}
+        gains = {}
+        with PhaseProgress("computing gains of rank", len(sketches), shown=True) as progress:  # on process 0
+            for name, sketch in sketches.items():
+                gains[name] = find_gains(sketch)
+                progress.advance(1)
         units = {unit.name: add_up([gains[name] for name in unit.modules]) for unit in selection.units}
         scores = {name: float(values[: selection.lora_r].sum()) for name, values in units.items()}
         return Scores(

@@ -78,7 +78,7 @@ def measure_gradients(
                 finish()
                 return recorder.end()
 
-            return forward.over_samples(run, samples, measure, size)
+            return forward.over_samples(selection, samples, measure, size)
 
 
 # --- Gradients at modules -----------------------------------------------------------------------------------------

@@ -7,16 +7,17 @@ of one layer at a time are whole on the device.
 
 import contextlib
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel
 
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.progress import PhaseProgress
 from axolotl_layersel.common.randomness import keep_random_state
 from axolotl_layersel.config.layer_names import VISION
 from axolotl_layersel.engines import collectives, trainers
@@ -37,6 +38,7 @@ from axolotl_layersel.selection.passes.hooks import (
 from axolotl_layersel.selection.passes.recomputation import recompute
 from axolotl_layersel.selection.types import Scores, Selection
 
+LOG = logging.getLogger("axolotl.layersel")
 # Tokens of a forward pass that gathers or copies each layer's weights. At 70B the activations of one layer take some
 # 5 GB, and there is enough computation to hide the copy.
 STREAMED_TOKENS = 16384
@@ -99,7 +101,7 @@ def measure_token_sums(selection: Selection, samples: list[Sample], compare: Com
         return [row.clone() for row in sums]
 
     with scoring(selection):
-        return over_samples(run, samples, measure, count_fitting(run, samples))
+        return over_samples(selection, samples, measure, count_fitting(run, samples))
 
 
 def name_places(selection: Selection) -> list[str]:
@@ -169,13 +171,14 @@ def find_share(run: Run, samples: int) -> range:
 
 
 def over_samples(
-    run: Run, samples: list[Sample], measure: Callable[[list[int]], list[torch.Tensor]], size: int
+    selection: Selection, samples: list[Sample], measure: Callable[[list[int]], list[torch.Tensor]], size: int
 ) -> torch.Tensor | None:
     """Return ``measure`` of every sample, stacked in order, on process 0; each process measures its share in batches.
 
     ``measure``: returns a tensor for each of the samples at the indices that it is called with.
     """
-    ranks, rank = run.engine.list_ranks_with_weights(), collectives.get_rank()
+    run = selection.run
+    ranks = run.engine.list_ranks_with_weights()
     share = find_share(run, len(samples))
     mine = sorted(share, key=lambda i: count_tokens(samples[i]))
     batches = [mine[start : start + size] for start in range(0, len(mine), size)]
@@ -184,14 +187,63 @@ def over_samples(
         # All processes gather each layer equally often: one with fewer batches repeats a sample, and drops the result.
         batches += [[0]] * (most - len(batches))
     measured: dict[int, torch.Tensor] = {}
-    with Progress(disable=rank != 0, transient=True) as progress:
-        for round_ in progress.track(range(most), description="layersel: scoring layers"):
+    with showing_progress(selection, samples, batches) as progress:
+        for round_ in range(most):
             if round_ < len(batches):
                 values = measure(batches[round_])
                 measured.update({index: value for index, value in zip(batches[round_], values) if index in share})
             # Processes wait for each other in every round, as collective calls time out after half an hour.
             stop_if_signalled(run.device)
+            if round_ < len(batches):
+                progress.advance(count_padded(samples, batches[round_]))
     return collectives.gather_on_rank_zero(measured, ranks)
+
+
+def showing_progress(selection: Selection, samples: list[Sample], batches: list[list[int]]) -> PhaseProgress:
+    """Return the progress of a pass over the ``batches`` of this process, and log on process 0 that it begins.
+
+    Its work is counted in tokens, because the batches with the shortest rows come first.
+    """
+    shown, settings, backward = collectives.get_rank() == 0, selection.settings, selection.method.needs_backward
+    if shown:
+        LOG.info(
+            "layersel: scoring by %s begins: a forward %spass over %d rows, drawn by seed %d",
+            settings.method,
+            "and a backward " if backward else "",
+            len(samples),
+            settings.seed,
+        )
+    tokens = count_trained_tokens(selection.run, samples) if backward else None
+
+    def find_training() -> float | None:
+        each = progress.pace.find_seconds_per_work()
+        return None if each is None or tokens is None else each * tokens
+
+    total = sum(count_padded(samples, batch) for batch in batches)
+    progress = PhaseProgress("scoring", total, shown, find_training, "Lower `num_samples` to shorten it.")
+    return progress
+
+
+def count_padded(samples: list[Sample], batch: list[int]) -> int:
+    """Return the number of tokens in a batch of ``samples``, with padding."""
+    return len(batch) * max(count_tokens(samples[i]) for i in batch)
+
+
+def count_trained_tokens(run: Run, samples: list[Sample]) -> float | None:
+    """Return about how many tokens training passes forward and backward on each process, None if that is unknown.
+
+    It is known if a row of training is a row of tokens, as it is in ``samples``. In preference training a row is two of
+    them. Engines that gather each layer are left out, because training does not gather like a pass that scores.
+    """
+    arguments: Any = run.trainer.args
+    columns = getattr(run.trainer.train_dataset, "column_names", None) or ()
+    if arguments.max_steps <= 0 or "input_ids" not in columns or are_collated(samples) or run.engine.is_streamed:
+        return None
+    row = sum(map(count_tokens, samples)) / len(samples)
+    if getattr(arguments, "sample_packing", False):
+        row = arguments.max_seq_length
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return arguments.max_steps * rows * row
 
 
 def count_fitting(run: Run, samples: list[Sample], with_graph: bool = False) -> int:

@@ -3,17 +3,18 @@
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.progress import Pace, PhaseProgress
 from axolotl_layersel.config.flexora import SETTING, Search, check_attention, describe_sharded
 from axolotl_layersel.config.selection import describe_generated
 from axolotl_layersel.engines import collectives, trainers
@@ -26,6 +27,7 @@ from axolotl_layersel.lora.run import Run
 from axolotl_layersel.selection.data.calibration import check_indexable
 from axolotl_layersel.selection.data.label_alignment import find_kind
 from axolotl_layersel.selection.gate_history import GateHistory
+from axolotl_layersel.selection.methods.flexora.convergence import still_move
 from axolotl_layersel.selection.methods.flexora.gating import find_alpha_gradient, find_multipliers
 from axolotl_layersel.selection.methods.flexora.trial_training import run_trial
 from axolotl_layersel.selection.methods.flexora.unrolled import InnerSteps
@@ -182,16 +184,11 @@ class GateSearch:
         self.inner = inner_steps[settings.hypergradient]()
         self.kept: list[str] | None = None
         self.unchanged = 0
-        self.progress = Progress(
-            TextColumn("layersel: searching layers"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("training loss {task.fields[train]:.4f} validation loss {task.fields[validation]:.4f}"),
-            disable=collectives.get_rank() != 0,
-            transient=True,
-        )
-        self.bar = self.progress.add_task("", total=settings.steps, train=float("nan"), validation=float("nan"))
+        self.planned = run.trainer.args.max_steps  # of the run; not positive if its epochs determine them
+        self.step_times = Pace(settings.steps)
+        advice = "Lower `flexora.steps` to shorten it."
+        shown = collectives.get_rank() == 0
+        self.progress = PhaseProgress("the search", settings.steps, shown, self.find_training_time, advice)
 
     # --- Training -----------------------------------------------------------------------------------------------------
 
@@ -230,6 +227,7 @@ class GateSearch:
             Whether the search can stop, because the choice has not changed for ``patience`` gate steps.
         """
         train_loss = float(torch.stack(self.losses).sum())
+        self.step_times.add(1)
         self.losses.clear()
         if self.inner:
             self.inner.end_step()
@@ -237,30 +235,23 @@ class GateSearch:
         if moved:
             validation_loss = self.step_gates(step)
         self.history.add(train_loss, validation_loss, self.alpha.tolist())
-        shown: dict[str, Any] = {} if validation_loss is None else {"validation": validation_loss}
-        self.progress.update(self.bar, completed=step, train=train_loss, **shown)
-        if validation_loss is not None and collectives.get_rank() == 0 and self.is_time_to_log(step):
-            LOG.info(
-                "layersel: search step %d of %d: training loss %.4f, validation loss %.4f",
-                step,
-                self.settings.steps,
-                train_loss,
-                validation_loss,
-            )
+        if validation_loss is not None:
+            # Only after gate steps, because the steps between them take less time.
+            losses = {"training loss": train_loss, "validation loss": validation_loss}
+            facts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if math.isfinite(loss))
+            self.progress.advance(self.settings.inner_steps, facts)
+        self.step_times.skip()
         return moved and self.settings.patience is not None and self.has_settled()
 
-    def is_time_to_log(self, step: int) -> bool:
-        """Return whether a tenth of the search was completed since the last gate step."""
-        steps, before = self.settings.steps, step - self.settings.inner_steps
-        return step * 10 // steps > before * 10 // steps
+    def find_training_time(self) -> float | None:
+        """Return the seconds that the run's training will take by the steps so far, None if that is unknown."""
+        each = self.step_times.find_seconds_per_work()
+        return None if each is None or self.planned <= 0 else each * self.planned
 
     def has_settled(self) -> bool:
         """Return whether the choice is the same as after each of the last ``patience`` gate steps."""
         assert self.settings.patience is not None, "only a search with patience asks"
-        try:
-            kept = self.choose(self.history.final)
-        except LayerselError:
-            kept = None  # no choice yet
+        kept = self.choose_by(-1)
         self.unchanged = self.unchanged + 1 if kept is not None and kept == self.kept else 0
         self.kept = kept
         return self.unchanged >= self.settings.patience
@@ -289,6 +280,25 @@ class GateSearch:
                 "there did not train, or is computed past its modules. Raise flexora.steps or the learning rate, or "
                 "look for fused LoRA code."
             )
+        if collectives.get_rank() == 0 and not stopped and still_move(history):
+            LOG.warning(
+                "layersel: the search has not converged: in its last half the gates still move in one direction. The "
+                "choice last changed after step %d of %d. Raise `flexora.steps`.",
+                self.find_last_change(),
+                len(history.gates),
+            )
+
+    def find_last_change(self) -> int:
+        """Return the optimizer step after which the choice is that of the end."""
+        final, steps = self.choose_by(-1), len(self.history.gates)
+        return next((step for step in range(steps, 1, -1) if self.choose_by(step - 2) != final), 1)
+
+    def choose_by(self, place: int) -> list[str] | None:
+        """Return the choice by the gates of a step in the history, None if there was none yet."""
+        try:
+            return self.choose(dict(zip(self.history.names, self.history.gates[place])))
+        except LayerselError:
+            return None
 
     # --- Gates --------------------------------------------------------------------------------------------------------
 
