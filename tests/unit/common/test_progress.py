@@ -1,6 +1,10 @@
 """The progress of a phase in a log: few lines, true times, and a warning where a phase outlasts training."""
 
+import contextlib
 import logging
+import os
+import re
+import sys
 
 import pytest
 
@@ -104,3 +108,29 @@ def test_training_is_measured_when_the_time_is_told(clock, lines):
 )
 def test_a_duration_is_in_the_unit_that_fits(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_a_terminal_has_a_bar_and_the_warning_but_no_lines(clock, lines, monkeypatch):
+    ours, theirs = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with os.fdopen(theirs, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with PhaseProgress("the search", 4, True, lambda: 10.0, "Lower it.", clock) as progress:
+            progress.bar.refresh()
+            for facts in ("", "training loss 7.1000"):
+                clock.now += 60
+                progress.advance(1, facts)
+                progress.bar.refresh()
+    written = b""
+    with contextlib.suppress(OSError):  # the end of a terminal that was closed
+        while chunk := os.read(ours, 65536):
+            written += chunk
+    os.close(ours)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode())
+    assert "layersel: the search" in shown
+    assert "25 %" in shown and "50 %" in shown
+    assert "training loss 7.1000" in shown
+    assert "nan" not in shown
+    assert "layersel: WARNING: the search takes about 4 min, which is longer than training" in shown
+    assert lines() == []
