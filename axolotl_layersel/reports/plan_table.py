@@ -70,16 +70,16 @@ def lay_out_plan(plan: Plan, bar: str, width: int) -> list[tuple[str, str]]:
     cells = PlaceCells(plan)
     missing = plan.ranks.keys() < plan.module_scores.keys()
     of_ranks = "rank of each LoRA module" + (f"; -: {STATES[plan.unselected]}" if missing else "")
-    lines = [of_ranks if plan.ranks else cells.describe()]
+    texts = [of_ranks if plan.ranks else cells.describe()]
     for grid in grids:
         labels = [name_row(plan, grid, layer) for layer in grid.layers]
-        lines += [""] if len(grids) > 1 else []
+        texts += [""] if len(grids) > 1 else []
         if plan.ranks:
-            lines += lay_out_ranks(grid, plan.ranks, width, labels)
+            texts += lay_out_ranks(grid, plan.ranks, width, labels)
         else:
             columns = [Column(kind, list(map(cells.show, grid.list_cells(kind)))) for kind in grid.kinds]
-            lines += [line for _, line in lay_out([Column("layer", labels), *columns], width)]
-    return [(line, "") for line in lines]
+            texts += [line for _, line in lay_out([Column("layer", labels), *columns], width)]
+    return [(text, "") for text in texts]
 
 
 def list_layer_columns(plan: Plan, bar: str) -> list[Column]:
