@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from axolotl_layersel.common.terminal import make_console
 
@@ -97,7 +98,7 @@ class PhaseProgress:
         self.tenths = 0  # that were done then
         self.bar = Progress(
             TextColumn("layersel: {task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None, table_column=Column(max_width=40)),  # gives way where the words need the room
             TextColumn("{task.percentage:.0f} %"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[facts]}"),

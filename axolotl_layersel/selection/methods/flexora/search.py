@@ -237,7 +237,7 @@ class GateSearch:
         self.history.add(train_loss, validation_loss, self.alpha.tolist())
         if validation_loss is not None:
             # Only after gate steps, because the steps between them take less time.
-            losses = {"training loss": train_loss, "validation loss": validation_loss}
+            losses = {"loss": train_loss, "validation": validation_loss}
             facts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if math.isfinite(loss))
             self.progress.advance(self.settings.inner_steps, facts)
         self.step_times.skip()
