@@ -388,7 +388,7 @@ def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
 
 
 def report_parameters(run: Run, plan: Plan) -> None:
-    """Log the number of trainable parameters, on process 0."""
+    """Log the number of trainable parameters, on process 0, unless it is that of the budget, which the plan tells."""
     trainable = sum(math.prod(run.engine.find_shape(p)) for p in run.model.parameters() if p.requires_grad)
-    if get_rank() == 0:
+    if get_rank() == 0 and (plan.budget is None or trainable != plan.budget.spent):
         LOG.info("layersel: %s parameters train", f"{trainable:,}")
