@@ -96,6 +96,7 @@ def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(train, r
     assert difference(whole.adapter(), resumed.adapter()) <= 1e-6
 
 
+@pytest.mark.repeats
 def test_stock_peft_computes_on_the_same_base_what_the_trained_model_computes(runs, base_model, tmp_path):
     folders = {case: runs[case].folder for case in RUNS}
     output = tmp_path / "stock.safetensors"

@@ -87,6 +87,7 @@ def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(train, r
     assert difference(*({name: value.float() for name, value in state.items()} for state in states)) <= tolerance
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("optimizer", ["adamw_torch_8bit", "ao_adamw_fp8"])
 def test_torchaos_checkpoints_that_no_run_could_resume_from_are_not_begun(train, optimizer):
     run = train("fsdp2-full", expect=1, optimizer=optimizer, **SETTINGS)

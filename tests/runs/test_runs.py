@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from axolotl_layersel import engines
 from axolotl_layersel.config.root import LayerselConfig
 
+ON_EVERY_ENGINE = True  # see tests/conftest.py
 SETTINGS = BEST_IS_FIRST
 NOT_RESUMED_FROM = {
     "README.md",
