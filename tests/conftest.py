@@ -11,7 +11,7 @@ from typing import NoReturn
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 import pytest
-from helpers.places import COLLECTED, ROOT, TESTS
+from helpers.places import COLLECTED, FIRST_ENGINES, ROOT, TESTS
 from helpers.support import Support, read_file, write_file
 
 
@@ -61,9 +61,6 @@ class SupportWriter:
 
 # What the tests of a folder do besides looking, and so the marks that they get.
 MARKS = {"unit": (), "families": ("trains",), "runs": ("trains", "launches")}
-# A test that is launched on each engine is launched on these by `make test`, and on the others by `make test-all`. They
-# are one process, and the engines of DeepSpeed and of FSDP2 that shard most.
-FIRST_ENGINES = ("single", "zero3", "fsdp2-sharded")
 
 
 @pytest.hookimpl(tryfirst=True)
