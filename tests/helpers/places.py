@@ -30,6 +30,11 @@ EACH_SET_OF_ENGINES = [
 ]
 
 
+def again(*values: object) -> list:
+    """Return parameters on which a test shows again what it shows on others; `make test-all` runs them."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.repeats) for v in values]
+
+
 # The methods that score layers on rows.
 SCORING = [name for name, method in METHODS.items() if method.draws_rows]
 

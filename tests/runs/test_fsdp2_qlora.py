@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers.launched import KILLED, Run, RunsByEngine, difference, scores
-from helpers.places import ROOT, WITHOUT_PACKAGE
+from helpers.launched import KILLED, MadeOnce, Run, difference, scores
+from helpers.places import ROOT, WITHOUT_PACKAGE, again
 from helpers.settings import l1ra, selection
 from safetensors.torch import load_file
 
@@ -20,7 +20,7 @@ BLOCKS = {
     "flexora": selection("flexora", flexora={"steps": 4, "val_samples": 8}),
 }
 RUNS = [
-    *(pytest.param("last", engine, marks=pytest.mark.repeats) for engine in ENGINES),
+    *again(*(("last", engine) for engine in ENGINES)),
     *(("cka and l1ra", engine) for engine in ENGINES),
     ("flexora", "fsdp2-sharded"),
 ]
@@ -51,7 +51,7 @@ save_file(results, output)
 @pytest.fixture(scope="module")
 def runs(train) -> dict[tuple[str, str], Run]:
     """A run with each block on each engine."""
-    return RunsByEngine(lambda case: train(case[1], **BLOCKS[case[0]], **QLORA))
+    return MadeOnce(lambda case: train(case[1], **BLOCKS[case[0]], **QLORA))
 
 
 @pytest.mark.parametrize(("block", "engine"), RUNS)

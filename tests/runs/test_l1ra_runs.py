@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.launched import KILLED, Run, RunsByEngine, difference, load_with_stock_peft, read_state
+from helpers.launched import KILLED, MadeOnce, Run, difference, load_with_stock_peft, read_state
 from helpers.places import EACH_SET_OF_ENGINES, ENGINES
 from helpers.settings import ACCUMULATED, BEST_IS_FIRST, checkpoint_layers, pressure
 from safetensors.torch import load_file
@@ -26,7 +26,7 @@ MODULES = 8 * 3
 
 @pytest.fixture(scope="module")
 def whole_runs(train) -> dict[str, Run]:
-    return RunsByEngine(lambda engine: train(engine, **SETTINGS))
+    return MadeOnce(lambda engine: train(engine, **SETTINGS))
 
 
 def read_updates(run: Run) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.documents import find_section
-from helpers.launched import Run, RunsByEngine, difference
+from helpers.launched import MadeOnce, Run, difference
 from helpers.nodes import INTERFACE, Node, make_nodes
 from helpers.places import ENVIRONMENT
 from helpers.settings import BEST_IS_FIRST, l1ra, selection
@@ -122,7 +122,7 @@ def alone(train) -> Run:
 
 @pytest.fixture(scope="module")
 def whole_runs(train_on_nodes) -> dict[str, NodesRun]:
-    return RunsByEngine(lambda engine: train_on_nodes(engine, **SETTINGS))
+    return MadeOnce(lambda engine: train_on_nodes(engine, **SETTINGS))
 
 
 def check_equal(run: NodesRun, alone: Run) -> None:

@@ -6,7 +6,7 @@ bitsandbytes 0.50.2 runs them on the CPU, where it pages nothing; ``benchmarks/g
 import json
 
 import pytest
-from helpers.launched import KILLED, Run, RunsByEngine, difference
+from helpers.launched import KILLED, MadeOnce, Run, difference
 from helpers.settings import l1ra
 from safetensors.torch import load_file
 
@@ -44,7 +44,7 @@ RESUMED = [("adamw_bnb_8bit", "zero3"), ("adamw_torch_8bit", "ddp"), ("ao_adamw_
 @pytest.fixture(scope="module")
 def runs(train) -> dict[tuple[str, str], Run]:
     """A run with each optimizer on each engine."""
-    return RunsByEngine(lambda pair: train(pair[1], optimizer=pair[0], env=ENVIRONMENT, **SETTINGS))
+    return MadeOnce(lambda pair: train(pair[1], optimizer=pair[0], env=ENVIRONMENT, **SETTINGS))
 
 
 @pytest.mark.parametrize(("optimizer", "engine"), RUNS)

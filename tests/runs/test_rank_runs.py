@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.launched import Run, RunsByEngine, difference, load_merged, load_with_stock_peft
+from helpers.launched import MadeOnce, Run, difference, load_merged, load_with_stock_peft
 from helpers.places import EACH_SET_OF_ENGINES, ENGINES
 from helpers.settings import PACKED_QLORA, l1ra, selection
 
@@ -12,7 +12,7 @@ SETTINGS = {**selection("gradient"), "max_steps": 4, "save_steps": 2}
 
 @pytest.fixture(scope="module")
 def whole_runs(train) -> dict[str, Run]:
-    return RunsByEngine(lambda engine: train(engine, **SETTINGS))
+    return MadeOnce(lambda engine: train(engine, **SETTINGS))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.launched import KILLED, RunsByEngine, difference, load_with_stock_peft, scores
+from helpers.launched import KILLED, MadeOnce, difference, load_with_stock_peft, scores
 from helpers.places import EACH_SET_OF_ENGINES, SCORING
 from helpers.settings import PACKED_QLORA, checkpoint_layers, engine_settings, l1ra, selection
 from safetensors.torch import load_file
@@ -53,7 +53,7 @@ def test_packed_and_unpacked_runs_score_the_same(computed, make_plan):
 def plans(make_plan) -> dict[str, dict]:
     """The plans of one process by each method, and by ``cka`` for branches of layers."""
     blocks = {**{method: selection(method) for method in SCORING}, "group": selection("cka", granularity="group")}
-    return RunsByEngine(lambda case: make_plan(**blocks[case]))
+    return MadeOnce(lambda case: make_plan(**blocks[case]))
 
 
 # An engine whose processes hold all weights, one whose processes hold parts, and one whose first process holds all.

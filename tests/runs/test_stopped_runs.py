@@ -6,8 +6,8 @@ from helpers.launched import (
     INTERRUPTED,
     KILLED,
     TERMINATED,
+    MadeOnce,
     Run,
-    RunsByEngine,
     difference,
     load_with_stock_peft,
     read_state,
@@ -35,7 +35,7 @@ RESUMING = {"auto_resume_from_checkpoints": True, **SETTINGS}
 
 @pytest.fixture(scope="module")
 def whole_runs(train) -> dict[str, Run]:
-    return RunsByEngine(lambda engine: train(engine, **SETTINGS))
+    return MadeOnce(lambda engine: train(engine, **SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def resumed_runs(train) -> dict[str, Run]:
         assert (killed.folder / "checkpoint-4").exists() and not (killed.folder / "checkpoint-6").exists()
         return train(engine, output=killed.folder, **RESUMING)
 
-    return RunsByEngine(make)
+    return MadeOnce(make)
 
 
 def check_same_end(whole: Run, other: Run, engine: str) -> None:
