@@ -3,18 +3,15 @@
 import ast
 import importlib.metadata
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from helpers.places import ENVIRONMENT, ROOT
+from helpers.places import ROOT
+from helpers.published import call
 from packaging.requirements import Requirement
 
 from axolotl_layersel import __version__
@@ -38,41 +35,6 @@ PLAN = {
     "processes": 1,
     "seconds": 0.5,
 }
-
-
-def call(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Run a command without the checkout on its path, and return the output."""
-    inherited = {key: value for key, value in {**os.environ, **ENVIRONMENT}.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**inherited, "COLUMNS": "120", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
-class Built(NamedTuple):
-    """The two published files."""
-
-    sdist: Path
-    wheel: Path
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Built:
-    """The source distribution, and the wheel that is built from it, of a copy of the checkout."""
-    folder = tmp_path_factory.mktemp("build")
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "work")
-    source = shutil.copytree(ROOT, folder / "source", ignore=ignored)
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", cwd=source)
-    (sdist,) = (folder / "dist").glob("*.tar.gz")
-    (wheel,) = (folder / "dist").glob("*.whl")
-    return Built(sdist, wheel)
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def check_command(words: list[str]) -> None:
     elif program == "axolotl":
         check_click(cli, rest)
     elif program == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
         assert set(rest) <= targets
     elif program == "python":
         script = (ROOT / rest[0]).read_text()
