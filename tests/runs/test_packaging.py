@@ -13,6 +13,7 @@ import pytest
 from helpers.places import ROOT
 from helpers.published import call
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from axolotl_layersel import __version__
 
@@ -82,14 +83,34 @@ def test_the_wheel_holds_the_package_alone_and_all_of_it(built):
     assert f"{metadata}/licenses/LICENSE" in names
 
 
-def test_the_source_distribution_holds_the_tests_and_what_they_read(built):
+def test_the_source_distribution_holds_the_whole_checkout(built):
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "demo/prepare.py"}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "example_configs").rglob("*.*")}
-    assert not wanted - names
+    source = built.sdist.parents[1] / "source"
+    made = {"build", "dist", "axolotl_layersel.egg-info"}  # by the build itself
+    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    assert {str(file) for file in files if file.parts[0] not in made} - names == set()
+    assert {"tests/conftest.py", "docs/support.json", "benchmarks/gpu.sh", "example_configs/slurm.sh"} <= names
     assert not [name for name in names if name.endswith(".pyc") or name.startswith("demo/work")]
+
+
+def test_the_metadata_say_what_a_reader_of_an_index_needs(unpacked, requirements):
+    (distribution,) = importlib.metadata.distributions(path=[str(unpacked)])
+    metadata = distribution.metadata
+    assert (metadata["Name"], metadata["Version"]) == ("axolotl-layersel", __version__)
+    assert (metadata["License-Expression"], metadata["License-File"]) == ("Apache-2.0", "LICENSE")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    named = [line.rpartition(" ")[2] for line in metadata.get_all("Classifier") if " :: Python :: 3." in line]
+    python = SpecifierSet(metadata["Requires-Python"])
+    assert named == [version for minor in range(6, 20) if (version := f"3.{minor}") in python]
+    assert set(metadata.get_all("Provides-Extra")) == {"deepspeed", "plots", "docs", "dev"}
+    assert {(entry.group, entry.name) for entry in distribution.entry_points} == {
+        ("console_scripts", "axolotl-layersel"),
+        ("axolotl.cli_commands", "layersel"),
+        ("torch.backends", "axolotl_layersel"),
+    }
+    assert all(callable(entry.load()) for entry in distribution.entry_points)
 
 
 @pytest.mark.parametrize("command", [["axolotl-layersel"], ["python", "-m", "axolotl_layersel"]])

@@ -237,6 +237,13 @@ def test_a_served_model_is_asked_with_the_prompt_that_it_was_trained_on():
     assert any(f"{request['model']}=outputs/run" in words for words in commands)
 
 
+def test_the_version_that_documents_name_is_the_packages():
+    text = "".join(document.read_text() for document in (README, *PAGES))
+    named = re.findall(r"axolotl_layersel-([\d.]+)-py3|layersel: plugin ([\d.]+) is loaded", text)
+    assert {version for pair in named for version in pair if version} == {__version__}
+    assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_the_page_for_axolotls_list_is_short():
     assert len((ROOT / "docs" / "axolotl.md").read_text().split()) <= 250
 
