@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Result:
         layers: the chosen layers; None without the plugin.
         before, after: loss on the held-out rows before the first step and after the last.
         parameters: trainable parameters.
-        step_seconds: median time of a step; None if the run was too short to measure it.
+        step_seconds: time of an undisturbed step; None if the run was too short to measure it.
         scoring_seconds: how long the choice took; 0 without scores.
     """
 
@@ -56,9 +57,10 @@ def read_result(output: Path) -> Result:
 
 
 def read_events(output: Path) -> tuple[float, float, int, float | None]:
-    """Return the eval loss before and after training, the number of steps, and the median seconds of a step.
+    """Return the eval loss before and after training, the number of steps, and the seconds of a step.
 
-    TensorBoard's records say when each loss was logged. The median leaves out pauses of the machine.
+    TensorBoard's records say when each loss was logged. Of these times the lower quartile counts, because other programs
+    on the machine make steps longer and never shorter.
 
     Raises:
         SystemExit: if the records lack an eval loss before or after training.
@@ -79,7 +81,7 @@ def read_events(output: Path) -> tuple[float, float, int, float | None]:
         for earlier, later in itertools.pairwise(logged)
         if later.step > earlier.step  # the last one may be the mean of the whole run
     ]
-    return losses[0].value, losses[-1].value, losses[-1].step, statistics.median(paces) if paces else None
+    return losses[0].value, losses[-1].value, losses[-1].step, statistics.quantiles(paces)[0] if len(paces) > 1 else None
 
 
 def count_parameters(weights: Path) -> int:
@@ -167,8 +169,9 @@ def main() -> None:
     steps = results["choice"].steps
     print(f"\n{steps} steps on word problems at equal trainable parameters, and the loss on problems held out:\n")
     print("\n".join(lay_out(list(results.values()))))
-    print(f"\n{compare_losses(*results.values())}\n{compare_times(results['lora'], results['choice'])}\n")
-    print(f"adapter: {outputs['choice']}")
+    for sentences in (compare_losses(*results.values()), compare_times(results["lora"], results["choice"])):
+        print(f"\n{textwrap.fill(sentences, 100)}")
+    print(f"\nadapter: {outputs['choice']}")
     for picture in list_pictures(list(outputs.values())):
         print(f"picture: {picture}")
     print("\n" + "\n".join(describe_next()))
