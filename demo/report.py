@@ -59,8 +59,8 @@ def read_result(output: Path) -> Result:
 def read_events(output: Path) -> tuple[float, float, int, float | None]:
     """Return the eval loss before and after training, the number of steps, and the seconds of a step.
 
-    TensorBoard's records say when each loss was logged. Of these times the lower quartile counts, because other programs
-    on the machine make steps longer and never shorter.
+    TensorBoard's records say when each loss was logged. The lower quartile of these times counts, because other
+    programs on the machine make steps longer and never shorter.
 
     Raises:
         SystemExit: if the records lack an eval loss before or after training.
@@ -81,7 +81,8 @@ def read_events(output: Path) -> tuple[float, float, int, float | None]:
         for earlier, later in itertools.pairwise(logged)
         if later.step > earlier.step  # the last one may be the mean of the whole run
     ]
-    return losses[0].value, losses[-1].value, losses[-1].step, statistics.quantiles(paces)[0] if len(paces) > 1 else None
+    pace = statistics.quantiles(paces)[0] if len(paces) > 1 else None
+    return losses[0].value, losses[-1].value, losses[-1].step, pace
 
 
 def count_parameters(weights: Path) -> int:
