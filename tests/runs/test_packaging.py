@@ -94,7 +94,7 @@ def test_the_source_distribution_holds_the_whole_checkout(built):
     assert not [name for name in names if name.endswith(".pyc") or name.startswith("demo/work")]
 
 
-def test_the_metadata_say_what_a_reader_of_an_index_needs(unpacked, requirements):
+def test_the_metadata_say_what_a_reader_of_an_index_needs(unpacked):
     (distribution,) = importlib.metadata.distributions(path=[str(unpacked)])
     metadata = distribution.metadata
     assert (metadata["Name"], metadata["Version"]) == ("axolotl-layersel", __version__)
