@@ -1,8 +1,8 @@
 # make demo: install the package and run the demo. make check: what can be known in two minutes. make test: that, and then
-# all tests that train or start processes. make coverage: everything, and which lines of the package it ran, which takes
-# half as long again. make docs: serve the manual on this machine. make wheel: build the published files into dist/.
-# make release-check: install that wheel into an empty environment, and run the demo there. All but `make demo` install the
-# development tools too, into .venv.
+# the tests that train or start processes, those for each engine on a few engines. make test-all: those on the other engines
+# too. make coverage: everything, and which lines of the package it ran, which takes half as long again.
+# make docs: serve the manual on this machine. make wheel: build the published files into dist/. make release-check: install
+# that wheel into an empty environment, and run the demo there. All but `make demo` install the development tools too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,9 +22,9 @@ export HF_HUB_OFFLINE := 1
 # axolotl starts accelerate by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The models are so small that a second thread gains little, and loses much where cores are shared.
-check test coverage: export OMP_NUM_THREADS := 1
+check test test-all coverage: export OMP_NUM_THREADS := 1
 
-.PHONY: demo docs site lint check test coverage wheel release-check
+.PHONY: demo docs site lint check test test-all coverage wheel release-check
 
 demo: $(PACKAGE)
 	$(BIN)/python -m demo
@@ -49,6 +49,9 @@ check: lint
 
 # A file's tests share their runs, so they stay on one process.
 test: check
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not repeats"
+
+test-all: check
 	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "launches or trains"
 
 coverage: lint
