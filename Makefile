@@ -1,11 +1,15 @@
-# make demo: train the demo. make check: what can be known in two minutes. make test: that, and then the tests that train or
-# start processes, those for each engine on a few engines. make test-all: those on the other engines too. make coverage:
-# everything, and which lines of the package it ran, which takes half as long again.
-# make docs: serve the manual on this machine. All install into .venv first.
+# make demo: install the package and run the demo. make check: what can be known in two minutes. make test: that, and then
+# the tests that train or start processes, those for each engine on a few engines. make test-all: those on the other engines
+# too. make coverage: everything, and which lines of the package it ran, which takes half as long again.
+# make docs: serve the manual on this machine. make wheel: build the published files into dist/. make release-check: install
+# that wheel into an empty environment, and run the demo there. All but `make demo` install the development tools too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# When the package was installed, and when the development tools were.
+PACKAGE := $(VENV)/.installed-package
 STAMP := $(VENV)/.installed
+RELEASE := build/release
 MERMAID := build/package/dist/mermaid.min.js
 # Processes that share the tests. Each takes one core and, at the most, some 5 GB.
 WORKERS ?= 2
@@ -18,14 +22,12 @@ export HF_HUB_OFFLINE := 1
 # axolotl starts accelerate by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The models are so small that a second thread gains little, and loses much where cores are shared.
-check test test-all coverage demo: export OMP_NUM_THREADS := 1
+check test test-all coverage: export OMP_NUM_THREADS := 1
 
-.PHONY: demo docs site lint check test test-all coverage
+.PHONY: demo docs site lint check test test-all coverage wheel release-check
 
-demo: $(STAMP)
-	$(BIN)/python -m demo.prepare
-	$(BIN)/axolotl train example_configs/demo.yml
-	$(BIN)/python -m demo.report
+demo: $(PACKAGE)
+	$(BIN)/python -m demo
 
 docs: site
 	$(BIN)/mkdocs serve
@@ -55,9 +57,30 @@ test-all: check
 coverage: lint
 	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 --cov --cov-report=term
 
-$(STAMP): pyproject.toml | $(BIN)/python
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+# Installs 4.5 GB or more, too much for `make test`: tests/runs/test_packaging.py runs the wheel next to .venv's libraries.
+release-check: wheel
+	rm -rf $(RELEASE)
+	mkdir -p $(RELEASE)/example_configs
+	$(PYTHON) -m venv $(RELEASE)/venv
+	$(RELEASE)/venv/bin/python -m pip install torch==2.13.0
+	$(RELEASE)/venv/bin/python -m pip install "$$(ls dist/*.whl)[plots]"
+	cp -r demo $(RELEASE)/demo
+	rm -rf $(RELEASE)/demo/work
+	cp example_configs/demo.yml $(RELEASE)/example_configs
+	cd $(RELEASE) && venv/bin/python -m pip check && venv/bin/axolotl-layersel --version && venv/bin/python -m demo
+
+$(PACKAGE): pyproject.toml | $(BIN)/python
 # torch first: where the index has a CPU build, a machine without a GPU gets that one.
 	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -e '.[plots]'
+	touch $@
+
+$(STAMP): $(PACKAGE)
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@
 

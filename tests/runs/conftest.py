@@ -14,6 +14,7 @@ import pytest
 import yaml
 from helpers.launched import MadeOnce, Run, Zygote
 from helpers.places import ENVIRONMENT, ROOT
+from helpers.published import Built, build
 from helpers.settings import PLAIN, engine_settings, selection
 
 
@@ -33,6 +34,12 @@ def zygote(tmp_path_factory):
     yield server
     process.stdin.close()
     process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Built:
+    """The published files of the checkout."""
+    return build(tmp_path_factory.mktemp("build"))
 
 
 @pytest.fixture(scope="session")

@@ -1,76 +1,139 @@
-"""A short version of ``make demo``: prepare, train with real Axolotl, report."""
+"""A short version of ``make demo``, from the wheel: nothing of the checkout but the demo's own files is there."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers.places import ENVIRONMENT, ROOT
+import yaml
+from helpers.places import ROOT
+from helpers.published import call, install_beside
+from peft import PeftConfig
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEPS = 4
-
-
-def run(*command: str) -> str:
-    """Return the output of a command, which must succeed."""
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout[-6000:]}"
-    return done.stdout
+PREPARE = ("-m", "demo.prepare", "--max-steps", "5")
+# What only the checkout and its development tools have.
+DEVELOPMENT = ("helpers", "tests", "benchmarks", "docs")
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> tuple[Path, str, str]:
-    """The folder of the demo, and the output of its training and of its report."""
-    work = tmp_path_factory.mktemp("demo")
-    run(sys.executable, "-m", "demo.prepare", "--work", str(work), "--max-steps", "5")
-    text = (ROOT / "example_configs" / "demo.yml").read_text().replace("demo/work", str(work))
-    text, replaced = re.subn(r"^eval_steps: .*$", f"eval_steps: {STEPS}\nmax_steps: {STEPS}", text, flags=re.MULTILINE)
-    assert replaced == 1
-    (work / "demo.yml").write_text(text)
-    trained = run("axolotl", "train", str(work / "demo.yml"))
-    return work, trained, run(sys.executable, "-m", "demo.report", "--output", str(work / "output"))
+def place(tmp_path_factory) -> Path:
+    """A folder with the files that the demo consists of."""
+    folder = tmp_path_factory.mktemp("demo")
+    shutil.copytree(ROOT / "demo", folder / "demo", ignore=shutil.ignore_patterns("work", "__pycache__"))
+    (folder / "example_configs").mkdir()
+    shutil.copy(ROOT / "example_configs" / "demo.yml", folder / "example_configs")
+    return folder
 
 
-def test_the_base_model_is_kept_for_the_next_time(demo):
-    work, *_ = demo
+@pytest.fixture(scope="module")
+def python(built, tmp_path_factory) -> Path:
+    """The interpreter of an environment with the wheel."""
+    return install_beside(built.wheel, tmp_path_factory.mktemp("wheel") / "venv") / "python"
+
+
+@pytest.fixture(scope="module")
+def printed(python, place) -> str:
+    """The output of the demo."""
+    short = ("--steps", str(STEPS), "--pretrain-steps", "5")
+    return call(python, "-m", "demo", *short, cwd=place, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def work(printed, place) -> Path:
+    """The folder that the demo has written to."""
+    return place / "demo" / "work"
+
+
+def test_the_package_is_the_wheels_and_the_checkout_is_not_there(python, place):
+    code = "import sys, axolotl_layersel, importlib.util as u; print(axolotl_layersel.__file__, *sys.path, sep='\\n')"
+    file, *path = call(python, "-c", code, cwd=place).splitlines()
+    assert Path(file).is_relative_to(python.parents[1]) and str(ROOT) not in path
+    code = f"import importlib.util as u; print([name for name in {DEVELOPMENT} if u.find_spec(name)])"
+    assert call(python, "-c", code, cwd=place).strip() == "[]"
+
+
+def test_the_base_model_is_kept_for_the_next_time(python, place, work):
     before = (work / "base" / "model.safetensors").stat()
-    printed = run(sys.executable, "-m", "demo.prepare", "--work", str(work), "--max-steps", "5")
-    assert "exists already" in printed
+    assert "exists already" in call(python, *PREPARE, cwd=place)
     assert (work / "base" / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_training_prints_the_layer_table(demo):
-    _, trained, _ = demo
-    assert "cka keeps 4 of 8 layers" in trained
-    rows = re.findall(r"^ +(\d) +([\d.e-]+) +█+ *(yes)?$", trained, re.MULTILINE)
+def test_every_run_is_an_axolotl_train_and_differs_from_the_example_in_one_thing(work, printed):
+    commands = re.findall(r"^\$ (.*)$", printed, flags=re.MULTILINE)
+    names = ("lora", "choice", "random")
+    assert commands[1:4] == [f"axolotl train demo/work/{name}.yml --launcher python" for name in names]
+    example = yaml.safe_load((ROOT / "example_configs" / "demo.yml").read_text())
+    configs = {name: yaml.safe_load((work / f"{name}.yml").read_text()) for name in names}
+    shortened = {"max_steps": STEPS, "eval_steps": STEPS, "logging_steps": 1}
+    assert configs["choice"] == {**example, **shortened}
+    for name in ("lora", "random"):
+        assert configs[name].pop("output_dir") == f"demo/work/{name}"
+        rest = {key: value for key, value in configs["choice"].items() if key != "output_dir"}
+        assert {"plugins", "layersel", *configs[name]} == rest.keys()
+        assert all(rest[key] == value for key, value in configs[name].items() if key != "layersel")
+    assert not {"plugins", "layersel"} & configs["lora"].keys()
+    assert configs["random"]["layersel"]["selection"] == {
+        "method": "random",
+        "ratio": example["layersel"]["selection"]["ratio"],
+        "rank_allocation": "match",
+    }
+
+
+def test_training_prints_the_layer_table(printed):
+    _, _, choice, _ = printed.split("\n$ axolotl train ")
+    assert "cka keeps 4 of 8 layers" in choice
+    rows = re.findall(r"^ +(\d) +([\d.e-]+) +█+ *(yes)?$", choice, re.MULTILINE)
     assert [int(layer) for layer, _, _ in rows] == list(range(8))
     assert sum(bool(chosen) for _, _, chosen in rows) == 4
 
 
-def test_the_adapter_holds_the_chosen_layers(demo):
-    work, *_ = demo
-    plan = json.loads((work / "output" / "layersel" / "plan.json").read_text())
-    chosen = {choice["layer"] for choice in plan["layers"] if choice["selected"]}
-    tensors = load_file(work / "output" / "adapter_model.safetensors")
-    assert {int(re.search(r"\.layers\.(\d+)\.", name)[1]) for name in tensors} == chosen
-    assert len(plan["calibration_rows"]) == 64
+def read_layers(output: Path) -> set[int]:
+    tensors = load_file(output / "adapter_model.safetensors")
+    return {int(re.search(r"\.layers\.(\d+)\.", name)[1]) for name in tensors}
 
 
-def test_the_report_ends_with_the_adapter_and_the_losses(demo):
-    work, _, report = demo
-    adapter, losses = report.splitlines()[-2:]
-    assert adapter == f"adapter: {work / 'output'}"
-    history = json.loads((work / "output" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
-    before, after = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
-    assert losses == f"eval loss: {before:.3f} before training, {after:.3f} after {STEPS} steps"
-    assert after < before
+def test_the_adapters_hold_the_chosen_layers_at_twice_the_rank(work):
+    assert read_layers(work / "lora") == set(range(8))
+    assert PeftConfig.from_pretrained(str(work / "lora")).r == 8
+    for name in ("choice", "random"):
+        plan = json.loads((work / name / "layersel" / "plan.json").read_text())
+        chosen = {choice["layer"] for choice in plan["layers"] if choice["selected"]}
+        assert read_layers(work / name) == chosen and len(chosen) == 4
+        assert set(plan["ranks"].values()) == {16}
+        assert len(plan["calibration_rows"]) == (64 if name == "choice" else 0)
+
+
+def test_the_report_compares_the_runs(work, printed):
+    rows = re.findall(r"^(.*layers)  +([\d.]+) +([\d.]+) +([\d,]+) +([\d.]+)$", printed, flags=re.MULTILINE)
+    assert [row[0].strip() for row in rows] == [
+        "plain LoRA, all layers",
+        "cka, 4 of 8 layers",
+        "random, 4 of 8 layers",
+    ]
+    assert len({row[3] for row in rows}) == 1, "as many trainable parameters in each"
+    for (_, before, after, parameters, _), name in zip(rows, ("lora", "choice", "random")):
+        (events,) = (work / name).rglob("events.out.tfevents.*")
+        logged = EventAccumulator(str(events)).Reload().Scalars("eval/loss")
+        assert [f"{entry.value:.3f}" for entry in logged] == [before, after]
+        assert [entry.step for entry in logged] == [0, STEPS] and float(after) < float(before)
+        tensors = load_file(work / name / "adapter_model.safetensors").values()
+        assert f"{sum(tensor.numel() for tensor in tensors):,}" == parameters
+
+
+def test_the_report_says_whether_the_choice_wins_and_how_to_go_on(work, printed, python):
+    end = printed[printed.index("loss before") :]
+    lora, choice, drawn = (float(x) for x in re.findall(r"layers  +[\d.]+ +([\d.]+)", end))
+    if len({lora, choice, drawn}) == 3:  # as they are printed
+        sentences = " ".join(end.split())
+        assert ("It wins" in sentences) == (choice < lora and choice < drawn)
+        assert ("It does not win" in sentences) == (choice > lora or choice > drawn)
+        assert sentences.count("below") == (choice < lora) + (choice < drawn)
+    assert "adapter: demo/work/choice\n" in end
+    pictures = {str(path.relative_to(work.parents[1])) for path in work.rglob("layersel/*.png")}
+    assert set(re.findall(r"^picture: (.*)$", end, flags=re.MULTILINE)) == pictures
+    assert f"  source {python.parent}/activate\n  axolotl-layersel check run.yml\n  axolotl train run.yml\n" in end
+    assert (python.parent / "activate").exists() and (python.parent / "axolotl-layersel").exists()

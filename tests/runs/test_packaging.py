@@ -3,19 +3,17 @@
 import ast
 import importlib.metadata
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from helpers.places import ENVIRONMENT, ROOT
+from helpers.places import ROOT
+from helpers.published import call
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from axolotl_layersel import __version__
 
@@ -38,41 +36,6 @@ PLAN = {
     "processes": 1,
     "seconds": 0.5,
 }
-
-
-def call(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Run a command without the checkout on its path, and return the output."""
-    inherited = {key: value for key, value in {**os.environ, **ENVIRONMENT}.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**inherited, "COLUMNS": "120", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
-class Built(NamedTuple):
-    """The two published files."""
-
-    sdist: Path
-    wheel: Path
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Built:
-    """The source distribution, and the wheel that is built from it, of a copy of the checkout."""
-    folder = tmp_path_factory.mktemp("build")
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "work")
-    source = shutil.copytree(ROOT, folder / "source", ignore=ignored)
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", cwd=source)
-    (sdist,) = (folder / "dist").glob("*.tar.gz")
-    (wheel,) = (folder / "dist").glob("*.whl")
-    return Built(sdist, wheel)
 
 
 @pytest.fixture(scope="session")
@@ -120,14 +83,34 @@ def test_the_wheel_holds_the_package_alone_and_all_of_it(built):
     assert f"{metadata}/licenses/LICENSE" in names
 
 
-def test_the_source_distribution_holds_the_tests_and_what_they_read(built):
+def test_the_source_distribution_holds_the_whole_checkout(built):
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "demo/prepare.py"}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "example_configs").rglob("*.*")}
-    assert not wanted - names
+    source = built.sdist.parents[1] / "source"
+    made = {"build", "dist", "axolotl_layersel.egg-info"}  # by the build itself
+    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    assert {str(file) for file in files if file.parts[0] not in made} - names == set()
+    assert {"tests/conftest.py", "docs/support.json", "benchmarks/gpu.sh", "example_configs/slurm.sh"} <= names
     assert not [name for name in names if name.endswith(".pyc") or name.startswith("demo/work")]
+
+
+def test_the_metadata_say_what_a_reader_of_an_index_needs(unpacked):
+    (distribution,) = importlib.metadata.distributions(path=[str(unpacked)])
+    metadata = distribution.metadata
+    assert (metadata["Name"], metadata["Version"]) == ("axolotl-layersel", __version__)
+    assert (metadata["License-Expression"], metadata["License-File"]) == ("Apache-2.0", "LICENSE")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    named = [line.rpartition(" ")[2] for line in metadata.get_all("Classifier") if " :: Python :: 3." in line]
+    python = SpecifierSet(metadata["Requires-Python"])
+    assert named == [version for minor in range(6, 20) if (version := f"3.{minor}") in python]
+    assert set(metadata.get_all("Provides-Extra")) == {"deepspeed", "plots", "docs", "dev"}
+    assert {(entry.group, entry.name) for entry in distribution.entry_points} == {
+        ("console_scripts", "axolotl-layersel"),
+        ("axolotl.cli_commands", "layersel"),
+        ("torch.backends", "axolotl_layersel"),
+    }
+    assert all(callable(entry.load()) for entry in distribution.entry_points)
 
 
 @pytest.mark.parametrize("command", [["axolotl-layersel"], ["python", "-m", "axolotl_layersel"]])

@@ -13,12 +13,15 @@ from helpers.documents import PAGES, README, Block, find_blocks, find_section, l
 from helpers.places import ROOT
 from markdown.extensions.toc import slugify
 
+from axolotl_layersel import __version__
 from axolotl_layersel.config.flexora import FlexoraConfig
 from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 
+COMPARISON = ROOT / "benchmarks" / "peft_method_comparison" / "README.md"
 DOCUMENTS = [README, *PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"))]
+DOCUMENTS.append(COMPARISON)
 # What a fragment is merged into.
 FILE = {
     "base_model": "base",
@@ -37,6 +40,8 @@ FILE = {
 # Programs that are not installed here, and the options of theirs that are named.
 PROGRAMS = {
     "vllm": {"--enable-lora", "--lora-modules", "--max-lora-rank"},
+    "curl": {"-H", "-d"},
+    "hf": set(),
     "kubectl": {"--from-file", "-f"},
     "sbatch": set(),
 }
@@ -68,8 +73,9 @@ def test_the_readme_and_the_first_page_begin_with_the_same_whole_file():
 
 def split_commands(block: Block) -> list[list[str]]:
     """Return the commands of a block as words, without comments."""
-    lines = block.text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    # A line goes on after a backslash, and within quotes.
+    lines = re.findall(r"(?:'[^']*'|\\\n|[^'\n])+", block.text)
+    return [words for line in lines if (words := shlex.split(line.replace("\\\n", " "), comments=True))]
 
 
 def find_options(words: list[str]) -> set[str]:
@@ -120,7 +126,7 @@ def check_command(words: list[str]) -> None:
     elif program == "axolotl":
         check_click(cli, rest)
     elif program == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
         assert set(rest) <= targets
     elif program == "python":
         script = (ROOT / rest[0]).read_text()
@@ -130,7 +136,9 @@ def check_command(words: list[str]) -> None:
         project = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
         extras = re.findall(r"^(\w+) = ", project, flags=re.MULTILINE)
         named = re.fullmatch(r"\.(?:\[(\w+)\])?", rest[1])
-        assert rest[0] == "install" and (named[1] in {None, *extras} if named else rest[1] in read_pinned())
+        wheel = f"axolotl_layersel-{__version__}-py3-none-any.whl"
+        known = named[1] in {None, *extras} if named else rest[1] in {wheel, *read_pinned()}
+        assert rest[0] == "install" and known
     elif program in ("accelerate", "torchrun"):
         check_launcher(program, rest[1:] if program == "accelerate" else rest)
     else:
@@ -144,7 +152,7 @@ def read_pinned() -> set[str]:
     return set(re.findall(r"pip install ([\w.=]+)", (ROOT / "Makefile").read_text()))
 
 
-@pytest.mark.parametrize("block", list_blocks("bash"), ids=str)
+@pytest.mark.parametrize("block", [*list_blocks("bash"), *find_blocks(COMPARISON, "bash")], ids=str)
 def test_the_commands_of_a_block_are_known(block):
     commands = split_commands(block)
     assert commands
@@ -162,6 +170,7 @@ def test_the_commands_of_a_block_are_known(block):
         "make tests",
         "python benchmarks/quality.py report runs.csv --pictures curves.svg",
         "pip install '.[plot]'",
+        "pip install axolotl-layersel",
     ],
 )
 def test_a_command_that_is_not_there_is_found(line):
@@ -217,6 +226,26 @@ def test_links_lead_to_files_and_headings_that_are_there(document):
 
 def test_the_readme_is_read_in_a_few_minutes():
     assert len(README.read_text().split()) <= 900
+
+
+def test_a_served_model_is_asked_with_the_prompt_that_it_was_trained_on():
+    from axolotl.prompters import AlpacaPrompter
+
+    commands = [words for block in find_blocks(ROOT / "docs" / "one-gpu.md", "bash") for words in split_commands(block)]
+    (request,) = (json.loads(words[words.index("-d") + 1]) for words in commands if words[0] == "curl")
+    assert request["prompt"] == next(iter(AlpacaPrompter().build_prompt("How are you?")))
+    assert any(f"{request['model']}=outputs/run" in words for words in commands)
+
+
+def test_the_version_that_documents_name_is_the_packages():
+    text = "".join(document.read_text() for document in (README, *PAGES))
+    named = re.findall(r"axolotl_layersel-([\d.]+)-py3|layersel: plugin ([\d.]+) is loaded", text)
+    assert {version for pair in named for version in pair if version} == {__version__}
+    assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_page_for_axolotls_list_is_short():
+    assert len((ROOT / "docs" / "axolotl.md").read_text().split()) <= 250
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
