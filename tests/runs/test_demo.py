@@ -11,6 +11,8 @@ import pytest
 from helpers.places import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 
+from axolotl_layersel.reports.closing import describe_run
+
 STEPS = 4
 
 
@@ -55,6 +57,13 @@ def test_training_prints_the_layer_table(demo):
     rows = re.findall(r"│\s+(\d)\s+│\s+([\d.e-]+)\s+│[█\s]*│\s+(yes)?\s+│", trained)
     assert [int(layer) for layer, _, _ in rows] == list(range(8))
     assert sum(bool(chosen) for _, _, chosen in rows) == 4
+
+
+def test_training_ends_with_what_it_has_come_to(demo):
+    work, trained, _ = demo
+    closing = describe_run(work / "output", work / "demo.yml")
+    assert trained.splitlines()[-len(closing) :] == closing
+    assert trained.count(closing[0]) == 1
 
 
 def test_the_adapter_holds_the_chosen_layers(demo):
