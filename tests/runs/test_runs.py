@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.checkpoints import find_fault
-from helpers.launched import Run, RunsByEngine, difference, load_with_stock_peft
+from helpers.launched import MadeOnce, Run, difference, load_with_stock_peft
 from helpers.places import ENGINES
 from helpers.settings import BEST_IS_FIRST, selection
 from huggingface_hub import ModelCard
@@ -16,6 +16,7 @@ from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.reports.closing import describe_run
 from axolotl_layersel.reports.model_card import BEGIN, END
 
+ON_EVERY_ENGINE = True  # see tests/conftest.py
 SETTINGS = BEST_IS_FIRST
 NOT_RESUMED_FROM = {
     "README.md",
@@ -42,7 +43,7 @@ VARIABLES = {
 @pytest.fixture(scope="module")
 def whole_runs(train) -> dict[str, Run]:
     """An uninterrupted run on each engine."""
-    return RunsByEngine(lambda engine: train(engine, **SETTINGS))
+    return MadeOnce(lambda engine: train(engine, **SETTINGS))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
