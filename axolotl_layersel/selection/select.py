@@ -1,14 +1,11 @@
 """Layer selection: decide which layers keep their adapter, and apply it before the real engine is built."""
 
 import dataclasses
-import functools
 import logging
 import math
 import time
 from collections.abc import Sized
 from pathlib import Path
-
-from torch import nn
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import gates_path, plan_path
@@ -322,6 +319,21 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
     return decide_on_rank_zero(lambda: plan), choice.history
 
 
+def count_lora(run: Run, capacity: Capacity | None) -> int:
+    """Return the number of LoRA parameters that train, without room for rank that is not in use.
+
+    Sharded weights are not gathered, so the number is the same on every engine and every process.
+    """
+    total, slots = 0, capacity.slots if capacity else {}
+    for name, module in run.lora_modules.items():
+        trained = [parameter for parameter in lora_parameters(run, name) if parameter.requires_grad]
+        if trained and name in slots:
+            total += len(slots[name]) * count_component_parameters(module, run.adapter)
+        else:
+            total += sum(math.prod(run.engine.find_shape(parameter)) for parameter in trained)
+    return total
+
+
 def measure_stability(selection: Selection, plan: Plan, repeat: int) -> Stability:
     """Choose again with the seeds after the plan's, and return how far all ``repeat`` choices agree."""
     plans = [plan]
@@ -385,34 +397,8 @@ def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
     write_plan(plan, plan_path(output))
 
 
-def count_lora(run: Run, capacity: Capacity | None) -> int:
-    """Return the number of LoRA parameters that train, without room for rank that is not in use.
-
-    Sharded weights are not gathered, so the number is the same on every engine and every process.
-    """
-    total, slots = 0, capacity.slots if capacity else {}
-    for name, module in run.lora_modules.items():
-        trained = [parameter for parameter in lora_parameters(run, name) if parameter.requires_grad]
-        if trained and name in slots:
-            total += len(slots[name]) * count_component_parameters(module, run.adapter)
-        else:
-            total += sum(map(functools.partial(count_elements, run), trained))
-    return total
-
-
-def count_elements(run: Run, parameter: nn.Parameter) -> int:
-    """Return the number of elements of a parameter, which may be sharded."""
-    return math.prod(run.engine.find_shape(parameter))
-
-
 def report_parameters(run: Run, plan: Plan) -> None:
-    """Log the number of trainable parameters, and that of LoRA's next to plain LoRA's."""
-    trainable = sum(count_elements(run, parameter) for parameter in run.model.parameters() if parameter.requires_grad)
-    assert plan.parameters is not None, "they were counted when the plan was applied"
-    LOG.info(
-        "layersel: %s parameters train; %d layers keep LoRA, with %s of plain LoRA's %s parameters",
-        f"{trainable:,}",
-        len(plan.selected),
-        f"{plan.parameters.trained:,}",
-        f"{plan.parameters.plain:,}",
-    )
+    """Log the number of trainable parameters, on process 0, unless it is that of the budget, which the plan tells."""
+    trainable = sum(math.prod(run.engine.find_shape(p)) for p in run.model.parameters() if p.requires_grad)
+    if get_rank() == 0 and (plan.budget is None or trainable != plan.budget.spent):
+        LOG.info("layersel: %s parameters train", f"{trainable:,}")
