@@ -200,7 +200,8 @@ def export(
     try:
         if not force:
             check_target(adapter, output)
-        from axolotl_layersel.lora.export import export_adapter, find_vllm_rank
+        from axolotl_layersel.lora.export import export_adapter
+        from axolotl_layersel.lora.readers import find_vllm_rank
 
         rank = export_adapter(adapter, layout.value, output)
         write_record(adapter, output, layout.value)

@@ -8,8 +8,6 @@ from axolotl_layersel.lora.layouts import WAY_OUT, lay_out, read_adapter, write_
 from axolotl_layersel.lora.patterns import resolve
 
 LAYOUTS = ("ragged", "uniform")
-# The values that vLLM accepts for --max-lora-rank.
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def find_factor_fault(factors: dict[str, Factors], ranks: dict[str, int]) -> str | None:
@@ -46,8 +44,3 @@ def export_adapter(folder: str | Path, layout: str, output: str | Path) -> int:
     tensors, config = lay_out(folded, rest, config, layout)
     write_adapter(output, tensors, config)
     return config.r
-
-
-def find_vllm_rank(rank: int) -> int | None:
-    """Return the ``max_lora_rank`` that vLLM needs for adapters of ``rank``, None if none suffices."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)

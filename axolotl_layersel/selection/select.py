@@ -9,7 +9,7 @@ from pathlib import Path
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import gates_path, plan_path
-from axolotl_layersel.common.versions import find_version
+from axolotl_layersel.common.versions import find_versions
 from axolotl_layersel.config.facts import read_fact
 from axolotl_layersel.config.initialisation import changes_base, check_redrawn, check_supported, describe_continued
 from axolotl_layersel.config.methods import get_method, list_data_free
@@ -25,6 +25,7 @@ from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
 from axolotl_layersel.engines.signals import ending_on_signal
 from axolotl_layersel.l1ra.capacity import Capacity, start_from
 from axolotl_layersel.lora.layers import LayerStack, find_layer_stack
+from axolotl_layersel.lora.modules import count_component_parameters
 from axolotl_layersel.lora.plain_lora import check_linear
 from axolotl_layersel.lora.removal import freeze_unselected, remove_modules, remove_unselected
 from axolotl_layersel.lora.resizing import set_ranks
@@ -35,7 +36,7 @@ from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import find_mean_overlap
 from axolotl_layersel.selection.fitting import fit_to_data, fit_to_units
 from axolotl_layersel.selection.gate_history import GateHistory
-from axolotl_layersel.selection.plan import LayerChoice, Plan, Stability, Tower
+from axolotl_layersel.selection.plan import LayerChoice, Parameters, Plan, Stability, Tower
 from axolotl_layersel.selection.plan_checks import ModelFacts
 from axolotl_layersel.selection.plan_file import write_plan
 from axolotl_layersel.selection.provenance import describe_shape
@@ -93,7 +94,7 @@ def select_layers(
     check_base(run, continues_adapter, unselected == "remove")
 
     # Decide.
-    history = None
+    history, plain = None, count_lora(run, capacity)
     if reused:
         plan = adopt_plan(run, stack, reused, facts, repeat)
     else:
@@ -104,6 +105,7 @@ def select_layers(
     if plan.ranks:
         apply_ranks(run, plan, capacity, continues_adapter)
     plan.backward_end = stack.names[find_lowest_trained(run.model, stack)]
+    plan.parameters = Parameters(plain=plain, trained=count_lora(run, capacity))
     run.trainer.add_callback(LayerSelectionCallback(run, stack, plan))
 
     # Record.
@@ -309,17 +311,28 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
         dataset_fingerprint=choice.fingerprint,
         base_model=run.config.base_model_name_or_path,
         base_shape=describe_shape(run.base.config),
-        versions={
-            name: version
-            for name in ("axolotl-layersel", "axolotl", "torch", "transformers", "peft")
-            if (version := find_version(name)) is not None  # a plain Trainer needs no Axolotl
-        },
+        versions=find_versions(),
         engine=run.engine.name,
         processes=run.trainer.args.world_size,
         seconds=round(time.monotonic() - started, 3),
     )
     # The plans of all processes are equal except for the seconds; process 0's is kept.
     return decide_on_rank_zero(lambda: plan), choice.history
+
+
+def count_lora(run: Run, capacity: Capacity | None) -> int:
+    """Return the number of LoRA parameters that train, without room for rank that is not in use.
+
+    Sharded weights are not gathered, so the number is the same on every engine and every process.
+    """
+    total, slots = 0, capacity.slots if capacity else {}
+    for name, module in run.lora_modules.items():
+        trained = [parameter for parameter in lora_parameters(run, name) if parameter.requires_grad]
+        if trained and name in slots:
+            total += len(slots[name]) * count_component_parameters(module, run.adapter)
+        else:
+            total += sum(math.prod(run.engine.find_shape(parameter)) for parameter in trained)
+    return total
 
 
 def measure_stability(selection: Selection, plan: Plan, repeat: int) -> Stability:

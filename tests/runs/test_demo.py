@@ -13,6 +13,8 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from axolotl_layersel.reports.closing import describe_run
+
 STEPS = 4
 PREPARE = ("-m", "demo.prepare", "--max-steps", "5")
 # What only the checkout and its development tools have.
@@ -89,6 +91,14 @@ def test_training_prints_the_layer_table(printed):
     rows = re.findall(r"^ +(\d) +([\d.e-]+) +█+ *(yes)?$", choice, re.MULTILINE)
     assert [int(layer) for layer, _, _ in rows] == list(range(8))
     assert sum(bool(chosen) for _, _, chosen in rows) == 4
+
+
+def test_training_ends_with_what_it_has_come_to(place, printed, monkeypatch):
+    monkeypatch.chdir(place)
+    _, _, choice, _ = printed.split("\n$ axolotl train ")
+    closing = describe_run(Path("demo/work/choice"), Path("demo/work/choice.yml"))
+    assert choice.rstrip().splitlines()[-len(closing) :] == closing
+    assert choice.count(closing[0]) == 1
 
 
 def read_layers(output: Path) -> set[int]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.ending import PREFIX
+from helpers.ending import CLOSING, PREFIX
 from helpers.places import ENVIRONMENT, ROOT
 from helpers.settings import selection
 
@@ -54,7 +54,7 @@ def test_what_a_run_is_refused_is_the_last_line_and_said_once(make_config, engin
     sentence = f"{PREFIX}layersel.selection.plan: nowhere/plan.json cannot be read (No such file or directory). "
     assert lines[-1].startswith(sentence), lines[-5:]
     text = "\n".join(lines)
-    assert text.count(PREFIX) == 1
+    assert text.count(PREFIX) == 1 and CLOSING not in text
     assert "Traceback" not in text and "CalledProcessError" not in text
     assert any("] layersel: plugin " in line and "is loaded" in line for line in lines)
     assert "Traceback" in (output / LOG_FILE).read_text(), "where it came from is in the log of the run"

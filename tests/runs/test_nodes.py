@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.documents import find_section
+from helpers.ending import CLOSING
 from helpers.launched import MadeOnce, Run, difference
 from helpers.nodes import INTERFACE, Node, make_nodes
 from helpers.places import ENVIRONMENT
@@ -150,6 +151,7 @@ def test_two_nodes_choose_move_rank_and_train_as_one_process_does(whole_runs, al
     run = whole_runs[engine]
     assert run.on[0].engine["engine"] == engine.split("-")[0] and run.on[0].engine["processes"] == 2
     check_equal(run, alone)
+    assert run.log.count(CLOSING) == 1, "one of the nodes says it, once"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -8,10 +8,13 @@ from helpers.checkpoints import find_fault
 from helpers.launched import MadeOnce, Run, difference, load_with_stock_peft
 from helpers.places import ENGINES
 from helpers.settings import BEST_IS_FIRST, selection
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from axolotl_layersel import engines
 from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.reports.closing import describe_run
+from axolotl_layersel.reports.model_card import BEGIN, END
 
 ON_EVERY_ENGINE = True  # see tests/conftest.py
 SETTINGS = BEST_IS_FIRST
@@ -94,6 +97,31 @@ def test_the_adapter_holds_the_selected_layers_alone(whole_runs, engine):
 def test_the_engines_optimizer_holds_the_selected_layers_alone(whole_runs, engine):
     run = whole_runs[engine]
     assert run.engine["optimized"] == sum(value.numel() for value in run.adapter().values())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_counts_the_parameters_that_train_and_ends_with_what_the_run_has_come_to(whole_runs, engine):
+    run = whole_runs[engine]
+    trained = sum(value.numel() for value in run.adapter().values())
+    assert run.plan["parameters"] == {"plain": 2 * trained, "trained": trained}
+    closing = describe_run(run.folder, run.folder.with_name("config.yml"))
+    assert run.log.count("\n".join(closing)) == 1 and run.log.count(closing[0]) == 1
+    # The log of process 0 comes first. Its streams are one file.
+    assert engine != "single" or run.log.splitlines()[-len(closing) :] == closing
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_cards_of_checkpoints_and_of_the_end_say_once_what_was_chosen(whole_runs, engine):
+    run, sections = whole_runs[engine], {}
+    for place in ("checkpoint-2", "checkpoint-6", "."):
+        card = ModelCard.load(run.folder / place / "README.md")
+        before, begin, section = card.text.partition(BEGIN)
+        assert begin and END in section and card.text.count("## Layer selection") == 1
+        assert card.data.library_name == "peft" and "lora" in card.data.tags
+        sections[place] = section.partition(END)[0]
+        assert (place == ".") == ("See axolotl config" in before), "Axolotl writes the card of the end anew"
+    assert len(set(sections.values())) == 1
+    assert run.plan["dataset_fingerprint"] in sections["."] and "method: cka" in sections["."]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

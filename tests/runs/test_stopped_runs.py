@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.ending import CLOSING
 from helpers.launched import (
     INTERRUPTED,
     KILLED,
@@ -129,12 +130,13 @@ def test_a_run_that_is_terminated_and_started_again_ends_as_if_it_had_not_been(t
     whole = whole_runs[engine]
     ended = train(engine, expect=TERMINATED, env={"LAYERSEL_TEST_SIGNAL": signal}, **SETTINGS)
     assert f"SIGTERM: ended after step {step}; `auto_resume_from_checkpoints: true` goes on from" in ended.log
-    assert "Traceback" not in ended.log
+    assert "Traceback" not in ended.log and CLOSING not in ended.log
     assert not (ended.folder / f"checkpoint-{step + 1}").exists()
     assert not (ended.folder / "adapter_model.safetensors").exists()
     resumed = train(engine, output=ended.folder, **RESUMING)
     assert (resumed.folder / f"weights_at_{step}.safetensors").exists(), f"it did not resume at step {step}"
     check_same_end(whole, resumed, engine)
+    assert resumed.log.count(CLOSING) == 1
     tolerance = 0 if engine == "single" else 1e-6
     assert resumed.log_history() == [
         {key: pytest.approx(value, abs=tolerance) for key, value in entry.items()} for entry in whole.log_history()
@@ -149,6 +151,7 @@ def test_an_interrupted_run_leaves_an_adapter_that_loads(train, whole_runs, engi
     for engine, run in runs.items():
         adapter = run.adapter()
         assert adapter.keys() == whole_runs[engine].adapter().keys(), engine
+        assert CLOSING not in run.log and whole_runs[engine].log.count(CLOSING) == 1, engine
         assert all(value.numel() > 0 for value in adapter.values()), engine
         assert difference(adapter, whole_runs[engine].adapter("checkpoint-2")) > 1e-5, engine
         assert stock[str(run.folder)].isfinite().all()

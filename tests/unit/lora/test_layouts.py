@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.lora import layouts
-from axolotl_layersel.lora.export import LAYOUTS, export_adapter, find_vllm_rank
+from axolotl_layersel.lora.export import LAYOUTS, export_adapter
 from axolotl_layersel.lora.factors import Factors, drop_unused, find_used, fold, pad, split
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.patterns import read_pattern, write_pattern
+from axolotl_layersel.lora.readers import find_vllm_rank
 
 TOKENS = torch.arange(3, 33)[None]
 # Ranks by the end of a module's name; q_proj of layer 1 is also matched by the name q_proj.
