@@ -3,6 +3,8 @@
 from pathlib import Path
 
 FOLDER = "layersel"  # in the folder of a run and of each checkpoint
+PICTURES = ("scores", "gates", "ranks")
+PICTURE_ENDINGS = (".png", ".svg")
 
 
 def plan_path(folder: str | Path) -> Path:
@@ -23,3 +25,13 @@ def gates_path(folder: str | Path) -> Path:
 def state_path(checkpoint: str | Path) -> Path:
     """Return the path of the state that ``l1ra`` resumes from."""
     return Path(checkpoint) / FOLDER / "state.safetensors"
+
+
+def picture_path(folder: str | Path, name: str, ending: str) -> Path:
+    """Return the path of a picture of a run: one of ``PICTURES`` with one of ``PICTURE_ENDINGS``."""
+    return Path(folder) / FOLDER / f"{name}{ending}"
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """Return the paths of all pictures that a run can have."""
+    return [picture_path(folder, name, ending) for name in PICTURES for ending in PICTURE_ENDINGS]

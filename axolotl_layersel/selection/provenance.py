@@ -32,13 +32,18 @@ def describe_shape(config: Any) -> dict[str, int | str]:
     return {key: value for key, value in values.items() if type(value) in (int, str)}
 
 
-def shorten(base_model: str) -> str:
-    """Return the name of a model without its location: the last part of a path or hub name, in lower case.
+def name_model(base_model: str) -> str:
+    """Return the name of a model without its location: the last part of a path or hub name.
 
     The hub's cache keeps a model in a folder named after its revision, inside one that has the model's name.
     """
     cached = re.findall(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\]", f"{base_model}/")
-    return (cached[-1] if cached else Path(base_model).absolute().name).lower()
+    return cached[-1] if cached else Path(base_model).absolute().name
+
+
+def shorten(base_model: str) -> str:
+    """Return the name of a model by which two are compared, in lower case."""
+    return name_model(base_model).lower()
 
 
 def list_base_differences(plan: Plan, base_model: str | None, shape: dict[str, int | str] | None) -> list[str]:

@@ -102,7 +102,7 @@ def select_layers(
     apply_plan(run, stack, plan)
     if plan.ranks:
         apply_ranks(run, plan, capacity, continues_adapter)
-    run.trainer.add_callback(LayerSelectionCallback(run, stack, plan))
+    run.trainer.add_callback(LayerSelectionCallback(run, stack))
 
     # Record.
     output = run.output_dir
