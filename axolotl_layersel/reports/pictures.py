@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import write_atomically
-from axolotl_layersel.common.paths import PICTURE_ENDINGS, PICTURES, gates_path, picture_path
+from axolotl_layersel.common.paths import PICTURE_ENDINGS, PICTURES, gates_path, name_model, picture_path
 from axolotl_layersel.common.tables import arrange, find_places
 from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.config.layer_names import is_layer_name
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.selection.gate_history import GateHistory
 from axolotl_layersel.selection.plan import Plan
-from axolotl_layersel.selection.provenance import name_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
