@@ -136,8 +136,8 @@ def show(
     picture: Annotated[
         Path | None,
         typer.Option(
-            help="Also draw the ranks, and a search's gates or the plan's scores, to this file, such as run.png. A "
-            "missing folder is made."
+            help="Also draw the ranks, the gates of a search and the scores, as a run does in its folder: the first "
+            "that there is to this file, such as run.png. A missing folder is made."
         ),
     ] = None,
     as_json: Annotated[
@@ -147,7 +147,7 @@ def show(
 ) -> None:
     """Print the chosen layers, and the rank of every module.
 
-    If a run with moving ranks also has a search or a plan with scores, their picture has -gates or -plan in its name.
+    Further pictures have -gates, -scores or -ranks in their names.
     """
     from axolotl_layersel.cli.showing import read_record
     from axolotl_layersel.reports.pictures import check_picture

@@ -2,13 +2,15 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path
 from axolotl_layersel.l1ra.records import RankHistory
-from axolotl_layersel.reports.pictures import draw_gates, draw_plan, draw_ranks, has_scores
+from axolotl_layersel.reports.pictures import list_figures, write_figure
 from axolotl_layersel.reports.plan_table import print_plan
 from axolotl_layersel.reports.rank_table import print_ranks
 from axolotl_layersel.selection.gate_history import GateHistory
@@ -21,11 +23,13 @@ class Record:
     """What a plan.json, or the folder of a run or checkpoint, says.
 
     Attributes:
+        path: the plan.json or the folder.
         plan: the plan; None if there are only ranks.
         history: the ranks by optimizer step; None without ``l1ra``.
         gates: the course of the search; None without one.
     """
 
+    path: Path
     plan: Plan | None
     history: RankHistory | None
     gates: GateHistory | None
@@ -47,28 +51,27 @@ class Record:
         return json.dumps(content, indent=2)
 
     def draw(self, picture: Path) -> list[Path]:
-        """Draw ranks, and gates or else the plan, and return the paths of the pictures.
+        """Draw the pictures that a run has in its folder, and return their paths.
+
+        The first one is drawn to ``picture``, and each further one has its name after the file's.
 
         Raises:
             LayerselError: if there is nothing to draw, or a picture cannot be written.
         """
-        drawn = []
-        if self.history is not None:
-            draw_ranks(self.history.ranks, picture)
-            drawn.append(picture)
-        if self.gates is not None:
-            drawn.append(picture.with_stem(f"{picture.stem}-gates") if drawn else picture)
-            draw_gates(self.gates, find_kept(self.plan, self.gates), drawn[-1])
-        elif self.plan is not None and (has_scores(self.plan) or self.plan.ranks):
-            drawn.append(picture.with_stem(f"{picture.stem}-plan") if drawn else picture)
-            draw_plan(self.plan, drawn[-1])
+        base_model = find_base_model(self.path) if self.plan is None else self.plan.base_model
+        figures = list_figures(self.path, self.plan, self.gates, self.history, base_model)
+        drawn: dict[Path, Callable[[], Any]] = {}
+        for name, make in figures.items():
+            drawn[picture.with_stem(f"{picture.stem}-{name}") if drawn else picture] = make
+        for path, make in drawn.items():
+            write_figure(make, [path])
         if not drawn:
             method = "this plan" if self.plan is None else f"the plan of method {self.plan.method}"
             raise LayerselError(
                 f"--picture: {method} has neither scores nor ranks to draw. Give the folder of a run with l1ra, or a "
                 "plan by a method that scores."
             )
-        return drawn
+        return list(drawn)
 
 
 def read_record(path: Path, with_gates: bool) -> Record:
@@ -80,7 +83,7 @@ def read_record(path: Path, with_gates: bool) -> Record:
         LayerselError: if nothing of this package is there, or it is damaged.
     """
     if not os.path.isdir(path):  # unlike Path.is_dir, it accepts names of any length
-        return Record(read_plan(path, key="PATH"), None, None)
+        return Record(path, read_plan(path, key="PATH"), None, None)
     has_plan, has_ranks, has_gates = (os.path.exists(locate(path)) for locate in (plan_path, ranks_path, gates_path))
     if not (has_plan or has_ranks):
         raise LayerselError(
@@ -89,14 +92,14 @@ def read_record(path: Path, with_gates: bool) -> Record:
         )
     plan = read_plan(plan_path(path), key="PATH") if has_plan else None
     history = RankHistory.read(path) if has_ranks else None
-    return Record(plan, history, GateHistory.read(path) if has_gates and with_gates else None)
+    return Record(path, plan, history, GateHistory.read(path) if has_gates and with_gates else None)
 
 
-def find_kept(plan: Plan | None, gates: GateHistory) -> list[str]:
-    """Return the names of the gates whose layers or modules a plan keeps."""
-    if plan is None:
-        return []
-    modules = tuple(f"{name}." for name in plan.modules) if plan.module_scores else ()
-    # The name of a unit is its layer's number, or the common beginning of its modules' names.
-    units = [unit for unit in gates.names if any(name.startswith(f"{unit}.") for name in modules)]
-    return [*map(str, plan.selected), *units]
+def find_base_model(folder: Path) -> str | None:
+    """Return the base model that the adapter in ``folder`` names, or None."""
+    try:
+        content = json.loads((folder / "adapter_config.json").read_bytes())
+    except (OSError, ValueError):  # for the title of a picture, which does without
+        return None
+    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return name if isinstance(name, str) else None

@@ -1,10 +1,9 @@
 """Compare the base model and the data of a plan with those of a run."""
 
-import re
-from pathlib import Path
 from typing import Any
 
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import name_model
 from axolotl_layersel.config.facts import find_text_config, read_fact
 from axolotl_layersel.selection.data.batch_rows import Collate, read_collated
 from axolotl_layersel.selection.data.calibration import fingerprint, read_row
@@ -33,12 +32,8 @@ def describe_shape(config: Any) -> dict[str, int | str]:
 
 
 def shorten(base_model: str) -> str:
-    """Return the name of a model without its location: the last part of a path or hub name, in lower case.
-
-    The hub's cache keeps a model in a folder named after its revision, inside one that has the model's name.
-    """
-    cached = re.findall(r"models--(?:[^/\\]+--)?([^/\\]+)[/\\]snapshots[/\\]", f"{base_model}/")
-    return (cached[-1] if cached else Path(base_model).absolute().name).lower()
+    """Return the name of a model by which two are compared, in lower case."""
+    return name_model(base_model).lower()
 
 
 def list_base_differences(plan: Plan, base_model: str | None, shape: dict[str, int | str] | None) -> list[str]:

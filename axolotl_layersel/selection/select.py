@@ -106,7 +106,7 @@ def select_layers(
         apply_ranks(run, plan, capacity, continues_adapter)
     plan.backward_end = stack.names[find_lowest_trained(run.model, stack)]
     plan.parameters = Parameters(plain=plain, trained=count_lora(run, capacity))
-    run.trainer.add_callback(LayerSelectionCallback(run, stack, plan))
+    run.trainer.add_callback(LayerSelectionCallback(run, stack))
 
     # Record.
     output = run.output_dir

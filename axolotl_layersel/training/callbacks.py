@@ -13,10 +13,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.engines import collectives, trainers
 from axolotl_layersel.engines.signals import WATCH, SharedSignal, leave
-from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.writer import AdapterWriter
+from axolotl_layersel.reports.pictures import RunPictures
 from axolotl_layersel.reports.rank_table import print_ranks
+from axolotl_layersel.reports.trackers import send_plan
+from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.training import nodes
 from axolotl_layersel.training.leftovers import find_surplus, remove
 
@@ -97,15 +100,32 @@ class TidyCallback(TrainerCallback):
 
 
 @dataclass(eq=False)
-class RankTableCallback(TrainerCallback):
-    """Prints the ranks that ``l1ra`` ended with, after the callback that decides them."""
+class TrackerCallback(TrainerCallback):
+    """Sends the plan to the run's trackers as training begins, once; a resumed run has sent it before."""
 
-    history: RankHistory
+    run: Run
+    plan: Plan
+    sent: bool = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if collectives.get_rank() == 0 and state.global_step == 0 and not self.sent:
+            self.sent = True
+            send_plan(self.run.trainer.callback_handler.callbacks, self.plan, self.run.output_dir)
+
+
+@dataclass(eq=False)
+class RankTableCallback(TrainerCallback):
+    """Prints and draws the ranks that ``l1ra`` ended with, after the callback that decides them."""
+
+    ranks: RankRedistribution
+    pictures: RunPictures
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if collectives.get_rank() == 0:
-            steps = sorted(self.history.ranks)
-            print_ranks(self.history.ranks[steps[0]], self.history.ranks[steps[-1]])
+            history = self.ranks.history
+            steps = sorted(history.ranks)
+            print_ranks(history.ranks[steps[0]], history.ranks[steps[-1]])
+            self.pictures.draw_ranks(history)
 
 
 @dataclass(eq=False)

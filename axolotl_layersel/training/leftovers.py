@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peft.utils import WEIGHTS_NAME
 
-from axolotl_layersel.common.paths import FOLDER, gates_path
+from axolotl_layersel.common.paths import FOLDER, gates_path, list_pictures
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.training.checkpoints import list_checkpoints
@@ -27,7 +27,7 @@ def find_leftovers(output_dir: Path) -> list[Path]:
     Files count if they have a name that this package gives, and folders if they hold only an adapter's files. Links
     are not followed.
     """
-    names = [*list_recorded(), str(gates_path("")), str(record_path(""))]
+    names = [*list_recorded(), *map(str, (gates_path(""), record_path(""), *list_pictures("")))]
     places = [output_dir, *(output_dir / name for name in list_checkpoints(output_dir))]
     found = []
     for folder in [place for place in places if place == output_dir or not place.is_symlink()]:

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import check_output
-from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path, state_path
+from axolotl_layersel.common.paths import gates_path, list_pictures, plan_path, ranks_path, state_path
 from axolotl_layersel.common.versions import find_versions
 from axolotl_layersel.config.engines import moves_state
 from axolotl_layersel.config.l1ra import find_room
@@ -31,6 +31,7 @@ from axolotl_layersel.lora.switching import preserve_trained
 from axolotl_layersel.lora.weights import initialize_lora, restore_live_adapter
 from axolotl_layersel.lora.writer import AdapterWriter
 from axolotl_layersel.reports.model_card import Recipe
+from axolotl_layersel.reports.pictures import RunPictures
 from axolotl_layersel.reports.plan_table import print_plan
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.reuse import read_reused
@@ -42,6 +43,7 @@ from axolotl_layersel.training.callbacks import (
     RestoreCallback,
     ShareCallback,
     TidyCallback,
+    TrackerCallback,
 )
 from axolotl_layersel.training.checkpoints import check_best, check_resumable, holds, is_resumable
 from axolotl_layersel.training.contents import check_lora, describe_lora
@@ -225,12 +227,11 @@ def apply(start: Start, decision: Decision) -> Readiness:
         if resume_from:
             ranks.check(resume_from, RESUMED_KEY)
         trainer.add_callback(RankCallback(ranks, resume_from))
-        trainer.add_callback(RankTableCallback(ranks.history))
     return readiness
 
 
 def record(start: Start, decision: Decision, readiness: Readiness, given: dict[str, Any]) -> None:
-    """Make every save of the trainer complete, and remove leftovers of earlier runs; a collective call.
+    """Draw and send the plan, make every save complete, and remove leftovers of earlier runs; a collective call.
 
     ``given``: see ``contents.write_record``.
     """
@@ -238,7 +239,14 @@ def record(start: Start, decision: Decision, readiness: Readiness, given: dict[s
     trainer = run.trainer
     writer = AdapterWriter(run, ranks.fold if ranks else None, readiness)
     is_complete = functools.partial(is_resumable, settings=start.settings, kind=type(run.engine))
-    foreign = list_foreign_files(start.settings, run.output_dir)
+    foreign = list_foreign_files(start.settings, run.output_dir, resume_from is not None)
+    pictures = RunPictures(run.output_dir, decision.plan, run.config.base_model_name_or_path)
+    if collectives.get_rank() == 0:
+        pictures.draw_plan()
+    if decision.plan:
+        trainer.add_callback(TrackerCallback(run, decision.plan))
+    if ranks:
+        trainer.add_callback(RankTableCallback(ranks, pictures))
     trainer.add_callback(TidyCallback(run, foreign, resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))  # must be the last one
@@ -293,11 +301,16 @@ def find_planned_room(settings: LayerselConfig, resume_from: str | None, lora_r:
     return selection.max_rank or find_matched_room(selection, lora_r)
 
 
-def list_foreign_files(settings: LayerselConfig, output_dir: Path) -> list[Path]:
-    """Return the files of this package in a run's folder that this run does not write."""
+def list_foreign_files(settings: LayerselConfig, output_dir: Path, resumes: bool) -> list[Path]:
+    """Return the files of this package in a run's folder that this run has not written.
+
+    ``resumes``: whether the run resumes, and may have written the pictures of ``l1ra`` before.
+    """
     ranks = [] if settings.l1ra else [ranks_path(output_dir)]
-    # A selection has written its plan already, and written or removed the gates of a search.
-    return ranks if settings.selection else [*ranks, plan_path(output_dir), gates_path(output_dir)]
+    if settings.selection:  # it has written its plan already, and written or removed gates and pictures
+        return ranks
+    pictures = [path for path in list_pictures(output_dir) if not (resumes and path.stem == ranks_path("").stem)]
+    return [*ranks, plan_path(output_dir), gates_path(output_dir), *pictures]
 
 
 def restore_plain_adapter(run: Run, checkpoint: str) -> None:

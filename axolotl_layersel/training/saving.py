@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path, state_path
+from axolotl_layersel.common.paths import gates_path, list_pictures, plan_path, ranks_path, state_path
 from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.trainers import let_one_process_write, note_in_state, replacing, unwrap_model
@@ -214,7 +214,8 @@ def pickle_adapter(folder: Path, save: Callable[[Path], None]) -> None:
 
 def list_records() -> list[str]:
     """Return the files of this package in the folder of a run or of a checkpoint, as paths in it."""
-    return [str(path("")) for path in (plan_path, gates_path, ranks_path, state_path, record_path)]
+    own = [path("") for path in (plan_path, gates_path, ranks_path, state_path, record_path)]
+    return [str(path) for path in (*own, *list_pictures(""))]
 
 
 def take_over_fsdp2_writer(trainer: Any) -> None:

@@ -33,7 +33,7 @@ from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.reports.pictures import draw_gates
+from axolotl_layersel.reports.pictures import draw_gates, write_figure
 from axolotl_layersel.reports.plan_table import print_plan
 from axolotl_layersel.selection.data.calibration import Sample, read_sample, read_samples
 from axolotl_layersel.selection.data.decoder_inputs import give_decoder_inputs
@@ -487,7 +487,8 @@ def test_a_search_puts_gates_on_both_sides_and_its_course_names_them(name, tmp_p
     scores = [choice.score for choice in plan.layers]
     assert len(set(scores)) == 5 and len(plan.selected) == 2
     assert set(find_lora_modules(Run.of(trainer).base)) == set(plan.modules)
-    draw_gates(GateHistory.read(tmp_path), [str(layer) for layer in plan.selected], tmp_path / "gates.png")
+    gates, kept = GateHistory.read(tmp_path), [str(layer) for layer in plan.selected]
+    write_figure(lambda: draw_gates(gates, kept, name), [tmp_path / "gates.png"])
     assert (tmp_path / "gates.png").stat().st_size > 0
     trainer.train()
     trainer.save_model()

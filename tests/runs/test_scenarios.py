@@ -30,16 +30,21 @@ def test_a_run_that_is_given_a_plan_ends_as_the_run_that_computed_it(train, comp
     assert given.plan == computed.plan
 
 
-def test_the_trackers_see_one_run_with_the_scores_at_its_start(computed):
+def test_the_trackers_see_one_run_with_the_plan_at_its_start(computed):
     (events,) = computed.folder.rglob("events.out.tfevents.*")
     log = EventAccumulator(str(events)).Reload()
     assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    for choice in computed.plan["layers"]:
-        (event,) = log.Scalars(f"train/layersel/score/{choice['layer']}")
-        assert event.step == 0
-        assert event.value == pytest.approx(choice["score"], rel=1e-6)
-    (event,) = log.Scalars("train/layersel/selected_layers")
-    assert event.value == 4
+    (table,) = log.Tensors("layersel/plan/text_summary")
+    rows = [line.strip("| ").split(" | ") for line in table.tensor_proto.string_val[0].decode().splitlines()[2:]]
+    assert table.step == 0
+    assert [float(row[1]) for row in rows] == pytest.approx(scores(computed.plan), rel=1e-3)
+    assert [int(row[0]) for row in rows if row[-1] == "yes"] == computed.selected
+    (picture,) = log.Images("layersel/picture")
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
+    assert not [tag for tag in log.Tags()["scalars"] if "layersel" in tag]
+    drawn = {path.name for path in (computed.folder / "layersel").iterdir()}
+    assert drawn == {"plan.json", "scores.png", "scores.svg"}
+    assert "layersel/score/" not in computed.log
 
 
 def test_packed_and_unpacked_runs_score_the_same(computed, make_plan):

@@ -78,7 +78,8 @@ def test_a_run_shows_nothing_of_an_earlier_one_in_its_folder(tmp_path):
     assert "method first" in show(tmp_path), "the plan that it was given lies where its own does"
     (tmp_path / "layersel" / "gates.csv").write_text("of a search")
     train(BLOCKS["l1ra"], tmp_path)
-    assert sorted(path.name for path in (tmp_path / "layersel").iterdir()) == ["ranks.csv"]
+    ranks = ["ranks.csv", "ranks.png", "ranks.svg"]
+    assert sorted(path.name for path in (tmp_path / "layersel").iterdir()) == ranks
     assert "method first" not in show(tmp_path)
 
 
