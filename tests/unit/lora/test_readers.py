@@ -61,7 +61,7 @@ def test_types_that_a_layer_lacks_are_left_out_by_those_that_want_whole_types(tm
         {"targets": ["lm_head", "q_proj"]},
         {"targets": ["c_attn"], "model": make_gpt2},
     ],
-    ids=str,
+    ids=["DoRA", "modules_to_save", "classifier", "embeddings", "lm_head", "GPT-2"],
 )
 def test_only_peft_is_claimed_for_what_was_not_tried_elsewhere(tmp_path, settings):
     settings = {**settings, "model": settings["model"]()} if "model" in settings else settings
