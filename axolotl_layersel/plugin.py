@@ -27,6 +27,7 @@ class LayerSelectionPlugin(BasePlugin):
         self.lock: RunLock | None = None
         self.given: dict[str, Any] = {}  # the LoRA settings of the YAML file, before the model is loaded
         self.repeat = 1  # the option of `axolotl-layersel plan`
+        self.is_first = False  # whether this process is process 0 of a run
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Check the YAML file as the user wrote it, before Axolotl adds its own choice of LoRA kernels."""
@@ -54,13 +55,13 @@ class LayerSelectionPlugin(BasePlugin):
         check_before_model(cfg, self.take_lock)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        from axolotl_layersel.engines.collectives import decide_on_rank_zero
+        from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
         from axolotl_layersel.lora.kernels import make_kernels_accept_bare_modules, while_choosing
         from axolotl_layersel.training.preflight import find_scaling, read_settings
         from axolotl_layersel.training.prepare import prepare_trainer
         from axolotl_layersel.training.saving import take_over_fsdp2_writer
 
-        settings = read_settings(cfg)
+        settings, self.is_first = read_settings(cfg), get_rank() == 0
         decide_on_rank_zero(self.confirm_lock)
         with while_choosing(trainer, settings.selection):
             prepare_trainer(
@@ -78,8 +79,14 @@ class LayerSelectionPlugin(BasePlugin):
         take_over_fsdp2_writer(trainer)
 
     def post_train_unload(self, cfg: Any) -> None:
+        from axolotl_layersel.reports.closing import describe_run
+        from axolotl_layersel.training.ending import close
+
         if self.lock is not None:
             self.lock.release()
+        # Axolotl calls this last, and only if the run has not failed. The processes are no longer connected.
+        if self.is_first:
+            close(lambda: describe_run(cfg.output_dir, cfg.axolotl_config_path))
 
     def take_lock(self, folder: str) -> None:
         """Lock ``folder`` until this process ends; on process 0."""

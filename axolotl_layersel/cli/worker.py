@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.common.terminal import say
-from axolotl_layersel.training.ending import describe_error, end_in_sentences, tell
+from axolotl_layersel.reports.closing import describe_plan
+from axolotl_layersel.selection.plan_file import read_plan
+from axolotl_layersel.training.ending import describe_error, end_in_sentences, show_closing, tell
 
 
 def make_plan(config: str, repeat: int = 1, overrides: Mapping[str, Any] | None = None) -> Path:
@@ -61,6 +63,7 @@ def main(config: str, repeat: int = 1, overrides: Mapping[str, Any] | None = Non
         raise SystemExit(1) from None
     if os.environ.get("RANK", "0") == "0":
         say(f"plan: {path}")
+        show_closing(describe_plan(read_plan(path), path))
 
 
 if __name__ == "__main__":

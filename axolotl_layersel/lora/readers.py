@@ -463,6 +463,7 @@ class Readers:
         misscaling: those that would load it and scale modules wrongly, without an error.
         dropping: those that would leave out LoRA of some types of modules.
         dropped: these types.
+        drops_all: whether these are all types of the adapter.
         export_helps: whether an export is read by more programs.
     """
 
@@ -470,6 +471,7 @@ class Readers:
     misscaling: list[str]
     dropping: list[str]
     dropped: list[str]
+    drops_all: bool
     export_helps: bool
 
     @property
@@ -487,13 +489,13 @@ def find_readers(file: AdapterFile, layers: Collection[str]) -> Readers:
         layers: the names of all layers of the model in the base model, such as ``model.layers.3``; empty if unknown.
     """
     if not file.is_plain:
-        return Readers(["PEFT"], [], [], [], False)
+        return Readers(["PEFT"], [], [], [], False, False)
     right, patterned = ["PEFT"], not file.is_even
     # The scaling of rsLoRA was not compared in other programs; an export has it folded in.
     rslora = bool(file.config.get("use_rslora"))
     faults = {name: READERS[name].find_fault(file) for name in READERS}
     if not rslora and faults["vllm"] is None:
-        right.append(VLLM if patterned else "vLLM")
+        right.append("vLLM" if faults["vllm<0.32"] is None else VLLM)
     if not rslora and faults["llama.cpp"] is None:
         right.append("llama.cpp")
     dropped = list_partial_types(file.ranks, layers)
@@ -502,6 +504,7 @@ def find_readers(file: AdapterFile, layers: Collection[str]) -> Readers:
         misscaling=[READERS[name].title for name in ("llama.cpp", "tensorrt-llm") if patterned and faults[name]],
         dropping=["TGI", "LoRAX"] if dropped else [],
         dropped=dropped,
+        drops_all=len(dropped) == len({module.rpartition(".")[2] for module in file.ranks}),
         export_helps=rslora or patterned,
     )
 
@@ -514,3 +517,9 @@ def list_partial_types(modules: Collection[str], layers: Collection[str]) -> lis
         if layer is not None:
             within.setdefault(module.rpartition(".")[2], set()).add(layer)
     return [kind for kind, found in within.items() if len(found) < len(layers)]
+
+
+def loads_uniform_in_sglang(modules: Collection[str]) -> bool:
+    """Return whether SGLang loads the layout ``uniform`` of an adapter with LoRA on these modules."""
+    file = AdapterFile({}, {f"{PREFIX}{name}{DOWN}": (1, 1) for name in modules})
+    return check_sglang_stacks(file) is None

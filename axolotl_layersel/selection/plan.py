@@ -66,6 +66,15 @@ class Budget(BaseModel):
     spent: Count = Field(description="what they take")
 
 
+class Parameters(BaseModel):
+    """LoRA parameters that train: without a selection, and with the plan. Weights that are not LoRA's do not count."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    plain: Count = Field(description="of plain LoRA: in all modules that the run targets, with the ranks it sets")
+    trained: Count = Field(description="with the plan; with l1ra, before rank moves")
+
+
 class Plan(BaseModel):
     """The decision, and everything needed to check it against another run."""
 
@@ -86,10 +95,16 @@ class Plan(BaseModel):
     )
     modules: list[str] = Field(description="LoRA modules that are kept in the layers, by their name in the base model")
     granularity: str = Field(default="layer", description="what was chosen among: layer, group or module")
+    backward_end: Layer | None = Field(
+        default=None,
+        description="the lowest layer that the backward pass of the run reaches, the first one if it cannot be cut; "
+        "null in older plans",
+    )
     ranks: dict[str, int] = Field(
         default_factory=dict, description="the rank of every module that is kept; empty where all have lora_r"
     )
     budget: Budget | None = Field(default=None, description="where ranks were given by one")
+    parameters: Parameters | None = Field(default=None, description="of the run; null in older plans")
     settings: dict[str, Any] = Field(description="the selection block that produced this plan")
     seed: int
     module_scores: dict[str, FiniteFloat | None] = Field(

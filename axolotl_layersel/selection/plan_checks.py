@@ -87,6 +87,8 @@ def find_layer_faults(plan: Plan) -> Iterator[str]:
         yield "`layers` selects none"
     if not set(names).issuperset(plan.unscored):
         yield "`unscored` names layers that `layers` does not list"
+    if plan.backward_end is not None and plan.backward_end not in names:
+        yield f"`backward_end` is {quote(plan.backward_end)}, which `layers` does not list"
     if not all(set(names).issuperset(layers) for layers in seeds):
         yield "`stability` names layers that `layers` does not list"
 

@@ -1,15 +1,18 @@
 """Layer selection: decide which layers keep their adapter, and apply it before the real engine is built."""
 
 import dataclasses
+import functools
 import logging
 import math
 import time
 from collections.abc import Sized
 from pathlib import Path
 
+from torch import nn
+
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import gates_path, plan_path
-from axolotl_layersel.common.versions import find_version
+from axolotl_layersel.common.versions import find_versions
 from axolotl_layersel.config.facts import read_fact
 from axolotl_layersel.config.initialisation import changes_base, check_redrawn, check_supported, describe_continued
 from axolotl_layersel.config.methods import get_method, list_data_free
@@ -25,16 +28,18 @@ from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
 from axolotl_layersel.engines.signals import ending_on_signal
 from axolotl_layersel.l1ra.capacity import Capacity, start_from
 from axolotl_layersel.lora.layers import LayerStack, find_layer_stack
+from axolotl_layersel.lora.modules import count_component_parameters
 from axolotl_layersel.lora.plain_lora import check_linear
 from axolotl_layersel.lora.removal import freeze_unselected, remove_modules, remove_unselected
 from axolotl_layersel.lora.resizing import set_ranks
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.weights import lora_parameters
+from axolotl_layersel.selection.backward_cut import find_lowest_trained
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import find_mean_overlap
 from axolotl_layersel.selection.fitting import fit_to_data, fit_to_units
 from axolotl_layersel.selection.gate_history import GateHistory
-from axolotl_layersel.selection.plan import LayerChoice, Plan, Stability, Tower
+from axolotl_layersel.selection.plan import LayerChoice, Parameters, Plan, Stability, Tower
 from axolotl_layersel.selection.plan_checks import ModelFacts
 from axolotl_layersel.selection.plan_file import write_plan
 from axolotl_layersel.selection.provenance import describe_shape
@@ -92,7 +97,7 @@ def select_layers(
     check_base(run, continues_adapter, unselected == "remove")
 
     # Decide.
-    history = None
+    history, plain = None, count_lora(run, capacity)
     if reused:
         plan = adopt_plan(run, stack, reused, facts, repeat)
     else:
@@ -102,6 +107,8 @@ def select_layers(
     apply_plan(run, stack, plan)
     if plan.ranks:
         apply_ranks(run, plan, capacity, continues_adapter)
+    plan.backward_end = stack.names[find_lowest_trained(run.model, stack)]
+    plan.parameters = Parameters(plain=plain, trained=count_lora(run, capacity))
     run.trainer.add_callback(LayerSelectionCallback(run, stack, plan))
 
     # Record.
@@ -306,11 +313,7 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
         dataset_fingerprint=choice.fingerprint,
         base_model=run.config.base_model_name_or_path,
         base_shape=describe_shape(run.base.config),
-        versions={
-            name: version
-            for name in ("axolotl-layersel", "axolotl", "torch", "transformers", "peft")
-            if (version := find_version(name)) is not None  # a plain Trainer needs no Axolotl
-        },
+        versions=find_versions(),
         engine=run.engine.name,
         processes=run.trainer.args.world_size,
         seconds=round(time.monotonic() - started, 3),
@@ -382,7 +385,34 @@ def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
     write_plan(plan, plan_path(output))
 
 
+def count_lora(run: Run, capacity: Capacity | None) -> int:
+    """Return the number of LoRA parameters that train, without room for rank that is not in use.
+
+    Sharded weights are not gathered, so the number is the same on every engine and every process.
+    """
+    total, slots = 0, capacity.slots if capacity else {}
+    for name, module in run.lora_modules.items():
+        trained = [parameter for parameter in lora_parameters(run, name) if parameter.requires_grad]
+        if trained and name in slots:
+            total += len(slots[name]) * count_component_parameters(module, run.adapter)
+        else:
+            total += sum(map(functools.partial(count_elements, run), trained))
+    return total
+
+
+def count_elements(run: Run, parameter: nn.Parameter) -> int:
+    """Return the number of elements of a parameter, which may be sharded."""
+    return math.prod(run.engine.find_shape(parameter))
+
+
 def report_parameters(run: Run, plan: Plan) -> None:
-    """Log the number of trainable parameters."""
-    trainable = sum(math.prod(run.engine.find_shape(p)) for p in run.model.parameters() if p.requires_grad)
-    LOG.info("layersel: %s parameters train; %d layers keep LoRA", f"{trainable:,}", len(plan.selected))
+    """Log the number of trainable parameters, and that of LoRA's next to plain LoRA's."""
+    trainable = sum(count_elements(run, parameter) for parameter in run.model.parameters() if parameter.requires_grad)
+    assert plan.parameters is not None, "they were counted when the plan was applied"
+    LOG.info(
+        "layersel: %s parameters train; %d layers keep LoRA, with %s of plain LoRA's %s parameters",
+        f"{trainable:,}",
+        len(plan.selected),
+        f"{plan.parameters.trained:,}",
+        f"{plan.parameters.plain:,}",
+    )

@@ -1,7 +1,8 @@
-"""End a refused command of Axolotl's with one sentence, last on the terminal.
+"""End a refused command of Axolotl's with one sentence, and a finished run with its closing block; both come last.
 
 The process that the user's shell waits for collects the sentences of its own and of the processes that it starts, and
-prints each once at its end. Errors of other packages, and signals, look as usual.
+prints each once at its end. Errors of other packages, and signals, look as usual. It collects the closing block of a
+finished run in the same way, and prints it after everything else, unless the command fails.
 
 Relied on, as seen in these versions (``tests/unit/training/test_ending.py`` fails when one of them changes):
 
@@ -12,6 +13,7 @@ Relied on, as seen in these versions (``tests/unit/training/test_ending.py`` fai
 
 import atexit
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -19,20 +21,24 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from pydantic import ValidationError
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.terminal import clean, report_errors
+from axolotl_layersel.common.terminal import clean, report_errors, say
 from axolotl_layersel.config.strict_block import quote
+
+LOG = logging.getLogger("axolotl.layersel")
 
 # The variable that holds the process that collects, its host, and the file that the others write their sentences to.
 COLLECTOR = "AXOLOTL_LAYERSEL_COLLECTOR"
 SEPARATOR = ":"
 LOG_MODULE = "axolotl.utils.tee"
 LAUNCHER_FAILURE = "ChildFailedError"
+CLOSING = ".closing"  # what the file of closing blocks has after the name of the file of sentences
 
 
 # --- Sentences ------------------------------------------------------------------------------------------------------
@@ -70,16 +76,25 @@ def describe_error(error: Exception) -> str:
 
 def tell(sentences: list[str]) -> None:
     """Pass sentences to the process that collects them, or print them if there is none."""
+    if not pass_on(sentences, ""):
+        show(sentences)
+
+
+def pass_on(lines: list[str], suffix: str) -> bool:
+    """Append lines to a file of the process that collects, and return whether there is one.
+
+    ``suffix``: what the name of the file has after that of the file of sentences.
+    """
     path = find_collection()
     if path is None:
-        show(sentences)
-        return
-    text = "".join(f"{clean(sentence)}\n" for sentence in sentences)
+        return False
+    text = "".join(f"{clean(line)}\n" for line in lines)
     try:
-        with open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        with open(f"{path}{suffix}", "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(text.encode("utf-8", "backslashreplace"))  # one write, so that processes mix no lines
     except OSError:  # no room for temporary files
-        show(sentences)
+        return False
+    return True
 
 
 def show(sentences: list[str]) -> None:
@@ -88,6 +103,36 @@ def show(sentences: list[str]) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
     report_errors(sentences)
+
+
+# --- The closing block -----------------------------------------------------------------------------------------------
+
+
+def close(describe: Callable[[], list[str]]) -> None:
+    """Print the closing block of a finished run, at the end of the command if a process collects, otherwise at once.
+
+    A block that cannot be made is reported in one warning, because the run is complete.
+
+    Args:
+        describe: returns the block, line by line.
+    """
+    try:
+        lines = describe()
+    except Exception as error:
+        LOG.warning("layersel: the run is complete, but its closing summary cannot be made: %s", clean(str(error)))
+        return
+    if not pass_on(lines, CLOSING):
+        show_closing(lines)
+
+
+def show_closing(lines: list[str]) -> None:
+    """Print a closing block to standard output, after the pending text of standard error."""
+    # Both may be closed, as in `axolotl train … | head`.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
+        for line in lines:
+            say(line)
+        sys.stdout.flush()
 
 
 # --- The process that collects --------------------------------------------------------------------------------------
@@ -132,12 +177,16 @@ def owns_collection() -> bool:
 
 def read_collection() -> list[str]:
     """Return the collected sentences, each once, in their order."""
+    return list(dict.fromkeys(read_lines("")))
+
+
+def read_lines(suffix: str) -> list[str]:
+    """Return the lines of a collected file; see ``pass_on``."""
     path = find_collection()
     try:
-        text = "" if path is None else path.read_text("utf-8")
+        return [] if path is None else Path(f"{path}{suffix}").read_text("utf-8").splitlines()
     except OSError:  # nothing was written, or the file cannot be read any longer
-        text = ""
-    return list(dict.fromkeys(text.splitlines()))
+        return []
 
 
 # --- The end of a process -------------------------------------------------------------------------------------------
@@ -176,10 +225,14 @@ class Ending:
         if last is not None and last is not self.told:
             self.end_in_sentences(last)
         if owns_collection():
-            sentences = read_collection()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(str(find_collection()))
+            sentences, closing = read_collection(), read_lines(CLOSING)
+            for suffix in ("", CLOSING):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{find_collection()}{suffix}")
             show(sentences)
+            # Process 0 may have ended well where another one, and so the command, has failed.
+            if last is None and not sentences:
+                show_closing(closing)
 
 
 def end_in_sentences() -> None:

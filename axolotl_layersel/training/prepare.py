@@ -13,6 +13,7 @@ from transformers import Trainer
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import check_output
 from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path, state_path
+from axolotl_layersel.common.versions import find_versions
 from axolotl_layersel.config.engines import moves_state
 from axolotl_layersel.config.l1ra import find_room
 from axolotl_layersel.config.root import LayerselConfig, describe_unread
@@ -29,6 +30,7 @@ from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.switching import preserve_trained
 from axolotl_layersel.lora.weights import initialize_lora, restore_live_adapter
 from axolotl_layersel.lora.writer import AdapterWriter
+from axolotl_layersel.reports.model_card import Recipe
 from axolotl_layersel.reports.plan_table import print_plan
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.reuse import read_reused
@@ -238,7 +240,9 @@ def record(start: Start, decision: Decision, readiness: Readiness, given: dict[s
     trainer.add_callback(TidyCallback(run, foreign, resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))  # must be the last one
-    saves = RunSaves(run, writer, decision.plan, ranks, start.lora, given)
+    block = start.settings.model_dump(mode="json", exclude_none=True)
+    recipe = Recipe(block, trainer.args.seed, find_versions())
+    saves = RunSaves(run, writer, decision.plan, ranks, start.lora, given, recipe)
     saves.install()
     vars(trainer)["save_adapter"] = saves.save
     remove_leftovers(run)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import os
 import tempfile
 import types
@@ -18,16 +19,21 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel.common.paths import gates_path, plan_path, ranks_path, state_path
+from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.engines import collectives
-from axolotl_layersel.engines.trainers import let_one_process_write, note_in_state, unwrap_model
+from axolotl_layersel.engines.trainers import let_one_process_write, note_in_state, replacing, unwrap_model
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
+from axolotl_layersel.lora.readers import AdapterFile, read_adapter_file
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.writer import AdapterWriter
+from axolotl_layersel.reports.model_card import Recipe, complete_card, describe_layers
+from axolotl_layersel.reports.outcome import Outcome
 from axolotl_layersel.selection.plan import Plan
 from axolotl_layersel.selection.plan_file import write_plan
 from axolotl_layersel.training import nodes
 from axolotl_layersel.training.contents import record_path, write_record
 
+LOG = logging.getLogger("axolotl.layersel")
 ADAPTER_FILES = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME]
 
 
@@ -47,6 +53,8 @@ class RunSaves:
         ranks: written next to it, and in a checkpoint the state to move them on from.
         lora: the settings of LoRA, see ``contents.write_record``.
         given: those of the YAML file, see there.
+        recipe: how the choice was made, for model cards.
+        file: the facts of the adapter's files that were written last, on process 0.
         silent: whether ``save_pretrained`` writes nothing for now.
     """
 
@@ -56,6 +64,8 @@ class RunSaves:
     ranks: RankRedistribution | None
     lora: dict[str, Any]
     given: dict[str, Any]
+    recipe: Recipe
+    file: AdapterFile | None = None
     silent: bool = False
 
     def install(self) -> None:
@@ -76,6 +86,14 @@ class RunSaves:
         trainer.save_model = save_model  # type: ignore[method-assign]  # of this trainer only
         # A method, not a closure over the model, so that a deep copy of the model saves itself.
         model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]
+
+        @replacing(trainer, "create_model_card")
+        def create_model_card(upstream: Callable, *args: Any, **options: Any) -> None:
+            # Axolotl writes the card anew at the end, trainers of TRL also with checkpoints, and both before a push.
+            upstream(*args, **options)
+            if trainer.is_world_process_zero():
+                self.complete_card(self.run.output_dir)
+
         if ranks:
             load_adapter = ranks.load_adapter(type(model).load_adapter)
             model.load_adapter = types.MethodType(load_adapter, model)  # type: ignore[method-assign]
@@ -96,7 +114,7 @@ class RunSaves:
 
     def write_further_files(self, folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
         """Write all but the adapter, and return what ``contents.write_record`` does, None outside of checkpoints."""
-        self.run.model.create_or_update_model_card(str(folder))
+        self.write_card(folder)
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         if is_checkpoint:
             # The folder may be an earlier run's, whose files would seem to be of this run.
@@ -154,7 +172,25 @@ class RunSaves:
             self.writer.save_alone(folder, embeddings)
         else:
             pickle_adapter(folder, lambda place: self.writer.save_alone(place, embeddings))
+        self.write_card(folder)
+
+    def write_card(self, folder: Path) -> None:
+        """Write PEFT's model card to ``folder``, which holds the adapter, with the section on layer selection."""
         self.run.model.create_or_update_model_card(str(folder))
+        self.complete_card(folder, reads=True)
+
+    def complete_card(self, folder: Path, reads: bool = False) -> None:
+        """Write the section on layer selection into a model card, or log a warning: the adapter must not be lost.
+
+        ``reads``: whether ``folder`` holds an adapter that was just written.
+        """
+        try:
+            if reads:
+                self.file = read_adapter_file(folder) if (folder / SAFETENSORS_WEIGHTS_NAME).exists() else None
+            outcome = Outcome(self.plan, self.ranks.history if self.ranks else None, self.file)
+            complete_card(folder, describe_layers(outcome, self.recipe))
+        except Exception as error:
+            LOG.warning("layersel: the model card in %s lacks the section on layers: %s", folder, clean(str(error)))
 
 
 def find_arguments(function: Callable, *args: Any, **options: Any) -> dict[str, Any]:

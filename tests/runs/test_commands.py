@@ -12,30 +12,38 @@ from helpers.launched import load_merged, load_with_stock_peft
 from helpers.places import ENVIRONMENT, ROOT
 
 from axolotl_layersel import __version__
+from axolotl_layersel.reports.closing import describe_plan, describe_run
+from axolotl_layersel.selection.plan_file import read_plan
 from axolotl_layersel.training.lock import RunLock
 
 
-def call(*command: str, expect: int = 0, timeout: float = 240) -> str:
-    """Run a command and return its output."""
+def call(*command: str, expect: int = 0, timeout: float = 240, merged: bool = False) -> str:
+    """Run a command and return its output: standard error follows standard output, or both are ``merged`` in order."""
     done = subprocess.run(
         list(command),
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT, "COLUMNS": "120"},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if merged else subprocess.PIPE,
         text=True,
         timeout=timeout,
     )
-    assert done.returncode == expect, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
+    told = done.stdout + (done.stderr or "")
+    assert done.returncode == expect, f"{done.returncode}\n{told[-6000:]}"
+    return told
 
 
 @pytest.fixture(scope="module")
 def trained(make_config):
     """A run of ``axolotl train`` itself, by torchrun on ZeRO-2, and its YAML file."""
     path, _, output = make_config("zero2", max_steps=2, save_steps=2)
-    text = call("axolotl", "train", str(path), "--launcher", "torchrun", "--", "--nproc_per_node=2", "--nnodes=1")
+    command = ("axolotl", "train", str(path), "--launcher", "torchrun", "--", "--nproc_per_node=2", "--nnodes=1")
+    text = call(*command, merged=True)
     assert "layersel: method cka keeps 4 of 8 layers" in text
+    closing = describe_run(output, path)
+    assert text.splitlines()[-len(closing) :] == closing, "it comes after all that Axolotl and the launcher print"
+    assert text.count(closing[0]) == 1
     assert json.loads((output / "engine.json").read_text())["engine"] == "zero2"
     return path, output
 
@@ -49,6 +57,8 @@ def test_plan_selects_without_training_and_writes_what_training_would(trained, m
     text = call(*command, "--", "--nproc_per_node=2")
     assert "2 seeds agree with a mean overlap (Jaccard) of" in text
     assert f"plan: {output / 'layersel' / 'plan.json'}" in text
+    closing = "\n".join(describe_plan(read_plan(output / "layersel" / "plan.json"), output / "layersel" / "plan.json"))
+    assert text.count(closing) == 1
     assert "layersel: method cka keeps 4 of 8 layers" in text
     plans = [json.loads((folder / "layersel" / "plan.json").read_text()) for folder in (output, trained_output)]
     for plan in plans:
@@ -203,7 +213,8 @@ def test_a_sweep_over_the_block_trains_each_choice(make_config, tmp_path):
     path, _, output = make_config(max_steps=1)
     choices = [{"selection": {"method": "last", "num_layers": n}} for n in (1, 3)]
     (tmp_path / "sweep.yml").write_text(yaml.safe_dump({"layersel": choices}))
-    call("axolotl", "train", str(path), "--launcher", "python", "--sweep", str(tmp_path / "sweep.yml"))
+    text = call("axolotl", "train", str(path), "--launcher", "python", "--sweep", str(tmp_path / "sweep.yml"))
+    assert [text.count(f"layersel: {n} of 8 layers keep LoRA") for n in (1, 3)] == [1, 1]
     plans = [json.loads(plan.read_text()) for plan in output.glob("sweep*/layersel/plan.json")]
     chosen = sorted([choice["layer"] for choice in plan["layers"] if choice["selected"]] for plan in plans)
     assert chosen == [[5, 6, 7], [7]]

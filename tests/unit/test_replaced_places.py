@@ -36,6 +36,7 @@ TRAINER = {
     "_load_best_model",
     "_run_epoch",
     "_save",
+    "create_model_card",
     "get_eval_dataloader",
     "get_train_dataloader",
     "save_model",

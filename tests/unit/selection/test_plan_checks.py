@@ -220,6 +220,7 @@ CONTRADICTIONS = {
         "`module_scores` is given, and method 'random' gi",
     ),
     "more rows than asked": ("layers", ["settings", "num_samples"], 7, "8 rows were drawn, and settings.num_samples"),
+    "an end in no layer": ("layers", ["backward_end"], 99, "`backward_end` is 99, which `layers` does not list"),
     "a row twice": ("layers", ["rows_left_out"], [1, 1], "have row 1 twice"),
     "a negative row": ("layers", ["calibration_rows", 0], -1, "has a negative row"),
     "rows of a control": ("random", ["calibration_rows"], [1], "rows were drawn, and method 'random' reads none"),

@@ -515,3 +515,37 @@ def test_lora_on_a_convolution_is_refused_where_rank_is_given_by_gradients(tmp_p
     settings = LayerselConfig(selection=SelectionConfig(method="gradient", num_samples=8, rank_allocation=rank))
     with pytest.raises(LayerselError, match=r"model.layers.2.mlp.mixer is a Conv1d, whose LoRA layersel.selection"):
         prepare_trainer(make_trainer(make_lora(base, ["q_proj", "mixer"]), tmp_path), settings)
+
+
+SIZES = {"q_proj": 64, "v_proj": 48, "down_proj": 80}  # parameters of one rank: inputs and outputs
+PLAIN = 6 * 4 * sum(SIZES.values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "last", "ratio": 0.5},
+        {"method": "last", "ratio": 0.5, "unselected": "freeze"},
+        {"method": "last", "ratio": 0.5, "candidates": [0, 1, 2, 3]},
+        {"method": "random", "num_units": 5, "granularity": "module"},
+        {"method": "last", "ratio": 0.5, "rank_allocation": "match", "budget": 0.9},
+    ],
+    ids=str,
+)
+def test_the_parameters_that_train_are_counted_next_to_those_of_plain_lora(tmp_path, settings):
+    trainer, plan = select(tmp_path, **settings)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert plan.parameters.model_dump() == {"plain": PLAIN, "trained": trained}
+    assert read_plan(plan_path(tmp_path)).parameters == plan.parameters
+    if plan.budget:
+        assert plan.budget.spent == trained
+
+
+def test_room_for_rank_and_weights_that_are_not_of_lora_do_not_count(tmp_path):
+    from axolotl_layersel.config.l1ra import L1RAConfig
+
+    model = make_lora(make_small_llama(), modules_to_save=["lm_head"])
+    trainer = make_trainer(model, tmp_path, max_steps=12)
+    settings = SelectionConfig(method="last", ratio=0.5)
+    plan = prepare_trainer(trainer, LayerselConfig(selection=settings, l1ra=L1RAConfig(max_rank=16)))
+    assert plan.parameters.model_dump() == {"plain": PLAIN, "trained": PLAIN // 2}

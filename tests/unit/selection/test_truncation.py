@@ -5,11 +5,13 @@ from helpers.generation import make_generating_trainer
 from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
 from helpers.settings import CHECKPOINTING, checkpoint_layers
 
+from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.weights import initialize_lora
 from axolotl_layersel.selection.backward_cut import find_lowest_trained
+from axolotl_layersel.selection.plan_file import read_plan
 from axolotl_layersel.training.prepare import prepare_trainer
 
 
@@ -30,6 +32,7 @@ def train_one_step(folder, checkpointing: str, truncate: bool) -> FirstGradients
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_gradients_are_those_of_the_whole_backward_pass(tmp_path, checkpointing):
     cut = train_one_step(tmp_path / "cut", checkpointing, truncate=True)
+    assert read_plan(plan_path(tmp_path / "cut")).backward_end == 3
     whole = train_one_step(tmp_path / "whole", checkpointing, truncate=False)
     assert cut.kept.keys() == whole.kept.keys()
     assert len(cut.kept) == 12

@@ -189,6 +189,46 @@ def test_a_collector_that_is_gone_or_elsewhere_collects_nothing(monkeypatch, tmp
     assert capsys.readouterr().err == f"{PREFIX}c: d\n", "it is not lost where it cannot be collected"
 
 
+def test_a_closing_block_is_printed_at_once_where_nothing_collects(monkeypatch, capsys):
+    monkeypatch.delenv(COLLECTOR, raising=False)
+    ending.close(lambda: ["layersel: a\x1b[2J", "  b"])
+    assert capsys.readouterr().out == "layersel: a\\x1b[2J\n  b\n"
+
+
+def test_a_closing_block_that_cannot_be_made_is_one_warning(monkeypatch, capsys, caplog):
+    monkeypatch.delenv(COLLECTOR, raising=False)
+
+    def fail():
+        raise KeyError("x")
+
+    with caplog.at_level("WARNING", logger="axolotl.layersel"):
+        ending.close(fail)
+    assert [record.message for record in caplog.records] == [
+        "layersel: the run is complete, but its closing summary cannot be made: 'x'"
+    ]
+    assert "Traceback" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sentences", "error", "printed"),
+    [([], None, "  a\n"), (["b: c"], None, ""), ([], ValueError("x"), "")],
+    ids=["finished", "refused", "failed"],
+)
+def test_a_collected_closing_block_is_printed_last_and_only_if_the_command_succeeds(
+    monkeypatch, tmp_path, capsys, sentences, error, printed
+):
+    monkeypatch.setenv(COLLECTOR, f"{os.getpid()}:{os.uname().nodename}:{tmp_path / 'x'}")
+    monkeypatch.setattr(sys, "last_value", error, raising=False)
+    ending.close(lambda: ["  a"])
+    ending.tell(sentences)
+    print("of another package")
+    Ending().finish()
+    told = capsys.readouterr()
+    assert told.out == f"of another package\n{printed}"
+    assert told.err == "".join(f"{PREFIX}{sentence}\n" for sentence in sentences)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_block_itself_stays_a_plain_error_for_a_script():
     with pytest.raises(ValueError):
         LayerselConfig.model_validate({"selection": {"method": "ckaa"}})

@@ -1,0 +1,168 @@
+"""The section "Layer selection" of a model card.
+
+It is appended to the card of PEFT, Axolotl or TRL, whose fields and text stay as they are, and replaced when the card
+is written again. It names no path of this machine, because the card is pushed to the hub.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from axolotl_layersel.common.files import write_atomically
+from axolotl_layersel.common.tables import arrange
+from axolotl_layersel.common.terminal import clean
+from axolotl_layersel.config.methods import METHODS
+from axolotl_layersel.config.textual import PLUGIN
+from axolotl_layersel.lora.readers import find_vllm_rank, loads_uniform_in_sglang
+from axolotl_layersel.reports.outcome import (
+    Outcome,
+    describe_choice,
+    describe_parameters,
+    describe_ranks,
+    describe_readers,
+)
+from axolotl_layersel.reports.savings import describe_savings
+from axolotl_layersel.selection.plan import Plan
+
+CARD = "README.md"
+BEGIN, END = "<!-- axolotl-layersel: begin -->", "<!-- axolotl-layersel: end -->"
+SECTION = re.compile(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
+PROJECT = "https://github.com/axolotl-layersel/axolotl-layersel"
+PLAN_FILE = "layersel/plan.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a reader of the card needs to make the choice again.
+
+    Attributes:
+        block: the ``layersel`` block.
+        seed: the run's.
+        versions: of the packages that the choice depends on.
+    """
+
+    block: Mapping[str, Any]
+    seed: int
+    versions: Mapping[str, str]
+
+
+def complete_card(folder: Path, section: str) -> None:
+    """Put ``section`` at the end of the model card in ``folder``, if there is one, in place of an earlier section.
+
+    Raises:
+        LayerselError: if the card cannot be written.
+        OSError: if it cannot be read.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return
+    card = path.read_bytes().decode("utf-8")
+    rest = SECTION.sub("\n\n", card).rstrip("\n")
+    completed = f"{rest}\n\n{section}\n"
+    if completed != card:
+        write_atomically(path, completed.encode("utf-8"))
+
+
+def describe_layers(outcome: Outcome, recipe: Recipe) -> str:
+    """Return the section, in Markdown between its two markers."""
+    parts = [
+        "## Layer selection",
+        describe_origin(outcome.plan),
+        "\n".join(f"- {fact}" for fact in list_facts(outcome)),
+        *make_rank_table(outcome.ranks),
+        *describe_recipe(outcome, recipe),
+        *describe_use(outcome),
+    ]
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+# --- Parts ----------------------------------------------------------------------------------------------------------
+
+
+def describe_origin(plan: Plan | None) -> str:
+    """Return what decided where LoRA is, and from which rows."""
+    made = f"[axolotl-layersel]({PROJECT})"
+    if plan is None:
+        return f"{made} moved rank between LoRA modules while this adapter trained (`l1ra`)."
+    rows = len(plan.calibration_rows)
+    # In the words of the plan's settings, so that the reader finds them there.
+    looked = METHODS[plan.method].needs_data if plan.method in METHODS else bool(rows)
+    source = f" from {rows} rows, whose tokens have the hash `{plan.dataset_fingerprint}`" if looked and rows else ""
+    text = f"{made} chose where this adapter has LoRA, by method `{plan.method}`{source}."
+    return f"{text} `{PLAN_FILE}` has the score of every layer and the numbers of the rows."
+
+
+def list_facts(outcome: Outcome) -> list[str]:
+    """Return the layers, the ranks, the parameters, and the length of the backward pass."""
+    facts = [f"{capitalise(clean(describe_choice(outcome.plan)))}."] if outcome.plan else []
+    ranks = describe_ranks(outcome.ranks.values(), outcome.history)
+    if ranks:
+        facts.append(f"{capitalise(ranks)}.")
+    if outcome.parameters is not None:
+        facts.append(f"{capitalise(describe_parameters(outcome.parameters))}.")
+    if outcome.plan is not None:
+        facts.append(f"{capitalise(describe_savings(outcome.plan))}.")
+    return facts
+
+
+def make_rank_table(ranks: Mapping[str, int]) -> list[str]:
+    """Return the ranks by layer (rows) and type of module (columns) as a folded table; nothing if all are the same."""
+    if len(set(ranks.values())) < 2:
+        return []
+    rows, kinds = arrange(ranks)
+    cells: dict[str, list[str]] = {}
+    for layer, row in rows.items():
+        cells[layer] = [str(ranks[row[kind]]) if kind in row else "" for kind in kinds]
+    lines = [make_line(["layer", *kinds]), make_line(["---:"] * (1 + len(kinds)))]
+    lines += [make_line([layer, *cells[layer]]) for layer in cells]
+    return ["<details><summary>The rank of every module</summary>", "\n".join(lines), "</details>"]
+
+
+def make_line(cells: list[str]) -> str:
+    return f"| {' | '.join(clean(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def describe_recipe(outcome: Outcome, recipe: Recipe) -> list[str]:
+    """Return how to make the choice again."""
+    selection = recipe.block.get("selection")
+    block = dict(recipe.block)
+    if selection and selection.get("plan"):
+        # The path of another machine; the plan is next to this card.
+        block["selection"] = {**selection, "plan": PLAN_FILE}
+    content = {"plugins": [PLUGIN], "seed": recipe.seed, "layersel": block}
+    made = ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    lead = "This part of the Axolotl YAML file asked for it:"
+    said = ["### Reproduce it", lead, f"```yaml\n{text}```", f"It was made with {made}."]
+    if outcome.plan is not None:
+        said.append(f"`layersel.selection.plan: {PLAN_FILE}` applies the same choice without making it again.")
+    return said
+
+
+def describe_use(outcome: Outcome) -> list[str]:
+    """Return who reads the adapter, and the commands to serve and export it."""
+    file, readers = outcome.file, outcome.readers
+    if file is None or readers is None:
+        return []
+    said = ["### Serve and export it", " ".join(describe_readers(readers))]
+    commands = []
+    if readers.has_vllm:
+        base = file.base_model or "BASE_MODEL"
+        rank = find_vllm_rank(file.highest)
+        commands.append(f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME=ADAPTER")
+    if readers.export_helps:
+        commands.append("axolotl-layersel export ADAPTER --layout uniform --output UNIFORM   # one rank, for llama.cpp")
+    commands.append("axolotl merge-lora CONFIG.yml --lora-model-dir ADAPTER")
+    said.append("```bash\n" + "\n".join(map(clean, commands)) + "\n```")
+    if readers.export_helps and not loads_uniform_in_sglang(file.ranks):
+        said.append("SGLang does not load the layout `uniform` of this adapter: k_proj, v_proj or up_proj lack q_proj.")
+    return said
+
+
+def capitalise(text: str) -> str:
+    """Return text with a capital first letter; the others stay."""
+    return text[:1].upper() + text[1:]

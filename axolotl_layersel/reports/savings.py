@@ -1,0 +1,32 @@
+"""The backward pass that a plan saves, in a sentence."""
+
+from axolotl_layersel.config.layer_names import split_place
+from axolotl_layersel.selection.plan import Plan
+
+
+def describe_savings(plan: Plan) -> str:
+    """Return a sentence, without a full stop, about the length of the backward pass under ``plan``.
+
+    The share is of the layers, which cost the same within one list of layers. Layers of several lists are only counted.
+    """
+    names = [choice.layer for choice in plan.layers]
+    lowest, total = plan.selected[0], len(names)
+    if lowest == names[0]:
+        return f"layer {lowest} is kept: the backward pass is as long as before"
+    saved = names.index(lowest if plan.backward_end is None else plan.backward_end)
+    if plan.backward_end is None or saved > names.index(lowest):  # an older plan, or one that was edited by hand
+        return f"layer {lowest} is the lowest that is kept"
+    if not saved:
+        return "weights outside of the layers train: the backward pass is as long as before"
+    if len(split_place(plan.stack)) > 1:
+        share = f"{saved} of the {total} layers have no backward pass"
+    else:
+        share = f"{format_share(saved, total)} of the layers' backward pass is saved ({saved} of {total} layers)"
+    return f"the backward pass ends at layer {plan.backward_end}: {share}"
+
+
+def format_share(part: int, total: int) -> str:
+    """Return a share in per cent, rounded, and never as 0 or 100 unless it is."""
+    if 0 < part < total:
+        return f"{min(max(round(100 * part / total), 1), 99)} %"
+    return f"{100 * part // total} %"
