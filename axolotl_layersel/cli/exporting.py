@@ -28,7 +28,7 @@ def export_to_reader(adapter: Path, name: str, output: Path | None, base_model: 
     Raises:
         LayerselError: if that is not possible.
     """
-    from axolotl_layersel.lora.readers import READERS
+    from axolotl_layersel.lora.readers import LEAST_KERNEL_RANK, READERS
 
     reader = READERS[name]
     output = output or find_place(adapter, reader.folder)
@@ -44,7 +44,7 @@ def export_to_reader(adapter: Path, name: str, output: Path | None, base_model: 
         lines.append(f"llama.cpp's converter was not found. Run it in the folder of llama.cpp's source: {done.command}")
     adapter_name = shlex.quote(os.path.basename(os.path.realpath(adapter)))
     lines.append(f"Start it: {reader.launch(shlex.quote(done.base), place, adapter_name, done.rank)}")
-    return [*lines, *([reader.note] if reader.note else [])]
+    return [*lines, *([reader.note.format(gpus=done.rank // LEAST_KERNEL_RANK)] if reader.note else [])]
 
 
 def export_layout(adapter: Path, layout: str, output: Path | None, base_model: str | None, force: bool) -> list[str]:

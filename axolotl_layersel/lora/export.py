@@ -15,6 +15,7 @@ from axolotl_layersel.lora.patterns import resolve
 from axolotl_layersel.lora.readers import (
     BASE,
     GGUF,
+    LIMITS,
     MODELFILE,
     AdapterFile,
     Reader,
@@ -110,7 +111,7 @@ def read_folded(folder: str | Path) -> Adapter:
     changed = find_changed_base(AdapterFile({"init_lora_weights": config.init_lora_weights}, {}))
     if changed:
         raise LayerselError(
-            f"ADAPTER: {folder} has {changed} in a way that PEFT repeats only for its ranks as they are. {MERGE}."
+            f"ADAPTER: {folder} has {changed}, and PEFT changes them again only for the ranks as they are. {MERGE}."
         )
     folded = {module: drop_unused(fold(pair, resolved[module][1])) for module, pair in factors.items()}
     return Adapter(Path(folder), folded, rest, config)
@@ -152,9 +153,15 @@ def export_for(folder: str | Path, reader: Reader, output: str | Path, base_mode
     """
     folder, output = Path(folder), Path(output)
     if os.path.isdir(folder):  # read_folded says what is wrong with others
-        limit = reader.find_limit(read_adapter_file(folder))
+        file = read_adapter_file(folder)
+        limit = reader.find_limit(file)
         if limit:
-            raise LayerselError(f"ADAPTER: {folder} has {limit}, which {reader.title} does not read. {MERGE}.")
+            raise LayerselError(f"ADAPTER: {folder} has {limit}. {MERGE}.")
+        special = next((found for rule in LIMITS if (found := rule(file))), None)
+        if special:
+            raise LayerselError(
+                f"ADAPTER: {folder} has {special}. {reader.title} reads it as it is, without an export."
+            )
     adapter = read_folded(folder)
     base = base_model or adapter.config.base_model_name_or_path
     if reader.form == "gguf" and not base:

