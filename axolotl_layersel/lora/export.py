@@ -159,9 +159,7 @@ def export_for(folder: str | Path, reader: Reader, output: str | Path, base_mode
             raise LayerselError(f"ADAPTER: {folder} has {limit}. {MERGE}.")
         special = next((found for rule in LIMITS if (found := rule(file))), None)
         if special:
-            raise LayerselError(
-                f"ADAPTER: {folder} has {special}. {reader.title} reads it as it is, without an export."
-            )
+            raise LayerselError(f"ADAPTER: {folder} has {special}. {reader.title} reads it without an export.")
     adapter = read_folded(folder)
     base = base_model or adapter.config.base_model_name_or_path
     if reader.form == "gguf" and not base:

@@ -75,7 +75,9 @@ def write_gguf(folder: Path, base: str, path: Path) -> str | None:
     # The file grows while it is written, so its size is not known.
     with replace_atomically(path, 0) as temporary:
         words = [sys.executable, str(converter), str(folder), *named, "--outtype", "f32", "--outfile", str(temporary)]
-        done = subprocess.run(words, capture_output=True, text=True)
+        # The converter needs torch, and none of the packages that torch would import with it, such as this one.
+        environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
         if done.returncode:
             said = " ".join(done.stderr.strip().splitlines()[-LAST_LINES:])
             raise LayerselError(

@@ -40,12 +40,17 @@ def test_one_rank_everywhere_is_read_by_all_and_needs_no_export(tmp_path):
 
 
 def test_several_ranks_are_misscaled_where_one_alpha_is_read_and_the_export_is_not(tmp_path):
-    readers = find_readers(save(tmp_path / "a", rank_pattern={"q_proj": 2}), LAYERS)
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 6}}
+    readers = find_readers(save(tmp_path / "a", **patterns), LAYERS)
     assert readers.right == ["PEFT", "vLLM 0.32 or later"] and readers.has_vllm
     assert readers.misscaling == ["llama.cpp", "TensorRT-LLM"] and readers.export_helps
     export_adapter(tmp_path / "a", "uniform", tmp_path / "b")
     assert find_readers(read_adapter_file(tmp_path / "b"), LAYERS).right == ["PEFT", "vLLM", "llama.cpp"]
     assert find_readers(save(tmp_path / "c", alpha_pattern={"q_proj": 2}), LAYERS).misscaling
+    one_scaling = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}}
+    assert find_readers(save(tmp_path / "d", **one_scaling), LAYERS).right == ["PEFT", "vLLM"]
+    one_alpha = find_readers(save(tmp_path / "e", rank_pattern={"q_proj": 2}), LAYERS)
+    assert one_alpha.right == ["PEFT", "vLLM 0.32 or later", "llama.cpp"] and not one_alpha.misscaling
 
 
 def test_types_that_a_layer_lacks_are_left_out_by_those_that_want_whole_types(tmp_path):
