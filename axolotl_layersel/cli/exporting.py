@@ -34,14 +34,16 @@ def export_to_reader(adapter: Path, name: str, output: Path | None, base_model: 
     output = output or find_place(adapter, reader.folder)
     if not force:
         check_target(adapter, output)
-    from axolotl_layersel.lora.export import export_for
+    from axolotl_layersel.lora.export import convert_export, export_for
 
     done = export_for(adapter, reader, output, base_model)
+    # Before a converter that may fail: a second attempt may then overwrite the folder.
     write_record(adapter, output, done.layout, name)
+    command = convert_export(reader, output, done.base)
     place = shlex.quote(str(output))
     lines = [f"{output}: for {reader.title}, in the layout {done.layout}, highest rank {done.rank}"]
-    if done.command:
-        lines.append(f"llama.cpp's converter was not found. Run it in the folder of llama.cpp's source: {done.command}")
+    if command:
+        lines.append(f"llama.cpp's converter was not found. Run it in the folder of llama.cpp's source: {command}")
     adapter_name = shlex.quote(os.path.basename(os.path.realpath(adapter)))
     lines.append(f"Start it: {reader.launch(shlex.quote(done.base), place, adapter_name, done.rank)}")
     return [*lines, *([reader.note.format(gpus=done.rank // LEAST_KERNEL_RANK)] if reader.note else [])]

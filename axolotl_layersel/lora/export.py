@@ -69,13 +69,11 @@ class Exported:
         layout: its layout.
         rank: the highest rank of a module.
         base: the path or name of the base model.
-        command: the command that makes a file which is still missing, None if none is.
     """
 
     layout: str
     rank: int
     base: str
-    command: str | None = None
 
 
 def find_factor_fault(factors: dict[str, Factors], ranks: dict[str, int]) -> str | None:
@@ -165,16 +163,28 @@ def export_for(folder: str | Path, reader: Reader, output: str | Path, base_mode
     if reader.form == "gguf" and not base:
         raise LayerselError(f"ADAPTER: {folder} names no base model, which llama.cpp's converter reads. {GIVE_BASE}")
     layout, tensors, config = choose_layout(adapter, reader, base_model)
-    command = None
     if reader.form == "mlx":
         formats.write_mlx(output, tensors, config)
     else:
         write_adapter(output, tensors, config)
-    if reader.form == "gguf":
-        command = formats.write_gguf(output, base, output / GGUF)
+    return Exported(layout, config.r, base or BASE)
+
+
+def convert_export(reader: Reader, output: Path, base: str) -> str | None:
+    """Write the GGUF file of an export for ``reader`` if it reads one, and Ollama's file with it.
+
+    Returns:
+        The command that writes the GGUF file, if llama.cpp's converter was not found; otherwise None.
+
+    Raises:
+        LayerselError: if the converter fails.
+    """
+    if reader.form != "gguf":
+        return None
+    command = formats.write_gguf(output, base, output / GGUF)
     if reader.name == "ollama":
-        formats.write_modelfile(output / MODELFILE, GGUF, base or BASE)
-    return Exported(layout, config.r, base or BASE, command)
+        formats.write_modelfile(output / MODELFILE, GGUF, base)
+    return command
 
 
 def choose_layout(

@@ -179,6 +179,7 @@ def test_what_a_converter_says_when_it_fails_is_told_in_one_sentence(served, tmp
     (line,) = result.output.splitlines()
     assert result.exit_code == 1 and "could not convert" in line and "(Model NoSuchModel is not supported)" in line
     assert not (tmp_path / "out" / "adapter.gguf").exists()
+    assert "could not convert" in CliRunner().invoke(app, arguments).output, "a second attempt needs no --force"
 
 
 def test_without_a_converter_the_command_for_it_is_printed(served, tmp_path, monkeypatch):
@@ -275,7 +276,7 @@ def test_cat_mixes_adapters_in_every_layout(served, places, mixed, layout):
 
 @pytest.mark.parametrize("layout", [AS_WRITTEN, "ragged", "const"])
 def test_linear_refuses_modules_of_different_ranks(served, places, layout):
-    with pytest.raises((ValueError, RuntimeError), match="must have the same r value|stack expects each tensor"):
+    with pytest.raises((ValueError, RuntimeError), match=r"must have the same r value|stack expects each tensor"):
         mix(served, places, layout, "linear")
 
 
