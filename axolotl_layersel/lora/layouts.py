@@ -65,7 +65,7 @@ def lay_out(
     Raises:
         LayerselError: if modules of ``full`` cannot be added.
     """
-    fixed = fixed or {}
+    fixed = dict(fixed or {})
     ranks = {**{module: pair.rank for module, pair in factors.items()}, **fixed}
     highest = max(ranks.values())
     config = copy.copy(config)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -77,7 +78,8 @@ def describe_ranks(config: LoraConfig, modules: dict[str, LoraLayer], adapter: s
     ranks = {key: module.r[adapter] for key, module in keyed.items()}
     alphas = {key: round_whole(module.scaling[adapter] * module.r[adapter]) for key, module in keyed.items()}
     highest = max(ranks, key=lambda name: ranks[name])
-    config.r, config.lora_alpha = ranks[highest], alphas[highest]
+    top: Any = alphas[highest]  # PEFT declares a whole number and takes any
+    config.r, config.lora_alpha = ranks[highest], top
     config.use_rslora = False
     config.rank_pattern = write_pattern({name: rank for name, rank in ranks.items() if rank != config.r})
     config.alpha_pattern = write_pattern({name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha})
