@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import llama_cpp
+from helpers.models import make_lora, make_small_llama
 from helpers.served import (
     BLOCKS,
     EXACT,
     FOLLOWED,
     IGNORED,
     LAYER_COUNT,
+    TARGETS,
     Served,
     compute,
     compute_as,
@@ -231,6 +233,21 @@ def test_a_merged_model_computes_what_the_adapter_computes_also_in_llama_cpp(ser
     with llama_cpp.converters():
         file = llama_cpp.convert_base(tmp_path, tmp_path / "merged.gguf")
     assert measure(llama_cpp.read(file), served.expected[name]) < EXACT
+
+
+def test_ranks_of_their_own_merge_with_rslora_into_tied_embeddings(tmp_path):
+    def make():
+        return make_small_llama(2, tie_word_embeddings=True, initializer_range=0.15)
+
+    model = make_lora(make(), TARGETS, use_rslora=True, rank_pattern={"q_proj": 9, "up_proj": 1})
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    expected = compute(model)
+    merged = PeftModel.from_pretrained(make(), tmp_path).merge_and_unload()
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    assert measure(compute(merged), expected) < EXACT < IGNORED < measure(compute(make()), expected)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
