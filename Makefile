@@ -1,5 +1,6 @@
-# make demo: train the demo. make check: what can be known in two minutes. make test: that, and then all tests that train
-# or start processes. make coverage: everything, and which lines of the package it ran, which takes half as long again.
+# make demo: train the demo. make check: what can be known in two minutes. make test: that, and then the tests that train or
+# start processes, those for each engine on a few engines. make test-all: those on the other engines too. make coverage:
+# everything, and which lines of the package it ran, which takes half as long again.
 # make docs: serve the manual on this machine. All install into .venv first.
 PYTHON ?= python3
 VENV := .venv
@@ -20,9 +21,9 @@ export HF_HUB_OFFLINE := 1
 # axolotl starts accelerate by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The models are so small that a second thread gains little, and loses much where cores are shared.
-check test test-serving coverage demo: export OMP_NUM_THREADS := 1
+check test test-all test-serving coverage demo: export OMP_NUM_THREADS := 1
 
-.PHONY: demo docs site lint check test test-serving coverage
+.PHONY: demo docs site lint check test test-all test-serving coverage
 
 demo: $(STAMP)
 	$(BIN)/python -m demo.prepare
@@ -49,6 +50,9 @@ check: lint
 
 # A file's tests share their runs, so they stay on one process.
 test: check $(LLAMA_CPP)
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not repeats and not serves"
+
+test-all: check $(LLAMA_CPP)
 	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not serves"
 
 # With vLLM in an environment of its own, of 4 GB.

@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 import pytest
-from helpers.places import COLLECTED, ROOT, TESTS
+from helpers.places import COLLECTED, FIRST_ENGINES, ROOT, TESTS
 from helpers.support import Support, read_file, write_file
 
 
@@ -76,8 +78,28 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     for item in items:
         for mark in MARKS[find_folder(item)]:
             item.add_marker(mark)
+    mark_repeats(item for item in items if find_folder(item) == "runs")
     # Files of long tests first: the short ones then fill what one process has left when the other ends.
     items.sort(key=lambda item: list(MARKS)[::-1].index(find_folder(item)))
+
+
+def mark_repeats(launched: Iterable[pytest.Item]) -> None:
+    """Give the mark ``repeats`` to tests that show on a further engine what they show on one of the first.
+
+    A test that is made for none of the first engines keeps the first of its own. A module that exists to compare all
+    engines says so by ``ON_EVERY_ENGINE = True``.
+    """
+    by_test: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in launched:
+        by_engine = hasattr(item, "callspec") and "engine" in item.callspec.params
+        if by_engine and not getattr(item.module, "ON_EVERY_ENGINE", False) and not item.get_closest_marker("repeats"):
+            by_test[item.module.__name__, item.originalname].append(item)
+    for items in by_test.values():
+        engines = [item.callspec.params["engine"] for item in items]
+        kept = set(FIRST_ENGINES) & set(engines) or {engines[0]}
+        for item, engine in zip(items, engines):
+            if engine not in kept:
+                item.add_marker("repeats")
 
 
 def find_folder(item: pytest.Item) -> str:

@@ -25,7 +25,7 @@ def prepare(folder: Path, rows: list[dict], moved: float = 0, moved_below: float
     prepare_trainer(trainer, block, continues_adapter=True)
 
 
-def be_a_rank(rank: int, folder: str) -> None:
+def run_process(rank: int, folder: str) -> None:
     """Differ from the other process in one thing after another, and write the error message for each."""
     import torch
     from accelerate import PartialState

@@ -18,7 +18,7 @@ def choose(folder: Path, rows: int | list[dict], l1ra: dict | None = None, model
     return trainer, prepare_trainer(trainer, LayerselConfig(selection=block or None, l1ra=l1ra))
 
 
-def be_a_rank(folder: str) -> None:
+def run_process(folder: str) -> None:
     """Choose on fewer rows than there are processes."""
     plans = {}
     for method, block in {

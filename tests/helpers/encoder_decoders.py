@@ -176,11 +176,11 @@ CHOICES = {
 }
 
 
-def be_a_rank(name: str, engine: str, base: str, folder: str) -> None:
+def run_process(name: str, engine: str, base: str, folder: str) -> None:
     """Choose with every method on an engine, train the last choice, and write the results to ``folder``."""
     import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
     from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-    from helpers.ranks import make_arguments, train_and_record
+    from helpers.processes import make_arguments, train_and_record
 
     chosen = make_arguments(engine, LAYER_CLASSES[name])
     kind = type(make_base(name))

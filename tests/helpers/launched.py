@@ -133,16 +133,16 @@ class Zygote:
             raise TimeoutError(f"{target} took over {timeout} s: {log}") from None
 
 
-class RunsByEngine(dict):
+class MadeOnce(dict):
     """Runs that are made once, when a test first reads them."""
 
     def __init__(self, make):
         super().__init__()
         self.make = make
 
-    def __missing__(self, engine: str):
-        self[engine] = self.make(engine)
-        return self[engine]
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
 
 
 KILLED = -9

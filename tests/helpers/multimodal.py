@@ -262,11 +262,11 @@ CHOICES = {
 LAYER_CLASSES = ["Qwen2_5_VLVisionBlock", "Qwen2_5_VLDecoderLayer"]
 
 
-def be_a_rank(engine: str, base: str, folder: str) -> None:
+def run_process(engine: str, base: str, folder: str) -> None:
     """Choose in both stacks with every method on an engine, train the last choice, and write to ``folder``."""
     import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
     from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
-    from helpers.ranks import make_arguments, train_and_record
+    from helpers.processes import make_arguments, train_and_record
 
     name = "Qwen2_5_VL"
     # Adam would take whole steps for the rounding error of tiny gradients.

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
 from axolotl_layersel.lora.run import Run
 from helpers.models import make_lora, make_rows, make_trainer
-from helpers.ranks import make_arguments, train_and_record
+from helpers.processes import make_arguments, train_and_record
 
 NEW = ("score", "embed_tokens", "lm_head")
 
@@ -55,7 +55,7 @@ def make_data(place: str) -> list[dict]:
 
 
 @torch.no_grad()
-def be_a_rank(engine: str, base: str, folder: str, start: str | None = None) -> None:
+def run_process(engine: str, base: str, folder: str, start: str | None = None) -> None:
     """Choose with ``gradient``, train, and write the new weights before and after the choice.
 
     If ``start`` is given, the new weights are those of the first process that wrote to this folder.

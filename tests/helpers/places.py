@@ -18,6 +18,23 @@ ROOT = TESTS.parent
 ENGINES = ["single", "ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 
 
+# A test that is launched on each engine is launched on these by `make test`, and on the others by `make test-all`. They
+# are one process, and the engines of DeepSpeed and of FSDP2 that shard most.
+FIRST_ENGINES = ["single", "zero3", "fsdp2-sharded"]
+
+
+# For a test that launches several engines.
+EACH_SET_OF_ENGINES = [
+    pytest.param(FIRST_ENGINES, id="first engines"),
+    pytest.param(ENGINES, id="all engines", marks=pytest.mark.repeats),
+]
+
+
+def again(*values: object) -> list:
+    """Return parameters on which a test shows again what it shows on others; `make test-all` runs them."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.repeats) for v in values]
+
+
 # The methods that score layers on rows.
 SCORING = [name for name, method in METHODS.items() if method.draws_rows]
 

@@ -13,7 +13,7 @@ from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.training.prepare import prepare_trainer
 from helpers.models import make_lora, make_rows, make_trainer
-from helpers.ranks import make_arguments, train_and_record
+from helpers.processes import make_arguments, train_and_record
 
 BLOCKS = {
     "selection": LayerselConfig(selection=SelectionConfig(method="last", ratio=0.5)),

@@ -7,7 +7,7 @@ import torch
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
 from helpers.families import make_base
 from helpers.models import make_lora, make_trainer
-from helpers.ranks import make_arguments, train_and_record
+from helpers.processes import make_arguments, train_and_record
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 
@@ -19,7 +19,7 @@ CHOICES = {
 }
 
 
-def be_a_rank(family: str, engine: str, base: str, folder: str) -> None:
+def run_process(family: str, engine: str, base: str, folder: str) -> None:
     """Choose with several methods on an engine, train the last choice, and write to ``folder``."""
     import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
 

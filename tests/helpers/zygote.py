@@ -26,6 +26,53 @@ import torch
 
 from helpers.nodes import INTERFACE
 
+# What runs import, also late in them. Imported by each process anew, it would take half of its time.
+IMPORTED = [
+    "accelerate",
+    "axolotl.cli.checks",
+    "axolotl.cli.config",
+    "axolotl.cli.train",
+    "axolotl.common.datasets",
+    "axolotl.core.builders",
+    "axolotl.integrations.expert_parallel.shard",
+    "axolotl.model_support.qwen4_exp",
+    "axolotl.monkeypatch.accelerate.fsdp2",
+    "axolotl.monkeypatch.accelerate.fsdp2_quantized",
+    "axolotl.monkeypatch.accelerate.parallelism_config",
+    "axolotl.monkeypatch.attention.fa2_hub_kernel",
+    "axolotl.monkeypatch.attention.large_head",
+    "axolotl.monkeypatch.deepspeed_utils",
+    "axolotl.monkeypatch.models.mamba_utils",
+    "axolotl.monkeypatch.torchao_optim",
+    "axolotl.monkeypatch.transformers.trainer_loss_calc",
+    "axolotl.monkeypatch.transformers_fa_utils",
+    "axolotl.train",
+    "axolotl.utils.quantization",
+    "bitsandbytes",
+    "deepspeed",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "fsspec.implementations.chained",
+    "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion",
+    "scipy.io",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.utils.cpp_extension",
+    "torch.utils.serialization.config",
+    "transformers.hf_argparser",
+    "transformers.models.gemma4.modeling_gemma4",
+    "transformers.models.llama.modeling_llama",
+    # The package, and what watches it. Runs that are started as users do import it anew.
+    "axolotl_layersel.engines.fsdp2",
+    "axolotl_layersel.engines.zero",
+    "axolotl_layersel.plugin",
+    "axolotl_layersel.selection.methods.cka",
+    "axolotl_layersel.training.ending",
+    "axolotl_layersel.training.preflight",
+    "axolotl_layersel.training.prepare",
+    "helpers.cpu_engines",
+    "helpers.probe",
+]
 REPLY = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # the output of libraries must not mix with the answers
 LOCK = threading.Lock()
@@ -111,18 +158,8 @@ def wait(job: dict, pids: list[int]) -> None:
 
 
 def main() -> None:
-    import accelerate  # noqa: F401
-    import axolotl.cli.config
-    import axolotl.cli.train
-    import axolotl.common.datasets
-    import axolotl.core.builders
-    import axolotl.train  # noqa: F401
-    import bitsandbytes  # noqa: F401
-    import deepspeed  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    # The package and what watches it: half a second of every process. Runs that are started as users do import it anew.
-    import helpers.probe  # noqa: F401
+    for name in IMPORTED:
+        importlib.import_module(name)
 
     # Objects of the imports stay alive, so the garbage collector of the children can skip them.
     gc.collect()

@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 import pytest
 import yaml
-from helpers.launched import Run, RunsByEngine, Zygote
+from helpers.launched import MadeOnce, Run, Zygote
 from helpers.places import ENVIRONMENT, ROOT
 from helpers.settings import PLAIN, engine_settings, selection
 
@@ -177,4 +177,4 @@ def plain_runs(train) -> dict[str, Run]:
 
     A search with the same number of steps on the same rows comes first. Its gates stay at 0, so it is plain LoRA too.
     """
-    return RunsByEngine(lambda engine: train(engine, **PLAIN))
+    return MadeOnce(lambda engine: train(engine, **PLAIN))

@@ -11,7 +11,7 @@ from axolotl_layersel.selection.plan_file import read_plan
 
 
 def test_fewer_rows_than_processes_are_enough(zygote, tmp_path):
-    codes = zygote.run("helpers.defaults:be_a_rank", {"folder": str(tmp_path)}, 3, tmp_path / "log", {})
+    codes = zygote.run("helpers.defaults:run_process", {"folder": str(tmp_path)}, 3, tmp_path / "log", {})
     assert codes == [0] * 3, (tmp_path / "log.0").read_text()[-3000:]
     plans = json.loads((tmp_path / "plans.json").read_text())
     for method, block in {"cosine": {"num_samples": 2}, "gradient": {}}.items():

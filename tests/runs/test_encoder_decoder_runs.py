@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.encoder_decoders import CHOICES, NAMES, make_encoder_decoder, make_pairs, make_tokenizer
-from helpers.ranks import check_same_choices, launch_ranks
+from helpers.processes import check_same_choices, launch_processes
 from safetensors.torch import load_file
 
 from axolotl_layersel.common.paths import plan_path
@@ -21,7 +21,7 @@ def launch(zygote, tmp_path_factory):
     @functools.cache
     def run(name: str, engine: str) -> Path:
         folder, base = tmp_path_factory.mktemp(f"{name}-{engine}"), make_encoder_decoder(name)
-        return launch_ranks(zygote, "helpers.encoder_decoders:be_a_rank", engine, folder, base, name=name)
+        return launch_processes(zygote, "helpers.encoder_decoders:run_process", engine, folder, base, name=name)
 
     return run
 

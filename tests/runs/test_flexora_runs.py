@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.launched import Run, RunsByEngine, difference
+from helpers.launched import MadeOnce, Run, difference
 from helpers.places import ENGINES
 from helpers.settings import checkpoint_layers, selection
 from safetensors.torch import load_file
@@ -21,7 +21,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def searched(train) -> dict[str, Run]:
-    return RunsByEngine(lambda engine: train(engine, **selection("flexora", ratio=0.5, flexora=SEARCH), **SETTINGS))
+    return MadeOnce(lambda engine: train(engine, **selection("flexora", ratio=0.5, flexora=SEARCH), **SETTINGS))
 
 
 def read_history(run: Run) -> GateHistory:

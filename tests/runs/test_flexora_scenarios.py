@@ -123,6 +123,7 @@ def test_choices_with_several_seeds_are_compared(zygote, make_config, engine):
     assert "2 seeds agree with a mean overlap (Jaccard) of" in text
 
 
+@pytest.mark.repeats
 def test_a_schedule_of_deepspeeds_own_and_bf16_weights_come_back(train, tmp_path):
     config = deepspeed_config(2)
     keys = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")

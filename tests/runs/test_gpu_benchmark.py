@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 
+import pytest
 from helpers.places import ENVIRONMENT, ROOT
 
 SIZE = ["--hidden-size", "64", "--layers", "4", "--vocabulary", "256", "--tokens", "16", "--rank", "4", "--steps", "24"]
 ARMS = ["lora", "l1ra, kernels", "l1ra, kernels, adamw_bnb_8bit", "half by last, kernels"]
 
 
+@pytest.mark.repeats
 def test_one_command_checks_and_times_the_package(tmp_path):
     path = tmp_path / "gpu.json"
     command = ["benchmarks/gpu.sh", "--device", "cpu", *SIZE, "--json", str(path), "--arms", *ARMS]

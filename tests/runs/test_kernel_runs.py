@@ -50,6 +50,7 @@ def test_rank_moves_beside_kernels_as_without_them(train, engine):
     assert difference(run.adapter(), plain.adapter()) < 1e-3
 
 
+@pytest.mark.repeats
 def test_a_run_with_kernels_that_was_killed_ends_as_if_it_had_not_been(train):
     whole = train("single", **ON, **MOVING)
     killed = train("single", expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **ON, **MOVING)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers.launched import KILLED, Run, RunsByEngine, difference, load_with_stock_peft, read_state
-from helpers.places import ENGINES
+from helpers.launched import KILLED, MadeOnce, Run, difference, load_with_stock_peft, read_state
+from helpers.places import EACH_SET_OF_ENGINES, ENGINES
 from helpers.settings import ACCUMULATED, BEST_IS_FIRST, checkpoint_layers, pressure
 from safetensors.torch import load_file
 
@@ -26,7 +26,7 @@ MODULES = 8 * 3
 
 @pytest.fixture(scope="module")
 def whole_runs(train) -> dict[str, Run]:
-    return RunsByEngine(lambda engine: train(engine, **SETTINGS))
+    return MadeOnce(lambda engine: train(engine, **SETTINGS))
 
 
 def read_updates(run: Run) -> dict:
@@ -139,10 +139,11 @@ def test_the_best_model_comes_back_with_its_gates_and_ranks(whole_runs, engine):
     assert run.pattern() == run.pattern(place="checkpoint-2") == history[2]
 
 
-def test_stock_peft_computes_what_the_model_in_training_computes(whole_runs, base_model, tmp_path):
+@pytest.mark.parametrize("engines", EACH_SET_OF_ENGINES)
+def test_stock_peft_computes_what_the_model_in_training_computes(whole_runs, engines, base_model, tmp_path):
     folders = {
         (engine, place): whole_runs[engine].folder / place
-        for engine in ENGINES
+        for engine in engines
         for place in (".", "checkpoint-6", "checkpoint-10")
     }
     stock = load_with_stock_peft(base_model, list(folders.values()), tmp_path)

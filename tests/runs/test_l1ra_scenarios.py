@@ -92,6 +92,7 @@ def test_a_redistributed_adapter_is_continued_with_its_ranks_scaling_and_room(tr
                 torch.testing.assert_close(start[name][:, :rank] * SCALINGS[rslora], value, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.repeats
 def test_selection_and_redistribution_go_together(train, base_model, tmp_path):
     blocks = {"layersel": {**selection("last", num_layers=3)["layersel"], **pressure(update_ratio=0.2)["layersel"]}}
     settings = {**SETTINGS, **blocks}
@@ -125,6 +126,7 @@ def test_an_interrupted_run_leaves_the_adapter_that_a_checkpoint_of_that_step_ho
     assert difference(run.adapter(), runs[False].adapter("checkpoint-6")) <= tolerance
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("stage", [2, 3])
 def test_optimizer_states_on_the_cpu_change_nothing(train, runs, tmp_path, stage):
     config = deepspeed_config(stage)
@@ -148,6 +150,7 @@ def test_shards_on_the_cpu_change_nothing(train, runs, engine):
     assert json.loads((run.folder / "ranks.json").read_text())["survivors_changed_by"] == 0
 
 
+@pytest.mark.repeats
 def test_small_parameters_that_zero3_keeps_whole_are_written_too(train, runs, tmp_path):
     config = deepspeed_config(3)
     # The default of 1e5 keeps most LoRA matrices of real models on every process.
@@ -286,7 +289,7 @@ def test_ranks_that_differ_between_processes_stop_the_run(train):
     assert (run.folder / "checkpoint-2" / "adapter_model.safetensors").exists()
 
 
-def test_ranks_that_differ_in_the_last_bit_take_the_gates_of_rank_zero(train, runs):
+def test_gates_that_differ_in_the_last_bit_become_those_of_the_first_process(train, runs):
     run = train("ddp", env={"LAYERSEL_TEST_SIGNAL": "BIT:3"}, **SETTINGS)
     assert run.engine["engine"] == "ddp"
     ends = [load_file(run.folder / f"end_{rank}.safetensors") for rank in range(2)]

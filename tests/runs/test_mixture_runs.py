@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
+from helpers.launched import MadeOnce
 from helpers.launched import Run as Launched
-from helpers.launched import RunsByEngine
 from helpers.mixtures import FAMILIES, STAYS, compute, find_ranks, make_base
 from helpers.settings import engine_settings, l1ra
 from peft import PeftModel
@@ -31,7 +31,7 @@ def runs(train, base_model, tmp_path_factory):
         }
         return train(engine, **settings, expect=expect)
 
-    return RunsByEngine(run), folder
+    return MadeOnce(run), folder
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2-full"])

@@ -10,7 +10,7 @@ from helpers.multimodal import (
     make_multimodal,
     save_multimodal,
 )
-from helpers.ranks import check_same_choices, launch_ranks
+from helpers.processes import check_same_choices, launch_processes
 from safetensors.torch import load_file
 
 from axolotl_layersel.common.paths import plan_path
@@ -25,7 +25,7 @@ def launch(zygote, tmp_path_factory):
     @functools.cache
     def run(engine: str) -> Path:
         folder, base = tmp_path_factory.mktemp(engine), make_multimodal("Qwen2_5_VL")
-        return launch_ranks(zygote, "helpers.multimodal:be_a_rank", engine, folder, base)
+        return launch_processes(zygote, "helpers.multimodal:run_process", engine, folder, base)
 
     return run
 

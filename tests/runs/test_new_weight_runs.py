@@ -12,7 +12,7 @@ from helpers.new_weights import (
 )
 from helpers.places import ROOT
 from helpers.plain_trainer import check_adapter, make_bert, run_python
-from helpers.ranks import check_same_choices, launch_ranks
+from helpers.processes import check_same_choices, launch_processes
 from helpers.settings import preferences, selection
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -31,7 +31,7 @@ def test_all_processes_score_and_train_from_the_new_weights_of_the_first(zygote,
     for folder in (engine, "alone"):
         (tmp_path / folder / "shared").mkdir(parents=True)
     base = make_small_llama(layers=4, pad_token_id=0)
-    shared = launch_ranks(zygote, "helpers.new_weights:be_a_rank", engine, tmp_path / engine / "shared", base)
+    shared = launch_processes(zygote, "helpers.new_weights:run_process", engine, tmp_path / engine / "shared", base)
     places = list_places(engine)
     for place in places:
         first, second = (torch.load(shared / f"{place}-before-{rank}.pt") for rank in (0, 1))
@@ -41,7 +41,7 @@ def test_all_processes_score_and_train_from_the_new_weights_of_the_first(zygote,
             after = torch.load(shared / f"{place}-after-{rank}.pt")
             assert all(torch.equal(value, after[name]) for name, value in first.items())
     arguments = {"start": str(shared)}
-    alone = launch_ranks(zygote, "helpers.new_weights:be_a_rank", "single", tmp_path / "alone", base, **arguments)
+    alone = launch_processes(zygote, "helpers.new_weights:run_process", "single", tmp_path / "alone", base, **arguments)
     check_same_choices(alone, shared, engine, places, make_resized(shared / "base"))
     if engine != "zero3":
         assert (shared / "log.0").read_text().count(SAID) == len(places)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.documents import find_section
-from helpers.launched import Run, RunsByEngine, difference
+from helpers.launched import MadeOnce, Run, difference
 from helpers.nodes import INTERFACE, Node, make_nodes
 from helpers.places import ENVIRONMENT
 from helpers.settings import BEST_IS_FIRST, l1ra, selection
@@ -122,7 +122,7 @@ def alone(train) -> Run:
 
 @pytest.fixture(scope="module")
 def whole_runs(train_on_nodes) -> dict[str, NodesRun]:
-    return RunsByEngine(lambda engine: train_on_nodes(engine, **SETTINGS))
+    return MadeOnce(lambda engine: train_on_nodes(engine, **SETTINGS))
 
 
 def check_equal(run: NodesRun, alone: Run) -> None:
@@ -215,6 +215,7 @@ def test_nodes_that_lack_files_end_at_once_with_what_to_copy_and_resume_exactly_
     check_same_on_both(resumed)
 
 
+@pytest.mark.repeats
 def test_a_checkpoint_of_another_run_on_the_second_node_is_refused(whole_runs, train_on_nodes, nodes):
     copy_checkpoint(whole_runs["zero2"], nodes, "mixed")
     path = nodes[0].disk / "mixed" / "checkpoint-4" / "trainer_state.json"
@@ -257,6 +258,7 @@ def test_output_folders_that_differ_between_nodes_are_refused(train_on_nodes, no
 FOUR = {**SETTINGS, "micro_batch_size": 1}
 
 
+@pytest.mark.repeats
 def test_two_nodes_with_two_processes_each_do_as_one_process_does(train_on_nodes, train):
     run = train_on_nodes("zero3", local=2, **FOUR)
     assert run.on[0].engine == {**run.on[0].engine, "engine": "zero3", "processes": 4}

@@ -6,7 +6,7 @@ bitsandbytes 0.50.2 runs them on the CPU, where it pages nothing; ``benchmarks/g
 import json
 
 import pytest
-from helpers.launched import KILLED, Run, RunsByEngine, difference
+from helpers.launched import KILLED, MadeOnce, Run, difference
 from helpers.settings import l1ra
 from safetensors.torch import load_file
 
@@ -44,7 +44,7 @@ RESUMED = [("adamw_bnb_8bit", "zero3"), ("adamw_torch_8bit", "ddp"), ("ao_adamw_
 @pytest.fixture(scope="module")
 def runs(train) -> dict[tuple[str, str], Run]:
     """A run with each optimizer on each engine."""
-    return RunsByEngine(lambda pair: train(pair[1], optimizer=pair[0], env=ENVIRONMENT, **SETTINGS))
+    return MadeOnce(lambda pair: train(pair[1], optimizer=pair[0], env=ENVIRONMENT, **SETTINGS))
 
 
 @pytest.mark.parametrize(("optimizer", "engine"), RUNS)
@@ -87,6 +87,7 @@ def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(train, r
     assert difference(*({name: value.float() for name, value in state.items()} for state in states)) <= tolerance
 
 
+@pytest.mark.repeats
 @pytest.mark.parametrize("optimizer", ["adamw_torch_8bit", "ao_adamw_fp8"])
 def test_torchaos_checkpoints_that_no_run_could_resume_from_are_not_begun(train, optimizer):
     run = train("fsdp2-full", expect=1, optimizer=optimizer, **SETTINGS)

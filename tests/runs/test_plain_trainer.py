@@ -9,7 +9,7 @@ from helpers.documents import find_blocks
 from helpers.models import make_small_llama
 from helpers.places import ROOT
 from helpers.plain_trainer import check_adapter, make_bert, run_python
-from helpers.ranks import OPTIMIZER_STATES, launch_ranks
+from helpers.processes import OPTIMIZER_STATES, launch_processes
 from safetensors.torch import load_file
 
 from axolotl_layersel.common.paths import plan_path
@@ -39,9 +39,11 @@ def test_the_example_of_the_manual_runs_where_there_is_no_axolotl(bert, tmp_path
 
 
 @pytest.mark.parametrize("engine", OPTIMIZER_STATES)
-def test_a_plain_trainer_searches_and_resumes_on_engines_and_all_ranks_miss_what_one_lacks(engine, zygote, tmp_path):
+def test_a_plain_trainer_searches_and_resumes_on_engines_and_all_processes_miss_what_is_lacking(
+    engine, zygote, tmp_path
+):
     base = make_small_llama(layers=4)
-    folder = launch_ranks(zygote, "helpers.ranks:train_and_resume", engine, tmp_path, base)
+    folder = launch_processes(zygote, "helpers.processes:train_and_resume", engine, tmp_path, base)
     assert len({choice.score for choice in read_plan(plan_path(folder / "searched")).layers}) == 4
     whole, resumed = (RankHistory.read(folder / place).ranks for place in ("whole", "resumed"))
     assert whole == resumed and len({tuple(ranks.values()) for ranks in whole.values()}) > 1

@@ -38,19 +38,19 @@ STARTED = {
 
 
 @pytest.mark.parametrize("engine", STARTED)
-def test_ranks_with_other_settings_end_before_the_model_loads(train, engine):
+def test_processes_with_other_settings_end_before_the_model_loads(train, engine):
     settings, elsewhere, message = STARTED[engine]
     run = train(engine, expect=1, elsewhere=elsewhere, timeout=SECONDS, **settings)
     assert run.log.count(f"LayerselError: {message}") == 2, run.log[-3000:]
     assert MODEL_LOADS not in run.log
 
 
-def test_a_rank_with_another_engine_ends_all(train):
+def test_a_process_with_another_engine_ends_all(train):
     run = train("zero2", expect=1, elsewhere={"deepspeed": None}, timeout=SECONDS)
     assert run.log.count("LayerselError: deepspeed: None on process 1, {'zero_optimization'") == 2, run.log[-3000:]
 
 
-def test_a_rank_with_other_rows_ends_all(train, data, tmp_path):
+def test_a_process_with_other_rows_ends_all(train, data, tmp_path):
     lines = data.read_text().splitlines()
     path = tmp_path / "train.jsonl"
     path.write_text("".join(f"{line}\n" for line in [*lines[1:], lines[0]]))
@@ -61,7 +61,7 @@ def test_a_rank_with_other_rows_ends_all(train, data, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-sharded"])
-def test_a_rank_with_another_adapter_ends_all(train, plain_runs, engine, tmp_path):
+def test_a_process_with_another_adapter_ends_all(train, plain_runs, engine, tmp_path):
     trained = plain_runs["single"].folder
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / file).write_bytes((trained / file).read_bytes())
@@ -76,7 +76,7 @@ def test_a_rank_with_another_adapter_ends_all(train, plain_runs, engine, tmp_pat
 
 def test_trainers_that_were_prepared_differently_are_refused_by_rank_and_key(zygote, tmp_path):
     arguments = [{"rank": rank, "folder": str(tmp_path)} for rank in range(2)]
-    codes = zygote.run("helpers.agreement:be_a_rank", arguments, 2, tmp_path / "log", {}, timeout=SECONDS)
+    codes = zygote.run("helpers.agreement:run_process", arguments, 2, tmp_path / "log", {}, timeout=SECONDS)
     assert codes == [0, 0], (tmp_path / "log.0").read_text()[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from helpers.models import make_small_llama
-from helpers.ranks import launch_ranks
+from helpers.processes import launch_processes
 from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
 def alone(zygote, tmp_path_factory):
     base = make_small_llama(attention_bias=True)
-    return launch_ranks(
+    return launch_processes(
         zygote, "helpers.readiness:train_beside_another", "single", tmp_path_factory.mktemp("alone"), base
     )
 
@@ -18,7 +18,7 @@ def alone(zygote, tmp_path_factory):
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
 def test_engines_train_beside_another_adapter_and_all_processes_refuse_what_one_did(engine, zygote, alone, tmp_path):
     base = make_small_llama(attention_bias=True)
-    folder = launch_ranks(zygote, "helpers.readiness:train_beside_another", engine, tmp_path, base)
+    folder = launch_processes(zygote, "helpers.readiness:train_beside_another", engine, tmp_path, base)
     one, other = (load_file(place / "trained" / "adapter_model.safetensors") for place in (alone, folder))
     assert one.keys() == other.keys() and len([name for name in one if name.endswith("bias")]) == 3 * 2
     assert all(value.abs().max() > 1e-3 for name, value in one.items() if name.endswith("q_proj.base_layer.bias"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.checkpoints import find_fault
-from helpers.launched import Run, RunsByEngine, difference, load_with_stock_peft
+from helpers.launched import MadeOnce, Run, difference, load_with_stock_peft
 from helpers.places import ENGINES
 from helpers.settings import BEST_IS_FIRST, selection
 from safetensors.torch import load_file
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from axolotl_layersel import engines
 from axolotl_layersel.config.root import LayerselConfig
 
+ON_EVERY_ENGINE = True  # see tests/conftest.py
 SETTINGS = BEST_IS_FIRST
 NOT_RESUMED_FROM = {
     "README.md",
@@ -39,7 +40,7 @@ VARIABLES = {
 @pytest.fixture(scope="module")
 def whole_runs(train) -> dict[str, Run]:
     """An uninterrupted run on each engine."""
-    return RunsByEngine(lambda engine: train(engine, **SETTINGS))
+    return MadeOnce(lambda engine: train(engine, **SETTINGS))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from helpers.launched import KILLED, RunsByEngine, difference, load_with_stock_peft, scores
-from helpers.places import ENGINES, SCORING
+from helpers.launched import KILLED, MadeOnce, difference, load_with_stock_peft, scores
+from helpers.places import EACH_SET_OF_ENGINES, SCORING
 from helpers.settings import PACKED_QLORA, checkpoint_layers, engine_settings, l1ra, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,7 +53,7 @@ def test_packed_and_unpacked_runs_score_the_same(computed, make_plan):
 def plans(make_plan) -> dict[str, dict]:
     """The plans of one process by each method, and by ``cka`` for branches of layers."""
     blocks = {**{method: selection(method) for method in SCORING}, "group": selection("cka", granularity="group")}
-    return RunsByEngine(lambda case: make_plan(**blocks[case]))
+    return MadeOnce(lambda case: make_plan(**blocks[case]))
 
 
 # An engine whose processes hold all weights, one whose processes hold parts, and one whose first process holds all.
@@ -99,7 +99,8 @@ def test_qlora_with_packing_accumulation_and_a_regex_trains_and_loads(train, bas
     assert logits.isfinite().all()
 
 
-def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
+@pytest.mark.parametrize("engines", EACH_SET_OF_ENGINES)
+def test_truncated_checkpointed_runs_train_alike_on_every_engine(train, engines):
     # Only the highest layers: the backward pass ends at layer 4. Reentrant, because ZeRO-3 fails with the other kind in
     # this stack, without any plugin.
     settings = {
@@ -108,7 +109,7 @@ def test_truncated_checkpointed_runs_train_alike_on_every_engine(train):
         "max_steps": 4,
         "save_steps": 4,
     }
-    runs = {engine: train(engine, **settings) for engine in ENGINES if engine != "fsdp2-full"}
+    runs = {engine: train(engine, **settings) for engine in engines if engine != "fsdp2-full"}
     alone = runs["single"]
     assert alone.selected == [4, 5, 6, 7]
     for engine, run in runs.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.families import make_family
-from helpers.ranks import check_same_choices, launch_ranks
+from helpers.processes import check_same_choices, launch_processes
 from helpers.shared_states import CHOICES
 
 
@@ -16,8 +16,8 @@ def launch(zygote, tmp_path_factory):
     @functools.cache
     def run(family: str, engine: str) -> Path:
         folder = tmp_path_factory.mktemp(f"{family}-{engine}")
-        return launch_ranks(
-            zygote, "helpers.shared_states:be_a_rank", engine, folder, make_family(family), family=family
+        return launch_processes(
+            zygote, "helpers.shared_states:run_process", engine, folder, make_family(family), family=family
         )
 
     return run

@@ -6,13 +6,13 @@ from helpers.launched import (
     INTERRUPTED,
     KILLED,
     TERMINATED,
+    MadeOnce,
     Run,
-    RunsByEngine,
     difference,
     load_with_stock_peft,
     read_state,
 )
-from helpers.places import ENGINES
+from helpers.places import EACH_SET_OF_ENGINES, ENGINES
 from helpers.settings import BEST_IS_FIRST, checkpoint_layers, l1ra, selection
 
 # Rank moves after steps 2, 4, 6 and 8 between modules with ranks by gradient. Worker processes load data, and
@@ -35,7 +35,7 @@ RESUMING = {"auto_resume_from_checkpoints": True, **SETTINGS}
 
 @pytest.fixture(scope="module")
 def whole_runs(train) -> dict[str, Run]:
-    return RunsByEngine(lambda engine: train(engine, **SETTINGS))
+    return MadeOnce(lambda engine: train(engine, **SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def resumed_runs(train) -> dict[str, Run]:
         assert (killed.folder / "checkpoint-4").exists() and not (killed.folder / "checkpoint-6").exists()
         return train(engine, output=killed.folder, **RESUMING)
 
-    return RunsByEngine(make)
+    return MadeOnce(make)
 
 
 def check_same_end(whole: Run, other: Run, engine: str) -> None:
@@ -141,9 +141,10 @@ def test_a_run_that_is_terminated_and_started_again_ends_as_if_it_had_not_been(t
     ]
 
 
-def test_an_interrupted_run_leaves_an_adapter_that_loads(train, whole_runs, base_model, tmp_path):
+@pytest.mark.parametrize("engines", EACH_SET_OF_ENGINES)
+def test_an_interrupted_run_leaves_an_adapter_that_loads(train, whole_runs, engines, base_model, tmp_path):
     env = {"LAYERSEL_TEST_SIGNAL": "INT:3"}
-    runs = {engine: train(engine, expect=INTERRUPTED, env=env, **SETTINGS) for engine in ENGINES}
+    runs = {engine: train(engine, expect=INTERRUPTED, env=env, **SETTINGS) for engine in engines}
     stock = load_with_stock_peft(base_model, [run.folder for run in runs.values()], tmp_path)
     for engine, run in runs.items():
         adapter = run.adapter()

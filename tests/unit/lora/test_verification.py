@@ -52,7 +52,7 @@ def test_a_fingerprint_knows_every_bit_and_every_place(monkeypatch):
         (torch.tensor([1.0, 2, 3, 4, 5, 6]).bfloat16(), "the gathered values of .* differ from those on the processes"),
     ],
 )
-def test_what_is_not_gathered_from_all_ranks_as_they_hold_it_is_refused(tmp_path, gathered, message):
+def test_what_is_not_gathered_from_all_processes_as_they_hold_it_is_refused(tmp_path, gathered, message):
     held = torch.tensor([1.0, 2, 3, 4, 5, 6])
     halves = verification.fingerprint(held[:3]) + verification.fingerprint(held[3:], 3)
     verification.check_gathered(tmp_path / "file", {NAME: held}, {NAME: halves.tolist()})

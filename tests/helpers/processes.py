@@ -67,7 +67,7 @@ def train_and_record(trainer, folder: str) -> None:
         (Path(folder) / "engine.json").write_text(json.dumps(record))
 
 
-def launch_ranks(zygote, function: str, engine: str, folder: Path, base, **arguments) -> Path:
+def launch_processes(zygote, function: str, engine: str, folder: Path, base, **arguments) -> Path:
     """Run ``function`` on the model ``base`` in each process of ``engine``, and return the folder with the results."""
     base.save_pretrained(folder / "base")
     arguments = {**arguments, "engine": engine, "base": str(folder / "base"), "folder": str(folder)}
