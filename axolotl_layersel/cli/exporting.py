@@ -3,16 +3,16 @@
 import json
 import os
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.files import parse_json, write_atomically
+from axolotl_layersel.common.files import parse_json, write_atomically, writing
 
 RECORD = "layersel_export.json"  # next to the adapter's files
-ADAPTER_FILES = (
-    *("adapter_model.safetensors", "adapter_config.json"),
-    *("adapters.safetensors", "adapter.gguf", "Modelfile"),
-)
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
+MLX_FILES = ("adapters.safetensors", "adapter_config.json")
+ADAPTER_FILES = (*PEFT_FILES, "adapters.safetensors", "adapter.gguf", "Modelfile")
 
 
 def export_to_reader(adapter: Path, name: str, output: Path | None, base_model: str | None, force: bool) -> list[str]:
@@ -37,6 +37,7 @@ def export_to_reader(adapter: Path, name: str, output: Path | None, base_model: 
     from axolotl_layersel.lora.export import convert_export, export_for
 
     done = export_for(adapter, reader, output, base_model)
+    remove_others(adapter, output, MLX_FILES if reader.form == "mlx" else PEFT_FILES)
     # Before a converter that may fail: a second attempt may then overwrite the folder.
     write_record(adapter, output, done.layout, name)
     command = convert_export(reader, output, done.base)
@@ -58,6 +59,7 @@ def export_layout(adapter: Path, layout: str, output: Path | None, base_model: s
     from axolotl_layersel.lora.readers import find_vllm_rank
 
     rank = export_adapter(adapter, layout, output, base_model)
+    remove_others(adapter, output, PEFT_FILES)
     write_record(adapter, output, layout, None)
     needed = find_vllm_rank(rank)
     return [
@@ -83,6 +85,19 @@ def check_target(source: Path, output: Path) -> None:
             f"--output: {output} holds an {held} that is not an earlier export of {source}. Give another folder, or "
             "overwrite it with --force."
         )
+
+
+def remove_others(source: Path, output: Path, written: Collection[str]) -> None:
+    """Remove the files of an earlier export of ``source`` that this one has not ``written``, such as a GGUF file.
+
+    Raises:
+        LayerselError: if that is not allowed.
+    """
+    if read_record(output) == find_source(source, output):
+        for name in ADAPTER_FILES:
+            if name not in written:
+                with writing(output / name, 0):
+                    (output / name).unlink(missing_ok=True)
 
 
 def find_source(source: Path, output: Path) -> str:

@@ -211,3 +211,15 @@ def test_an_export_for_kernels_says_on_how_many_gpus_it_is_right(tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "in the layout full, highest rank 48" in result.output and "right on up to 6 GPUs" in result.output
+
+
+def test_an_export_for_another_reader_leaves_no_file_of_the_earlier_one(tmp_path):
+    save(tmp_path / "some")
+    output = tmp_path / "out"
+    held = {}
+    for reader in ("vllm", "mlx", "vllm"):
+        arguments = ["export", str(tmp_path / "some"), "--for", reader, "--output", str(output)]
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+        held[reader] = {path.name for path in output.iterdir()}
+    record = {"adapter_config.json", "layersel_export.json"}
+    assert held == {"vllm": {"adapter_model.safetensors", *record}, "mlx": {"adapters.safetensors", *record}}
