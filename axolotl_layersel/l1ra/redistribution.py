@@ -26,7 +26,7 @@ from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.rules import RULES, Rule
 from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, write_state
 from axolotl_layersel.lora import layouts
-from axolotl_layersel.lora.factors import fold, split
+from axolotl_layersel.lora.factors import drop_unused, fold, split
 from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.lora.modules import count_component_parameters, find_key, get_linears, list_linear
 from axolotl_layersel.lora.run import Run
@@ -346,7 +346,7 @@ class RankRedistribution:
             gates = None if part is None else values[part]
             plain = fold(pair, modules[name].scaling[adapter], gates)
             if name in linear:
-                folded[name] = plain
+                folded[name] = drop_unused(plain)
             else:  # expert parameters keep their rank
                 rest |= layouts.join({name: plain})
                 fixed[find_key(name, modules[name])] = modules[name].r[adapter]

@@ -17,11 +17,13 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import flush, read_json, refuse, writing
 from axolotl_layersel.common.tensors import load_tensors, save_tensors
 from axolotl_layersel.lora import verification
-from axolotl_layersel.lora.factors import DOWN, PREFIX, UP, Factors, drop_unused, pad
+from axolotl_layersel.lora.factors import DOWN, PREFIX, UP, Factors, fold, pad
 from axolotl_layersel.lora.patterns import write_pattern
 
 WAY_OUT = "Give the folder of a LoRA adapter."
 MOST_ALPHA = 1e9
+# The name of a module before, at and after the number of its layer.
+LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 
 
 def join(factors: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
@@ -36,33 +38,106 @@ def lay_out(
     config: LoraConfig,
     layout: str,
     fixed: Mapping[str, int] | None = None,
+    layer_count: int | None = None,
+    rank: int | None = None,
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """Return the tensors and the configuration of a plain adapter, from factors with folded scaling and gates.
 
-    The layout ``ragged`` keeps each module's own rank, in ``rank_pattern`` and, with the same number, in
-    ``alpha_pattern``; ``uniform`` pads all modules to the highest rank. In both ``lora_alpha`` equals ``r``, so that
-    the scaling is 1 for every reader: of the patterns, of the top level, or of the tensors' own rank.
+    PEFT computes the same from each layout of ``LAYOUTS``, and ``use_rslora`` is off in all of them.
+
+    * ``ragged``: each module has its own rank, in ``rank_pattern`` and, with the same number, in ``alpha_pattern``.
+      ``lora_alpha`` equals ``r``. Programs that follow the patterns, or take both from the top level, scale by 1. Those
+      that divide ``lora_alpha`` by the rank of a module's tensors scale by r over that rank, which is wrong.
+    * ``const``: each module has its own rank, all have one alpha, r, and B is multiplied by the module's rank over r.
+      Programs that divide ``lora_alpha`` by the rank of a module's tensors are right, those that divide it by r wrong.
+    * ``uniform``: all modules are padded to the highest rank. Every program scales by 1.
+    * ``full``: as ``uniform``, and every type of module is in every layer, with zeros where the adapter has none.
 
     Args:
-        factors: factors of the linear modules, by module.
+        factors: factors of the linear modules, by module, without unused components.
         rest: all other tensors of the file, among them folded factors of LoRA on parameters.
         config: the configuration to adapt; it is copied.
-        layout: ``ragged`` or ``uniform``.
+        layout: one of ``LAYOUTS``.
         fixed: the ranks of LoRA on parameters, by their names in PEFT's patterns.
+        layer_count: the number of layers of the base model, for ``full``.
+        rank: the rank to pad to; default: the highest one.
+
+    Raises:
+        LayerselError: if modules of ``full`` cannot be added.
     """
-    factors = {module: drop_unused(pair) for module, pair in factors.items()}
-    ranks = {**{module: pair.rank for module, pair in factors.items()}, **(fixed or {})}
+    fixed = dict(fixed or {})
+    ranks = {**{module: pair.rank for module, pair in factors.items()}, **fixed}
     highest = max(ranks.values())
-    padded = {"ragged": None, "uniform": highest}[layout]
-    if padded is not None:
-        factors = {module: pad(pair, padded) for module, pair in factors.items()}
-    tensors = {**rest, **join(factors)}
     config = copy.copy(config)
-    config.r = config.lora_alpha = highest
     config.use_rslora = False
-    config.rank_pattern = write_pattern(ranks) if padded is None else {}
-    config.alpha_pattern = dict(config.rank_pattern)
-    return tensors, config
+    if layout == "full":
+        assert layer_count is not None, "the layout full needs the number of layers"
+        factors = add_modules(factors, layer_count)
+        config.target_modules = sorted({name.rpartition(".")[2] for name in factors})
+        config.layers_to_transform = config.layers_pattern = None
+    if LAYOUTS[layout].is_padded:
+        highest = rank or highest
+        factors = {module: pad(pair, highest) for module, pair in factors.items()}
+        ranks = fixed
+    elif not LAYOUTS[layout].has_alphas:
+        factors = {module: fold(pair, pair.rank / highest) for module, pair in factors.items()}
+    config.r = config.lora_alpha = highest
+    config.rank_pattern = write_pattern(ranks)
+    config.alpha_pattern = write_pattern(ranks if LAYOUTS[layout].has_alphas else fixed)
+    return {**rest, **join(factors)}, config
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a layout does to the modules of an adapter, see ``lay_out``.
+
+    Attributes:
+        is_padded: whether all modules have one rank.
+        has_alphas: whether modules of different ranks have alphas of their own.
+    """
+
+    is_padded: bool
+    has_alphas: bool
+
+
+# From the smallest file to the largest one.
+LAYOUTS = {
+    "ragged": Layout(is_padded=False, has_alphas=True),
+    "const": Layout(is_padded=False, has_alphas=False),
+    "uniform": Layout(is_padded=True, has_alphas=False),
+    "full": Layout(is_padded=True, has_alphas=False),
+}
+
+
+def add_modules(factors: Mapping[str, Factors], layer_count: int) -> dict[str, Factors]:
+    """Return the factors with one component of zeros for each module that some layer has and another one lacks.
+
+    Raises:
+        LayerselError: if modules are not in numbered layers, or the size of one that is added cannot be known.
+    """
+    kinds: dict[tuple[str, str], dict[int, Factors]] = {}
+    for name, pair in factors.items():
+        found = LAYER.fullmatch(name)
+        if not found or int(found[2]) >= layer_count:
+            raise LayerselError(
+                f"ADAPTER: {name} has LoRA and is not in one of the {layer_count} layers of the base model, so the "
+                "layout full cannot be made. Choose another layout, or give the right --base-model."
+            )
+        kinds.setdefault((found[1], found[3]), {})[int(found[2])] = pair
+    completed = dict(factors)
+    for (start, end), pairs in kinds.items():
+        missing = set(range(layer_count)).difference(pairs)
+        sizes = {(pair.down.shape[1], pair.up.shape[0]) for pair in pairs.values()}
+        if missing and len(sizes) > 1:
+            raise LayerselError(
+                f"ADAPTER: {end} has different sizes in different layers, so that of layer {min(missing)} is not known "
+                "and the layout full cannot be made. Choose another layout."
+            )
+        model = next(iter(pairs.values()))
+        for number in missing:
+            zeros = Factors(torch.zeros_like(model.down[:1]), torch.zeros_like(model.up[:, :1]))
+            completed[f"{start}{number}{end}"] = zeros
+    return completed
 
 
 # Checks the tensors and the configuration that were read back, before the files are moved into place.

@@ -3,9 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
-
-from peft import LoraConfig
+from typing import Any, TypeVar
 
 V = TypeVar("V")
 
@@ -37,8 +35,11 @@ def list_ends(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(1, len(parts))]
 
 
-def resolve(config: LoraConfig, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
-    """Return the rank and the scaling that PEFT gives each of ``modules`` under ``config``."""
+def resolve(config: Any, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """Return the rank and the scaling that PEFT gives each of ``modules``.
+
+    ``config``: a ``LoraConfig``, or anything with its fields of ranks and alphas.
+    """
     modules = list(modules)
     ranks, alphas = (read_pattern(pattern or {}, modules) for pattern in (config.rank_pattern, config.alpha_pattern))
     resolved = {}

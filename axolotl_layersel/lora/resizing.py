@@ -1,6 +1,8 @@
 """Change the ranks of LoRA modules before training."""
 
 import copy
+import math
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -68,16 +70,22 @@ def resize_linear(linear: nn.Linear, dim: int, rank: int) -> None:
 def describe_ranks(config: LoraConfig, modules: dict[str, LoraLayer], adapter: str) -> LoraConfig:
     """Return a configuration from which PEFT builds modules of these ranks and scalings.
 
-    If all modules share a scaling, ``lora_alpha`` / ``r`` equals it. Programs that ignore the patterns and take a
-    module's rank from its tensors then scale correctly, too.
+    If all modules share a scaling, ``lora_alpha`` / ``r`` equals it, so programs that ignore both patterns scale
+    correctly. Programs that divide ``lora_alpha`` by the rank of a module's tensors do not; they need an export.
     """
     config = copy.copy(config)
     keyed = {find_key(name, module): module for name, module in modules.items()}
     ranks = {key: module.r[adapter] for key, module in keyed.items()}
-    alphas = {key: module.scaling[adapter] * module.r[adapter] for key, module in keyed.items()}
+    alphas = {key: round_whole(module.scaling[adapter] * module.r[adapter]) for key, module in keyed.items()}
     highest = max(ranks, key=lambda name: ranks[name])
-    config.r, config.lora_alpha = ranks[highest], alphas[highest]
+    top: Any = alphas[highest]  # PEFT declares a whole number and takes any
+    config.r, config.lora_alpha = ranks[highest], top
     config.use_rslora = False
     config.rank_pattern = write_pattern({name: rank for name, rank in ranks.items() if rank != config.r})
     config.alpha_pattern = write_pattern({name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha})
     return config
+
+
+def round_whole(value: float) -> float:
+    """Return an alpha as an integer if it is one up to rounding: some programs read no other number."""
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value

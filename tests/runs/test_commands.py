@@ -144,7 +144,8 @@ def completion(tmp_path_factory) -> Path:
         ("axolotl-layersel s", {"show", "schema"}),
         ("axolotl-layersel plan run.yml --l", {"--launcher"}),
         ("axolotl-layersel plan run.yml --launcher t", {"torchrun"}),
-        ("axolotl-layersel export run --layout ", {"ragged", "uniform"}),
+        ("axolotl-layersel export run --layout ", {"ragged", "const", "uniform", "full"}),
+        ("axolotl-layersel export run --for t", {"tensorrt-llm", "tgi"}),
     ],
 )
 def test_bash_completes_what_is_typed(typed, offered, completion):

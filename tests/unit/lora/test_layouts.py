@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.lora import layouts
-from axolotl_layersel.lora.export import LAYOUTS, export_adapter
+from axolotl_layersel.lora.export import export_adapter
 from axolotl_layersel.lora.factors import Factors, drop_unused, find_used, fold, pad, split
+from axolotl_layersel.lora.layouts import LAYOUTS
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.patterns import read_pattern, write_pattern
 from axolotl_layersel.lora.readers import find_vllm_rank
@@ -53,7 +54,9 @@ def read_config(folder) -> dict:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_exported_adapter_computes_the_same(tmp_path, layout, use_rslora):
     logits = save_uneven_adapter(tmp_path / "uneven", use_rslora=use_rslora)
-    assert export_adapter(tmp_path / "uneven", layout, tmp_path / "out") == 7
+    make_small_llama().config.save_pretrained(tmp_path / "base")
+    highest = export_adapter(tmp_path / "uneven", layout, tmp_path / "out", str(tmp_path / "base"))
+    assert highest == (8 if layout == "full" else 7)
     torch.testing.assert_close(compute(tmp_path / "out"), logits, atol=1e-5, rtol=0)
     assert float((logits - make_small_llama().eval()(TOKENS).logits).abs().max()) > 1e-2
 
@@ -78,6 +81,79 @@ def test_uniform_pads_so_that_alpha_over_the_tensors_own_rank_is_the_true_scalin
     factors, _ = split(tensors)
     assert {pair.rank for pair in factors.values()} == {pair.up.shape[1] for pair in factors.values()} == {7}
     assert config["lora_alpha"] / 7 == 1 and not config["rank_pattern"] and not config["alpha_pattern"]
+
+
+def test_const_scales_by_one_alpha_over_the_tensors_own_rank(tmp_path):
+    save_uneven_adapter(tmp_path / "uneven")
+    for layout in ("ragged", "const"):
+        export_adapter(tmp_path / "uneven", layout, tmp_path / layout)
+    config = read_config(tmp_path / "const")
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (7, 7, {})
+    read = {layout: load_file(tmp_path / layout / "adapter_model.safetensors") for layout in ("ragged", "const")}
+    ragged, const = (split(tensors)[0] for tensors in read.values())
+    assert {name: pair.rank for name, pair in const.items()} == {name: pair.rank for name, pair in ragged.items()}
+    for name, pair in const.items():
+        torch.testing.assert_close(7 / pair.rank * pair.up @ pair.down, ragged[name].up @ ragged[name].down)
+
+
+def test_full_has_every_type_in_every_layer_at_a_rank_that_kernels_have(tmp_path):
+    targets = [f"model.layers.{number}" for number in (0, 2)]
+    targets = [f"{targets[0]}.self_attn.q_proj", f"{targets[1]}.self_attn.q_proj", f"{targets[1]}.mlp.down_proj"]
+    model = make_lora(make_small_llama(3), targets, r=9, lora_alpha=18)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1) if parameter.requires_grad else None
+    model.save_pretrained(str(tmp_path / "some"))
+    model.get_base_model().config.save_pretrained(tmp_path / "base")
+    assert export_adapter(tmp_path / "some", "full", tmp_path / "out", str(tmp_path / "base")) == 16
+    factors, _ = split(load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    kinds = ("self_attn.q_proj", "mlp.down_proj")
+    assert factors.keys() == {f"model.layers.{number}.{kind}" for number in range(3) for kind in kinds}
+    assert {name for name, pair in factors.items() if pair.up.any()} == set(targets)
+    config = read_config(tmp_path / "out")
+    assert config["target_modules"] == ["down_proj", "q_proj"] and config["layers_to_transform"] is None
+    with torch.no_grad():
+        expected = model.eval()(TOKENS).logits
+        loaded = PeftModel.from_pretrained(make_small_llama(3), str(tmp_path / "out")).eval()(TOKENS).logits
+    torch.testing.assert_close(loaded, expected, atol=1e-5, rtol=0)
+
+
+def test_full_is_refused_where_the_number_of_layers_cannot_be_known_or_is_too_low(tmp_path):
+    save_uneven_adapter(tmp_path / "uneven")
+    refused = re.escape(
+        f"ADAPTER: the base model of {tmp_path / 'uneven'} is not named there, and the layout full needs its number of "
+        "layers. Give its path or its name on the hub with --base-model."
+    )
+    with pytest.raises(LayerselError, match=refused):
+        export_adapter(tmp_path / "uneven", "full", tmp_path / "out")
+    with pytest.raises(LayerselError, match=r"--base-model: the number of layers of .*nowhere.* cannot be read"):
+        export_adapter(tmp_path / "uneven", "full", tmp_path / "out", str(tmp_path / "nowhere"))
+    make_small_llama(2).config.save_pretrained(tmp_path / "base")
+    with pytest.raises(LayerselError, match="is not in one of the 2 layers of the base model"):
+        export_adapter(tmp_path / "uneven", "full", tmp_path / "out", str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_names_modules_and_no_initialisation_and_has_whole_alphas(tmp_path):
+    model = make_lora(make_small_llama(2), r".*layers\.1\..*(q|v)_proj", lora_alpha=8.0, init_lora_weights="gaussian")
+    model.save_pretrained(str(tmp_path / "some"))
+    export_adapter(tmp_path / "some", "const", tmp_path / "out")
+    config = read_config(tmp_path / "out")
+    assert config["target_modules"] == [f"model.layers.1.self_attn.{kind}_proj" for kind in "qv"]
+    assert config["init_lora_weights"] is True
+    assert type(config["lora_alpha"]) is int
+    torch.testing.assert_close(compute_small(tmp_path / "out"), compute_small(tmp_path / "some"))
+
+
+def compute_small(folder) -> torch.Tensor:
+    with torch.no_grad():
+        return PeftModel.from_pretrained(make_small_llama(2), str(folder)).eval()(TOKENS).logits
+
+
+@pytest.mark.parametrize("initial", ["pissa", "olora"])
+def test_an_adapter_whose_start_changed_the_base_is_refused(tmp_path, initial):
+    make_lora(make_small_llama(2), init_lora_weights=initial).save_pretrained(str(tmp_path / "some"))
+    with pytest.raises(LayerselError, match=f"has base weights that init_lora_weights: {initial} changed"):
+        export_adapter(tmp_path / "some", "uniform", tmp_path / "out")
 
 
 def test_exporting_back_and_forth_changes_nothing(tmp_path):
