@@ -43,7 +43,7 @@ def test_the_commands_of_the_readme_train_show_merge_and_export(folder):
     run = folder / "outputs" / "run"
     chosen = read_plan(plan_path(run)).selected
     assert len(chosen) == 4 and "cka keeps 4 of 8 layers" in printed[1]
-    for adapter in (run, folder / "adapter-uniform"):
+    for adapter in (run, folder / "adapter"):
         layers = {
             int(name.split(".layers.")[1].split(".")[0]) for name in load_file(adapter / "adapter_model.safetensors")
         }
