@@ -5,6 +5,7 @@ Nothing here uses ``matplotlib.pyplot``, which would choose a window system and 
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 import os
@@ -102,21 +103,19 @@ class RunPictures:
         self.draw(("ranks",), history)
 
     def draw(self, names: Iterable[str], history: RankHistory | None) -> None:
-        """Draw the pictures ``names``, and remove those of them that an earlier run has left and this run lacks."""
+        """Draw the pictures ``names``, after removing those of an earlier run, which would seem to be of this one."""
+        places = {name: [picture_path(self.folder, name, ending) for ending in PICTURE_ENDINGS] for name in names}
         try:
+            for path in itertools.chain(*places.values()):
+                path.unlink(missing_ok=True)
             has_gates = self.plan is not None and gates_path(self.folder).exists()
             gates = GateHistory.read(self.folder) if has_gates else None
             figures = list_figures(self.folder, self.plan, gates, history, self.base_model)
             wanted = {name: figures[name] for name in names if name in figures}
-            drawn = wanted if wanted and has_matplotlib() else {}
-            for name in names:
-                paths = [picture_path(self.folder, name, ending) for ending in PICTURE_ENDINGS]
-                if name in drawn:
-                    write_figure(drawn[name], paths)
-                else:
-                    for path in paths:
-                        path.unlink(missing_ok=True)
-            if wanted and not drawn and not self.silent:
+            if has_matplotlib():
+                for name, make in wanted.items():
+                    write_figure(make, places[name])
+            elif wanted and not self.silent:
                 self.silent = True
                 LOG.info(
                     "layersel: no pictures are drawn, because matplotlib is not installed: %s. "
@@ -131,7 +130,7 @@ class RunPictures:
                     "layersel: not all pictures of the run can be drawn (%s: %s). The run goes on; "
                     "`axolotl-layersel show %s --picture FILE` draws them later.",
                     type(error).__name__,
-                    error,
+                    clean(str(error)),
                     self.folder,
                 )
 
