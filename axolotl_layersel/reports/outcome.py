@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from axolotl_layersel.common.paths import plan_path, ranks_path
+from axolotl_layersel.common.terminal import enumerate_words
 from axolotl_layersel.config.layer_names import LayerName, split_name, split_place
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.readers import AdapterFile, Readers, find_readers, read_adapter_file
@@ -13,6 +14,7 @@ from axolotl_layersel.selection.plan_file import read_plan
 
 MILLION = 1_000_000
 LONGEST_LIST = 60  # characters; longer lists of layers are cut, and the plan has them
+STATES = {"remove": "without an adapter", "freeze": "frozen"}  # of what is not selected
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,23 @@ def read_outcome(folder: Path) -> Outcome:
 
 
 def describe_choice(plan: Plan) -> str:
-    """Return which layers or modules keep LoRA, and by which method, as a sentence without a full stop."""
-    kept, total = len(plan.selected), len(plan.layers)
-    trains = plan.unselected == "freeze"
-    layers = f"all {total} layers" if kept == total else f"{kept} of {total} layers"
-    names = "" if kept == total else f": {join_layers(plan.selected)}"
-    if plan.granularity == "layer":
-        return f"{layers} {'train' if trains else 'keep'} LoRA (method {plan.method}){names}"
-    modules, scored = len(plan.modules), len(plan.module_scores)
-    count = f"{modules} of {scored}" if modules < scored else f"{'all ' if scored else ''}{modules}"
-    verb = "train" if trains else "are kept"
-    return f"{count} LoRA modules {verb}, in {layers} (method {plan.method}){names}"
+    """Return which layers or modules are kept, and what becomes of the others, as a sentence without a full stop."""
+    selected, total = len(plan.selected), len(plan.layers)
+    kept, others = count_of(selected, total, "layers"), ""
+    if selected < total:
+        kept, others = f"{kept} ({cut_list(join_layers(plan.selected))})", "the others"
+    if plan.granularity != "layer":
+        modules, all_modules = len(plan.modules), len(plan.module_scores)
+        # A method without scores does not record the modules that it leaves out.
+        count = count_of(modules, all_modules, "LoRA modules") if all_modules else f"{modules} LoRA modules"
+        others = "the others" if modules < all_modules else "the other layers" if selected < total else ""
+        kept = f"{count}, in {kept}"
+    return f"method {plan.method} keeps {kept}" + (f"; {others} are {STATES[plan.unselected]}" if others else "")
+
+
+def count_of(part: int, total: int, what: str) -> str:
+    """Return ``part`` of ``total`` in words."""
+    return f"all {total} {what}" if part == total else f"{part} of {total} {what}"
 
 
 def describe_ranks(ranks: Iterable[int], history: RankHistory | None) -> str:
@@ -129,22 +137,17 @@ def describe_parameters(parameters: Parameters) -> str:
 def describe_readers(readers: Readers) -> list[str]:
     """Return sentences about the programs that read an adapter as it is, and those that would compute otherwise."""
     verb = "reads" if len(readers.right) == 1 else "read"
-    said = [f"{enumerate_names(readers.right)} {verb} the adapter as it is."]
+    said = [f"{enumerate_words(readers.right)} {verb} the adapter as it is."]
     if readers.misscaling:
-        said.append(f"{enumerate_names(readers.misscaling)} would scale it wrongly without an error.")
+        said.append(f"{enumerate_words(readers.misscaling)} would scale it wrongly without an error.")
     if readers.dropping:
-        what = "all of it" if readers.drops_all else enumerate_names(readers.dropped)
-        said.append(f"{enumerate_names(readers.dropping)} leave out {what}, because some layers lack it.")
+        what = "all of it" if readers.drops_all else enumerate_words(readers.dropped)
+        said.append(f"{enumerate_words(readers.dropping)} leave out {what}, because some layers lack it.")
     return said
 
 
-def enumerate_names(names: Sequence[str]) -> str:
-    """Return names as a part of a sentence."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 def join_layers(names: Sequence[LayerName]) -> str:
-    """Return names of layers, with ranges such as ``4-7`` for three or more in a row; a long list is cut."""
+    """Return names of layers, with ranges such as ``4-7`` for three or more in a row."""
     runs: list[list[LayerName]] = []
     for name in names:
         side, number = split_name(name)
@@ -155,5 +158,9 @@ def join_layers(names: Sequence[LayerName]) -> str:
     parts: list[str] = []
     for run in runs:
         parts += [f"{run[0]}-{split_name(run[-1])[1]}"] if len(run) > 2 else [str(name) for name in run]
-    text = ", ".join(parts)
+    return ", ".join(parts)
+
+
+def cut_list(text: str) -> str:
+    """Return a list of layers, cut after one of them if it is long."""
     return text if len(text) <= LONGEST_LIST else f"{text[:LONGEST_LIST].rpartition(', ')[0]}, ..."

@@ -55,7 +55,7 @@ def test_the_card_says_what_was_chosen_by_what_and_how_to_make_it_again(saved):
     chosen = ", ".join(map(str, plan.selected))
     for fact in (
         f"by method `relative` from 12 rows, whose tokens have the hash `{plan.dataset_fingerprint}`",
-        f"- 3 of 6 layers keep LoRA (method relative): {chosen}.",
+        f"- Method relative keeps 3 of 6 layers ({chosen}); the others are without an adapter.",
         "- Rank 4 in every module.",
         "- 2,304 of plain LoRA's 4,608 parameters train.",
         "PEFT, vLLM and llama.cpp read the adapter as it is.",
