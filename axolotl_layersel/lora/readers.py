@@ -13,6 +13,8 @@ Seen with these versions; ``tests/unit/lora/test_readers.py`` holds the rules, a
   (source of 2026).
 """
 
+import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +47,7 @@ class AdapterFile:
     Attributes:
         config: the content of ``adapter_config.json``.
         sizes: the number of LoRA parameters of each module, by its name in the base model.
-        ranks: the rank of each linear LoRA module.
+        ranks: the rank of each linear LoRA module; those of experts are unknown.
         is_plain: whether the file holds A and B of linear modules in the layers of a language model, and nothing else.
     """
 
@@ -63,6 +65,11 @@ class AdapterFile:
     def is_even(self) -> bool:
         """Whether all modules have the rank and the alpha of the configuration's top level."""
         return not self.config.get("rank_pattern") and not self.config.get("alpha_pattern")
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether LoRA is on parameters of experts too."""
+        return bool(self.config.get("target_parameters"))
 
     @property
     def base_model(self) -> str | None:
@@ -86,22 +93,27 @@ def read_adapter_file(folder: Path) -> AdapterFile:
     for name, shape in shapes.items():
         module, lora, _ = name.removeprefix(PREFIX).partition(LORA)
         if lora:
-            sizes[module] = sizes.get(module, 0) + count(shape)
-    on_experts = bool(config.get("target_parameters"))
-    ranks = {name.removeprefix(PREFIX).removesuffix(DOWN): shapes[name][0] for name in shapes if name.endswith(DOWN)}
-    is_plain = all(name.endswith((DOWN, UP)) for name in shapes) and not on_experts
+            sizes[module] = sizes.get(module, 0) + math.prod(shape)
+    rows = {name.removeprefix(PREFIX).removesuffix(DOWN): shapes[name][0] for name in shapes if name.endswith(DOWN)}
+    # The A of experts has the rows of all of them.
+    targets = config.get("target_parameters") or []
+    ranks = {module: rank for module, rank in rows.items() if not is_expert(module, targets)}
+    is_plain = all(name.endswith((DOWN, UP)) for name in shapes) and not targets
     is_plain &= not config.get("use_dora") and config.get("task_type") == "CAUSAL_LM"
     is_plain &= all(name.startswith(f"{PREFIX}{LAYERS}.") for name in shapes)
-    # The A of experts has the rows of all of them.
-    return AdapterFile(config, sizes, {} if on_experts else ranks, is_plain)
+    return AdapterFile(config, sizes, ranks, is_plain)
 
 
-def count(shape: list[int]) -> int:
-    """Return the number of elements of a tensor."""
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def is_expert(module: str, targets: Collection[str]) -> bool:
+    """Return whether the LoRA of a module is, or may be, on one of its parameters.
+
+    Args:
+        module: the name of the module; PEFT wraps one with several such parameters as often, in ``base_layer``.
+        targets: PEFT's ``target_parameters``, which are whole names of parameters or ends of them.
+    """
+    name = re.sub(r"(\.base_layer)+$", "", module)
+    owners = [target.rpartition(".")[0] for target in targets]
+    return any(not owner or f".{name}".endswith(f".{owner}") for owner in owners)
 
 
 @dataclass(frozen=True)

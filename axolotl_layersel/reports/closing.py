@@ -4,7 +4,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from axolotl_layersel.common.paths import FOLDER, plan_path, ranks_path
+from axolotl_layersel.common.paths import FOLDER, list_pictures, plan_path, ranks_path
 from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.lora.readers import find_vllm_rank
 from axolotl_layersel.reports.outcome import (
@@ -21,7 +21,6 @@ from axolotl_layersel.selection.plan import Plan
 WIDTH = 80
 LABEL_WIDTH = 14
 MOST_NAMED = 3  # more pictures are only counted
-PICTURES = (".jpg", ".jpeg", ".pdf", ".png", ".svg", ".webp")
 
 
 def describe_run(folder: str | Path, config: str | Path | None = None) -> list[str]:
@@ -59,7 +58,7 @@ def describe_plan(plan: Plan, path: Path) -> list[str]:
 
 def describe_head(outcome: Outcome) -> list[str]:
     """Return the layers and the ranks."""
-    words = describe_ranks(outcome.ranks.values(), outcome.history)
+    words = describe_ranks(outcome)
     if outcome.plan is None:
         count = len(outcome.ranks)
         return wrap(f"layersel: rank moved between {count} LoRA modules: {words}", "  ")
@@ -80,7 +79,7 @@ def describe_facts(outcome: Outcome) -> list[str]:
 def list_files(outcome: Outcome, folder: Path) -> str:
     """Return where the adapter, the plan, the ranks and the pictures are."""
     named = [path(folder) for path, has in ((plan_path, outcome.plan), (ranks_path, outcome.history)) if has]
-    pictures = sorted(path for path in (folder / FOLDER).glob("*") if path.suffix.lower() in PICTURES)
+    pictures = [path for path in list_pictures(folder) if path.exists()]
     named += pictures if len(pictures) <= MOST_NAMED else []
     names = [str(path.relative_to(folder)) for path in named]
     if len(pictures) > MOST_NAMED:
@@ -97,7 +96,7 @@ def describe_serving(outcome: Outcome, folder: Path, config: str | Path | None) 
     if readers.export_helps:
         lines += make_command("for llama.cpp", "axolotl-layersel", "export", place, "--layout uniform")
     merge = [str(config or "CONFIG.yml"), f"--lora-model-dir {shlex.quote(place)}"]
-    if file.config.get("target_parameters"):
+    if file.has_experts:
         merge.append("--merge-method legacy")
     lines += make_command("merge", "axolotl", "merge-lora", *merge)
     rank = find_vllm_rank(file.highest)

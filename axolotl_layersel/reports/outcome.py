@@ -1,6 +1,6 @@
 """What a run has come to, from its plan, its ranks and its adapter: the facts that several reports show."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each module that was trained, in the model's order: in the adapter's file, or by the plan."""
+        """The rank of each linear module that was trained, in the model's order: in the file, or by the plan."""
         if self.file is None:
             return dict(self.plan.ranks) if self.plan else {}
         trained = self.trained
@@ -109,15 +109,18 @@ def count_of(part: int, total: int, what: str) -> str:
     return f"all {total} {what}" if part == total else f"{part} of {total} {what}"
 
 
-def describe_ranks(ranks: Iterable[int], history: RankHistory | None) -> str:
-    """Return the ranks of modules in words, or nothing without any."""
-    found = sorted(set(ranks))
+def describe_ranks(outcome: Outcome) -> str:
+    """Return the ranks of the trained modules in words, or nothing without any."""
+    found, what = sorted(set(outcome.ranks.values())), name_ranked(outcome)
     if not found:
         return ""
-    words = f"rank {found[0]} in every module" if len(found) == 1 else f"ranks from {found[0]} to {found[-1]}"
-    if history is None:
-        return words
-    return f"{words} after l1ra"
+    words = f"rank {found[0]} in every {what}" if len(found) == 1 else f"ranks from {found[0]} to {found[-1]}"
+    return words if outcome.history is None else f"{words} after l1ra"
+
+
+def name_ranked(outcome: Outcome) -> str:
+    """Return the word for what ``outcome.ranks`` names, which leaves out experts."""
+    return "linear module" if outcome.file and outcome.file.has_experts else "module"
 
 
 def describe_parameters(parameters: Parameters) -> str:

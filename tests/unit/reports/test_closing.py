@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+from helpers.experts import make_experts
 from helpers.models import make_lora, make_small_llama
 from helpers.plans import list_modules, make_plan
 from peft import LoraConfig
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.common.paths import list_pictures, plan_path
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.reports.closing import WIDTH, describe_plan, describe_run
 from axolotl_layersel.reports.outcome import cut_list, describe_parameters, join_layers, read_outcome
@@ -111,10 +112,13 @@ def freeze(plan: Plan) -> Plan:
 
 def test_pictures_are_named_or_counted(tmp_path):
     save_run(tmp_path)
-    for number in range(3):
-        (tmp_path / "layersel" / f"{number}.png").touch()
-    assert "layersel/0.png, layersel/1.png, layersel/2.png" in " ".join(" ".join(describe_run(tmp_path)).split())
-    (tmp_path / "layersel" / "3.svg").touch()
+    first, second, third, fourth, *_ = list_pictures(tmp_path)
+    for path in (first, second, third):
+        path.touch()
+    (tmp_path / "layersel" / "of-a-user.png").touch()
+    names = ", ".join(f"layersel/{path.name}" for path in (first, second, third))
+    assert names in " ".join(" ".join(describe_run(tmp_path)).split())
+    fourth.touch()
     assert "4 pictures in layersel" in " ".join(" ".join(describe_run(tmp_path)).split())
 
 
@@ -146,6 +150,23 @@ def test_lora_on_experts_is_merged_by_the_method_that_knows_it_and_not_exported(
     text = " ".join(" ".join(lines).split())
     assert "readers PEFT reads the adapter as it is." in text
     assert "vllm" not in text and "export" not in text
+
+
+def test_rank_that_has_moved_next_to_experts_is_told_and_counted(tmp_path):
+    final = {
+        f"model.layers.{layer}.self_attn.{kind}": rank
+        for layer in range(3)
+        for kind, rank in (("q_proj", 3), ("v_proj", 1))
+    }
+    make_experts("Mixtral", rank_pattern={"q_proj": 3, "v_proj": 1}).save_pretrained(str(tmp_path))
+    RankHistory({0: dict.fromkeys(final, 2), 4: final}).write(tmp_path)
+    outcome = read_outcome(tmp_path)
+    assert outcome.ranks == final
+    experts = sum(size for name, size in outcome.file.sizes.items() if "experts" in name)
+    # q 32 -> 32, v 32 -> 16, in three layers.
+    plain, trained = 3 * 2 * (64 + 48), 3 * (3 * 64 + 48)
+    assert experts and outcome.parameters == Parameters(plain=experts + plain, trained=experts + trained)
+    assert describe_run(tmp_path)[0] == "layersel: rank moved between 6 LoRA modules: ranks from 1 to 3 after l1ra"
 
 
 def test_a_choice_without_training_says_how_to_use_it(tmp_path):

@@ -13,7 +13,8 @@ from transformers import Trainer
 
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
-from axolotl_layersel.reports.model_card import BEGIN, END, complete_card
+from axolotl_layersel.lora.readers import AdapterFile
+from axolotl_layersel.reports.model_card import BEGIN, END, complete_card, find_hub_name
 from axolotl_layersel.training import saving
 from axolotl_layersel.training.prepare import prepare_trainer
 
@@ -133,6 +134,14 @@ def test_a_reused_plan_is_named_by_its_place_next_to_the_card(saved, tmp_path):
     assert again.selected == plan.selected
     _, section = split(read(tmp_path))
     assert "plan: layersel/plan.json" in section and path not in section
+
+
+def test_a_card_names_a_base_of_the_hub_and_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    bases = ["org/Base-1.5B", "models/base", str(tmp_path / "models"), "../base", "~/base", "a b/c", "", None]
+    named = [find_hub_name(AdapterFile({"base_model_name_or_path": base}, {}, {}, True)) for base in bases]
+    assert named == ["org/Base-1.5B"] + ["BASE_MODEL"] * 7
 
 
 def test_text_after_the_section_stays_and_a_folder_without_a_card_gets_none(tmp_path):
