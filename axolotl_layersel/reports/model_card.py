@@ -94,7 +94,9 @@ def describe_origin(plan: Plan | None) -> str:
     rows = len(plan.calibration_rows)
     # In the words of the plan's settings, so that the reader finds them there.
     looked = METHODS[plan.method].needs_data if plan.method in METHODS else bool(rows)
-    source = f" from {rows} rows, whose tokens have the hash `{plan.dataset_fingerprint}`" if looked and rows else ""
+    source = f" from {rows} rows" if looked and rows else ""
+    if source and plan.dataset_fingerprint:  # None if rows are not tokenised
+        source += f", whose tokens have the hash `{plan.dataset_fingerprint}`"
     text = f"{made} chose where this adapter has LoRA, by method `{plan.method}`{source}."
     return f"{text} `{PLAN_FILE}` has the scores and the numbers of the rows." if source else text
 
