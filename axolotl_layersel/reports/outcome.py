@@ -13,7 +13,7 @@ from axolotl_layersel.selection.plan import Parameters, Plan
 from axolotl_layersel.selection.plan_file import read_plan
 
 MILLION = 1_000_000
-LONGEST_LIST = 60  # characters; longer lists of layers are cut, and the plan has them
+LONGEST_LIST = 40  # characters; longer lists of layers are cut, and the plan has them
 STATES = {"remove": "without an adapter", "freeze": "frozen"}  # of what is not selected
 
 

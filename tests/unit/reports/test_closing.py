@@ -204,4 +204,4 @@ def test_numbers_and_layers_are_short():
     assert join_layers([0, 1, 3, 4, 5, 7]) == "0, 1, 3-5, 7"
     assert join_layers(["encoder.0", "encoder.1", "encoder.2", "decoder.3"]) == "encoder.0-2, decoder.3"
     long = cut_list(join_layers(list(range(0, 200, 2))))
-    assert len(long) <= 65 and long.endswith(", ...")
+    assert len(long) <= 45 and long.endswith(", ...")
