@@ -13,6 +13,7 @@ from axolotl_layersel.reports.outcome import (
     describe_parameters,
     describe_ranks,
     describe_readers,
+    list_merge_options,
     read_outcome,
 )
 from axolotl_layersel.reports.savings import describe_savings
@@ -60,7 +61,8 @@ def describe_head(outcome: Outcome) -> list[str]:
     """Return the layers and the ranks."""
     words = describe_ranks(outcome)
     if outcome.plan is None:
-        count = len(outcome.ranks)
+        assert outcome.history is not None, "a run has a selection or l1ra"
+        count = len(outcome.history.ranks[0])
         return wrap(f"layersel: rank moved between {count} LoRA modules: {words}", "  ")
     head = f"layersel: {describe_choice(outcome.plan)}"
     return wrap(f"{head}; {words}" if words else head, "  ")
@@ -95,9 +97,7 @@ def describe_serving(outcome: Outcome, folder: Path, config: str | Path | None) 
     lines += make_command("show", "axolotl-layersel", "show", place)
     if readers.export_helps:
         lines += make_command("for llama.cpp", "axolotl-layersel", "export", place, "--layout uniform")
-    merge = [str(config or "CONFIG.yml"), f"--lora-model-dir {shlex.quote(place)}"]
-    if file.has_experts:
-        merge.append("--merge-method legacy")
+    merge = [str(config or "CONFIG.yml"), f"--lora-model-dir {shlex.quote(place)}", *list_merge_options(file)]
     lines += make_command("merge", "axolotl", "merge-lora", *merge)
     rank = find_vllm_rank(file.highest)
     if readers.has_vllm:

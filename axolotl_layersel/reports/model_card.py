@@ -25,6 +25,7 @@ from axolotl_layersel.reports.outcome import (
     describe_parameters,
     describe_ranks,
     describe_readers,
+    list_merge_options,
     name_ranked,
 )
 from axolotl_layersel.reports.savings import describe_savings
@@ -165,7 +166,7 @@ def describe_use(outcome: Outcome) -> list[str]:
         )
     if readers.export_helps:
         commands.append("axolotl-layersel export ADAPTER --layout uniform --output UNIFORM   # one rank, for llama.cpp")
-    commands.append("axolotl merge-lora CONFIG.yml --lora-model-dir ADAPTER")
+    commands.append(" ".join(["axolotl merge-lora CONFIG.yml --lora-model-dir ADAPTER", *list_merge_options(file)]))
     said.append("```bash\n" + "\n".join(map(clean, commands)) + "\n```")
     if readers.export_helps and not loads_uniform_in_sglang(file.ranks):
         said.append("SGLang does not load the layout `uniform` of this adapter: k_proj, v_proj or up_proj lack q_proj.")

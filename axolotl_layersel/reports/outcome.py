@@ -86,6 +86,11 @@ def read_outcome(folder: Path) -> Outcome:
     return Outcome(plan, history, read_adapter_file(folder))
 
 
+def list_merge_options(file: AdapterFile) -> list[str]:
+    """Return the options of ``axolotl merge-lora`` that an adapter needs: one method of it knows LoRA on experts."""
+    return ["--merge-method legacy"] if file.has_experts else []
+
+
 # --- Words ----------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import logging
 import pytest
 import yaml
 from axolotl import train as axolotl_train
+from helpers.experts import make_experts
 from helpers.models import make_lora, make_small_llama, make_trainer
 from helpers.writing import MOVING
 from huggingface_hub import ModelCard
@@ -13,8 +14,10 @@ from transformers import Trainer
 
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
-from axolotl_layersel.lora.readers import AdapterFile
-from axolotl_layersel.reports.model_card import BEGIN, END, complete_card, find_hub_name
+from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.lora.readers import AdapterFile, read_adapter_file
+from axolotl_layersel.reports.model_card import BEGIN, END, Recipe, complete_card, describe_layers, find_hub_name
+from axolotl_layersel.reports.outcome import Outcome
 from axolotl_layersel.training import saving
 from axolotl_layersel.training.prepare import prepare_trainer
 
@@ -134,6 +137,15 @@ def test_a_reused_plan_is_named_by_its_place_next_to_the_card(saved, tmp_path):
     assert again.selected == plan.selected
     _, section = split(read(tmp_path))
     assert "plan: layersel/plan.json" in section and path not in section
+
+
+def test_lora_on_experts_is_merged_by_the_method_that_knows_it(tmp_path):
+    make_experts("Mixtral").save_pretrained(str(tmp_path))
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
+    history = RankHistory({0: dict.fromkeys(names, 2)})
+    section = describe_layers(Outcome(None, history, read_adapter_file(tmp_path)), Recipe({}, 1, {}))
+    assert "axolotl merge-lora CONFIG.yml --lora-model-dir ADAPTER --merge-method legacy\n" in section
+    assert "- Rank 2 in every linear module after l1ra." in section
 
 
 def test_a_card_names_a_base_of_the_hub_and_no_folder(tmp_path, monkeypatch):
