@@ -163,10 +163,10 @@ def list_figures(
     figures: dict[str, Callable[[], Figure]] = {}
     if history is not None:
         methods = " + ".join([*([plan.method] if plan else []), "l1ra"])
-        ranks, moved = history.ranks, describe_run(folder, methods, base_model)
+        ranks, moved = history.ranks, make_title(folder, methods, base_model)
         figures["ranks"] = lambda: draw_moved_ranks(ranks, moved)
     if plan is not None:
-        title = describe_run(folder, plan.method, base_model)
+        title = make_title(folder, plan.method, base_model)
         if gates is not None:
             search, kept = gates, find_kept(plan, gates)
             figures["gates"] = lambda: draw_gates(search, kept, title)
@@ -175,12 +175,12 @@ def list_figures(
         if plan.ranks and history is None:
             figures["ranks"] = lambda: draw_plan_ranks(plan, title)
     elif gates is not None:
-        search, title = gates, describe_run(folder, "flexora", base_model)
+        search, title = gates, make_title(folder, "flexora", base_model)
         figures["gates"] = lambda: draw_gates(search, (), title)
     return figures
 
 
-def describe_run(folder: Path, method: str, base_model: str | None) -> str:
+def make_title(folder: Path, method: str, base_model: str | None) -> str:
     """Return the title of a run's pictures: the name of its folder, its method, and its base model."""
     place = folder.resolve()
     if place.parent.name == "layersel":  # a plan in its run's folder

@@ -28,12 +28,12 @@ from axolotl_layersel.reports.pictures import (
     OUTERMOST,
     RunPictures,
     check_picture,
-    describe_run,
     draw_gate_lines,
     draw_gates,
     draw_layer_scores,
     draw_moved_ranks,
     make_figure,
+    make_title,
     spread_out,
     write_figure,
 )
@@ -275,8 +275,8 @@ def test_without_matplotlib_one_line_says_how_to_get_pictures_and_old_ones_go(tm
     ],
 )
 def test_a_picture_says_which_run_it_is_of(tmp_path, place, title):
-    assert describe_run(tmp_path / place, "cka", "meta-llama/Llama-3.1-8B") == title
-    assert describe_run(tmp_path / place, "cka", None) == title.removesuffix(" on Llama-3.1-8B")
+    assert make_title(tmp_path / place, "cka", "meta-llama/Llama-3.1-8B") == title
+    assert make_title(tmp_path / place, "cka", None) == title.removesuffix(" on Llama-3.1-8B")
 
 
 def test_the_layers_that_a_plan_keeps_stand_out():
