@@ -79,8 +79,7 @@ def check_picture(path: Path) -> None:
 class RunPictures:
     """The pictures in a run's folder, which process 0 draws at the end of each phase.
 
-    Pictures need nothing of the run and never end it: their failure is one warning a run, and so is a missing
-    matplotlib one line.
+    A failure is one warning a run, and a missing matplotlib is one line. Neither ends the run.
 
     Attributes:
         folder: the folder of the run.
@@ -102,7 +101,7 @@ class RunPictures:
         """Draw the ranks before and after ``l1ra``."""
         self.draw(("ranks",), history)
 
-    def draw(self, names: Iterable[str], history: RankHistory | None) -> None:
+    def draw(self, names: Sequence[str], history: RankHistory | None) -> None:
         """Draw the pictures ``names``, after removing those of an earlier run, which would seem to be of this one."""
         places = {name: [picture_path(self.folder, name, ending) for ending in PICTURE_ENDINGS] for name in names}
         try:
