@@ -120,7 +120,7 @@ def compare_losses(lora: Result, choice: Result, drawn: Result) -> str:
     elif beats_lora:
         verdict = "It does not win: layers drawn by chance did as well or better, so the scores gained nothing here."
     elif beats_drawn:
-        verdict = "It does not win: its scores are better than chance here, and LoRA in all layers is better still."
+        verdict = "It does not win: its scores beat chance here, and LoRA in all layers does as well or better."
     else:
         verdict = "It does not win: neither plain LoRA nor a random choice is worse here."
     return f"{first} {verdict} These are single runs; docs/results.md has means over several seeds."

@@ -11,7 +11,7 @@ from typing import NoReturn
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 import pytest
-from helpers.places import COLLECTED, FIRST_ENGINES, ROOT, TESTS
+from helpers.places import COLLECTED, FIRST_ENGINES, PLAIN_FSDP2, ROOT, TESTS
 from helpers.support import Support, read_file, write_file
 
 
@@ -86,17 +86,18 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
 def mark_repeats(launched: Iterable[pytest.Item]) -> None:
     """Give the mark ``repeats`` to tests that show on a further engine what they show on one of the first.
 
-    A test that is made for none of the first engines keeps the first of its own. A module that exists to compare all
-    engines says so by ``ON_EVERY_ENGINE = True``.
+    Tests with other values of another parameter show something else. One that is made for none of the first engines
+    keeps the first of its own. A module that exists to compare all engines says so by ``ON_EVERY_ENGINE = True``.
     """
-    by_test: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    by_test: dict[tuple[str, ...], list[pytest.Item]] = defaultdict(list)
     for item in launched:
         by_engine = hasattr(item, "callspec") and "engine" in item.callspec.params
         if by_engine and not getattr(item.module, "ON_EVERY_ENGINE", False) and not item.get_closest_marker("repeats"):
-            by_test[item.module.__name__, item.originalname].append(item)
+            others = {name: value for name, value in item.callspec.params.items() if name != "engine"}
+            by_test[item.module.__name__, item.originalname, repr(others)].append(item)
     for items in by_test.values():
         engines = [item.callspec.params["engine"] for item in items]
-        kept = set(FIRST_ENGINES) & set(engines) or {engines[0]}
+        kept = {*FIRST_ENGINES, PLAIN_FSDP2} & {*engines} or {engines[0]}
         for item, engine in zip(items, engines):
             if engine not in kept:
                 item.add_marker("repeats")

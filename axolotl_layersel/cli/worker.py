@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.common.terminal import say
 from axolotl_layersel.reports.closing import describe_plan
@@ -63,7 +63,8 @@ def main(config: str, repeat: int = 1, overrides: Mapping[str, Any] | None = Non
         raise SystemExit(1) from None
     if os.environ.get("RANK", "0") == "0":
         say(f"plan: {path}")
-        show_closing(describe_plan(read_plan(path), path))
+        with warning_instead("the closing summary cannot be made", "The plan is complete."):
+            show_closing(describe_plan(read_plan(path), path))
 
 
 if __name__ == "__main__":

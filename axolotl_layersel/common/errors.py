@@ -1,9 +1,13 @@
-"""The error of this package, and suggestions for misspelt words in its messages."""
+"""The error of this package, suggestions for misspelt words in its messages, and reports that may fail."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 
 from axolotl_layersel.common.terminal import clean
+
+LOG = logging.getLogger("axolotl.layersel")
 
 
 class LayerselError(ValueError):
@@ -18,3 +22,18 @@ def suggest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     nearest = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"
+
+
+@contextlib.contextmanager
+def warning_instead(failure: str, then: str) -> Iterator[None]:
+    """Log a warning in place of an error within the block, which only reports on a run and must not end it.
+
+    Args:
+        failure: what has failed, such as ``the plan cannot be printed``.
+        then: what becomes of the run, and where the content of the report is, in sentences.
+    """
+    try:
+        yield
+    # An error of any library. rich exits the process if standard output is closed, as in `axolotl train ... | head`.
+    except (Exception, SystemExit) as error:
+        LOG.warning("layersel: %s (%s: %s). %s", failure, type(error).__name__, clean(str(error)), then)

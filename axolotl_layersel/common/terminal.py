@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
@@ -25,6 +26,12 @@ def make_encodable(text: str, encoding: str | None) -> str:
     """Return ``text`` with the characters escaped that ``encoding`` lacks, such as a bar on an ASCII terminal."""
     encoding = encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def enumerate_words(words: Iterable[str]) -> str:
+    """Return ``a, b and c``."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 class EncodableFile:

@@ -2,7 +2,7 @@
 
 A rule is a function of an adapter's configuration and of the shapes in its file. It returns what the program would do
 wrongly, or None. ``READERS`` names for each program the version and the place where its rules were seen:
-``tests/runs/test_llama_cpp.py`` runs llama.cpp and ``tests/serving`` runs vLLM, so they fail when a rule changes. The
+``tests/runs/test_served_adapters.py`` runs llama.cpp and ``tests/serving`` runs vLLM, so they fail when a rule changes. The
 rules of the other programs were read in their source.
 """
 
@@ -73,11 +73,14 @@ class AdapterFile:
 
     @functools.cached_property
     def ranks(self) -> dict[str, int]:
-        """The rank of each linear LoRA module; empty for LoRA on experts, whose A has the rows of all of them."""
-        if self.config.get("target_parameters"):
-            return {}
-        ends = [name for name in self.shapes if name.endswith(DOWN)]
-        return {name.removeprefix(PREFIX).removesuffix(DOWN): self.shapes[name][0] for name in ends}
+        """The rank of each linear LoRA module; that of experts, whose A has the rows of all of them, is unknown."""
+        targets = self.config.get("target_parameters") or []
+        rows = {
+            name.removeprefix(PREFIX).removesuffix(DOWN): shape[0]
+            for name, shape in self.shapes.items()
+            if name.endswith(DOWN)
+        }
+        return {module: rank for module, rank in rows.items() if not is_expert(module, targets)}
 
     @functools.cached_property
     def layers(self) -> dict[int, dict[str, str]]:
@@ -105,6 +108,11 @@ class AdapterFile:
         return self.config.get("task_type") == "CAUSAL_LM" and not any(rule(self) for rule in (*LIMITS, *UNTRIED))
 
     @property
+    def has_experts(self) -> bool:
+        """Whether LoRA is on parameters of experts too."""
+        return bool(self.config.get("target_parameters"))
+
+    @property
     def base_model(self) -> str | None:
         """The path or hub name of the base model."""
         return self.config.get("base_model_name_or_path")
@@ -130,6 +138,18 @@ def read_adapter_file(folder: Path, layer_count: int | None = None) -> AdapterFi
     with reading("ADAPTER", path, WAY_OUT), safe_open(path, framework="numpy") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return AdapterFile(config, shapes, layer_count)
+
+
+def is_expert(module: str, targets: Collection[str]) -> bool:
+    """Return whether the LoRA of a module is, or may be, on one of its parameters.
+
+    Args:
+        module: the name of the module; PEFT wraps one with several such parameters as often, in ``base_layer``.
+        targets: PEFT's ``target_parameters``, which are whole names of parameters or ends of them.
+    """
+    name = re.sub(r"(\.base_layer)+$", "", module)
+    owners = [target.rpartition(".")[0] for target in targets]
+    return any(not owner or f".{name}".endswith(f".{owner}") for owner in owners)
 
 
 # --- What no layout can serve ---------------------------------------------------------------------------------------

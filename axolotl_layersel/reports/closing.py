@@ -4,7 +4,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from axolotl_layersel.common.paths import FOLDER, plan_path, ranks_path
+from axolotl_layersel.common.paths import FOLDER, list_pictures, plan_path, ranks_path
 from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.lora.readers import find_vllm_rank
 from axolotl_layersel.reports.outcome import (
@@ -13,6 +13,7 @@ from axolotl_layersel.reports.outcome import (
     describe_parameters,
     describe_ranks,
     describe_readers,
+    list_merge_options,
     read_outcome,
 )
 from axolotl_layersel.reports.savings import describe_savings
@@ -21,7 +22,6 @@ from axolotl_layersel.selection.plan import Plan
 WIDTH = 80
 LABEL_WIDTH = 14
 MOST_NAMED = 3  # more pictures are only counted
-PICTURES = (".jpg", ".jpeg", ".pdf", ".png", ".svg", ".webp")
 
 
 def describe_run(folder: str | Path, config: str | Path | None = None) -> list[str]:
@@ -59,9 +59,10 @@ def describe_plan(plan: Plan, path: Path) -> list[str]:
 
 def describe_head(outcome: Outcome) -> list[str]:
     """Return the layers and the ranks."""
-    words = describe_ranks(outcome.ranks.values(), outcome.history)
+    words = describe_ranks(outcome)
     if outcome.plan is None:
-        count = len(outcome.ranks)
+        assert outcome.history is not None, "a run has a selection or l1ra"
+        count = len(outcome.history.ranks[0])
         return wrap(f"layersel: rank moved between {count} LoRA modules: {words}", "  ")
     head = f"layersel: {describe_choice(outcome.plan)}"
     return wrap(f"{head}; {words}" if words else head, "  ")
@@ -80,7 +81,7 @@ def describe_facts(outcome: Outcome) -> list[str]:
 def list_files(outcome: Outcome, folder: Path) -> str:
     """Return where the adapter, the plan, the ranks and the pictures are."""
     named = [path(folder) for path, has in ((plan_path, outcome.plan), (ranks_path, outcome.history)) if has]
-    pictures = sorted(path for path in (folder / FOLDER).glob("*") if path.suffix.lower() in PICTURES)
+    pictures = [path for path in list_pictures(folder) if path.exists()]
     named += pictures if len(pictures) <= MOST_NAMED else []
     names = [str(path.relative_to(folder)) for path in named]
     if len(pictures) > MOST_NAMED:
@@ -96,9 +97,7 @@ def describe_serving(outcome: Outcome, folder: Path, config: str | Path | None) 
     lines += make_command("show", "axolotl-layersel", "show", place)
     if readers.export_helps:
         lines += make_command("for llama.cpp", "axolotl-layersel", "export", place, "--layout uniform")
-    merge = [str(config or "CONFIG.yml"), f"--lora-model-dir {shlex.quote(place)}"]
-    if file.config.get("target_parameters"):
-        merge.append("--merge-method legacy")
+    merge = [str(config or "CONFIG.yml"), f"--lora-model-dir {shlex.quote(place)}", *list_merge_options(file)]
     lines += make_command("merge", "axolotl", "merge-lora", *merge)
     rank = find_vllm_rank(file.highest)
     if readers.has_vllm:

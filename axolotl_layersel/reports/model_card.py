@@ -13,17 +13,20 @@ from typing import Any
 import yaml
 
 from axolotl_layersel.common.files import write_atomically
+from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.common.tables import arrange
 from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.config.textual import PLUGIN
-from axolotl_layersel.lora.readers import find_vllm_rank, loads_uniform_in_sglang
+from axolotl_layersel.lora.readers import AdapterFile, find_vllm_rank, loads_uniform_in_sglang
 from axolotl_layersel.reports.outcome import (
     Outcome,
     describe_choice,
     describe_parameters,
     describe_ranks,
     describe_readers,
+    list_merge_options,
+    name_ranked,
 )
 from axolotl_layersel.reports.savings import describe_savings
 from axolotl_layersel.selection.plan import Plan
@@ -31,8 +34,9 @@ from axolotl_layersel.selection.plan import Plan
 CARD = "README.md"
 BEGIN, END = "<!-- axolotl-layersel: begin -->", "<!-- axolotl-layersel: end -->"
 SECTION = re.compile(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PROJECT = "https://github.com/axolotl-layersel/axolotl-layersel"
-PLAN_FILE = "layersel/plan.json"
+PLAN_FILE = plan_path("").as_posix()
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def describe_layers(outcome: Outcome, recipe: Recipe) -> str:
         "## Layer selection",
         describe_origin(outcome.plan),
         "\n".join(f"- {fact}" for fact in list_facts(outcome)),
-        *make_rank_table(outcome.ranks),
+        *make_rank_table(outcome.ranks, name_ranked(outcome)),
         *describe_recipe(outcome, recipe),
         *describe_use(outcome),
     ]
@@ -91,15 +95,17 @@ def describe_origin(plan: Plan | None) -> str:
     rows = len(plan.calibration_rows)
     # In the words of the plan's settings, so that the reader finds them there.
     looked = METHODS[plan.method].needs_data if plan.method in METHODS else bool(rows)
-    source = f" from {rows} rows, whose tokens have the hash `{plan.dataset_fingerprint}`" if looked and rows else ""
+    source = f" from {rows} rows" if looked and rows else ""
+    if source and plan.dataset_fingerprint:  # None if rows are not tokenised
+        source += f", whose tokens have the hash `{plan.dataset_fingerprint}`"
     text = f"{made} chose where this adapter has LoRA, by method `{plan.method}`{source}."
-    return f"{text} `{PLAN_FILE}` has the score of every layer and the numbers of the rows."
+    return f"{text} `{PLAN_FILE}` has the scores and the numbers of the rows." if source else text
 
 
 def list_facts(outcome: Outcome) -> list[str]:
     """Return the layers, the ranks, the parameters, and the length of the backward pass."""
     facts = [f"{capitalise(clean(describe_choice(outcome.plan)))}."] if outcome.plan else []
-    ranks = describe_ranks(outcome.ranks.values(), outcome.history)
+    ranks = describe_ranks(outcome)
     if ranks:
         facts.append(f"{capitalise(ranks)}.")
     if outcome.parameters is not None:
@@ -109,8 +115,11 @@ def list_facts(outcome: Outcome) -> list[str]:
     return facts
 
 
-def make_rank_table(ranks: Mapping[str, int]) -> list[str]:
-    """Return the ranks by layer (rows) and type of module (columns) as a folded table; nothing if all are the same."""
+def make_rank_table(ranks: Mapping[str, int], what: str) -> list[str]:
+    """Return the ranks by layer (rows) and type of module (columns) as a folded table; nothing if all are the same.
+
+    ``what``: what has a rank, such as ``module``.
+    """
     if len(set(ranks.values())) < 2:
         return []
     rows, kinds = arrange(ranks)
@@ -119,7 +128,7 @@ def make_rank_table(ranks: Mapping[str, int]) -> list[str]:
         cells[layer] = [str(ranks[row[kind]]) if kind in row else "" for kind in kinds]
     lines = [make_line(["layer", *kinds]), make_line(["---:"] * (1 + len(kinds)))]
     lines += [make_line([layer, *cells[layer]]) for layer in cells]
-    return ["<details><summary>The rank of every module</summary>", "\n".join(lines), "</details>"]
+    return [f"<details><summary>The rank of every {what}</summary>", "\n".join(lines), "</details>"]
 
 
 def make_line(cells: list[str]) -> str:
@@ -151,16 +160,23 @@ def describe_use(outcome: Outcome) -> list[str]:
     said = ["### Serve and export it", " ".join(describe_readers(readers))]
     commands = []
     if readers.has_vllm:
-        base = file.base_model or "BASE_MODEL"
         rank = find_vllm_rank(file.highest)
-        commands.append(f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME=ADAPTER")
+        commands.append(
+            f"vllm serve {find_hub_name(file)} --enable-lora --max-lora-rank {rank} --lora-modules NAME=ADAPTER"
+        )
     if readers.export_helps:
         commands.append("axolotl-layersel export ADAPTER --layout uniform --output UNIFORM   # one rank, for llama.cpp")
-    commands.append("axolotl merge-lora CONFIG.yml --lora-model-dir ADAPTER")
+    commands.append(" ".join(["axolotl merge-lora CONFIG.yml --lora-model-dir ADAPTER", *list_merge_options(file)]))
     said.append("```bash\n" + "\n".join(map(clean, commands)) + "\n```")
     if readers.export_helps and not loads_uniform_in_sglang(file.ranks):
         said.append("SGLang does not load the layout `uniform` of this adapter: k_proj, v_proj or up_proj lack q_proj.")
     return said
+
+
+def find_hub_name(file: AdapterFile) -> str:
+    """Return the hub name of the base model, or a placeholder where it is a folder, whose path nobody else has."""
+    name = file.base_model or ""
+    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else "BASE_MODEL"
 
 
 def capitalise(text: str) -> str:

@@ -1,10 +1,11 @@
 """What a run has come to, from its plan, its ranks and its adapter: the facts that several reports show."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from axolotl_layersel.common.paths import plan_path, ranks_path
+from axolotl_layersel.common.terminal import enumerate_words
 from axolotl_layersel.config.layer_names import LayerName, split_name, split_place
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.readers import AdapterFile, Readers, find_readers, read_adapter_file
@@ -12,7 +13,8 @@ from axolotl_layersel.selection.plan import Parameters, Plan
 from axolotl_layersel.selection.plan_file import read_plan
 
 MILLION = 1_000_000
-LONGEST_LIST = 60  # characters; longer lists of layers are cut, and the plan has them
+LONGEST_LIST = 40  # characters; longer lists of layers are cut, and the plan has them
+STATES = {"remove": "without an adapter", "freeze": "frozen"}  # of what is not selected
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Outcome:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each module that was trained, in the model's order: in the adapter's file, or by the plan."""
+        """The rank of each linear module that was trained, in the model's order: in the file, or by the plan."""
         if self.file is None:
             return dict(self.plan.ranks) if self.plan else {}
         trained = self.trained
@@ -84,32 +86,46 @@ def read_outcome(folder: Path) -> Outcome:
     return Outcome(plan, history, read_adapter_file(folder))
 
 
+def list_merge_options(file: AdapterFile) -> list[str]:
+    """Return the options of ``axolotl merge-lora`` that an adapter needs: one method of it knows LoRA on experts."""
+    return ["--merge-method legacy"] if file.has_experts else []
+
+
 # --- Words ----------------------------------------------------------------------------------------------------------
 
 
 def describe_choice(plan: Plan) -> str:
-    """Return which layers or modules keep LoRA, and by which method, as a sentence without a full stop."""
-    kept, total = len(plan.selected), len(plan.layers)
-    trains = plan.unselected == "freeze"
-    layers = f"all {total} layers" if kept == total else f"{kept} of {total} layers"
-    names = "" if kept == total else f": {join_layers(plan.selected)}"
-    if plan.granularity == "layer":
-        return f"{layers} {'train' if trains else 'keep'} LoRA (method {plan.method}){names}"
-    modules, scored = len(plan.modules), len(plan.module_scores)
-    count = f"{modules} of {scored}" if modules < scored else f"{'all ' if scored else ''}{modules}"
-    verb = "train" if trains else "are kept"
-    return f"{count} LoRA modules {verb}, in {layers} (method {plan.method}){names}"
+    """Return which layers or modules are kept, and what becomes of the others, as a sentence without a full stop."""
+    selected, total = len(plan.selected), len(plan.layers)
+    kept, others = count_of(selected, total, "layers"), ""
+    if selected < total:
+        kept, others = f"{kept} ({cut_list(join_layers(plan.selected))})", "the others"
+    if plan.granularity != "layer":
+        modules, all_modules = len(plan.modules), len(plan.module_scores)
+        # A method without scores does not record the modules that it leaves out.
+        count = count_of(modules, all_modules, "LoRA modules") if all_modules else f"{modules} LoRA modules"
+        others = "the others" if modules < all_modules else "the other layers" if selected < total else ""
+        kept = f"{count}, in {kept}"
+    return f"method {plan.method} keeps {kept}" + (f"; {others} are {STATES[plan.unselected]}" if others else "")
 
 
-def describe_ranks(ranks: Iterable[int], history: RankHistory | None) -> str:
-    """Return the ranks of modules in words, or nothing without any."""
-    found = sorted(set(ranks))
+def count_of(part: int, total: int, what: str) -> str:
+    """Return ``part`` of ``total`` in words."""
+    return f"all {total} {what}" if part == total else f"{part} of {total} {what}"
+
+
+def describe_ranks(outcome: Outcome) -> str:
+    """Return the ranks of the trained modules in words, or nothing without any."""
+    found, what = sorted(set(outcome.ranks.values())), name_ranked(outcome)
     if not found:
         return ""
-    words = f"rank {found[0]} in every module" if len(found) == 1 else f"ranks from {found[0]} to {found[-1]}"
-    if history is None:
-        return words
-    return f"{words} after l1ra"
+    words = f"rank {found[0]} in every {what}" if len(found) == 1 else f"ranks from {found[0]} to {found[-1]}"
+    return words if outcome.history is None else f"{words} after l1ra"
+
+
+def name_ranked(outcome: Outcome) -> str:
+    """Return the word for what ``outcome.ranks`` names, which leaves out experts."""
+    return "linear module" if outcome.file and outcome.file.has_experts else "module"
 
 
 def describe_parameters(parameters: Parameters) -> str:
@@ -129,22 +145,17 @@ def describe_parameters(parameters: Parameters) -> str:
 def describe_readers(readers: Readers) -> list[str]:
     """Return sentences about the programs that read an adapter as it is, and those that would compute otherwise."""
     verb = "reads" if len(readers.right) == 1 else "read"
-    said = [f"{enumerate_names(readers.right)} {verb} the adapter as it is."]
+    said = [f"{enumerate_words(readers.right)} {verb} the adapter as it is."]
     if readers.misscaling:
-        said.append(f"{enumerate_names(readers.misscaling)} would scale it wrongly without an error.")
+        said.append(f"{enumerate_words(readers.misscaling)} would scale it wrongly without an error.")
     if readers.dropping:
-        what = "all of it" if readers.drops_all else enumerate_names(readers.dropped)
-        said.append(f"{enumerate_names(readers.dropping)} leave out {what}, because some layers lack it.")
+        what = "all of it" if readers.drops_all else enumerate_words(readers.dropped)
+        said.append(f"{enumerate_words(readers.dropping)} leave out {what}, because some layers lack it.")
     return said
 
 
-def enumerate_names(names: Sequence[str]) -> str:
-    """Return names as a part of a sentence."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 def join_layers(names: Sequence[LayerName]) -> str:
-    """Return names of layers, with ranges such as ``4-7`` for three or more in a row; a long list is cut."""
+    """Return names of layers, with ranges such as ``4-7`` for three or more in a row."""
     runs: list[list[LayerName]] = []
     for name in names:
         side, number = split_name(name)
@@ -155,5 +166,9 @@ def join_layers(names: Sequence[LayerName]) -> str:
     parts: list[str] = []
     for run in runs:
         parts += [f"{run[0]}-{split_name(run[-1])[1]}"] if len(run) > 2 else [str(name) for name in run]
-    text = ", ".join(parts)
+    return ", ".join(parts)
+
+
+def cut_list(text: str) -> str:
+    """Return a list of layers, cut after one of them if it is long."""
     return text if len(text) <= LONGEST_LIST else f"{text[:LONGEST_LIST].rpartition(', ')[0]}, ..."

@@ -5,6 +5,7 @@ Nothing here uses ``matplotlib.pyplot``, which would choose a window system and 
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 import os
@@ -78,8 +79,7 @@ def check_picture(path: Path) -> None:
 class RunPictures:
     """The pictures in a run's folder, which process 0 draws at the end of each phase.
 
-    Pictures need nothing of the run and never end it: their failure is one warning a run, and so is a missing
-    matplotlib one line.
+    A failure is one warning a run, and a missing matplotlib is one line. Neither ends the run.
 
     Attributes:
         folder: the folder of the run.
@@ -101,22 +101,20 @@ class RunPictures:
         """Draw the ranks before and after ``l1ra``."""
         self.draw(("ranks",), history)
 
-    def draw(self, names: Iterable[str], history: RankHistory | None) -> None:
-        """Draw the pictures ``names``, and remove those of them that an earlier run has left and this run lacks."""
+    def draw(self, names: Sequence[str], history: RankHistory | None) -> None:
+        """Draw the pictures ``names``, after removing those of an earlier run, which would seem to be of this one."""
+        places = {name: [picture_path(self.folder, name, ending) for ending in PICTURE_ENDINGS] for name in names}
         try:
+            for path in itertools.chain(*places.values()):
+                path.unlink(missing_ok=True)
             has_gates = self.plan is not None and gates_path(self.folder).exists()
             gates = GateHistory.read(self.folder) if has_gates else None
             figures = list_figures(self.folder, self.plan, gates, history, self.base_model)
             wanted = {name: figures[name] for name in names if name in figures}
-            drawn = wanted if wanted and has_matplotlib() else {}
-            for name in names:
-                paths = [picture_path(self.folder, name, ending) for ending in PICTURE_ENDINGS]
-                if name in drawn:
-                    write_figure(drawn[name], paths)
-                else:
-                    for path in paths:
-                        path.unlink(missing_ok=True)
-            if wanted and not drawn and not self.silent:
+            if has_matplotlib():
+                for name, make in wanted.items():
+                    write_figure(make, places[name])
+            elif wanted and not self.silent:
                 self.silent = True
                 LOG.info(
                     "layersel: no pictures are drawn, because matplotlib is not installed: %s. "
@@ -131,7 +129,7 @@ class RunPictures:
                     "layersel: not all pictures of the run can be drawn (%s: %s). The run goes on; "
                     "`axolotl-layersel show %s --picture FILE` draws them later.",
                     type(error).__name__,
-                    error,
+                    clean(str(error)),
                     self.folder,
                 )
 
@@ -164,10 +162,10 @@ def list_figures(
     figures: dict[str, Callable[[], Figure]] = {}
     if history is not None:
         methods = " + ".join([*([plan.method] if plan else []), "l1ra"])
-        ranks, moved = history.ranks, describe_run(folder, methods, base_model)
+        ranks, moved = history.ranks, make_title(folder, methods, base_model)
         figures["ranks"] = lambda: draw_moved_ranks(ranks, moved)
     if plan is not None:
-        title = describe_run(folder, plan.method, base_model)
+        title = make_title(folder, plan.method, base_model)
         if gates is not None:
             search, kept = gates, find_kept(plan, gates)
             figures["gates"] = lambda: draw_gates(search, kept, title)
@@ -176,12 +174,12 @@ def list_figures(
         if plan.ranks and history is None:
             figures["ranks"] = lambda: draw_plan_ranks(plan, title)
     elif gates is not None:
-        search, title = gates, describe_run(folder, "flexora", base_model)
+        search, title = gates, make_title(folder, "flexora", base_model)
         figures["gates"] = lambda: draw_gates(search, (), title)
     return figures
 
 
-def describe_run(folder: Path, method: str, base_model: str | None) -> str:
+def make_title(folder: Path, method: str, base_model: str | None) -> str:
     """Return the title of a run's pictures: the name of its folder, its method, and its base model."""
     place = folder.resolve()
     if place.parent.name == "layersel":  # a plan in its run's folder

@@ -9,7 +9,8 @@ from axolotl_layersel.common.tables import Column, Grid, lay_out, make_grids
 from axolotl_layersel.common.terminal import clean, make_console, make_encodable
 from axolotl_layersel.config.layer_names import LayerName, find_layer
 from axolotl_layersel.config.selection import Token, describe_token
-from axolotl_layersel.reports.rank_table import lay_out_ranks
+from axolotl_layersel.reports.outcome import STATES, cut_list, describe_choice, join_layers
+from axolotl_layersel.reports.rank_table import lay_out_ranks, show_ranks
 from axolotl_layersel.reports.savings import describe_savings
 from axolotl_layersel.selection.plan import Budget, Plan, Stability, Tower
 
@@ -17,7 +18,6 @@ BAR_WIDTH = 24
 FULL_BLOCK = "█"
 # By order, because one score that is a thousand times the others would flatten all other bars.
 SCALE = "bars: the order of the scores, not their size"
-STATES = {"remove": "without an adapter", "freeze": "frozen"}  # of what is not selected
 # Two random halves of many layers overlap by a third. Below this value, two choices share less than three in four of
 # the layers that each of them keeps.
 LOW_OVERLAP = 0.6
@@ -60,7 +60,9 @@ def lay_out_plan(plan: Plan, bar: str, width: int) -> list[tuple[str, str]]:
     ``bar``: the character of the bars.
     """
     if plan.granularity == "layer" and not plan.ranks and all(choice.score is None for choice in plan.layers):
-        return [(f"kept layers: {format_layers(plan)}", "")]
+        layers = join_layers(plan.selected)
+        # The sentence has all of them, unless the list is long.
+        return [] if layers == cut_list(layers) else [(f"kept layers: {layers}", "")]
     if plan.granularity == "layer":
         columns = list_layer_columns(plan, bar)
         styles = ["bold" if choice.selected else "dim" for choice in plan.layers]
@@ -96,17 +98,6 @@ def list_layer_columns(plan: Plan, bar: str) -> list[Column]:
     return columns
 
 
-def format_layers(plan: Plan) -> str:
-    """Return the kept layers, such as ``0-3, 7``."""
-    runs: list[list[LayerName]] = []
-    for before, choice in zip([None, *plan.layers], plan.layers):
-        if choice.selected and before is not None and before.selected:
-            runs[-1].append(choice.layer)
-        elif choice.selected:
-            runs.append([choice.layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 def find_length(score: float, scores: list[float]) -> int:
     """Return the length of the bar of a score: full for the highest of all ``scores``, which are ascending."""
     return max(1, round(BAR_WIDTH * bisect_right(scores, score) / len(scores)))
@@ -120,7 +111,7 @@ def format_score(score: float | None) -> str:
 def describe_ranks_in(plan: Plan, layer: LayerName) -> str:
     """Return the lowest and the highest rank in a layer, or an empty text without any."""
     inside = [rank for name, rank in plan.ranks.items() if find_layer(plan.stack, name) == layer]
-    return "-".join(map(str, sorted({min(inside), max(inside)}))) if inside else ""
+    return show_ranks(inside)
 
 
 def name_row(plan: Plan, grid: Grid, layer: str) -> str:
@@ -155,24 +146,6 @@ class PlaceCells:
 
 
 # --- Sentences --------------------------------------------------------------------------------------------------------
-
-
-def describe_choice(plan: Plan) -> str:
-    """Return how many layers or modules keep LoRA, and what becomes of the others if there are any."""
-    selected, total = len(plan.selected), len(plan.layers)
-    kept, others = count_of(selected, total, "layers"), "the others" if selected < total else ""
-    if plan.granularity != "layer":
-        modules, all_modules = len(plan.modules), len(plan.module_scores)
-        # A method without scores does not record the modules that it leaves out.
-        count = count_of(modules, all_modules, "LoRA modules") if all_modules else f"{modules} LoRA modules"
-        others = "the others" if modules < all_modules else "the other layers" if selected < total else ""
-        kept = f"{count}, in {kept}"
-    return f"method {plan.method} keeps {kept}" + (f"; {others} are {STATES[plan.unselected]}" if others else "")
-
-
-def count_of(part: int, total: int, what: str) -> str:
-    """Return ``part`` of ``total`` in words."""
-    return f"all {total} {what}" if part == total else f"{part} of {total} {what}"
 
 
 def describe_tokens(token: Token | dict[str, Token]) -> str:

@@ -1,13 +1,12 @@
 """The backward pass that a plan saves, in a sentence."""
 
-from axolotl_layersel.config.layer_names import split_place
 from axolotl_layersel.selection.plan import Plan
 
 
 def describe_savings(plan: Plan) -> str:
     """Return a sentence, without a full stop, about the length of the backward pass under ``plan``.
 
-    The share is of the layers, which cost the same within one list of layers. Layers of several lists are only counted.
+    The share is of the number of layers. It is no share of the time, because layers can differ.
     """
     names = [choice.layer for choice in plan.layers]
     lowest, total = plan.selected[0], len(names)
@@ -18,10 +17,7 @@ def describe_savings(plan: Plan) -> str:
         return f"layer {lowest} is the lowest that is kept"
     if not saved:
         return "weights outside of the layers train: the backward pass is as long as before"
-    if len(split_place(plan.stack)) > 1:
-        share = f"{saved} of the {total} layers have no backward pass"
-    else:
-        share = f"{format_share(saved, total)} of the layers' backward pass is saved ({saved} of {total} layers)"
+    share = f"{saved} of {total} layers ({format_share(saved, total)}) have none"
     return f"the backward pass ends at layer {plan.backward_end}: {share}"
 
 

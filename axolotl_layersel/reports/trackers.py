@@ -11,7 +11,6 @@ Relied on, and checked in tests/unit/reports/test_trackers.py:
 * tensorboard 2.21.0: ``add_text`` shows Markdown, and ``add_image`` takes an array of numbers from 0 to 1.
 """
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from axolotl_layersel.common.errors import warning_instead
 from axolotl_layersel.common.paths import picture_path, plan_path
 from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.config.layer_names import find_layer
 from axolotl_layersel.selection.plan import Plan
-
-LOG = logging.getLogger("axolotl.layersel")
 
 NAME = "layersel/plan"  # of the table and of the file
 PICTURE = "layersel/picture"
@@ -52,22 +50,12 @@ def send_plan(callbacks: Iterable[TrainerCallback], plan: Plan, folder: Path) ->
 
     The error of a tracker is one warning, because it must not end the run.
     """
-    callbacks = [callback for callback in callbacks if type(callback).__name__ in TRACKERS]
-    if not callbacks:
-        return
-    report = make_report(plan, folder)
+    then = f"The run goes on; the plan is in {plan_path(folder)}."
     for callback in callbacks:
         name = type(callback).__name__
-        try:
-            TRACKERS[name](callback, report)
-        except Exception as error:  # of another library, whose errors have no common class
-            LOG.warning(
-                "layersel: %s has not received the plan (%s: %s). The run goes on; the plan is in %s.",
-                name.removesuffix("Callback"),
-                type(error).__name__,
-                error,
-                report.plan,
-            )
+        if name in TRACKERS:
+            with warning_instead(f"{name.removesuffix('Callback')} has not received the plan", then):
+                TRACKERS[name](callback, make_report(plan, folder))
 
 
 def make_report(plan: Plan, folder: Path) -> Report:

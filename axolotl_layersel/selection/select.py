@@ -403,5 +403,7 @@ def write_choice(plan: Plan, history: GateHistory | None, output: Path) -> None:
 def report_parameters(run: Run, plan: Plan) -> None:
     """Log the number of trainable parameters, on process 0, unless it is that of the budget, which the plan tells."""
     trainable = sum(math.prod(run.engine.find_shape(p)) for p in run.model.parameters() if p.requires_grad)
+    assert plan.parameters is not None, "they were counted when the plan was applied"
+    trainable += plan.parameters.trained - count_lora(run, None)  # without room for rank that is not in use
     if get_rank() == 0 and (plan.budget is None or trainable != plan.budget.spent):
         LOG.info("layersel: %s parameters train", f"{trainable:,}")

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, warning_instead
+from axolotl_layersel.common.paths import ranks_path
 from axolotl_layersel.engines import collectives, trainers
 from axolotl_layersel.engines.signals import WATCH, SharedSignal, leave
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
@@ -123,8 +124,9 @@ class RankTableCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if collectives.get_rank() == 0:
             history = self.ranks.history
-            steps = sorted(history.ranks)
-            print_ranks(history.ranks[steps[0]], history.ranks[steps[-1]])
+            folder = self.pictures.folder
+            with warning_instead("the ranks cannot be printed", f"The run goes on; they are in {ranks_path(folder)}."):
+                print_ranks(history.ranks[0], history.ranks[max(history.ranks)])
             self.pictures.draw_ranks(history)
 
 

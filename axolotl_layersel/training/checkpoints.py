@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import FOLDER, plan_path, ranks_path, state_path
+from axolotl_layersel.common.terminal import enumerate_words
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.engines import collectives, find_launched_class, list_classes
 from axolotl_layersel.engines.base import Engine, name_random_state
@@ -256,12 +257,6 @@ def describe_copies(checkpoint: Path, views: list[View], holders: list[list[str]
         f"resume_from_checkpoint: of {checkpoint} {'; '.join(parts)}. Every node reads its own disk: copy these files "
         "there, to the same place, or put output_dir on a disk that all nodes share."
     )
-
-
-def enumerate_words(words: Iterable[str]) -> str:
-    """Return ``a, b and c``."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def wrote_others(checkpoint: Path, kind: type[Engine]) -> bool:

@@ -13,7 +13,6 @@ Relied on, as seen in these versions (``tests/unit/training/test_ending.py`` fai
 
 import atexit
 import contextlib
-import logging
 import os
 import secrets
 import socket
@@ -27,11 +26,9 @@ from types import TracebackType
 
 from pydantic import ValidationError
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.terminal import clean, report_errors, say
 from axolotl_layersel.config.strict_block import quote
-
-LOG = logging.getLogger("axolotl.layersel")
 
 # The variable that holds the process that collects, its host, and the file that the others write their sentences to.
 COLLECTOR = "AXOLOTL_LAYERSEL_COLLECTOR"
@@ -116,13 +113,10 @@ def close(describe: Callable[[], list[str]]) -> None:
     Args:
         describe: returns the block, line by line.
     """
-    try:
+    with warning_instead("the closing summary cannot be made", "The run is complete."):
         lines = describe()
-    except Exception as error:
-        LOG.warning("layersel: the run is complete, but its closing summary cannot be made: %s", clean(str(error)))
-        return
-    if not pass_on(lines, CLOSING):
-        show_closing(lines)
+        if not pass_on(lines, CLOSING):
+            show_closing(lines)
 
 
 def show_closing(lines: list[str]) -> None:

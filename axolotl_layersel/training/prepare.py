@@ -10,7 +10,7 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.files import check_output
 from axolotl_layersel.common.paths import gates_path, list_pictures, plan_path, ranks_path, state_path
 from axolotl_layersel.common.versions import find_versions
@@ -200,7 +200,10 @@ def decide(start: Start, lora_r: int | None, scaling: float | None, repeat: int)
     if selection:
         plan = select_layers(run, selection, start.resume_from, start.continues_adapter, repeat, capacity)
         if collectives.get_rank() == 0:
-            print_plan(plan)
+            # The other processes must not wait for this one.
+            place = plan_path(run.output_dir)
+            with warning_instead("the plan cannot be printed", f"The run goes on; the plan is in {place}."):
+                print_plan(plan)
         check_trains(run)
     ranks = RankRedistribution(run, l1ra, capacity) if l1ra and capacity else None
     if ranks and start.resume_from is None:

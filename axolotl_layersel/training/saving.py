@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import logging
 import os
 import tempfile
 import types
@@ -18,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from axolotl_layersel.common.errors import warning_instead
 from axolotl_layersel.common.paths import gates_path, list_pictures, plan_path, ranks_path, state_path
-from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.engines.trainers import let_one_process_write, note_in_state, replacing, unwrap_model
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
@@ -33,7 +32,6 @@ from axolotl_layersel.selection.plan_file import write_plan
 from axolotl_layersel.training import nodes
 from axolotl_layersel.training.contents import record_path, write_record
 
-LOG = logging.getLogger("axolotl.layersel")
 ADAPTER_FILES = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME]
 
 
@@ -184,13 +182,11 @@ class RunSaves:
 
         ``reads``: whether ``folder`` holds an adapter that was just written.
         """
-        try:
+        with warning_instead(f"the model card in {folder} lacks the section on layers", "The adapter is complete."):
             if reads:
                 self.file = read_adapter_file(folder) if (folder / SAFETENSORS_WEIGHTS_NAME).exists() else None
             outcome = Outcome(self.plan, self.ranks.history if self.ranks else None, self.file)
             complete_card(folder, describe_layers(outcome, self.recipe))
-        except Exception as error:
-            LOG.warning("layersel: the model card in %s lacks the section on layers: %s", folder, clean(str(error)))
 
 
 def find_arguments(function: Callable, *args: Any, **options: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ ENGINES = ["single", "ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 # A test that is launched on each engine is launched on these by `make test`, and on the others by `make test-all`. They
 # are one process, and the engines of DeepSpeed and of FSDP2 that shard most.
 FIRST_ENGINES = ["single", "zero3", "fsdp2-sharded"]
+PLAIN_FSDP2 = "fsdp2"  # its name in tests of a plain Trainer
 
 
 # For a test that launches several engines.

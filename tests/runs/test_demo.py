@@ -88,7 +88,7 @@ def test_every_run_is_an_axolotl_train_and_differs_from_the_example_in_one_thing
 def test_training_prints_the_layer_table(printed):
     _, _, choice, _ = printed.split("\n$ axolotl train ")
     assert "cka keeps 4 of 8 layers" in choice
-    rows = re.findall(r"^ +(\d) +([\d.e-]+) +█+ *(yes)?$", choice, re.MULTILINE)
+    rows = re.findall(r"^ +(\d) +([\d.e-]+) +█+ *(yes)?(?: +\d+)?$", choice, re.MULTILINE)
     assert [int(layer) for layer, _, _ in rows] == list(range(8))
     assert sum(bool(chosen) for _, _, chosen in rows) == 4
 
@@ -98,7 +98,7 @@ def test_training_ends_with_what_it_has_come_to(place, printed, monkeypatch):
     _, _, choice, _ = printed.split("\n$ axolotl train ")
     closing = describe_run(Path("demo/work/choice"), Path("demo/work/choice.yml"))
     assert choice.rstrip().splitlines()[-len(closing) :] == closing
-    assert choice.count(closing[0]) == 1
+    assert choice.count("\n".join(closing)) == 1
 
 
 def read_layers(output: Path) -> set[int]:

@@ -120,7 +120,7 @@ def test_plans_are_shown_where_neither_torch_nor_axolotl_is(empty_environment, c
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
     assert call(*command, "--version", cwd=tmp_path) == f"axolotl-layersel {__version__}\n"
     text = call(*command, "show", "plan.json", cwd=tmp_path)
-    assert "layersel: method cka keeps 1 of 2 layers; the others are without an adapter" in text
+    assert "layersel: method cka keeps 1 of 2 layers (1); the others are without an adapter" in text
     rows = [line.split() for line in text.splitlines() if "█" in line]
     assert rows == [["0", "0.25", "█" * 12], ["1", "0.5", "█" * 24, "yes"]]
 

@@ -105,7 +105,7 @@ def test_every_engine_counts_the_parameters_that_train_and_ends_with_what_the_ru
     trained = sum(value.numel() for value in run.adapter().values())
     assert run.plan["parameters"] == {"plain": 2 * trained, "trained": trained}
     closing = describe_run(run.folder, run.folder.with_name("config.yml"))
-    assert run.log.count("\n".join(closing)) == 1 and run.log.count(closing[0]) == 1
+    assert run.log.count("\n".join(closing)) == 1
     # The log of process 0 comes first. Its streams are one file.
     assert engine != "single" or run.log.splitlines()[-len(closing) :] == closing
 

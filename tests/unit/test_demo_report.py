@@ -15,9 +15,9 @@ DRAWN = Result("random, 4 of 8 layers", [0, 2, 5, 6], 7.5, 4.2, 60, 182272, 0.38
     "loss, verdict, differences",
     [
         (3.9, "It wins both comparisons here.", ("2.5 % below", "7.1 % below")),
-        (4.1, "It does not win: its scores are better than chance here", ("2.5 % above", "2.4 % below")),
+        (4.1, "It does not win: its scores beat chance here", ("2.5 % above", "2.4 % below")),
         (4.3, "It does not win: neither plain LoRA nor a random choice is worse", ("7.5 % above", "2.4 % above")),
-        (4.0, "It does not win: its scores are better than chance here", ("0.0 % above", "4.8 % below")),
+        (4.0, "It does not win: its scores beat chance here", ("0.0 % above", "4.8 % below")),
     ],
 )
 def test_the_numbers_decide_whether_the_choice_wins(loss, verdict, differences):

@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+from helpers.experts import make_experts
 from helpers.models import make_lora, make_small_llama
 from helpers.plans import list_modules, make_plan
 from peft import LoraConfig
@@ -10,10 +11,10 @@ from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.common.paths import list_pictures, plan_path
 from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.reports.closing import WIDTH, describe_plan, describe_run
-from axolotl_layersel.reports.outcome import describe_parameters, join_layers, read_outcome
+from axolotl_layersel.reports.outcome import cut_list, describe_parameters, join_layers, read_outcome
 from axolotl_layersel.reports.savings import describe_savings
 from axolotl_layersel.selection.plan import Parameters, Plan
 from axolotl_layersel.selection.plan_file import write_plan
@@ -54,9 +55,9 @@ def test_a_run_with_one_rank_says_what_it_did_where_it_is_and_what_to_do_with_it
     monkeypatch.chdir(tmp_path)
     plan = save_run("outputs/run", backward_end=1)
     lines = describe_run("outputs/run", "run.yml")
-    assert lines[0] == "layersel: 2 of 6 layers keep LoRA (method cka): 1, 3; rank 4 in every module"
-    assert lines[1] == "  parameters    1.22 of plain LoRA's 2.44 million parameters train"
     text = " ".join(" ".join(lines).split())
+    head = "layersel: method cka keeps 2 of 6 layers (1, 3); the others are without an adapter; rank 4 in every module"
+    assert text.startswith(f"{head} parameters 1.22 of plain LoRA's 2.44 million parameters train")
     assert describe_savings(plan) in text
     assert "files outputs/run: the adapter, layersel/plan.json" in text
     assert "readers PEFT, vLLM and llama.cpp read the adapter as it is. TGI and LoRAX leave out all of it" in text
@@ -100,7 +101,8 @@ def test_frozen_modules_do_not_count(tmp_path):
     save_adapter(tmp_path, rank_pattern={r"layers\.4\.mlp\.down_proj": 7})
     outcome = read_outcome(tmp_path)
     assert outcome.trained == set(modules) and list(outcome.ranks) == modules
-    assert describe_run(tmp_path)[0].startswith("layersel: 1 of 6 layers train LoRA (method cka): 4; ranks from 4 to 7")
+    text = " ".join(" ".join(describe_run(tmp_path)).split())
+    assert text.startswith("layersel: method cka keeps 1 of 6 layers (4); the others are frozen; ranks from 4 to 7")
 
 
 def freeze(plan: Plan) -> Plan:
@@ -110,10 +112,13 @@ def freeze(plan: Plan) -> Plan:
 
 def test_pictures_are_named_or_counted(tmp_path):
     save_run(tmp_path)
-    for number in range(3):
-        (tmp_path / "layersel" / f"{number}.png").touch()
-    assert "layersel/0.png, layersel/1.png, layersel/2.png" in " ".join(" ".join(describe_run(tmp_path)).split())
-    (tmp_path / "layersel" / "3.svg").touch()
+    first, second, third, fourth, *_ = list_pictures(tmp_path)
+    for path in (first, second, third):
+        path.touch()
+    (tmp_path / "layersel" / "of-a-user.png").touch()
+    names = ", ".join(f"layersel/{path.name}" for path in (first, second, third))
+    assert names in " ".join(" ".join(describe_run(tmp_path)).split())
+    fourth.touch()
     assert "4 pictures in layersel" in " ".join(" ".join(describe_run(tmp_path)).split())
 
 
@@ -147,6 +152,23 @@ def test_lora_on_experts_is_merged_by_the_method_that_knows_it_and_not_exported(
     assert "vllm" not in text and "export" not in text
 
 
+def test_rank_that_has_moved_next_to_experts_is_told_and_counted(tmp_path):
+    final = {
+        f"model.layers.{layer}.self_attn.{kind}": rank
+        for layer in range(3)
+        for kind, rank in (("q_proj", 3), ("v_proj", 1))
+    }
+    make_experts("Mixtral", rank_pattern={"q_proj": 3, "v_proj": 1}).save_pretrained(str(tmp_path))
+    RankHistory({0: dict.fromkeys(final, 2), 4: final}).write(tmp_path)
+    outcome = read_outcome(tmp_path)
+    assert outcome.ranks == final
+    experts = sum(size for name, size in outcome.file.sizes.items() if "experts" in name)
+    # q 32 -> 32, v 32 -> 16, in three layers.
+    plain, trained = 3 * 2 * (64 + 48), 3 * (3 * 64 + 48)
+    assert experts and outcome.parameters == Parameters(plain=experts + plain, trained=experts + trained)
+    assert describe_run(tmp_path)[0] == "layersel: rank moved between 6 LoRA modules: ranks from 1 to 3 after l1ra"
+
+
 def test_a_choice_without_training_says_how_to_use_it(tmp_path):
     modules = list_modules(2)
     plan = make_plan(
@@ -160,8 +182,8 @@ def test_a_choice_without_training_says_how_to_use_it(tmp_path):
         parameters=Parameters(plain=4608, trained=2304),
     )
     lines = describe_plan(plan, tmp_path / "plan.json")
-    head = "layersel: 7 of 10 LoRA modules are kept, in all 2 layers (method gradient); ranks from 1 to 4"
-    assert " ".join(" ".join(lines).split()).startswith(head)
+    head = "layersel: method gradient keeps 7 of 10 LoRA modules, in all 2 layers; the others are without an adapter"
+    assert " ".join(" ".join(lines).split()).startswith(f"{head}; ranks from 1 to 4")
     assert "  parameters    2,304 of plain LoRA's 4,608 parameters train" in lines
     assert f"use it layersel.selection.plan: {tmp_path / 'plan.json'}" in " ".join(" ".join(lines).split())
     assert find_command(lines, "show")[1:] == ["show", str(tmp_path / "plan.json")]
@@ -181,5 +203,5 @@ def test_numbers_and_layers_are_short():
     assert describe(2_440_000, 2_440_001) == "2.44 million LoRA parameters train, as many as plain LoRA has"
     assert join_layers([0, 1, 3, 4, 5, 7]) == "0, 1, 3-5, 7"
     assert join_layers(["encoder.0", "encoder.1", "encoder.2", "decoder.3"]) == "encoder.0-2, decoder.3"
-    long = join_layers(list(range(0, 200, 2)))
-    assert len(long) <= 65 and long.endswith(", ...")
+    long = cut_list(join_layers(list(range(0, 200, 2))))
+    assert len(long) <= 45 and long.endswith(", ...")

@@ -6,6 +6,7 @@ import logging
 import pytest
 import yaml
 from axolotl import train as axolotl_train
+from helpers.experts import make_experts
 from helpers.models import make_lora, make_small_llama, make_trainer
 from helpers.writing import MOVING
 from huggingface_hub import ModelCard
@@ -13,7 +14,10 @@ from transformers import Trainer
 
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
-from axolotl_layersel.reports.model_card import BEGIN, END, complete_card
+from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.lora.readers import AdapterFile, read_adapter_file
+from axolotl_layersel.reports.model_card import BEGIN, END, Recipe, complete_card, describe_layers, find_hub_name
+from axolotl_layersel.reports.outcome import Outcome
 from axolotl_layersel.training import saving
 from axolotl_layersel.training.prepare import prepare_trainer
 
@@ -55,7 +59,7 @@ def test_the_card_says_what_was_chosen_by_what_and_how_to_make_it_again(saved):
     chosen = ", ".join(map(str, plan.selected))
     for fact in (
         f"by method `relative` from 12 rows, whose tokens have the hash `{plan.dataset_fingerprint}`",
-        f"- 3 of 6 layers keep LoRA (method relative): {chosen}.",
+        f"- Method relative keeps 3 of 6 layers ({chosen}); the others are without an adapter.",
         "- Rank 4 in every module.",
         "- 2,304 of plain LoRA's 4,608 parameters train.",
         "PEFT, vLLM and llama.cpp read the adapter as it is.",
@@ -133,6 +137,23 @@ def test_a_reused_plan_is_named_by_its_place_next_to_the_card(saved, tmp_path):
     assert again.selected == plan.selected
     _, section = split(read(tmp_path))
     assert "plan: layersel/plan.json" in section and path not in section
+
+
+def test_lora_on_experts_is_merged_by_the_method_that_knows_it(tmp_path):
+    make_experts("Mixtral").save_pretrained(str(tmp_path))
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
+    history = RankHistory({0: dict.fromkeys(names, 2)})
+    section = describe_layers(Outcome(None, history, read_adapter_file(tmp_path)), Recipe({}, 1, {}))
+    assert "axolotl merge-lora CONFIG.yml --lora-model-dir ADAPTER --merge-method legacy\n" in section
+    assert "- Rank 2 in every linear module after l1ra." in section
+
+
+def test_a_card_names_a_base_of_the_hub_and_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    bases = ["org/Base-1.5B", "models/base", str(tmp_path / "models"), "../base", "~/base", "a b/c", "", None]
+    named = [find_hub_name(AdapterFile({"base_model_name_or_path": base}, {}, {}, True)) for base in bases]
+    assert named == ["org/Base-1.5B"] + ["BASE_MODEL"] * 7
 
 
 def test_text_after_the_section_stays_and_a_folder_without_a_card_gets_none(tmp_path):

@@ -28,12 +28,12 @@ from axolotl_layersel.reports.pictures import (
     OUTERMOST,
     RunPictures,
     check_picture,
-    describe_run,
     draw_gate_lines,
     draw_gates,
     draw_layer_scores,
     draw_moved_ranks,
     make_figure,
+    make_title,
     spread_out,
     write_figure,
 )
@@ -235,8 +235,18 @@ def test_a_picture_that_cannot_be_drawn_is_one_warning_and_no_error(tmp_path, ca
         pictures.draw_plan()
     (warning,) = caplog.records
     assert warning.levelname == "WARNING"
-    assert "not all pictures of the run can be drawn (LayerselError: " in warning.message
+    assert "not all pictures of the run can be drawn (IsADirectoryError: " in warning.message
     assert f"`axolotl-layersel show {tmp_path} --picture FILE` draws them later" in warning.message
+
+
+def test_pictures_of_an_earlier_run_do_not_remain_where_new_ones_cannot_be_drawn(tmp_path, caplog):
+    plan = make_plan()
+    write_plan(plan, plan_path(tmp_path))
+    RunPictures(tmp_path, plan, None).draw_plan()
+    gates_path(tmp_path).write_text("damaged")
+    RunPictures(tmp_path, plan, None).draw_plan()
+    assert "not all pictures of the run can be drawn" in caplog.text
+    assert not any(path.exists() for path in list_pictures(tmp_path))
 
 
 def test_without_matplotlib_one_line_says_how_to_get_pictures_and_old_ones_go(tmp_path, monkeypatch, caplog):
@@ -265,8 +275,8 @@ def test_without_matplotlib_one_line_says_how_to_get_pictures_and_old_ones_go(tm
     ],
 )
 def test_a_picture_says_which_run_it_is_of(tmp_path, place, title):
-    assert describe_run(tmp_path / place, "cka", "meta-llama/Llama-3.1-8B") == title
-    assert describe_run(tmp_path / place, "cka", None) == title.removesuffix(" on Llama-3.1-8B")
+    assert make_title(tmp_path / place, "cka", "meta-llama/Llama-3.1-8B") == title
+    assert make_title(tmp_path / place, "cka", None) == title.removesuffix(" on Llama-3.1-8B")
 
 
 def test_the_layers_that_a_plan_keeps_stand_out():

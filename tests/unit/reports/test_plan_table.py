@@ -7,7 +7,8 @@ import pytest
 from helpers.plans import make_plan
 
 from axolotl_layersel.common.terminal import make_console
-from axolotl_layersel.reports.plan_table import BAR_WIDTH, SCALE, describe_choice, print_plan
+from axolotl_layersel.reports.outcome import describe_choice
+from axolotl_layersel.reports.plan_table import BAR_WIDTH, SCALE, print_plan
 from axolotl_layersel.reports.rank_table import print_ranks
 from axolotl_layersel.selection.plan import LayerChoice, Plan
 
@@ -113,12 +114,18 @@ def test_an_order_of_ties_is_one_place_and_a_layer_without_a_score_has_no_bar():
 def test_ranks_of_layers_are_shown_by_layer():
     ranks = {"model.layers.0.q": 3, "model.layers.0.k": 4, "model.layers.2.q": 12}
     rows = [line.split() for line in render(make_plan([0.3, 0.2, 0.1], (0, 2), ranks=ranks)) if "█" in line]
-    assert [row[3:] for row in rows] == [["yes", "3-4"], [], ["yes", "12"]]
+    assert [row[3:] for row in rows] == [["yes", "3..4"], [], ["yes", "12"]]
 
 
-def test_a_choice_without_scores_is_one_line():
+def test_a_choice_without_scores_has_a_line_in_place_of_a_table_only_if_the_sentence_does_not_have_all_layers():
     plan = make_plan([None] * 6, (0, 1, 2, 5), method="explicit")
-    assert render(plan)[-1] == "kept layers: 0-2, 5"
+    first, *lines = render(plan)
+    assert first == "layersel: method explicit keeps 4 of 6 layers (0-2, 5); the others are without an adapter"
+    assert all(line.startswith("layersel:") for line in lines)
+    long = range(0, 100, 2)
+    first, *_, last = render(make_plan([None] * 100, tuple(long), method="explicit"))
+    assert ", ...); the others" in first
+    assert last == f"kept layers: {', '.join(map(str, long))}"
 
 
 KEPT = name_modules(2, ATTENTION)
@@ -129,8 +136,8 @@ FIRST = dict(list(ALL.items())[:4])
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"selected": (0,)}, "keeps 1 of 2 layers; the others are without an adapter"),
-        ({"selected": (0,), "unselected": "freeze"}, "keeps 1 of 2 layers; the others are frozen"),
+        ({"selected": (0,)}, "keeps 1 of 2 layers (0); the others are without an adapter"),
+        ({"selected": (0,), "unselected": "freeze"}, "keeps 1 of 2 layers (0); the others are frozen"),
         ({"selected": (0, 1)}, "keeps all 2 layers"),
         ({"modules": KEPT, "module_scores": ALL}, "keeps all 8 LoRA modules, in all 2 layers"),
         (
@@ -139,11 +146,11 @@ FIRST = dict(list(ALL.items())[:4])
         ),
         (
             {"selected": (0,), "modules": KEPT[:2], "module_scores": ALL},
-            "keeps 2 of 8 LoRA modules, in 1 of 2 layers; the others are without an adapter",
+            "keeps 2 of 8 LoRA modules, in 1 of 2 layers (0); the others are without an adapter",
         ),
         (
             {"selected": (0,), "modules": KEPT[:4], "module_scores": FIRST},
-            "keeps all 4 LoRA modules, in 1 of 2 layers; the other layers are without an adapter",
+            "keeps all 4 LoRA modules, in 1 of 2 layers (0); the other layers are without an adapter",
         ),
         ({"modules": KEPT[::2], "granularity": "module"}, "keeps 4 LoRA modules, in all 2 layers"),
     ],

@@ -12,10 +12,10 @@ from axolotl_layersel.selection.plan import LayerChoice
     [
         ((0, 7), 0, "layer 0 is kept: the backward pass is as long as before"),
         ((0, 7), None, "layer 0 is kept: the backward pass is as long as before"),
-        ((5, 7), 5, "the backward pass ends at layer 5: 21 % of the layers' backward pass is saved (5 of 24 layers)"),
-        ((23,), 23, "the backward pass ends at layer 23: 96 % of the layers' backward pass is saved (23 of 24 layers)"),
+        ((5, 7), 5, "the backward pass ends at layer 5: 5 of 24 layers (21 %) have none"),
+        ((23,), 23, "the backward pass ends at layer 23: 23 of 24 layers (96 %) have none"),
         ((5, 7), 0, "weights outside of the layers train: the backward pass is as long as before"),
-        ((5, 7), 3, "the backward pass ends at layer 3: 12 % of the layers' backward pass is saved (3 of 24 layers)"),
+        ((5, 7), 3, "the backward pass ends at layer 3: 3 of 24 layers (12 %) have none"),
         ((5, 7), None, "layer 5 is the lowest that is kept"),
         ((5, 7), 6, "layer 5 is the lowest that is kept"),
     ],
@@ -25,15 +25,13 @@ def test_the_saved_backward_pass_is_told(selected, end, sentence):
     assert describe_savings(plan) == sentence
 
 
-def test_layers_of_several_lists_are_only_counted():
+def test_layers_of_several_lists_are_counted_in_the_order_that_they_run():
     names = [f"{side}.{number}" for side in ("encoder", "decoder") for number in range(4)]
     layers = [LayerChoice(layer=name, score=0.5, selected=name == "decoder.1") for name in names]
     stack = {"encoder": "encoder.block", "decoder": "decoder.block"}
     plan = make_plan(stack=stack, modules=["decoder.block.1.q"], backward_end="decoder.1")
     plan.layers = layers
-    assert describe_savings(plan) == (
-        "the backward pass ends at layer decoder.1: 5 of the 8 layers have no backward pass"
-    )
+    assert describe_savings(plan) == "the backward pass ends at layer decoder.1: 5 of 8 layers (62 %) have none"
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_a_closing_block_that_cannot_be_made_is_one_warning(monkeypatch, capsys,
     with caplog.at_level("WARNING", logger="axolotl.layersel"):
         ending.close(fail)
     assert [record.message for record in caplog.records] == [
-        "layersel: the run is complete, but its closing summary cannot be made: 'x'"
+        "layersel: the closing summary cannot be made (KeyError: 'x'). The run is complete."
     ]
     assert "Traceback" not in capsys.readouterr().out
 
