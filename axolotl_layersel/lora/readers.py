@@ -1,9 +1,9 @@
 """The programs that read LoRA adapters, each with its rules. No torch.
 
 A rule is a function of an adapter's configuration and of the shapes in its file. It returns what the program would do
-wrongly, or None. ``READERS`` names for each program the version and the place where its rules were seen:
-``tests/runs/test_served_adapters.py`` runs llama.cpp and ``tests/serving`` runs vLLM, so they fail when a rule changes. The
-rules of the other programs were read in their source.
+wrongly, or None. ``READERS`` names for each program the version and the place where its rules were seen. Tests fail
+when a rule of llama.cpp (``tests/runs/test_served_adapters.py``) or vLLM (``tests/serving``) changes, because they run
+them. The rules of the other programs were read in their source.
 """
 
 import functools
@@ -510,7 +510,7 @@ class Readers:
         dropping: those that would leave out LoRA of some types of modules.
         dropped: these types.
         drops_all: whether these are all types of the adapter.
-        export_helps: whether an export is read by more programs.
+        export_for: a program that needs an export of the adapter; None if none does.
     """
 
     right: list[str]
@@ -518,7 +518,7 @@ class Readers:
     dropping: list[str]
     dropped: list[str]
     drops_all: bool
-    export_helps: bool
+    export_for: str | None
 
     @property
     def has_vllm(self) -> bool:
@@ -535,7 +535,7 @@ def find_readers(file: AdapterFile, layers: Collection[str]) -> Readers:
         layers: the names of all layers of the model in the base model, such as ``model.layers.3``; empty if unknown.
     """
     if not file.is_plain:
-        return Readers(["PEFT"], [], [], [], False, False)
+        return Readers(["PEFT"], [], [], [], False, None)
     right, patterned = ["PEFT"], not file.is_even
     # The scaling of rsLoRA was not compared in other programs; an export has it folded in.
     rslora = bool(file.config.get("use_rslora"))
@@ -551,7 +551,7 @@ def find_readers(file: AdapterFile, layers: Collection[str]) -> Readers:
         dropping=["TGI", "LoRAX"] if dropped else [],
         dropped=dropped,
         drops_all=len(dropped) == len({module.rpartition(".")[2] for module in file.ranks}),
-        export_helps=rslora or patterned,
+        export_for="llama.cpp" if rslora or patterned else "tgi" if dropped else None,
     )
 
 
@@ -563,9 +563,3 @@ def list_partial_types(modules: Collection[str], layers: Collection[str]) -> lis
         if layer is not None:
             within.setdefault(module.rpartition(".")[2], set()).add(layer)
     return [kind for kind, found in within.items() if len(found) < len(layers)]
-
-
-def loads_uniform_in_sglang(modules: Collection[str]) -> bool:
-    """Return whether SGLang loads the layout ``uniform`` of an adapter with LoRA on these modules."""
-    file = AdapterFile({}, {f"{PREFIX}{name}{DOWN}": (1, 1) for name in modules})
-    return check_sglang_stacks(file) is None

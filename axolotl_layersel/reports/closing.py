@@ -95,8 +95,8 @@ def describe_serving(outcome: Outcome, folder: Path, config: str | Path | None) 
     assert file is not None and readers is not None, "a finished run has an adapter"
     lines = make_row("readers", " ".join(describe_readers(readers)))
     lines += make_command("show", "axolotl-layersel", "show", place)
-    if readers.export_helps:
-        lines += make_command("for llama.cpp", "axolotl-layersel", "export", place, "--layout uniform")
+    if readers.export_for:
+        lines += make_command("export", "axolotl-layersel", "export", place, f"--for {readers.export_for}")
     merge = [str(config or "CONFIG.yml"), f"--lora-model-dir {shlex.quote(place)}", *list_merge_options(file)]
     lines += make_command("merge", "axolotl", "merge-lora", *merge)
     rank = find_vllm_rank(file.highest)

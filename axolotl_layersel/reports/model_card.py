@@ -18,7 +18,7 @@ from axolotl_layersel.common.tables import arrange
 from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.config.textual import PLUGIN
-from axolotl_layersel.lora.readers import AdapterFile, find_vllm_rank, loads_uniform_in_sglang
+from axolotl_layersel.lora.readers import AdapterFile, find_vllm_rank
 from axolotl_layersel.reports.outcome import (
     Outcome,
     describe_choice,
@@ -164,12 +164,10 @@ def describe_use(outcome: Outcome) -> list[str]:
         commands.append(
             f"vllm serve {find_hub_name(file)} --enable-lora --max-lora-rank {rank} --lora-modules NAME=ADAPTER"
         )
-    if readers.export_helps:
-        commands.append("axolotl-layersel export ADAPTER --layout uniform --output UNIFORM   # one rank, for llama.cpp")
+    if readers.export_for:
+        commands.append(f"axolotl-layersel export ADAPTER --for {readers.export_for}   # or another program")
     commands.append(" ".join(["axolotl merge-lora CONFIG.yml --lora-model-dir ADAPTER", *list_merge_options(file)]))
     said.append("```bash\n" + "\n".join(map(clean, commands)) + "\n```")
-    if readers.export_helps and not loads_uniform_in_sglang(file.ranks):
-        said.append("SGLang does not load the layout `uniform` of this adapter: k_proj, v_proj or up_proj lack q_proj.")
     return said
 
 

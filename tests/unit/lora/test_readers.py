@@ -18,7 +18,6 @@ from axolotl_layersel.lora.readers import (
     find_readers,
     find_vllm_rank,
     list_partial_types,
-    loads_uniform_in_sglang,
     read_adapter_file,
 )
 
@@ -36,14 +35,14 @@ def test_one_rank_everywhere_is_read_by_all_and_needs_no_export(tmp_path):
     assert sum(file.sizes.values()) == 6 * 4 * (32 + 32 + 32 + 16 + 48 + 32)
     readers = find_readers(file, LAYERS)
     assert readers.right == ["PEFT", "vLLM", "llama.cpp"] and readers.has_vllm
-    assert not readers.misscaling and not readers.dropping and not readers.export_helps
+    assert not readers.misscaling and not readers.dropping and readers.export_for is None
 
 
 def test_several_ranks_are_misscaled_where_one_alpha_is_read_and_the_export_is_not(tmp_path):
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 6}}
     readers = find_readers(save(tmp_path / "a", **patterns), LAYERS)
     assert readers.right == ["PEFT", "vLLM 0.32 or later"] and readers.has_vllm
-    assert readers.misscaling == ["llama.cpp", "TensorRT-LLM"] and readers.export_helps
+    assert readers.misscaling == ["llama.cpp", "TensorRT-LLM"] and readers.export_for == "llama.cpp"
     export_adapter(tmp_path / "a", "uniform", tmp_path / "b")
     assert find_readers(read_adapter_file(tmp_path / "b"), LAYERS).right == ["PEFT", "vLLM", "llama.cpp"]
     assert find_readers(save(tmp_path / "c", alpha_pattern={"q_proj": 2}), LAYERS).misscaling
@@ -92,13 +91,6 @@ def test_vllm_is_not_claimed_for_what_it_refuses(tmp_path):
     down = f"{PREFIX}{next(iter(file.ranks))}{DOWN}"
     high = dataclasses.replace(file, shapes={**file.shapes, down: (513, 32)})
     assert high.highest == 513 and "vLLM" not in find_readers(high, LAYERS).right and find_vllm_rank(512) == 512
-
-
-def test_sglang_needs_q_where_the_layout_uniform_has_k_v_or_up():
-    whole = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
-    assert loads_uniform_in_sglang(whole)
-    assert not loads_uniform_in_sglang([*whole, "model.layers.1.self_attn.k_proj"])
-    assert not loads_uniform_in_sglang([*whole, "model.layers.1.mlp.up_proj"])
 
 
 @pytest.mark.parametrize("damaged", ["adapter_config.json", "adapter_model.safetensors"])

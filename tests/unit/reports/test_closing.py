@@ -65,7 +65,7 @@ def test_a_run_with_one_rank_says_what_it_did_where_it_is_and_what_to_do_with_it
     assert find_command(lines, "merge") == ["axolotl", "merge-lora", "run.yml", "--lora-model-dir", "outputs/run"]
     serve = "vllm serve org/Base-1B --enable-lora --max-lora-rank 8 --lora-modules run=outputs/run"
     assert find_command(lines, "serve") == serve.split()
-    assert "export" not in text, "one rank is what llama.cpp needs"
+    assert find_command(lines, "export") == ["axolotl-layersel", "export", "outputs/run", "--for", "tgi"]
     assert len(lines) <= MOST_LINES and max(map(len, lines)) <= WIDTH
     result = CliRunner().invoke(app, find_command(lines, "show")[1:])
     assert result.exit_code == 0 and "2 of 6 layers" in result.output
@@ -90,9 +90,9 @@ def test_moved_ranks_are_those_of_the_file_and_the_export_that_is_offered_works(
     assert f"{trained:,} LoRA parameters train, and plain LoRA has {plain:,}" in text
     assert "PEFT and vLLM 0.32 or later read the adapter as it is. llama.cpp and TensorRT-LLM would scale it" in text
     assert "layersel/ranks.csv" in text and "CONFIG.yml" in text and "backward" not in text
-    export = find_command(lines, "for llama.cpp")
+    export = find_command(lines, "export")
     assert CliRunner().invoke(app, export[1:]).exit_code == 0
-    assert read_outcome(tmp_path / "uniform-run").readers.right == ["PEFT", "vLLM", "llama.cpp"]
+    assert read_outcome(tmp_path / "llama.cpp-run").readers.right == ["PEFT", "vLLM 0.32 or later", "llama.cpp"]
 
 
 def test_frozen_modules_do_not_count(tmp_path):

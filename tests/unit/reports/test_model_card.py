@@ -126,7 +126,7 @@ def test_moved_ranks_are_a_table_and_each_checkpoint_has_its_own(tmp_path):
     (rows,) = [part for part in section.split("\n\n") if part.startswith("| layer |")]
     assert rows.splitlines()[0] == "| layer | q_proj | v_proj | down_proj |"
     assert len(rows.splitlines()) == 2 + 6
-    assert "axolotl-layersel export ADAPTER --layout uniform" in section
+    assert "axolotl-layersel export ADAPTER --for llama.cpp" in section
 
 
 def test_a_reused_plan_is_named_by_its_place_next_to_the_card(saved, tmp_path):
@@ -152,7 +152,7 @@ def test_a_card_names_a_base_of_the_hub_and_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "base").mkdir(parents=True)
     bases = ["org/Base-1.5B", "models/base", str(tmp_path / "models"), "../base", "~/base", "a b/c", "", None]
-    named = [find_hub_name(AdapterFile({"base_model_name_or_path": base}, {}, {}, True)) for base in bases]
+    named = [find_hub_name(AdapterFile({"base_model_name_or_path": base}, {})) for base in bases]
     assert named == ["org/Base-1.5B"] + ["BASE_MODEL"] * 7
 
 
