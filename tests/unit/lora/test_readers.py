@@ -129,7 +129,7 @@ def export(folder, reader, *more) -> str:
             "LoRA on experts (mlp.experts.down_proj)",
         ),
     ],
-    ids=str,
+    ids=["DoRA", "modules_to_save", "bias", "embeddings", "PiSSA", "experts"],
 )
 def test_what_no_layout_serves_is_one_sentence_for_every_reader(tmp_path, settings, has):
     settings = {**settings, "model": settings["model"]()} if "model" in settings else settings
