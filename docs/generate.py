@@ -229,7 +229,7 @@ def make_command(name: str, command: Any, helps: dict[str, str]) -> str:
         shown = param.make_metavar(context) if param.param_type_name == "argument" else ", ".join(param.opts)
         choices = getattr(param.type, "choices", ())
         names = ", ".join(describe_default(choice) for choice in choices)
-        values = f" One of {names}." if names else ""
+        values = f" One of {names}." if names and not param.metavar else ""  # a help with a name of its own lists them
         default = "required" if param.required else describe_default(param.default)
         lines.append(f"| `{shown}` | {escape_cell((helps.get(param.name) or param.help) + values)} | {default} |")
     return "\n".join(lines) + "\n"

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported
 
 import pytest
 from helpers.places import COLLECTED, FIRST_ENGINES, PLAIN_FSDP2, ROOT, TESTS

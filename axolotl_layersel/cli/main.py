@@ -198,13 +198,19 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="The folder of a LoRA adapter, of a run or a checkpoint.")],
     reader: Annotated[
         For | None,
-        typer.Option("--for", help="The program that will read the adapter. The smallest layout that is right there."),
+        typer.Option(
+            "--for",
+            metavar="PROGRAM",
+            help=f"The program that will read the adapter: {', '.join(each.value for each in For)}. "
+            "It gets the smallest layout that is right there.",
+        ),
     ] = None,
     layout: Annotated[
         Layout | None,
         typer.Option(
+            metavar="LAYOUT",
             help="In place of --for. ragged: each module its own rank; const: the same with one alpha; uniform: all "
-            "padded to the highest rank; full: the same with zeros where a layer lacks a type of module."
+            "padded to the highest rank; full: the same with zeros where a layer lacks a type of module.",
         ),
     ] = None,
     output: Annotated[

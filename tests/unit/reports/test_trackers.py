@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import sqlite3
+import uuid
 from pathlib import Path
 
 import pytest
@@ -99,13 +100,12 @@ def test_wandb_gets_the_table_the_picture_and_the_plan_as_an_artifact(tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trackio_gets_the_table_the_picture_and_the_plan_as_a_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported first
+def test_trackio_gets_the_table_the_picture_and_the_plan_as_a_file(tmp_path):
     import trackio
     from trackio.utils import TRACKIO_DIR
 
     # The callback of transformers 5.16.1 needs a trackio that is newer than the 0.19.0 that Axolotl installs.
-    callback, project = integration_utils.TrackioCallback(), f"layersel-{tmp_path.name}"
+    callback, project = integration_utils.TrackioCallback(), f"layersel-{uuid.uuid4().hex}"
     trackio.init(project=project, name="a-run", embed=False)
     send(callback, tmp_path)
     trackio.finish()
