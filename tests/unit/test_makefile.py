@@ -1,5 +1,6 @@
 """What the targets of the Makefile would do, in a clone without an environment."""
 
+import os
 import subprocess
 
 import pytest
@@ -12,7 +13,9 @@ def list_commands(tmp_path):
 
     def list_commands(target: str) -> str:
         command = ["make", "--dry-run", target, f"VENV={tmp_path / 'venv'}"]
-        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        # The make that runs the tests must not be the parent of this one, which would print its folder too.
+        alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        return subprocess.run(command, cwd=ROOT, env=alone, check=True, capture_output=True, text=True).stdout
 
     return list_commands
 
