@@ -9,8 +9,9 @@ from peft import LoraConfig
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.lora import formats
-from axolotl_layersel.lora.factors import DOWN, UP, Factors, drop_unused, fold, split
-from axolotl_layersel.lora.layouts import LAYOUTS, WAY_OUT, lay_out, read_adapter, write_adapter
+from axolotl_layersel.lora.factors import Factors, drop_unused, fold, split
+from axolotl_layersel.lora.layouts import LAYOUTS, lay_out, read_adapter, write_adapter
+from axolotl_layersel.lora.names import DOWN, UP, WAY_OUT
 from axolotl_layersel.lora.patterns import resolve
 from axolotl_layersel.lora.readers import (
     BASE,

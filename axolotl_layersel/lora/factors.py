@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-PREFIX = "base_model.model."
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+from axolotl_layersel.lora.names import DOWN, PREFIX, UP
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import replace_atomically, write_atomically
 from axolotl_layersel.common.tensors import save_tensors
-from axolotl_layersel.lora.factors import PREFIX
+from axolotl_layersel.lora.names import PREFIX
 
 CONVERTER = "convert_lora_to_gguf.py"
 # The variable of the environment with the folder of llama.cpp's source, and the package that has a copy of it.

@@ -17,10 +17,10 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import flush, read_json, refuse, writing
 from axolotl_layersel.common.tensors import load_tensors, save_tensors
 from axolotl_layersel.lora import verification
-from axolotl_layersel.lora.factors import DOWN, PREFIX, UP, Factors, fold, pad
+from axolotl_layersel.lora.factors import Factors, fold, pad
+from axolotl_layersel.lora.names import DOWN, PREFIX, UP, WAY_OUT
 from axolotl_layersel.lora.patterns import write_pattern
 
-WAY_OUT = "Give the folder of a LoRA adapter."
 MOST_ALPHA = 1e9
 # The name of a module before, at and after the number of its layer.
 LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")

@@ -17,13 +17,11 @@ from typing import Any
 
 from axolotl_layersel.common.files import read_json, reading
 from axolotl_layersel.config.initialisation import changes_base
+from axolotl_layersel.lora.names import CONFIG, DOWN, LORA, PREFIX, WAY_OUT, WEIGHTS
 from axolotl_layersel.lora.patterns import resolve
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX, LORA, DOWN, UP = "base_model.model.", ".lora_", ".lora_A.weight", ".lora_B.weight"
 LAYERS = "model.layers"  # of Llama and its like; other architectures were not tried in other programs
 LAYER = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.(.+)")
-WAY_OUT = "Give the folder of a LoRA adapter."
 # The values that vLLM accepts for --max-lora-rank.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # The kernels of TGI and LoRAX pad a rank to 8, or to a multiple of 16 above it.
@@ -229,7 +227,7 @@ UNTRIED_TYPES: tuple[Rule, ...] = (find_outside, find_unknown_types)
 
 # --- What another layout mends --------------------------------------------------------------------------------------
 
-# Of the configuration, the scaling by PEFT's rule, and the rank of the tensors.
+# Takes the configuration, the scaling by PEFT's rule, and the rank of the tensors; returns the program's scaling.
 Scale = Callable[[Mapping[str, Any], float, int], float]
 
 
@@ -314,7 +312,7 @@ def check_kernel_rank(file: AdapterFile) -> str | None:
 
 # --- The table ------------------------------------------------------------------------------------------------------
 
-# Of the base model, the folder, the name of the adapter and its highest rank: how the program is started with it.
+# Takes the base model, the adapter's folder, its name and its highest rank; returns how the program is started.
 Launch = Callable[[str, str, str, int], str]
 
 
@@ -493,8 +491,6 @@ READERS = {
         ),
     )
 }
-# Those whose programs were compared with PEFT's by running them. Of others only what they do wrongly is claimed.
-COMPARED = ("peft", "vllm", "llama.cpp")
 
 
 # --- The adapter as it is -------------------------------------------------------------------------------------------
@@ -545,13 +541,14 @@ def find_readers(file: AdapterFile, layers: Collection[str]) -> Readers:
     if not rslora and faults["llama.cpp"] is None:
         right.append("llama.cpp")
     dropped = list_partial_types(file.ranks, layers)
+    export_for = "llama.cpp" if rslora or patterned else "tgi" if dropped else None
     return Readers(
         right=right,
         misscaling=[READERS[name].title for name in ("llama.cpp", "tensorrt-llm") if patterned and faults[name]],
         dropping=["TGI", "LoRAX"] if dropped else [],
         dropped=dropped,
         drops_all=len(dropped) == len({module.rpartition(".")[2] for module in file.ranks}),
-        export_for="llama.cpp" if rslora or patterned else "tgi" if dropped else None,
+        export_for=export_for if export_for and READERS[export_for].find_limit(file) is None else None,
     )
 
 

@@ -14,7 +14,7 @@ from axolotl_layersel.selection.plan_file import read_plan
 
 MILLION = 1_000_000
 LONGEST_LIST = 40  # characters; longer lists of layers are cut, and the plan has them
-STATES = {"remove": "without an adapter", "freeze": "frozen"}  # of what is not selected
+STATES = {"remove": "without an adapter", "freeze": "frozen"}  # the state of unselected layers and modules
 
 
 @dataclass(frozen=True)

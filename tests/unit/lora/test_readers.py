@@ -11,10 +11,10 @@ from axolotl_layersel.cli.main import For, Layout, app
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.lora.export import export_adapter
 from axolotl_layersel.lora.layouts import LAYOUTS
+from axolotl_layersel.lora.names import DOWN, PREFIX
 from axolotl_layersel.lora.readers import (
-    DOWN,
-    PREFIX,
     READERS,
+    AdapterFile,
     find_readers,
     find_vllm_rank,
     list_partial_types,
@@ -59,6 +59,16 @@ def test_types_that_a_layer_lacks_are_left_out_by_those_that_want_whole_types(tm
     assert readers.dropped == ["q_proj"] and not readers.drops_all
     assert find_readers(save(tmp_path / "c"), ()).dropping == [], "without a plan the layers are unknown"
     assert list_partial_types(["model.layers.10.q_proj"], ["model.layers.1", "model.layers.10"]) == ["q_proj"]
+
+
+def test_no_export_is_offered_that_would_be_refused():
+    config = {"r": 4, "lora_alpha": 4, "task_type": "CAUSAL_LM", "target_modules": ["qkv_proj"]}
+    ends = {".lora_A.weight": (4, 32), ".lora_B.weight": (96, 4)}
+    name = "base_model.model.model.layers.0.self_attn.qkv_proj"
+    file = AdapterFile(config, {f"{name}{end}": shape for end, shape in ends.items()}, len(LAYERS))
+    readers = find_readers(file, LAYERS)
+    assert readers.dropped == ["qkv_proj"] and READERS["tgi"].find_limit(file)
+    assert readers.export_for is None
 
 
 @pytest.mark.parametrize(
