@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from helpers.places import ROOT, WITHOUT_PACKAGE
+from helpers.places import HANGS, ROOT, WITHOUT_PACKAGE
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Zygote:
         world: int,
         log: Path,
         env: dict,
-        timeout: float = 240,
+        timeout: float = HANGS,
         nodes: list[dict] | None = None,
     ) -> list[int]:
         """Run a job and return the exit codes of its processes; zygote.py describes the arguments."""

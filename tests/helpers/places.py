@@ -14,6 +14,11 @@ TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 
 
+# Seconds after which a program that a test started counts as hanging. A run takes 10 s, and 100 s on a busy machine;
+# gloo would wait for 1,800 s.
+HANGS = 900
+
+
 # zero1 has the class of zero2, and one run in test_runs.py tests it.
 ENGINES = ["single", "ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 

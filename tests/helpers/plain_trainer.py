@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertTokenizer
 
 from axolotl_layersel.lora.modules import find_lora_modules
-from helpers.places import ENVIRONMENT
+from helpers.places import ENVIRONMENT, HANGS
 
 WORDS = ["a", "bad", "good", "film", "play", "story", "with", "fine", "actors"]
 
@@ -39,7 +39,7 @@ def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         env={**ENVIRONMENT, "HF_HOME": str(folder / "cache"), "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers.places import ENVIRONMENT, ROOT
+from helpers.places import ENVIRONMENT, HANGS, ROOT
 
 
-def call(*command: str | Path, cwd: Path, timeout: float = 180, **environment: str) -> str:
+def call(*command: str | Path, cwd: Path, timeout: float = HANGS, **environment: str) -> str:
     """Run a command without the checkout on its path, and return the output."""
     inherited = {key: value for key, value in {**os.environ, **ENVIRONMENT}.items() if key != "PYTHONPATH"}
     done = subprocess.run(

@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 import pytest
 import yaml
 from helpers.launched import MadeOnce, Run, Zygote
-from helpers.places import ENVIRONMENT, ROOT
+from helpers.places import ENVIRONMENT, HANGS, ROOT
 from helpers.published import Built, build
 from helpers.settings import PLAIN, engine_settings, selection
 
@@ -143,7 +143,7 @@ def train(zygote, make_config):
         expect: int | None = 0,
         env: dict | None = None,
         elsewhere: dict | None = None,
-        timeout: float = 240,
+        timeout: float = HANGS,
         **settings,
     ) -> Run:
         path, world, output = make_config(engine, **settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.launched import load_merged, load_with_stock_peft
-from helpers.places import ENVIRONMENT, ROOT
+from helpers.places import ENVIRONMENT, HANGS, ROOT
 
 from axolotl_layersel import __version__
 from axolotl_layersel.reports.closing import describe_plan, describe_run
@@ -17,7 +17,7 @@ from axolotl_layersel.selection.plan_file import read_plan
 from axolotl_layersel.training.lock import RunLock
 
 
-def call(*command: str, expect: int = 0, timeout: float = 240, merged: bool = False) -> str:
+def call(*command: str, expect: int = 0, merged: bool = False) -> str:
     """Run a command and return its output: standard error follows standard output, or both are ``merged`` in order."""
     done = subprocess.run(
         list(command),
@@ -27,7 +27,7 @@ def call(*command: str, expect: int = 0, timeout: float = 240, merged: bool = Fa
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if merged else subprocess.PIPE,
         text=True,
-        timeout=timeout,
+        timeout=HANGS,
     )
     told = done.stdout + (done.stderr or "")
     assert done.returncode == expect, f"{done.returncode}\n{told[-6000:]}"

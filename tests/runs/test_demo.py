@@ -41,7 +41,7 @@ def python(built, tmp_path_factory) -> Path:
 def printed(python, place) -> str:
     """The output of the demo."""
     short = ("--steps", str(STEPS), "--pretrain-steps", "5")
-    return call(python, "-m", "demo", *short, cwd=place, timeout=600)
+    return call(python, "-m", "demo", *short, cwd=place)
 
 
 @pytest.fixture(scope="module")

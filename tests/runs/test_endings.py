@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from helpers.ending import CLOSING, PREFIX
-from helpers.places import ENVIRONMENT, ROOT
+from helpers.places import ENVIRONMENT, HANGS, ROOT
 from helpers.settings import selection
 
 from axolotl_layersel.config.textual import LOG_FILE, PLUGIN
@@ -24,7 +24,7 @@ def end(*command: str, **env: str) -> tuple[int, list[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=HANGS,
     )
     return done.returncode, done.stdout.splitlines()
 

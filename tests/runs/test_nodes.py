@@ -15,7 +15,7 @@ from helpers.documents import find_section
 from helpers.ending import CLOSING
 from helpers.launched import MadeOnce, Run, difference
 from helpers.nodes import INTERFACE, Node, make_nodes
-from helpers.places import ENVIRONMENT
+from helpers.places import ENVIRONMENT, HANGS
 from helpers.settings import BEST_IS_FIRST, l1ra, selection
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
@@ -355,7 +355,7 @@ def launch(nodes: list[Node], paths: list[Path], *words: str) -> str:
         environment = {**os.environ, **ENVIRONMENT, **({"GLOO_SOCKET_IFNAME": INTERFACE} if node.holder else {})}
         with open(path.with_suffix(f".{rank}.log"), "w") as log:
             running.append(subprocess.Popen([*node.enter(), *filled], env=environment, stdout=log, stderr=log))
-    codes = [process.wait(timeout=240) for process in running]
+    codes = [process.wait(timeout=HANGS) for process in running]
     text = "\n".join(path.with_suffix(f".{rank}.log").read_text() for rank, path in enumerate(paths))
     assert codes == [0, 0], text[-6000:]
     return text

@@ -8,10 +8,6 @@ from safetensors.torch import load_file, save_file
 
 MODEL_LOADS = "Loading weights"
 
-
-SECONDS = 120  # a run with agreement takes less, even on a busy machine
-
-
 UP = "base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"
 
 
@@ -40,13 +36,13 @@ STARTED = {
 @pytest.mark.parametrize("engine", STARTED)
 def test_processes_with_other_settings_end_before_the_model_loads(train, engine):
     settings, elsewhere, message = STARTED[engine]
-    run = train(engine, expect=1, elsewhere=elsewhere, timeout=SECONDS, **settings)
+    run = train(engine, expect=1, elsewhere=elsewhere, **settings)
     assert run.log.count(f"LayerselError: {message}") == 2, run.log[-3000:]
     assert MODEL_LOADS not in run.log
 
 
 def test_a_process_with_another_engine_ends_all(train):
-    run = train("zero2", expect=1, elsewhere={"deepspeed": None}, timeout=SECONDS)
+    run = train("zero2", expect=1, elsewhere={"deepspeed": None})
     assert run.log.count("LayerselError: deepspeed: None on process 1, {'zero_optimization'") == 2, run.log[-3000:]
 
 
@@ -55,7 +51,7 @@ def test_a_process_with_other_rows_ends_all(train, data, tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(f"{line}\n" for line in [*lines[1:], lines[0]]))
     other = {"datasets": [{"path": str(path), "type": "alpaca", "ds_type": "json"}]}
-    run = train("ddp", expect=1, elsewhere=other, timeout=SECONDS)
+    run = train("ddp", expect=1, elsewhere=other)
     assert run.log.count("LayerselError: datasets.hash of some rows: '") == 2, run.log[-3000:]
     assert "Starting trainer" not in run.log
 
@@ -69,14 +65,14 @@ def test_a_process_with_another_adapter_ends_all(train, plain_runs, engine, tmp_
     weights[UP][0, 0] += 0.1
     save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {"lora_model_dir": str(trained), **selection("last", unselected="freeze")}
-    run = train(engine, expect=1, elsewhere={"lora_model_dir": str(tmp_path)}, timeout=SECONDS, **settings)
+    run = train(engine, expect=1, elsewhere={"lora_model_dir": str(tmp_path)}, **settings)
     assert run.engine["engine"] == engine.partition("-")[0]
     assert run.log.count(f"LayerselError: initial LoRA weights.{UP}: '") == 2, run.log[-3000:]
 
 
 def test_trainers_that_were_prepared_differently_are_refused_by_rank_and_key(zygote, tmp_path):
     arguments = [{"rank": rank, "folder": str(tmp_path)} for rank in range(2)]
-    codes = zygote.run("helpers.agreement:run_process", arguments, 2, tmp_path / "log", {}, timeout=SECONDS)
+    codes = zygote.run("helpers.agreement:run_process", arguments, 2, tmp_path / "log", {})
     assert codes == [0, 0], (tmp_path / "log.0").read_text()[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.documents import README, find_blocks
-from helpers.places import ENVIRONMENT
+from helpers.places import ENVIRONMENT, HANGS
 from safetensors.torch import load_file
 
 from axolotl_layersel.common.paths import plan_path
@@ -36,7 +36,7 @@ def test_the_commands_of_the_readme_train_show_merge_and_export(folder):
     printed = []
     for words in commands:
         done = subprocess.run(
-            words, cwd=folder, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=240
+            words, cwd=folder, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=HANGS
         )
         assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         printed.append(done.stdout)

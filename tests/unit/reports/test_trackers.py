@@ -87,6 +87,7 @@ def test_wandb_gets_the_table_the_picture_and_the_plan_as_an_artifact(tmp_path, 
 
     run = wandb.run
     run.finish()
+    wandb.teardown()  # its service may hold the record back until it ends
     files = Path(run.dir)
     (table,) = (files / "media" / "table").rglob("*.table.json")
     assert json.loads(table.read_text()) == {
