@@ -52,7 +52,7 @@ check: lint
 
 # A file's tests share their runs, so they stay on one process.
 test: check $(LLAMA_CPP)
-	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not repeats and not serves"
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not nightly and not serves"
 
 test-all: check $(LLAMA_CPP)
 	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not serves"

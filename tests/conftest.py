@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
+from zlib import crc32
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported
 
 import pytest
-from helpers.places import COLLECTED, FIRST_ENGINES, PLAIN_FSDP2, ROOT, TESTS
+from helpers.places import COLLECTED, ROOT, SHARDING_ENGINES, TESTS
 from helpers.support import Support, read_file, write_file
 
 
@@ -83,29 +84,31 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     for item in items:
         for mark in MARKS[find_folder(item)]:
             item.add_marker(mark)
-    mark_repeats(item for item in items if find_folder(item) == "runs")
+    mark_nightly(item for item in items if find_folder(item) == "runs")
     # Files of long tests first: the short ones then fill what one process has left when the other ends.
     items.sort(key=lambda item: list(MARKS)[::-1].index(find_folder(item)))
 
 
-def mark_repeats(launched: Iterable[pytest.Item]) -> None:
-    """Give the mark ``repeats`` to tests that show on a further engine what they show on one of the first.
+def mark_nightly(launched: Iterable[pytest.Item]) -> None:
+    """Give the mark ``nightly`` to the tests that show on a further engine what they show on one that shards.
 
-    Tests with other values of another parameter show something else. One that is made for none of the first engines
-    keeps the first of its own. A module that exists to compare all engines says so by ``ON_EVERY_ENGINE = True``.
+    That one is DeepSpeed's for every other test and FSDP2's for the rest, by the test's name; or the test's first
+    engine if it shards on none. A test with other values of another parameter is another test. A module that exists to
+    compare all engines says so by ``ON_EVERY_ENGINE = True``.
     """
-    by_test: dict[tuple[str, ...], list[pytest.Item]] = defaultdict(list)
+    by_test: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in launched:
         by_engine = hasattr(item, "callspec") and "engine" in item.callspec.params
-        if by_engine and not getattr(item.module, "ON_EVERY_ENGINE", False) and not item.get_closest_marker("repeats"):
-            others = {name: value for name, value in item.callspec.params.items() if name != "engine"}
-            by_test[item.module.__name__, item.originalname, repr(others)].append(item)
-    for items in by_test.values():
-        engines = [item.callspec.params["engine"] for item in items]
-        kept = {*FIRST_ENGINES, PLAIN_FSDP2} & {*engines} or {engines[0]}
-        for item, engine in zip(items, engines):
-            if engine not in kept:
-                item.add_marker("repeats")
+        if by_engine and not getattr(item.module, "ON_EVERY_ENGINE", False) and not item.get_closest_marker("nightly"):
+            others = item.callspec.id.replace(item.callspec.params["engine"], "ENGINE")
+            by_test[f"{item.module.__name__} {item.originalname} {others}"].append(item)
+    for name, items in by_test.items():
+        engines = {item.callspec.params["engine"]: item for item in items}
+        in_turn = SHARDING_ENGINES[:: 1 if crc32(name.encode()) % 2 else -1]
+        kept = next((engines[engine] for engine in in_turn if engine in engines), items[0])
+        for item in items:
+            if item is not kept:
+                item.add_marker("nightly")
 
 
 def find_folder(item: pytest.Item) -> str:

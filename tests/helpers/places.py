@@ -23,22 +23,21 @@ HANGS = 900
 ENGINES = ["single", "ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 
 
-# A test that is launched on each engine is launched on these by `make test`, and on the others by `make test-all`. They
-# are one process, and the engines of DeepSpeed and of FSDP2 that shard most.
-FIRST_ENGINES = ["single", "zero3", "fsdp2-sharded"]
-PLAIN_FSDP2 = "fsdp2"  # its name in tests of a plain Trainer
+# A test that is launched on each engine is launched on one of these by `make test`, and on the others every night. They
+# are the engines of DeepSpeed and of FSDP2 that shard most; the last is the name in tests of a plain Trainer.
+SHARDING_ENGINES = ["zero3", "fsdp2-sharded", "fsdp2"]
 
 
 # For a test that launches several engines.
 EACH_SET_OF_ENGINES = [
-    pytest.param(FIRST_ENGINES, id="first engines"),
-    pytest.param(ENGINES, id="all engines", marks=pytest.mark.repeats),
+    pytest.param(["single", "zero3"], id="one process and ZeRO-3"),
+    pytest.param(ENGINES, id="all engines", marks=pytest.mark.nightly),
 ]
 
 
-def again(*values: object) -> list:
-    """Return parameters on which a test shows again what it shows on others; `make test-all` runs them."""
-    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.repeats) for v in values]
+def at_night(*values: object) -> list:
+    """Return parameters with which a test runs every night only, in `make test-all`."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.nightly) for v in values]
 
 
 # The methods that score layers on rows.

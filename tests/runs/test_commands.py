@@ -210,6 +210,7 @@ def test_the_same_file_goes_through_axolotls_other_commands(trained, zygote, com
         assert "eval_loss" in text
 
 
+@pytest.mark.nightly
 def test_a_sweep_over_the_block_trains_each_choice(make_config, tmp_path):
     path, _, output = make_config(max_steps=1)
     choices = [{"selection": {"method": "last", "num_layers": n}} for n in (1, 3)]

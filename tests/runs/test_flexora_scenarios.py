@@ -39,6 +39,7 @@ def test_a_search_that_is_killed_leaves_no_plan_and_the_run_starts_it_again(trai
     assert sum("layersel/plan/text_summary" in log.Tags()["tensors"] for log in logs) == 1, "sent once"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2-sharded", "fsdp2-sharded-offloaded"])
 def test_a_search_and_moving_rank_go_together(train, engine, base_model, tmp_path):
     block = {"layersel": {**search()["layersel"], **pressure(update_ratio=0.2)["layersel"]}}
@@ -53,6 +54,7 @@ def test_a_search_and_moving_rank_go_together(train, engine, base_model, tmp_pat
     assert float((stock - trained).abs().max()) <= 1e-5
 
 
+@pytest.mark.nightly
 def test_shards_of_nothing_are_told_apart(train):
     """With LoRA of rank 1 on two processes the second one has empty shards of A."""
     settings = {"lora_r": 1, "lora_alpha": 2, "max_steps": 4, "save_steps": 4}
@@ -65,6 +67,7 @@ def test_shards_of_nothing_are_told_apart(train):
     assert difference(together.adapter(), alone.adapter()) <= 5e-5
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_unrolled_gradients_are_those_of_one_process(train, engine):
     settings = {**search(hypergradient="unrolled"), "max_steps": 2, "save_steps": 2, "learning_rate": 0.02}
@@ -77,6 +80,7 @@ def test_unrolled_gradients_are_those_of_one_process(train, engine):
     assert together.selected == alone.selected
 
 
+@pytest.mark.nightly
 def test_a_packed_4_bit_run_searches_too_and_keeps_what_has_a_gate_above_zero(train):
     run = train(
         **selection("flexora", flexora={**SEARCH, "val_batches": 2}),
@@ -110,6 +114,7 @@ def test_preference_training_searches_too(train, tmp_path):
     assert len(set(history.final.values())) == 8
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2-full"])
 def test_choices_with_several_seeds_are_compared(zygote, make_config, engine):
     path, world, output = make_config(engine, **search(granularity="module"))
@@ -125,7 +130,7 @@ def test_choices_with_several_seeds_are_compared(zygote, make_config, engine):
     assert "2 seeds agree with a mean overlap (Jaccard) of" in text
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 def test_a_schedule_of_deepspeeds_own_and_bf16_weights_come_back(train, tmp_path):
     config = deepspeed_config(2)
     keys = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from helpers.launched import KILLED, MadeOnce, Run, difference, scores
-from helpers.places import ROOT, WITHOUT_PACKAGE, again
+from helpers.places import ROOT, WITHOUT_PACKAGE, at_night
 from helpers.settings import l1ra, selection
 from safetensors.torch import load_file
 
@@ -20,9 +20,9 @@ BLOCKS = {
     "flexora": selection("flexora", flexora={"steps": 4, "val_samples": 8}),
 }
 RUNS = [
-    *again(*(("last", engine) for engine in ENGINES)),
+    *at_night(*(("last", engine) for engine in ENGINES)),
     *(("cka and l1ra", engine) for engine in ENGINES),
-    ("flexora", "fsdp2-sharded"),
+    *at_night(("flexora", "fsdp2-sharded")),
 ]
 # The model stays in training mode, without dropout: in evaluation mode some CPUs would pack 4-bit weights again, see
 # cpu_engines.py.
@@ -78,6 +78,7 @@ def test_it_chooses_moves_rank_and_trains_as_one_process_does(runs, block, engin
     assert difference(together.adapter(), alone.adapter()) <= 5e-5
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", ["fisher", "gradient"])
 def test_methods_that_go_back_through_weights_of_four_bits_score_as_on_one_process(make_plan, method):
     alone = make_plan(**selection(method), **QLORA)
@@ -88,6 +89,7 @@ def test_methods_that_go_back_through_weights_of_four_bits_score_as_on_one_proce
     assert len(set(scores(alone))) == 8
 
 
+@pytest.mark.nightly
 def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(train, runs):
     engine, settings = "fsdp2-full-everywhere", {**BLOCKS["cka and l1ra"], **QLORA}
     killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:3"}, **settings)
@@ -100,6 +102,7 @@ def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(train, r
     assert difference(whole.adapter(), resumed.adapter()) <= 1e-6
 
 
+@pytest.mark.nightly
 def test_stock_peft_computes_on_the_same_base_what_the_trained_model_computes(runs, base_model, tmp_path):
     folders = {(block, "fsdp2-sharded"): runs[block, "fsdp2-sharded"].folder for block in ("cka and l1ra", "flexora")}
     output = tmp_path / "stock.safetensors"

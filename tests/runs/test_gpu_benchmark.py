@@ -11,7 +11,7 @@ SIZE = ["--hidden-size", "64", "--layers", "4", "--vocabulary", "256", "--tokens
 ARMS = ["lora", "l1ra, kernels", "l1ra, kernels, adamw_bnb_8bit", "half by last, kernels"]
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 def test_one_command_checks_and_times_the_package(tmp_path):
     path = tmp_path / "gpu.json"
     command = ["benchmarks/gpu.sh", "--device", "cpu", *SIZE, "--json", str(path), "--arms", *ARMS]

@@ -6,6 +6,7 @@ from helpers.launched import KILLED, difference
 from helpers.settings import pressure, selection
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("engine", "block"),
     [
@@ -50,7 +51,7 @@ def test_rank_moves_beside_kernels_as_without_them(train, engine):
     assert difference(run.adapter(), plain.adapter()) < 1e-3
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 def test_a_run_with_kernels_that_was_killed_ends_as_if_it_had_not_been(train):
     whole = train("single", **ON, **MOVING)
     killed = train("single", expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **ON, **MOVING)

@@ -114,6 +114,7 @@ def test_a_killed_run_resumes_with_its_gates_and_their_pressure(train, whole_run
     assert difference(whole.adapter(), resumed.adapter()) <= 1e-6
 
 
+@pytest.mark.nightly
 def test_checkpoints_that_axolotl_writes_past_the_trainer_are_complete_too(train, whole_runs):
     """On FSDP2 Axolotl does so if any weight is quantised, such as the unused one here."""
     settings = {**SETTINGS, "load_best_model_at_end": False}

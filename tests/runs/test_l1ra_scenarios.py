@@ -45,6 +45,7 @@ def test_the_trackers_see_every_update_and_no_loss_is_lost(runs):
     assert log.Scalars("train/layersel/rank/q_proj")[1].value == pytest.approx(sum(queries) / len(queries))
 
 
+@pytest.mark.nightly
 def test_both_layouts_of_a_checkpoint_and_of_the_end_load_with_the_same_logits(runs, base_model, tmp_path):
     folders, trained = [], []
     for rslora, run in runs.items():
@@ -66,6 +67,7 @@ def test_both_layouts_of_a_checkpoint_and_of_the_end_load_with_the_same_logits(r
     assert float((first - second).abs().max()) > 1e-2, "rsLoRA makes a difference"
 
 
+@pytest.mark.nightly
 def test_axolotl_merges_the_result(runs, make_config, zygote, base_model, tmp_path):
     run = runs[True]
     path, _, _ = make_config(output=run.folder, peft_use_rslora=True, **SETTINGS)
@@ -76,6 +78,7 @@ def test_axolotl_merges_the_result(runs, make_config, zygote, base_model, tmp_pa
     assert float((merged - trained).abs().max()) <= 1e-4, "merging adds B·A to the weight, which rounds once more"
 
 
+@pytest.mark.nightly
 def test_a_redistributed_adapter_is_continued_with_its_ranks_scaling_and_room(train, runs):
     for rslora, before in runs.items():
         run = train(lora_model_dir=str(before.folder), peft_use_rslora=rslora, **SETTINGS)
@@ -92,7 +95,7 @@ def test_a_redistributed_adapter_is_continued_with_its_ranks_scaling_and_room(tr
                 torch.testing.assert_close(start[name][:, :rank] * SCALINGS[rslora], value, atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 def test_selection_and_redistribution_go_together(train, base_model, tmp_path):
     blocks = {"layersel": {**selection("last", num_layers=3)["layersel"], **pressure(update_ratio=0.2)["layersel"]}}
     settings = {**SETTINGS, **blocks}
@@ -126,7 +129,7 @@ def test_an_interrupted_run_leaves_the_adapter_that_a_checkpoint_of_that_step_ho
     assert difference(run.adapter(), runs[False].adapter("checkpoint-6")) <= tolerance
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 @pytest.mark.parametrize("stage", [2, 3])
 def test_optimizer_states_on_the_cpu_change_nothing(train, runs, tmp_path, stage):
     config = deepspeed_config(stage)
@@ -140,6 +143,7 @@ def test_optimizer_states_on_the_cpu_change_nothing(train, runs, tmp_path, stage
     assert json.loads((run.folder / "ranks.json").read_text())["survivors_changed_by"] == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["fsdp2-full-offloaded", "fsdp2-sharded-offloaded"])
 def test_shards_on_the_cpu_change_nothing(train, runs, engine):
     killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **SETTINGS)
@@ -150,7 +154,7 @@ def test_shards_on_the_cpu_change_nothing(train, runs, engine):
     assert json.loads((run.folder / "ranks.json").read_text())["survivors_changed_by"] == 0
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 def test_small_parameters_that_zero3_keeps_whole_are_written_too(train, runs, tmp_path):
     config = deepspeed_config(3)
     # The default of 1e5 keeps most LoRA matrices of real models on every process.
@@ -168,6 +172,7 @@ def test_small_parameters_that_zero3_keeps_whole_are_written_too(train, runs, tm
             assert torch.equal(rows[f"{step}/{module}/lora_A/seen"][slots], rows[name])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bf16_weights_and_their_fp32_masters_are_both_written(train, tmp_path, stage):
     config = {**deepspeed_config(stage), "bf16": {"enabled": True}}
@@ -187,6 +192,7 @@ def test_bf16_weights_and_their_fp32_masters_are_both_written(train, tmp_path, s
         assert torch.equal(rows[f"{key}/lora_A/master"][[changed.index(slot) for slot in added]], rows[name])
 
 
+@pytest.mark.nightly
 def test_fsdp2_saves_its_fp32_shards_after_an_evaluation_in_bf16(train):
     # Without resharding, whole weights in bf16 remain after an evaluation.
     evaluated = {"eval_steps": 5, "save_steps": 5, "val_set_size": 0.1}
@@ -203,6 +209,7 @@ def test_fsdp2_saves_its_fp32_shards_after_an_evaluation_in_bf16(train):
         assert {value.dtype for value in run.adapter(checkpoint).values()} == {torch.float32}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["single", "zero2"])
 def test_early_stopping_counts_what_came_before_a_resume_and_ends_with_the_best_ranks(train, engine):
     # The first evaluation is the best one, see test_runs; the fourth one after it ends the run.
@@ -235,6 +242,7 @@ def test_early_stopping_counts_what_came_before_a_resume_and_ends_with_the_best_
     assert again.digest() == before
 
 
+@pytest.mark.nightly
 def test_a_budget_of_parameters_is_never_exceeded(train):
     run = train(**{**SETTINGS, **pressure(update_ratio=0.2, budget_unit="parameters", max_rank=16)})
     widths = {"q_proj": 64 + 64, "v_proj": 64 + 32, "down_proj": 160 + 64}
@@ -252,6 +260,7 @@ def test_without_reassigning_the_adapter_shrinks(train):
     assert totals == sorted(totals, reverse=True) and totals[-1] < totals[0]
 
 
+@pytest.mark.nightly
 def test_qlora_with_packing_and_accumulation_moves_rank(train):
     settings = {
         **pressure(update_ratio=0.25),

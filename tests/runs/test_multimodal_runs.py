@@ -61,6 +61,7 @@ def llava_settings(tmp_path_factory) -> dict:
     return make_settings("Llava", tmp_path_factory.mktemp("axolotl"))
 
 
+@pytest.mark.nightly
 def test_axolotl_scores_rows_that_its_collator_tokenises_and_trains_both_stacks(train, llava_settings):
     block = {"selection": {"method": "fisher", "stacks": "both", "num_samples": 9, "num_layers": 3}, "l1ra": {}}
     run, sharded = (train(engine, **llava_settings, layersel=block) for engine in ("single", "zero3"))

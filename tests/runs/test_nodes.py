@@ -15,7 +15,7 @@ from helpers.documents import find_section
 from helpers.ending import CLOSING
 from helpers.launched import MadeOnce, Run, difference
 from helpers.nodes import INTERFACE, Node, make_nodes
-from helpers.places import ENVIRONMENT, HANGS
+from helpers.places import ENVIRONMENT, HANGS, at_night
 from helpers.settings import BEST_IS_FIRST, l1ra, selection
 
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
@@ -154,6 +154,7 @@ def test_two_nodes_choose_move_rank_and_train_as_one_process_does(whole_runs, al
     assert run.log.count(CLOSING) == 1, "one of the nodes says it, once"
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ENGINES)
 def test_both_nodes_have_the_best_adapter_at_the_end_byte_for_byte(whole_runs, engine):
     run = whole_runs[engine]
@@ -217,7 +218,7 @@ def test_nodes_that_lack_files_end_at_once_with_what_to_copy_and_resume_exactly_
     check_same_on_both(resumed)
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 def test_a_checkpoint_of_another_run_on_the_second_node_is_refused(whole_runs, train_on_nodes, nodes):
     copy_checkpoint(whole_runs["zero2"], nodes, "mixed")
     path = nodes[0].disk / "mixed" / "checkpoint-4" / "trainer_state.json"
@@ -236,6 +237,7 @@ def test_a_checkpoint_of_another_run_on_the_second_node_is_refused(whole_runs, t
     assert MODEL_LOADS not in refused.log and refused.seconds < SECONDS
 
 
+@pytest.mark.nightly
 def test_a_node_that_was_given_the_other_ones_number_is_told_what_to_copy(whole_runs, train_on_nodes, nodes):
     """A scheduler may restart a job with the nodes in another order."""
     for one, node in zip(whole_runs["zero3"].on[::-1], nodes):
@@ -246,6 +248,7 @@ def test_a_node_that_was_given_the_other_ones_number_is_told_what_to_copy(whole_
     assert "rng_state_0.pth" in copy_lacking(message, nodes, "swapped") and "process 1 on" in message
 
 
+@pytest.mark.nightly
 def test_output_folders_that_differ_between_nodes_are_refused(train_on_nodes, nodes):
     other = str(nodes[0].root / "elsewhere")
     refused = train_on_nodes("ddp", expect=1, output="here", elsewhere={"output_dir": other}, **SETTINGS)
@@ -260,7 +263,7 @@ def test_output_folders_that_differ_between_nodes_are_refused(train_on_nodes, no
 FOUR = {**SETTINGS, "micro_batch_size": 1}
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 def test_two_nodes_with_two_processes_each_do_as_one_process_does(train_on_nodes, train):
     run = train_on_nodes("zero3", local=2, **FOUR)
     assert run.on[0].engine == {**run.on[0].engine, "engine": "zero3", "processes": 4}
@@ -271,6 +274,7 @@ def test_two_nodes_with_two_processes_each_do_as_one_process_does(train_on_nodes
 # --- Without Axolotl ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_a_plain_trainer_saves_on_each_node_what_it_saves_on_the_first(zygote, nodes, tmp_path):
     described = [node.describe() for node in nodes]
     arguments = {"folder": str(nodes[0].root / "plain")}
@@ -285,6 +289,7 @@ def test_a_plain_trainer_saves_on_each_node_what_it_saves_on_the_first(zygote, n
 # --- Another number of processes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_a_run_on_two_nodes_goes_on_in_one_process_and_back(whole_runs, train, train_on_nodes, nodes, tmp_path):
     whole = whole_runs["ddp"]
     shutil.copytree(whole.on[0].folder / "checkpoint-2", tmp_path / "checkpoint-2")
@@ -304,6 +309,7 @@ def test_a_run_on_two_nodes_goes_on_in_one_process_and_back(whole_runs, train, t
     check_same_on_both(wider)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["zero2", "fsdp2-sharded"])
 def test_engines_that_cannot_resume_with_other_processes_say_so_before_the_model_loads(
     whole_runs, train_on_nodes, nodes, engine
@@ -321,7 +327,7 @@ def test_engines_that_cannot_resume_with_other_processes_say_so_before_the_model
 # --- Nodes that die -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("engine", "way"), [("ddp", "STOP"), ("zero2", "DIE"), ("fsdp2-full", "DIE")])
+@pytest.mark.parametrize(("engine", "way"), [*at_night(("ddp", "STOP"), ("zero2", "DIE")), ("fsdp2-full", "DIE")])
 def test_a_node_that_is_gone_ends_the_other_within_the_timeout_and_is_told_of_first(train_on_nodes, engine, way):
     settings = {**selection("last"), "ddp_timeout": 20, "env": {"LAYERSEL_TEST_SIGNAL": f"{way}:3"}}
     run = train_on_nodes(engine, expect=[1, -9], **settings)
@@ -332,6 +338,7 @@ def test_a_node_that_is_gone_ends_the_other_within_the_timeout_and_is_told_of_fi
     assert run.seconds < SECONDS + 20
 
 
+@pytest.mark.nightly
 def test_a_signal_to_one_process_ends_both_nodes_with_their_parts_of_a_checkpoint(train_on_nodes):
     run = train_on_nodes("zero2", expect=143, env={"LAYERSEL_TEST_SIGNAL": "TERM:3"}, **SETTINGS)
     for rank, one in enumerate(run.on):
@@ -364,10 +371,11 @@ def launch(nodes: list[Node], paths: list[Path], *words: str) -> str:
 @pytest.mark.parametrize(
     ("engine", "command"),
     [
-        (
+        pytest.param(
             "ddp",
             "accelerate launch --multi_gpu --num_machines 2 --num_processes 2 --machine_rank {rank}"
             " --main_process_ip {host} --main_process_port 29517 -m axolotl.cli.train {config}",
+            marks=pytest.mark.nightly,
         ),
         (
             "zero2",

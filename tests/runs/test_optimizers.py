@@ -7,6 +7,7 @@ import json
 
 import pytest
 from helpers.launched import KILLED, MadeOnce, Run, difference
+from helpers.places import at_night
 from helpers.settings import l1ra
 from safetensors.torch import load_file
 
@@ -30,15 +31,18 @@ CLASSES = {
 # Each format of moments, on each engine that stores them differently. Other names of the same
 # classes are in tests/unit/engines/test_moments.py.
 RUNS = [
-    ("adamw_bnb_8bit", "ddp"),
+    *at_night(("adamw_bnb_8bit", "ddp")),
     ("adamw_bnb_8bit", "zero3"),
-    ("paged_adamw_8bit", "single"),
-    ("paged_adamw_32bit", "zero2"),
-    ("adamw_torch_8bit", "ddp"),
+    *at_night(("paged_adamw_8bit", "single")),
+    *at_night(("paged_adamw_32bit", "zero2")),
+    *at_night(("adamw_torch_8bit", "ddp")),
     ("adamw_torch_8bit", "fsdp2-sharded"),
     ("ao_adamw_fp8", "fsdp2-sharded"),
 ]
-RESUMED = [("adamw_bnb_8bit", "zero3"), ("adamw_torch_8bit", "ddp"), ("ao_adamw_fp8", "fsdp2-sharded")]
+RESUMED = [
+    ("adamw_bnb_8bit", "zero3"),
+    *at_night(("adamw_torch_8bit", "ddp"), ("ao_adamw_fp8", "fsdp2-sharded")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,7 @@ def test_a_killed_run_that_is_resumed_ends_as_if_it_had_not_been_killed(train, r
     assert difference(*({name: value.float() for name, value in state.items()} for state in states)) <= tolerance
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 @pytest.mark.parametrize("optimizer", ["adamw_torch_8bit", "ao_adamw_fp8"])
 def test_torchaos_checkpoints_that_no_run_could_resume_from_are_not_begun(train, optimizer):
     run = train("fsdp2-full", expect=1, optimizer=optimizer, **SETTINGS)

@@ -54,6 +54,7 @@ def test_stock_peft_computes_the_same_from_every_engines_adapter(whole_runs, eng
         assert float((logits[str(folders[engine])] - first).abs().max()) < 1e-2
 
 
+@pytest.mark.nightly
 def test_axolotl_merges_an_adapter_whose_modules_have_other_ranks(
     whole_runs, make_config, zygote, base_model, tmp_path
 ):

@@ -83,6 +83,7 @@ def test_branches_score_the_same_on_one_process_and_on_sharded_weights(make_plan
     assert len(set(alone["module_scores"].values())) == 16
 
 
+@pytest.mark.nightly
 def test_qlora_with_packing_accumulation_and_a_regex_trains_and_loads(train, base_model, tmp_path):
     run = train(
         **PACKED_QLORA,
@@ -123,6 +124,7 @@ def test_truncated_checkpointed_runs_train_alike_on_every_engine(train, engines)
         assert difference(run.adapter(), alone.adapter()) <= 1e-3, engine
 
 
+@pytest.mark.nightly
 def test_fsdp2s_own_checkpointing_is_the_one_of_transformers(train, tmp_path):
     """FSDP2's own checkpointing would change the names in the adapter."""
     engine = "fsdp2-sharded"
@@ -177,6 +179,7 @@ def test_frozen_layers_stay_as_they_started_on_every_engine_also_after_a_resume(
         assert resumed.engine["optimized"] == sum(end[name].numel() for name in end) // 2
 
 
+@pytest.mark.nightly
 def test_weights_that_zero3_has_not_gathered_are_never_written(train, base_model, tmp_path):
     """They have size 0, and PEFT would write them."""
     env = {"LAYERSEL_TEST_SIGNAL": "UNGATHERED:3"}

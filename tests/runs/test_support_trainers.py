@@ -8,6 +8,7 @@ import torch
 from helpers.generation import ask, make_generating_trainer, train_by_grpo, write_rows
 from helpers.launched import load_with_stock_peft
 from helpers.models import make_small_llama
+from helpers.places import at_night
 from helpers.probe import TOKENS
 from helpers.refusals import FILE, say_by_file
 from helpers.settings import preferences, selection
@@ -79,6 +80,8 @@ TRAINERS = {
     "reward model": (lambda folder: preferences(folder, "reward"), REWARDED),
     "GRPO": (train_by_grpo, UNGENERATED),
 }
+# One for each shape of a batch: packed rows, pairs of answers, and prompts.
+BY_DAY = ("SFT, packed", "DPO", "GRPO")
 
 
 def make_block(method: str) -> dict:
@@ -93,7 +96,7 @@ def plan(train) -> Path:
     return run.folder / "layersel" / "plan.json"
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", [*BY_DAY, *at_night(*(name for name in TRAINERS if name not in BY_DAY))])
 def test_every_method_chooses_in_a_run_with_a_trainer_and_rank_moves(name, train, plan, base_model, tmp_path, support):
     make_settings, refused = TRAINERS[name]
     settings = make_settings(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.launched import MadeOnce
 from helpers.models import make_trainer
-from helpers.places import again
+from helpers.places import at_night
 from peft import LoraConfig, get_peft_model
 
 from axolotl_layersel.config.l1ra import L1RAConfig
@@ -85,7 +85,7 @@ def compare_mean_ranks(ranks: dict[str, int], layers: list[int]) -> float:
     return (sum(inside) / len(inside)) / (sum(outside) / len(outside))
 
 
-@pytest.mark.parametrize(("rule", "seed"), [("saliency", 0), *again(("saliency", 1)), ("pressure", 0)])
+@pytest.mark.parametrize(("rule", "seed"), [("saliency", 0), *at_night(("saliency", 1)), ("pressure", 0)])
 def test_rank_goes_to_the_damaged_layers(base, text, rule, seed, tmp_path):
     history = move_rank(base, text, seed, tmp_path, rule)
     assert set(history[0].values()) == {RANK}
@@ -129,7 +129,7 @@ def rank_layers(plan) -> list[int]:
     return sorted(range(LAYERS), key=lambda layer: -plan.layers[layer].score)
 
 
-@pytest.mark.parametrize("seed", [0, *again(1, 2)])
+@pytest.mark.parametrize("seed", [0, *at_night(1, 2)])
 def test_a_search_puts_the_damaged_layers_among_the_three_highest_gates(searched, seed):
     _, plan = searched[seed]
     assert set(draw_damaged(seed)) <= set(rank_layers(plan)[:3])
@@ -148,7 +148,7 @@ def measure_loss(model, text) -> float:
     return sum(model.eval()(input_ids=part, labels=part).loss.item() for part in rows.split(32)) / 4
 
 
-@pytest.mark.repeats
+@pytest.mark.nightly
 def test_the_half_that_is_chosen_repairs_more_than_a_random_half(base, text, searched, tmp_path):
     chosen, random_half = [], []
     for seed in (0, 1, 2):
