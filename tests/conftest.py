@@ -84,12 +84,13 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     for item in items:
         for mark in MARKS[find_folder(item)]:
             item.add_marker(mark)
-    mark_nightly(item for item in items if find_folder(item) == "runs")
+    mark_engines(item for item in items if find_folder(item) == "runs")
+    mark_families(item for item in items if find_folder(item) == "families")
     # Files of long tests first: the short ones then fill what one process has left when the other ends.
     items.sort(key=lambda item: list(MARKS)[::-1].index(find_folder(item)))
 
 
-def mark_nightly(launched: Iterable[pytest.Item]) -> None:
+def mark_engines(launched: Iterable[pytest.Item]) -> None:
     """Give the mark ``nightly`` to the tests that show on a further engine what they show on one that shards.
 
     That one is DeepSpeed's for every other test and FSDP2's for the rest, by the test's name; or the test's first
@@ -109,6 +110,17 @@ def mark_nightly(launched: Iterable[pytest.Item]) -> None:
         for item in items:
             if item is not kept:
                 item.add_marker("nightly")
+
+
+def mark_families(trained: Iterable[pytest.Item]) -> None:
+    """Give the mark ``nightly`` to the tests of families of models, but for the first and the last case of each."""
+    by_test: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in trained:
+        if not item.get_closest_marker("nightly"):
+            by_test[f"{item.module.__name__} {item.originalname}"].append(item)
+    for items in by_test.values():
+        for item in items[1:-1]:
+            item.add_marker("nightly")
 
 
 def find_folder(item: pytest.Item) -> str:
