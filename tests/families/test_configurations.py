@@ -23,7 +23,6 @@ from axolotl_layersel.selection.data.row_token import find_token
 from axolotl_layersel.selection.provenance import describe_shape
 from axolotl_layersel.selection.units import find_units
 
-
 # The kinds with over a hundred architectures, which take minutes.
 MANY = ("causal language models", "models of text and other inputs")
 

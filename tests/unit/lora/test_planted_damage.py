@@ -135,7 +135,8 @@ def test_a_search_puts_the_damaged_layers_among_the_three_highest_gates(searched
     assert set(draw_damaged(seed)) <= set(rank_layers(plan)[:3])
 
 
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_so_does_an_unrolled_search(base, text, seed, tmp_path):
     _, plan = search_for_damage(base, text, seed, tmp_path, "unrolled", UNROLLED_STEPS)
     assert set(draw_damaged(seed)) <= set(rank_layers(plan)[:3])
