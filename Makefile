@@ -1,6 +1,6 @@
-# make demo: install the package and run the demo. make check: what can be known in two minutes. make test: that, and then
-# the tests that train or start processes, those for each engine on a few engines. make test-all: those on the other engines
-# too. make coverage: everything, and which lines of the package it ran, which takes half as long again.
+# make demo: install the package and run the demo. make check: what can be known in two minutes. make test: that, and the
+# tests that train or start processes, those for each engine on one engine. make test-all: those on the other engines too,
+# and what else runs at night. make coverage: the same, and which lines of the package it ran, half as long again.
 # make docs: serve the manual on this machine. make wheel: build the published files into dist/. make release-check: install
 # that wheel into an empty environment, and run the demo there. All but `make demo` install the development tools too.
 PYTHON ?= python3
@@ -50,12 +50,12 @@ lint: $(STAMP)
 check: lint
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m "not launches and not trains"
 
-# A file's tests share their runs, so they stay on one process.
-test: check $(LLAMA_CPP)
-	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not nightly and not serves"
+# The tests of `make check` are among these. A file's tests share their runs, so they stay on one process.
+test: lint $(LLAMA_CPP)
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "not nightly and not serves"
 
-test-all: check $(LLAMA_CPP)
-	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "(launches or trains) and not serves"
+test-all: lint $(LLAMA_CPP)
+	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "not serves"
 
 # With vLLM in an environment of its own, of 4 GB.
 test-serving: $(STAMP) $(VLLM)
