@@ -44,13 +44,12 @@ def list_losses(trainer) -> list[float]:
 @pytest.mark.parametrize(
     ("config", "layers", "checkpointing"),
     [
-        (LayerselConfig(selection=HALF), [1], False),
-        (LayerselConfig(selection=HALF), [1], True),
-        (LayerselConfig(l1ra=MOVED), None, False),
-        (LayerselConfig(l1ra=PRESSED), None, False),
-        (LayerselConfig(selection=SCORED, l1ra=MOVED), [1], False),
+        pytest.param(LayerselConfig(selection=HALF), [1], True, id="with checkpointing"),
+        pytest.param(LayerselConfig(l1ra=MOVED), None, False, id="moved rank"),
+        pytest.param(LayerselConfig(selection=HALF), [1], False, id="half of the layers", marks=pytest.mark.nightly),
+        pytest.param(LayerselConfig(l1ra=PRESSED), None, False, id="moved rank by pressure", marks=pytest.mark.nightly),
+        pytest.param(LayerselConfig(selection=SCORED, l1ra=MOVED), [1], False, id="both", marks=pytest.mark.nightly),
     ],
-    ids=["half of the layers", "with checkpointing", "moved rank", "moved rank by pressure", "both"],
 )
 def test_a_compiled_run_has_the_graphs_of_plain_lora_and_its_own_losses(tmp_path, config, layers, checkpointing):
     options = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}

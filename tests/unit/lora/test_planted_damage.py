@@ -85,7 +85,7 @@ def compare_mean_ranks(ranks: dict[str, int], layers: list[int]) -> float:
     return (sum(inside) / len(inside)) / (sum(outside) / len(outside))
 
 
-@pytest.mark.parametrize(("rule", "seed"), [("saliency", 0), *at_night(("saliency", 1)), ("pressure", 0)])
+@pytest.mark.parametrize(("rule", "seed"), [("saliency", 0), *at_night(("saliency", 1), ("pressure", 0))])
 def test_rank_goes_to_the_damaged_layers(base, text, rule, seed, tmp_path):
     history = move_rank(base, text, seed, tmp_path, rule)
     assert set(history[0].values()) == {RANK}
