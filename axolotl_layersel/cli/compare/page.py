@@ -61,6 +61,7 @@ tr.best td { font-weight: 600; background: var(--tint); }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; display: block; }
 figure svg text { fill: currentColor; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem 2rem; }
+.pictures figure { overflow-x: auto; } .pictures svg { min-width: 32rem; }
 .grids { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: flex-start; }
 .grids figure { max-width: 100%; } .grids figcaption { contain: inline-size; }
 a { color: inherit; }
@@ -169,7 +170,9 @@ def describe_costs(summary: Summary) -> str:
 def format_answer(sentences: Sequence[str]) -> str:
     """Return the answer, with its first sentence on a line of its own."""
     first, rest = sentences[0], " ".join(sentences[1:])
-    return f'<div class="answer"><p>{format_text(first)}</p>' + (f"<p>{format_text(rest)}</p>" if rest else "") + "</div>"
+    return (
+        f'<div class="answer"><p>{format_text(first)}</p>' + (f"<p>{format_text(rest)}</p>" if rest else "") + "</div>"
+    )
 
 
 def list_items(heading: str, items: Iterable[str]) -> str:
@@ -179,7 +182,9 @@ def list_items(heading: str, items: Iterable[str]) -> str:
 
 def format_losses(summary: Summary) -> str:
     """Return the table of losses."""
-    has_random = RANDOM in summary.arms and any(each.judgement and each.judgement.to_random for each in list_arms(summary))
+    has_random = RANDOM in summary.arms and any(
+        each.judgement and each.judgement.to_random for each in list_arms(summary)
+    )
     rows = []
     for arm in list_arms(summary):
         standing = show_standing(arm)

@@ -166,9 +166,7 @@ def format_count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def draw_time(
-    arms: list[ArmSummary], styles: Mapping[str, Mapping[str, Any]], equal_seconds: float | None
-) -> "Figure":
+def draw_time(arms: list[ArmSummary], styles: Mapping[str, Mapping[str, Any]], equal_seconds: float | None) -> "Figure":
     """Return a figure of the validation loss by the time from a cell's start, without evaluations."""
     figure = make_figure(WIDE, "Validation loss against time")
     axes = figure.subplots()
@@ -192,21 +190,18 @@ def draw_time(
             fontsize=SMALL,
             color=DARK_GREY,
         )
+    steps = {arm: curve[-1][0] for arm, curve in curves.items()}
     ends = {arm: curve[-1][1] for arm, curve in curves.items()}
-    last = max(curve[-1][0] for curve in curves.values()) if curves else 1.0
-    name_ends(axes, last, ends, {arm: styles[arm]["color"] for arm in ends}, bold=())
+    name_ends(axes, steps, ends, {arm: styles[arm]["color"] for arm in ends}, bold=())
     return figure
 
 
 def focus(axes: "Axes", curves: Mapping[str, list[tuple[float, float]]]) -> None:
-    """Limit the losses to where arms can be told apart, if the first evaluations are far above the others."""
-    values = [loss for curve in curves.values() for _, loss in curve[1:]]
-    if not values:
-        return
-    low, high = min(values), max(values)
-    first = max(curve[0][1] for curve in curves.values())
-    if first > high + (high - low):
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
+    """Limit the losses to those of the second half of the evaluations, where arms can be told apart."""
+    values = [loss for curve in curves.values() for _, loss in curve[len(curve) // 2 :]]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    if low < high:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
 def average_curve(cells: list[Figures]) -> list[tuple[float, float]]:
