@@ -63,7 +63,7 @@ figure svg text { fill: currentColor; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem 2rem; }
 .pictures figure { overflow-x: auto; } .pictures svg { min-width: 32rem; }
 .grids { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: flex-start; }
-.grids figure { max-width: 100%; } .grids figcaption { contain: inline-size; }
+.grids svg { background: #ffffff; color: #1c1e21; } .grids figure { max-width: 100%; } .grids figcaption { contain: inline-size; }
 a { color: inherit; }
 code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .925rem; margin: 0; }
@@ -273,7 +273,8 @@ def list_facts(comparison: Comparison) -> list[tuple[str, str]]:
     ]
     cell: Figures | None = next(iter(comparison.figures), None)
     if cell is not None:
-        rows = f"{cell.train_rows:,} train, {cell.validation_rows:,} decide the rate, {cell.test_rows:,} decide between arms"
+        held_out = f"{cell.validation_rows:,} decide the rate, {cell.test_rows:,} decide between arms"
+        rows = f"{cell.train_rows:,} train, {held_out}"
         processes = f"{cell.engine}, {cell.processes} process" + ("es" if cell.processes > 1 else "")
         facts += [("rows", rows), ("engine", processes)]
     if settings.general:
