@@ -174,6 +174,7 @@ class Comparison(Record):
         best_rates: the rate at which each arm has the lowest validation loss; no entry if every cell of it failed.
         notes: sentences about the course that the reader must know, such as a best rate at the edge of the grid.
         planned: the number of cells of the whole comparison; more than ``len(cells)`` if it was stopped.
+        asked: the options of the command, from which ``settings`` differ where the run is shorter or time is limited.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -182,6 +183,7 @@ class Comparison(Record):
     best_rates: dict[str, FiniteFloat] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     planned: int
+    asked: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def figures(self) -> list[Figures]:
