@@ -386,13 +386,13 @@ def spread_colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def name_ends(
-    axes: "Axes", step: int, ends: Mapping[str, float], colours: Mapping[str, object], bold: Collection[str]
+    axes: "Axes", step: float, ends: Mapping[str, float], colours: Mapping[str, object], bold: Collection[str]
 ) -> None:
     """Write names next to the ends of lines at ``step``, moved up or down so that none covers another.
 
     Args:
         axes: the axes, which have all their lines.
-        step: the last step of the lines.
+        step: where the lines end.
         ends: the last value of each line, by name.
         colours: the colour of each name.
         bold: the names in bold.
