@@ -133,6 +133,10 @@ def compare(
             help="Try all rates with half of the steps, and only the better half of them with all steps and one seed.",
         ),
     ] = True,
+    widen: Annotated[
+        int,
+        typer.Option(min=0, help="How many further rates an arm tries while its best is the lowest or the highest."),
+    ] = 3,
     time_limit: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Leave out seeds, rates and steps until the rest fits, such as 90m or 2h."),
@@ -166,6 +170,7 @@ def compare(
         seeds=seeds,
         steps=steps,
         halving=halving,
+        widen=widen,
         time_limit=time_limit,
         general=general,
         arms_file=arms_file,

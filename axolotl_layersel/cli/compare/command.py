@@ -43,6 +43,7 @@ class Options:
     seeds: int | None = None
     steps: int | None = None
     halving: bool = True
+    widen: int = 3
     time_limit: str | None = None
     general: Path | None = None
     arms_file: Path | None = None
@@ -58,6 +59,7 @@ class Options:
             "seeds": self.seeds,
             "steps": self.steps,
             "halving": self.halving,
+            "widen": self.widen,
             "time_limit": self.time_limit,
             "arms_file": str(self.arms_file) if self.arms_file else None,
             "launch": launch,
@@ -199,6 +201,7 @@ def make_settings(
         held_out=describe_held_out(data),
         general=str(options.general) if options.general else None,
         halving=options.halving,
+        widen=options.widen,
         lora_r=find_rank(data),
         launch=launch,
     )

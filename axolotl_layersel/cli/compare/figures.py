@@ -149,6 +149,7 @@ class Settings(Record):
         held_out: where validation and test rows come from, as the object of a sentence.
         general: the file of general text, if there is one.
         halving: whether only the better half of the rates is trained in full.
+        widen: the most rates that an arm tries outside ``rates``, while its best one lies at the edge.
         lora_r: the rank of the user's YAML file.
         launch: the arguments of ``axolotl train`` after the file.
     """
@@ -162,6 +163,7 @@ class Settings(Record):
     held_out: str
     general: str | None = None
     halving: bool = True
+    widen: int = 3
     lora_r: int
     launch: list[str] = Field(default_factory=list)
 

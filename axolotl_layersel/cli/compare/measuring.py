@@ -11,6 +11,8 @@ called when the trainer exists, and before any ``post_trainer_create``; the plan
 
 import json
 import math
+import os
+import signal
 import statistics
 import time
 from pathlib import Path
@@ -76,9 +78,12 @@ class MeasuringPlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Make a refused run end with its sentence, also where it trains plain LoRA."""
+        from axolotl_layersel.cli.compare.running import FOLLOW, follow_parent
         from axolotl_layersel.training.ending import end_in_sentences
 
         end_in_sentences()
+        if FOLLOW in os.environ:  # a launcher that is killed cannot end its processes
+            follow_parent(signal.SIGKILL)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Let Axolotl order and split the rows by the seed of the comparison."""

@@ -53,6 +53,7 @@ OF_LAUNCHERS = (LAUNCHER_FAILURE, "CalledProcessError")
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 PREFIX = re.compile(r"^\[?(?:rank)?\d+\]?:\s?")  # of launchers before the lines of a process
 PR_SET_PDEATHSIG = 1  # from Linux' sys/prctl.h
+FOLLOW = "AXOLOTL_LAYERSEL_COMPARE"  # the variable by which a run knows that it is a cell of a comparison
 
 
 class Stopped(BaseException):
@@ -117,14 +118,8 @@ def launch(command: list[str], log: Path) -> int:
     """Run a command with its output in a file, and return its exit code. If this process stops, so does the command."""
     paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     env = {**os.environ, "PATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    env[FOLLOW] = "1"
     env.pop(COLLECTOR, None)  # the sentences of a cell belong into its own log
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def follow_parent() -> None:
-        # The kernel stops the run if this process is killed, so that a second start finds no other run in the folder.
-        if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
     with open(log, "wb") as file:
         process = subprocess.Popen(
             command,
@@ -133,7 +128,7 @@ def launch(command: list[str], log: Path) -> int:
             stderr=subprocess.STDOUT,
             env=env,
             start_new_session=True,  # Ctrl-C reaches this process only, which stops the run in order
-            preexec_fn=follow_parent,
+            preexec_fn=lambda: follow_parent(signal.SIGTERM),
         )
         try:
             while process.poll() is None:
@@ -142,6 +137,15 @@ def launch(command: list[str], log: Path) -> int:
             end(process)
             raise
     return process.returncode
+
+
+def follow_parent(number: int) -> None:
+    """Let the kernel send this process a signal when its parent ends, so that a killed command leaves no run behind.
+
+    A second start would find that run in its folder. Only Linux has this.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def end(process: subprocess.Popen) -> None:

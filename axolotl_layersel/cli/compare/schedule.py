@@ -18,7 +18,6 @@ FACTOR = 2.0  # between neighbouring rates
 RATES = 5
 FEWEST_RATES, FEWEST_SEEDS, FEWEST_STEPS = 3, 2, 10  # that a time limit leaves
 EDGE = "The best rate of"  # the begin of the sentence about a best rate at the edge
-WIDER = 3  # rates that are added outside the grid
 
 # The validation loss of each cell that has ended, None for one that has failed.
 Ended = Mapping[Cell, float | None]
@@ -93,7 +92,7 @@ def plan_arm(arm: str, settings: Settings, own: float, ended: Ended) -> ArmPlan:
             return ArmPlan(rungs, None, None, True, len(cells))
         best = ranked[0]
         edge = find_edge(best, tried)
-        if edge is None or wider == WIDER:
+        if edge is None or wider == settings.widen:
             break
         wider += 1
         rate = round_rate(best * FACTOR if edge == "highest" else best / FACTOR)
