@@ -166,7 +166,9 @@ def format_count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def draw_time(arms: list[ArmSummary], styles: Mapping[str, Mapping[str, Any]], equal_seconds: float | None) -> "Figure":
+def draw_time(
+    arms: list[ArmSummary], styles: Mapping[str, Mapping[str, Any]], equal_seconds: float | None
+) -> "Figure":
     """Return a figure of the validation loss by the time from a cell's start, without evaluations."""
     figure = make_figure(WIDE, "Validation loss against time")
     axes = figure.subplots()

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from helpers.comparisons import FILE
+from helpers.compared import FILE
 
 from axolotl_layersel.cli.compare.arms import make_arms
 from axolotl_layersel.common.errors import LayerselError

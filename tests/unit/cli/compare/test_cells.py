@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from helpers.comparisons import FILE, make_figures, make_settings
+from helpers.compared import FILE, make_figures, make_settings
 
 from axolotl_layersel.cli.compare import cells
 from axolotl_layersel.cli.compare.cells import Cell

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.comparisons import FILE, make_figures
+from helpers.compared import FILE, make_figures
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.compare import command
@@ -81,9 +81,7 @@ def test_a_missing_file_is_refused(tmp_path):
     assert "nowhere.yml does not exist." in invoke(str(tmp_path / "nowhere.yml"), code=1)
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90m", 5400), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400), ("45s", 45)]
-)
+@pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400)])
 def test_durations(text, seconds):
     assert command.parse_duration(text) == seconds
 

@@ -55,7 +55,7 @@ def test_general_text_is_a_line_each_or_json(tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "a b\nc"}) + "\n")
     assert read_general(str(tmp_path / "text.jsonl"), tokenizer, 9)["input_ids"] == [[0, 1, 2]]
     (tmp_path / "wrong.jsonl").write_text(json.dumps({"content": "a b"}) + "\n")
-    with pytest.raises(LayerselError, match="--general: .*wrong.jsonl is damaged"):
+    with pytest.raises(LayerselError, match=r"--general: .*wrong\.jsonl is damaged"):
         read_general(str(tmp_path / "wrong.jsonl"), tokenizer, 9)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(LayerselError, match="has no text"):
@@ -113,13 +113,8 @@ def test_axolotl_calls_the_hooks_in_the_order_that_is_relied_on():
         places = [source.index(word) for word in words]
         assert places == sorted(places)
 
-    find(
-        do_train,
-        "plugin_manager.load_datasets(cfg",
-        "load_datasets_fn(cfg=cfg",
-        "train_fn(cfg=cfg",
-        "post_train_unload",
-    )
+    loads = ("plugin_manager.load_datasets(cfg", "load_datasets_fn(cfg=cfg")
+    find(do_train, *loads, "train_fn(cfg=cfg", "post_train_unload(cfg")
     find(ModelLoader.load, "pre_model_load(", "_build_model(")
     find(setup_model_and_trainer, "setup_trainer(", "post_trainer_create(cfg, trainer)")
     assert "get_post_trainer_create_callbacks(trainer)" in inspect.getsource(HFCausalTrainerBuilder.build)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.comparisons import FILE, make_figures, make_settings
+from helpers.compared import FILE, make_figures, make_settings
 
 from axolotl_layersel.cli.compare import running
 from axolotl_layersel.cli.compare.cells import Cell
@@ -83,9 +83,7 @@ def make_failure(cell: Cell) -> Failure:
 
 def test_a_comparison_ends_where_plain_lora_fails_first(tmp_path):
     course = make_course(tmp_path)
-    with pytest.raises(
-        LayerselError, match=r"plain LoRA at 0\.0002 fails, so there is nothing to compare with: No room"
-    ):
+    with pytest.raises(LayerselError, match=r"plain LoRA at 0\.0002 fails, .* compare with: No room"):
         course.take(FIRST, make_failure(FIRST))
     course.take(FIRST, make_figures(FIRST, 1.0))
     other = Cell("random", OWN, 42, 50)
@@ -123,9 +121,7 @@ def test_runs_on_other_rows_are_not_compared(tmp_path):
     course = make_course(tmp_path)
     course.take(FIRST, make_figures(FIRST, 1.0, rows_digest="a"))
     other = Cell("random", OWN, 42, 50)
-    with pytest.raises(
-        LayerselError, match="dataset_prepared_path: the rows of .* differ from those of the other runs"
-    ):
+    with pytest.raises(LayerselError, match=r"dataset_prepared_path: the rows of .* differ from those"):
         course.take(other, make_figures(other, 1.0, rows_digest="b"))
 
 

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from helpers.comparisons import make_settings
+from helpers.compared import make_settings
 
 from axolotl_layersel.cli.compare import schedule
 from axolotl_layersel.cli.compare.cells import Cell
