@@ -149,6 +149,7 @@ class Settings(Record):
         held_out: where validation and test rows come from, as the object of a sentence.
         general: the file of general text, if there is one.
         halving: whether only the better half of the rates is trained in full.
+        widen: the most rates that an arm tries outside ``rates``, while its best one lies at the edge.
         lora_r: the rank of the user's YAML file.
         launch: the arguments of ``axolotl train`` after the file.
     """
@@ -162,6 +163,7 @@ class Settings(Record):
     held_out: str
     general: str | None = None
     halving: bool = True
+    widen: int = 3
     lora_r: int
     launch: list[str] = Field(default_factory=list)
 
@@ -174,6 +176,7 @@ class Comparison(Record):
         best_rates: the rate at which each arm has the lowest validation loss; no entry if every cell of it failed.
         notes: sentences about the course that the reader must know, such as a best rate at the edge of the grid.
         planned: the number of cells of the whole comparison; more than ``len(cells)`` if it was stopped.
+        asked: the options of the command, from which ``settings`` differ where the run is shorter or time is limited.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -182,6 +185,7 @@ class Comparison(Record):
     best_rates: dict[str, FiniteFloat] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     planned: int
+    asked: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def figures(self) -> list[Figures]:
