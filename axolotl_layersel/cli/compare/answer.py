@@ -397,7 +397,7 @@ def show_choosing(arm: ArmSummary) -> str:
 
 def show_forgetting(arm: ArmSummary) -> str:
     """Return the rise of the loss on the general text."""
-    return f"{arm.forgetting.rise:+.4f}".replace("-", "−") if arm.forgetting else "-"
+    return f"{arm.forgetting.rise:+.4f}" if arm.forgetting else "-"
 
 
 # --- Words and numbers ------------------------------------------------------------------------------------------------
@@ -474,8 +474,8 @@ def format_percent(value: float) -> str:
 
 
 def format_signed(value: float) -> str:
-    """Return a percentage with its sign, a real minus."""
-    return f"{value:+.{count_decimals(abs(value))}f}".replace("-", "−")
+    """Return a percentage with its sign."""
+    return f"{value:+.{count_decimals(abs(value))}f}"
 
 
 def count_decimals(value: float) -> int:

@@ -63,7 +63,8 @@ figure svg text { fill: currentColor; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem 2rem; }
 .pictures figure { overflow-x: auto; } .pictures svg { min-width: 32rem; }
 .grids { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: flex-start; }
-.grids svg { background: #ffffff; color: #1c1e21; } .grids figure { max-width: 100%; } .grids figcaption { contain: inline-size; }
+.grids figure { max-width: 100%; } .grids figcaption { contain: inline-size; }
+.grids svg { background: #ffffff; color: #1c1e21; }
 a { color: inherit; }
 code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .925rem; margin: 0; }
@@ -193,8 +194,8 @@ def format_losses(summary: Summary) -> str:
             format_rate(arm.rate),
             str(len(arm.cells)),
             format_loss(arm.test_loss),
-            show_mean(arm),
-            show_interval(arm),
+            set_minus(show_mean(arm)),
+            set_minus(show_interval(arm)),
         ]
         cells += [show_to_random(arm)] if has_random else []
         word = f'<span class="{standing.replace(" ", "-")}">{escape(standing)}</span>' if standing else ""
@@ -225,7 +226,7 @@ def format_costs(summary: Summary) -> str:
             format_bytes(cost.adapter_bytes) if cost else "-",
         ]
         cells += [format_loss(arm.equal_time_loss)] if summary.equal_seconds is not None else []
-        cells += [show_forgetting(arm)] if forgets else []
+        cells += [set_minus(show_forgetting(arm))] if forgets else []
         cells += [f"{arm.metrics[name]:.4g}" if name in arm.metrics else "-" for name in metrics]
         rows.append((arm.arm == summary.best, cells))
     return format_table([*headings, *metrics], rows)
@@ -239,6 +240,11 @@ def list_arms(summary: Summary) -> list[ArmSummary]:
 def name_cell(arm: ArmSummary) -> str:
     """Return the name of an arm as HTML."""
     return f"<code>{escape(arm.arm)}</code>"
+
+
+def set_minus(text: str) -> str:
+    """Return numbers with a real minus, which not every terminal has."""
+    return re.sub(r"-(?=\d)", "−", text)
 
 
 def show_to_random(arm: ArmSummary) -> str:
