@@ -1,5 +1,6 @@
 """The answer of a comparison: a paragraph that says what to use, tables of at most 80 columns, and the same as JSON."""
 
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -535,7 +536,7 @@ def describe(comparison: Comparison) -> dict[str, Any]:
         "complete": len(comparison.cells) >= comparison.planned,
         "equal_seconds": summary.equal_seconds,
         "arms": {name: describe_arm(arm) for name, arm in summary.arms.items()},
-        "comparison": comparison.model_dump(mode="json"),
+        "comparison": json.loads(comparison.model_dump_json()),  # in which a metric that is no number is null
     }
 
 

@@ -1,5 +1,6 @@
 """The figures of each arm of a comparison over its seeds, and what follows from them."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -183,6 +184,7 @@ def find_forgetting(noise: Noise, arm: str, cells: dict[int, Figures]) -> Forget
 
 
 def average_metrics(cells: list[Figures]) -> dict[str, float]:
-    """Return the mean of each metric that all cells have."""
-    names = [name for name in (cells[0].metrics if cells else ()) if all(name in cell.metrics for cell in cells)]
-    return {name: fmean(cell.metrics[name] for cell in cells) for name in names}
+    """Return the mean of each metric that is a finite number in all cells."""
+    names = cells[0].metrics if cells else {}
+    values = {name: [cell.metrics.get(name, math.nan) for cell in cells] for name in names}
+    return {name: fmean(each) for name, each in values.items() if all(map(math.isfinite, each))}
