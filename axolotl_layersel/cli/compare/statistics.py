@@ -102,12 +102,12 @@ def pool(losses: Losses) -> Spread | None:
     for row, (arm, seed, _) in enumerate(cells):
         design[row, [arms[arm], seeds[seed]]] = 1
     values = numpy.array([loss for _, _, loss in cells])
-    freedom = len(cells) - numpy.linalg.matrix_rank(design) if cells else 0
-    if freedom < 1:
+    if not cells:
         return None
     values = values - values.mean()  # all losses are close to each other
-    fitted = design @ numpy.linalg.lstsq(design, values, rcond=None)[0]
-    return Spread(float(((values - fitted) ** 2).sum() / freedom), int(freedom))
+    effects, _, rank, _ = numpy.linalg.lstsq(design, values, rcond=None)
+    freedom = len(cells) - int(rank)
+    return Spread(float(((values - design @ effects) ** 2).sum() / freedom), freedom) if freedom else None
 
 
 @dataclass
