@@ -1,7 +1,10 @@
 """The command ``compare``: from the user's file and options to the runs, the report and the answer."""
 
+import contextlib
 import json
+import logging
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +84,8 @@ def compare(config: Path, overrides: Mapping[str, Any], options: Options, launch
     """
     from axolotl_layersel.training.lock import RunLock
 
+    if options.as_json:
+        move_logs_to_stderr()
     data = read_file(config, overrides)
     own, arms = find_rate(data, options), make_arms(split(options.arms), data, options.arms_file)
     settings = make_settings(config, data, options, own, arms, launch)
@@ -127,7 +132,8 @@ def read_file(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         from axolotl_layersel.cli.overrides import apply_overrides
 
         cfg = DictDefault(data)
-        apply_overrides(cfg, overrides)
+        with contextlib.redirect_stdout(sys.stderr):  # Axolotl logs to standard output when it is imported
+            apply_overrides(cfg, overrides)
         data = cfg.to_dict()
     adapter = read_choice(data, "adapter")
     if adapter not in ("lora", "qlora"):
@@ -142,6 +148,14 @@ def read_file(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         )
     find_rank(data)
     return data
+
+
+def move_logs_to_stderr() -> None:
+    """Make loggers that write to standard output, as Axolotl's do, write to standard error."""
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
+    for handler in (handler for logger in loggers for handler in logger.handlers):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
 
 
 def find_rate(data: Mapping[str, Any], options: Options) -> float:

@@ -311,9 +311,7 @@ class Course:
         if found.real_steps < before.steps:
             if self.asked.get("steps") is None:
                 self.settings = before.model_copy(update={"steps": found.real_steps})
-                self.board.say(
-                    f"compare: the run has {found.real_steps} steps in all, so that is the length of each run."
-                )
+                self.board.say(f"compare: the run of the file has {found.real_steps} steps, so the runs have as many.")
             else:
                 self.notes.append(
                     f"The runs of {before.steps} steps are longer than the run of the file, which has "

@@ -92,7 +92,7 @@ def test_another_rank_keeps_the_scaling_or_is_refused():
 def test_own_arms_come_from_a_file_and_replace_the_defaults(tmp_path):
     path = tmp_path / "arms.yml"
     own = {"top": {"layersel": {"selection": {"method": "last", "ratio": 0.25}}}, "dora": {"peft_use_dora": True}}
-    path.write_text(yaml.safe_dump(own))
+    path.write_text(yaml.safe_dump(own, sort_keys=False))
     arms = make_arms(None, FILE, path)
     assert list(arms) == ["lora", "top", "dora"]
     assert arms["top"].keys == own["top"]

@@ -27,7 +27,7 @@ def write_file(folder: Path, **values) -> Path:
 def invoke(*arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, ["compare", *arguments])
     assert result.exit_code == code, result.output
-    return result.output
+    return result.output if code else result.stdout
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path):

@@ -122,7 +122,7 @@ def test_the_time_left_is_that_of_the_runs_that_have_not_ended():
 
 @pytest.mark.parametrize(
     ("limit", "seeds", "rates", "steps"),
-    [(10_000, 3, 5, 100), (150, 2, 5, 100), (125, 2, 4, 100), (105, 2, 3, 100), (80, 2, 3, 38)],
+    [(10_000, 3, 5, 100), (150, 2, 5, 100), (125, 2, 4, 100), (105, 2, 3, 100), (80, 2, 3, 44)],
 )
 def test_a_time_limit_takes_seeds_then_rates_then_steps(limit, seeds, rates, steps):
     settings, cost = make_settings(["lora"]), Cost(start=10, step=0.1)
