@@ -322,7 +322,8 @@ class Measurement(TrainerCallback):
         folder, config = Path(cfg.output_dir), read_yaml(Path(cfg.axolotl_config_path)) or {}
         outcome = read_outcome(folder)
         assert outcome.file is not None, "the run has written its adapter"
-        lora = outcome.parameters.trained if outcome.parameters else sum(map(outcome.file.sizes.get, outcome.trained))
+        sizes = outcome.file.sizes
+        lora = outcome.parameters.trained if outcome.parameters else sum(sizes[name] for name in outcome.trained)
         others = [shape for name, shape in outcome.file.shapes.items() if ".lora_" not in name]
         plan = outcome.plan
         content = json.loads(plan_path(folder).read_bytes()) if plan else {}

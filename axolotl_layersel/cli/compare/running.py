@@ -284,7 +284,7 @@ class Course:
             )
         self.results[cell] = found
         if isinstance(found, Figures) and not self.is_settled:
-            self.settle(cell, found)
+            self.settle(found)
 
     def run(self) -> None:
         """Run all cells that have not ended."""
@@ -301,7 +301,7 @@ class Course:
                 self.tell(cell, found, wall)
                 self.save()
 
-    def settle(self, cell: Cell, found: Figures) -> None:
+    def settle(self, found: Figures) -> None:
         """Make the settings final, by the first figures.
 
         Raises:
@@ -325,10 +325,12 @@ class Course:
                 self.board.say(f"compare: {change}, to fit the time limit of {format_duration(self.limit)}.")
             self.settings = shorter
         if self.settings.steps != before.steps:
-            if cell.steps == before.steps:  # the folder that a cell of the final length needs
-                shutil.rmtree(find_folder(cell, before))
+            for other in self.results:
+                if other.steps == before.steps:  # its folder is needed for a cell of the final length
+                    shutil.rmtree(find_folder(other, before), ignore_errors=True)
             self.results.clear()
-        self.is_settled = True
+        # After a kill, the figures may be there before the time of any cell is known.
+        self.is_settled = self.limit is None or self.cost is not None
 
     def save(self) -> None:
         """Write the comparison as far as it is, for a second start and for the report."""
