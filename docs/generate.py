@@ -104,7 +104,8 @@ COMMANDS_HEAD = """# Commands
 
 With this page you can look up every command and option. `axolotl-layersel`, `axolotl layersel` and
 `python -m axolotl_layersel` are the same command. It exits with 0, with 1 after a message that says what is wrong, and
-with 2 where it does not know an option. `plan` exits with the code of the processes that it started, if they fail.
+with 2 where it does not know an option. `plan` exits with the code of the processes that it started, if they fail, and
+`compare` with 130 if it is stopped.
 """
 HEAD = """# Tested models, trainers and adapters
 

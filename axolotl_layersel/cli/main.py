@@ -96,6 +96,97 @@ def plan(
     raise typer.Exit(subprocess.run([*commands[launcher], *worker]).returncode)
 
 
+@app.command(
+    cls=OverridableCommand,
+    context_settings={"allow_extra_args": True},
+    epilog="Example: axolotl layersel compare run.yml --arms lora,gradient,lora@32 --seeds 3 --time-limit 2h",
+)
+def compare(
+    context: typer.Context,
+    config: Config,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="What to compare: lora, lora@RANK, random, a method such as gradient, l1ra, or a method with moving "
+            "rank, such as gradient+l1ra. lora is always in, and random next to a choice by the data. Default: lora, "
+            "gradient, cka, random, lora at twice the rank, and the layersel block of the file.",
+        ),
+    ] = None,
+    arms_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A YAML file of further arms: a name, and below it the keys that it sets."),
+    ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Learning rates. Default: five around the file's, a factor of 2 apart."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="The number of seeds at the best rate. Default 3.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimizer steps of each run. Default: those of the file's run, at most 100."),
+    ] = None,
+    halving: Annotated[
+        bool,
+        typer.Option(
+            "--halving/--no-halving",
+            help="Try all rates with half of the steps, and only the better half of them with all steps and one seed.",
+        ),
+    ] = True,
+    widen: Annotated[
+        int,
+        typer.Option(min=0, help="How many further rates an arm tries while its best is the lowest or the highest."),
+    ] = 3,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Leave out seeds, rates and steps until the rest fits, such as 90m or 2h."),
+    ] = None,
+    general: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="General text, by line or as JSON lines with `text`, to measure forgetting."),
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The folder to write to, in place of the file's output_dir.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and start none.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run those again that have failed.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: the answer and all figures. Lines on the course go to stderr.")
+    ] = False,
+    launcher: Annotated[
+        Launcher | None, typer.Option(help="The launcher of the processes, as in axolotl train.")
+    ] = None,
+) -> None:
+    """Find out on your own data which adapter, rank and learning rate pays. Arguments after -- go to the launcher.
+
+    Each combination is a short run of axolotl train. The same command continues a comparison that was stopped.
+    Axolotl's options replace keys of the file, as in axolotl train: --base-model NAME, --lora-r 16.
+    """
+    from axolotl_layersel.cli.compare import command as comparing
+
+    options = comparing.Options(
+        arms=arms,
+        rates=rates,
+        seeds=seeds,
+        steps=steps,
+        halving=halving,
+        widen=widen,
+        time_limit=time_limit,
+        general=general,
+        arms_file=arms_file,
+        dry_run=dry_run,
+        as_json=as_json,
+        retry=retry,
+    )
+    launch = [] if launcher is None else ["--launcher", launcher.value]
+    launch += ["--", *context.args] if context.args else []
+    overrides = {**context.meta[OVERRIDES], **({} if output_dir is None else {"output_dir": output_dir})}
+    try:
+        comparing.compare(config, overrides, options, launch)
+    except LayerselError as error:
+        fail(str(error))
+
+
 @app.command(cls=OverridableCommand, epilog="Example: axolotl-layersel check run.yml --lora-r 16")
 def check(context: typer.Context, config: Config) -> None:
     """Report the faults of a YAML file that can be found without the model and the data.

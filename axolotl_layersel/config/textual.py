@@ -17,6 +17,8 @@ from axolotl_layersel.config.strict_block import as_mapping, list_plugins, quote
 
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
 NAMES = (PLUGIN, "axolotl_layersel.plugin.LayerSelectionPlugin")
+# The plugin that measures the runs of `axolotl layersel compare`, which may train plain LoRA.
+MEASURING = "axolotl_layersel.cli.compare.measuring.MeasuringPlugin"
 # Names with at least this similarity to the plugin's, as difflib measures it, count as misspelt.
 NEAR = 0.6
 # The default of ``output_dir`` in Axolotl 0.19.0, and the log that Axolotl opens in the folder first.
@@ -82,11 +84,11 @@ def check_listed(data: Mapping[str, Any]) -> None:
     """
     key = find_block(data)
     listed = data.get("plugins")
-    if key is None and not any("layersel" in name for name in list_plugins(data)):
+    names = [name for name in list_plugins(data) if name != MEASURING]
+    if key is None and not any("layersel" in name for name in names):
         return
     if isinstance(listed, str) and listed in NAMES:
         raise LayerselError(f"plugins: {quote(listed)} is not a list. Write `- {listed}` on a line below it.")
-    names = list_plugins(data)
     if any(name in NAMES for name in names):
         return
     slip = next((name for name in names if is_slip(name)), None)

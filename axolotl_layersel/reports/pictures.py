@@ -386,13 +386,17 @@ def spread_colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def name_ends(
-    axes: "Axes", step: int, ends: Mapping[str, float], colours: Mapping[str, object], bold: Collection[str]
+    axes: "Axes",
+    step: float | Mapping[str, float],
+    ends: Mapping[str, float],
+    colours: Mapping[str, object],
+    bold: Collection[str],
 ) -> None:
-    """Write names next to the ends of lines at ``step``, moved up or down so that none covers another.
+    """Write names next to the ends of lines, moved up or down so that none covers another.
 
     Args:
         axes: the axes, which have all their lines.
-        step: the last step of the lines.
+        step: where the lines end: all of them, or each.
         ends: the last value of each line, by name.
         colours: the colour of each name.
         bold: the names in bold.
@@ -407,7 +411,7 @@ def name_ends(
     for name, at in lines.items():
         axes.annotate(
             clean(name),
-            xy=(step, at),
+            xy=(step[name] if isinstance(step, Mapping) else step, at),
             xycoords=("data", "axes fraction"),
             xytext=(1.04, texts[name]),
             textcoords="axes fraction",
