@@ -21,6 +21,7 @@ from axolotl_layersel.lora.modules import (
     get_base_model,
     get_config,
     get_linears,
+    list_parameters,
 )
 from axolotl_layersel.lora.run import Run
 
@@ -79,12 +80,6 @@ def initialize_module(model: PeftModel, name: str, module: LoraLayer, seed: int,
 def lora_parameters(run: Run, name: str) -> list[nn.Parameter]:
     """Return the parameters of the run's adapter in the LoRA module ``name``."""
     return list_parameters(run.base, run.adapter, name)
-
-
-def list_parameters(base: nn.Module, adapter: str, name: str) -> list[nn.Parameter]:
-    """Return the parameters of ``adapter`` in the LoRA module ``name`` of ``base``."""
-    named = base.get_submodule(name).named_parameters()
-    return [each for key, each in named if not key.startswith("base_layer.") and adapter in key.split(".")]
 
 
 def adapter_parameters(model: PeftModel, embeddings: bool | Literal["auto"] = False) -> dict[str, nn.Parameter]:

@@ -15,9 +15,12 @@ from axolotl_layersel.cli.doctor.model import Model
 from axolotl_layersel.cli.doctor.settings import DEFAULT_OPTIMIZER
 from axolotl_layersel.config.strict_block import as_whole, read_choice
 from axolotl_layersel.lora.modules import count_experts, list_linear
-from axolotl_layersel.selection.methods.gradient import OVERSAMPLING
-from axolotl_layersel.selection.passes.forward import STREAMED_TOKENS, STREAMED_TOKENS_BACKWARD
-from axolotl_layersel.selection.passes.likelihood import LOGITS_AT_A_TIME
+from axolotl_layersel.selection.passes.sizes import (
+    LOGITS_AT_A_TIME,
+    OVERSAMPLING,
+    STREAMED_TOKENS,
+    STREAMED_TOKENS_BACKWARD,
+)
 
 FP32, STEP = 4, 4  # bytes
 SMALL, BLOCK = 4096, 256

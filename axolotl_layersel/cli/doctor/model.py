@@ -20,8 +20,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.facts import find_text_config, read_fact
 from axolotl_layersel.config.selection import DEFAULT_STACKS, ResolvedSelection, SelectionConfig
 from axolotl_layersel.lora.layers import LayerStack, find_layer_stack
-from axolotl_layersel.lora.modules import find_lora_modules, get_adapter_name, get_base_model
-from axolotl_layersel.lora.weights import list_parameters
+from axolotl_layersel.lora.modules import find_lora_modules, get_adapter_name, get_base_model, list_parameters
 from axolotl_layersel.selection.candidates import count_kept, find_candidates
 from axolotl_layersel.selection.units import Unit, find_units
 

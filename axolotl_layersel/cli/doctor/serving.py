@@ -1,11 +1,12 @@
 """The programs that will read the adapter."""
 
+from peft import get_peft_model_state_dict
+
 from axolotl_layersel.cli.doctor.case import Case, Fact
 from axolotl_layersel.cli.doctor.model import Model
 from axolotl_layersel.lora.modules import get_adapter_name
 from axolotl_layersel.lora.names import PREFIX
 from axolotl_layersel.lora.readers import AdapterFile, find_readers
-from axolotl_layersel.lora.weights import adapter_parameters
 from axolotl_layersel.reports.outcome import describe_readers
 
 
@@ -33,9 +34,10 @@ def imagine_file(case: Case, model: Model) -> AdapterFile:
     config["init_lora_weights"] = case.data.get("peft_init_lora_weights") or True
     config["use_rslora"] = bool(case.data.get("peft_use_rslora"))
     config["rank_pattern"] = dict(case.data.get("lora_rank_pattern") or {})
+    named = dict(model.peft.named_parameters(remove_duplicate=False))
     shapes = {
         name: tuple(each.shape)
-        for name, each in adapter_parameters(model.peft).items()
+        for name, each in get_peft_model_state_dict(model.peft, named, save_embedding_layers=False).items()
         if is_kept(name.removeprefix(PREFIX), kept, set(model.sizes))
     }
     differs = case.block.l1ra is not None or (case.selection is not None and case.selection.rank_allocation == "score")

@@ -17,7 +17,7 @@ from torch import nn
 
 from axolotl_layersel.cli.doctor.case import Case, Fact
 from axolotl_layersel.cli.doctor.model import Model
-from axolotl_layersel.config.strict_block import as_whole
+from axolotl_layersel.config.strict_block import as_mapping, as_whole
 
 # The lowest kept layers that are shown if the settings do not determine it, as shares of the number of layers.
 SHOWN = (0.0, 0.25, 0.5, 0.75)
@@ -31,7 +31,7 @@ class Work:
         frozen: of the linear weights of each layer.
         attention: of attention's two products in each layer.
         lora: of LoRA in each layer.
-        first: of the frozen weights of each layer that read its input; as the lowest layer they need no gradient of it.
+        first: of the frozen weights of each layer that read its input, by which no gradient need pass if it is lowest.
         head: of the output head.
     """
 
@@ -69,7 +69,7 @@ def is_frozen(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not any(part.startswith("lora_") for part in name.split("."))
 
 
-def count_step(work: Work, lowest: int, kept: set[int], checkpointing: bool) -> int:
+def count_step(work: Work, lowest: int, kept: set[int], checkpointing: bool, cuts: bool) -> int:
     """Return the operations of a training step per token.
 
     Args:
@@ -77,6 +77,7 @@ def count_step(work: Work, lowest: int, kept: set[int], checkpointing: bool) -> 
         lowest: the position of the lowest layer that trains.
         kept: the positions of the layers with LoRA.
         checkpointing: whether layers are computed again in the backward pass.
+        cuts: whether the input of the lowest layer needs no gradient; Axolotl asks for that of layer 0.
     """
     total = 2 * work.head
     for place, (frozen, attention) in enumerate(zip(work.frozen, work.attention)):
@@ -88,21 +89,23 @@ def count_step(work: Work, lowest: int, kept: set[int], checkpointing: bool) -> 
         total += frozen + 2 * attention + 2 * lora
         if checkpointing:
             total += forward
-        elif place == lowest:
-            # Nothing below needs the gradient of what its first modules read: neither through W nor through A.
+        if cuts and place == lowest:
             total -= work.first[place]
     return total
 
 
-def find_relative(work: Work, lowest: int, kept: set[int], everything: set[int], checkpointing: bool) -> float:
+def find_relative(work: Work, lowest: int, everything: set[int], checkpointing: bool, reentrant: bool = False) -> float:
     """Return the operations of a step relative to plain LoRA's, which is in the layers ``everything``."""
-    plain = count_step(work, min(everything), everything, checkpointing)
-    return count_step(work, lowest, kept, checkpointing) / plain
+    kept = {layer for layer in everything if layer >= lowest}
+    cuts = lowest > 0 and not (checkpointing and reentrant)
+    plain = count_step(work, min(everything), everything, checkpointing, cuts=False)
+    return count_step(work, lowest, kept, checkpointing, cuts) / plain
 
 
 def describe_time(case: Case, model: Model) -> list[Fact]:
     """Return the time of a step relative to plain LoRA's."""
     checkpointing = bool(case.data.get("gradient_checkpointing"))
+    reentrant = as_mapping(case.data.get("gradient_checkpointing_kwargs")).get("use_reentrant") is True
     tokens = as_whole(case.data.get("sequence_len")) or 512
     work = count_work(model, tokens)
     places = sorted(model.stack.lora_modules)
@@ -118,8 +121,7 @@ def describe_time(case: Case, model: Model) -> list[Fact]:
         )
     ]
     for place in asked:
-        upper = {layer for layer in places if layer >= place}
-        share = find_relative(work, place, upper, set(places), checkpointing)
+        share = find_relative(work, place, set(places), checkpointing, reentrant)
         facts.append(
             Fact(
                 f"lowest_{model.stack.names[place]}",
