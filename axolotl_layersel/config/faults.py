@@ -14,8 +14,10 @@ from axolotl_layersel.config.root import (
     find_run_faults,
     missing_block,
 )
-from axolotl_layersel.config.strict_block import as_mapping, read_leniently
-from axolotl_layersel.config.textual import check_folder, check_listed
+from axolotl_layersel.config.strict_block import as_mapping, list_plugins, read_leniently
+from axolotl_layersel.config.textual import NAMES, PLUGIN, check_folder, check_listed
+
+WAY_OUT = f"Add it, and `- {PLUGIN}` below `plugins:`."
 
 
 def list_faults(data: Mapping[str, Any], with_folder: bool = True) -> tuple[LayerselConfig | None, list[str]]:
@@ -31,7 +33,8 @@ def list_faults(data: Mapping[str, Any], with_folder: bool = True) -> tuple[Laye
     given, block = data.get("layersel"), None
     if given is None:
         if not faults:
-            faults.append(missing_block(data))
+            listed = any(name in NAMES for name in list_plugins(data))
+            faults.append(missing_block(data) if listed else f"layersel: the block is missing. {WAY_OUT}")
     else:
         faults += find_blank_blocks(as_mapping(given))
         block, found = read_leniently(LayerselConfig, given)

@@ -112,7 +112,7 @@ def read_leniently(kind: type[B], data: Any) -> tuple[B | None, list[str]]:
             path = [part for part in problem["loc"] if isinstance(part, str)]
             if problem["type"] != "missing":  # ``find_key_faults`` has said so
                 told[problem["msg"].removeprefix("Value error, ")] = None
-            dropped.append(f"{'.'.join([kind.path, *path])}")
+            dropped += (f"{'.'.join([kind.path, *path])}{end}" for end in (":", " ", "."))
             data = drop_value(data, path)
         if block is not None or not data:
             return block, list(told)

@@ -84,7 +84,7 @@ class Case:
 
     @property
     def lora_r(self) -> int:
-        return as_whole(self.data.get("lora_r")) or DEFAULT_RANK
+        return max(as_whole(self.data.get("lora_r")) or DEFAULT_RANK, 1)
 
     @property
     def dtype_bytes(self) -> int:

