@@ -1,6 +1,5 @@
 """Write the parts of the documentation that follow from code and test results: ``python docs/generate.py``."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -244,19 +243,18 @@ def load_cases() -> dict[str, Callable[[], str]]:
     """Return the files of the tests that are refused, as functions that return each one's message, by name."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
-    spec = importlib.util.spec_from_file_location("refused_files", TESTS / "unit" / "config" / "test_refused_files.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    from helpers import refused_files
+
+    from axolotl_layersel.training.ending import describe_error
 
     def refuse(values: dict) -> str:
         try:
-            module.check(values)
+            refused_files.check(values)
         except ValueError as error:
-            return module.describe_error(error)
+            return describe_error(error)
         raise AssertionError(f"{values} is not refused")
 
-    return {name: lambda values=values: refuse(values) for name, (values, _) in module.CASES.items()}
+    return {name: lambda values=values: refuse(values) for name, (values, _) in refused_files.CASES.items()}
 
 
 def make_messages() -> str:

@@ -200,6 +200,45 @@ def check(context: typer.Context, config: Config) -> None:
     say(check_config(config, context.meta[OVERRIDES]))
 
 
+@app.command(
+    cls=OverridableCommand,
+    epilog="Example: axolotl-layersel doctor run.yml --model-config config.json --processes 8",
+)
+def doctor(
+    context: typer.Context,
+    config: Config,
+    model_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The config.json of the base model. Default: that of base_model, if it is on this machine.",
+        ),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="The number of processes of the run.")] = 1,
+    lowest_layer: Annotated[
+        int | None, typer.Option(min=0, help="The lowest kept layer to give the time of a step for.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Report all faults of a YAML file at once, and what the run will need. No weights and no data are read.
+
+    It exits with 1 if the run would be refused. Axolotl's options replace keys of the file: --lora-r 16.
+    """
+    from axolotl_layersel.cli.doctor.command import examine
+    from axolotl_layersel.cli.overrides import replace_values
+    from axolotl_layersel.config.textual import check_plugin, read_yaml
+
+    check_early(config, lambda path: None if read_yaml(path) else check_plugin(path))
+    data = replace_values(read_yaml(config) or {}, context.meta[OVERRIDES])
+    report = examine(data, model_config, processes, lowest_layer)
+    if as_json:
+        typer.echo(report.format_json())
+    else:
+        for line in report.lines:
+            say(line)
+    raise typer.Exit(1 if report.faults else 0)
+
+
 def check_early(config: Path, check: Callable[[Path], None]) -> None:
     """Check a YAML file by its text, and make this command end in sentences.
 

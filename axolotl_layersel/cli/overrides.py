@@ -11,6 +11,7 @@ from typer import Context
 from typer.core import TyperCommand, TyperOption
 
 from axolotl_layersel.cli.arguments import DescribedCommand
+from axolotl_layersel.config.strict_block import as_mapping
 
 OVERRIDES = "axolotl_layersel.overrides"  # the key in the context of a command
 NESTED = "__"  # between a key and the key in its block, such as trl__beta for --trl.beta
@@ -76,3 +77,12 @@ def apply_overrides(cfg: Any, overrides: Mapping[str, Any]) -> None:
             cfg[key] = {}
         block, key = (cfg[key], inner) if nested else (cfg, key)
         block[key] = _coerce_value(value, block.get(key))
+
+
+def replace_values(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a YAML file with the values of ``overrides``, as text if an option is text."""
+    changed = dict(data)
+    for name, value in overrides.items():
+        key, nested, inner = name.partition(NESTED)
+        changed[key] = {**as_mapping(changed.get(key)), inner: value} if nested else value
+    return changed

@@ -3,7 +3,8 @@
 import contextlib
 import difflib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from axolotl_layersel.common.terminal import clean
 
@@ -15,6 +16,20 @@ class LayerselError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(clean(message))
+
+
+def raise_first(faults: Iterable[str]) -> None:
+    """Raise LayerselError with the first of ``faults``, which are messages, if there is one."""
+    for fault in faults:
+        raise LayerselError(fault)
+
+
+def find_fault(check: Callable[..., object], *args: Any) -> Iterator[str]:
+    """Yield the message of the LayerselError that ``check(*args)`` raises, nothing if it raises none."""
+    try:
+        check(*args)
+    except LayerselError as error:
+        yield str(error)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -1,11 +1,11 @@
 """Ways to distribute a model: which engine a YAML file chooses, and which ways the plugin refuses."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import raise_first
 from axolotl_layersel.config.strict_block import as_mapping, as_whole, quote
 
 # Keys that are refused above 1, and how the message goes on after "splits". Under tensor parallelism each device holds
@@ -27,35 +27,44 @@ CHECKPOINTING = ("activation_checkpointing", "fsdp_activation_checkpointing")
 LABELS = {"zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
 
-def check_engine(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError for a way of distributing the model that the plugin does not support."""
-    check_parallelism(data)
+def find_engine_faults(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each way of distributing the model that the plugin does not support."""
+    yield from find_parallelism_faults(data)
+    yield from find_fsdp_faults(data)
+    yield from find_disk_faults(read_zero(data.get("deepspeed")), moves_state(as_mapping(data.get("layersel"))))
+
+
+def find_fsdp_faults(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each setting of FSDP that the plugin does not support."""
     fsdp_config = data.get("fsdp_config") or {}
     if not isinstance(fsdp_config, Mapping):
-        raise LayerselError(
-            f"fsdp_config: {quote(fsdp_config)} is not a mapping. Write its keys on lines of their own below it."
-        )
+        yield f"fsdp_config: {quote(fsdp_config)} is not a mapping. Write its keys on lines of their own below it."
+        return
     if data.get("fsdp") or fsdp_config:
         version = data.get("fsdp_version") or fsdp_config.get("fsdp_version") or fsdp_config.get("version")
         if str(version) != "2":
-            raise LayerselError(f"fsdp_version: {version!r} is not supported by the plugin. Set `fsdp_version: 2`.")
+            yield f"fsdp_version: {version!r} is not supported by the plugin. Set `fsdp_version: 2`."
         checkpoints = next((key for key in CHECKPOINTING if fsdp_config.get(key)), None)
         if checkpoints and data.get("gradient_checkpointing"):
-            raise LayerselError(
+            yield (
                 f"fsdp_config.{checkpoints}: {fsdp_config[checkpoints]!r} and gradient_checkpointing: "
                 f"{data['gradient_checkpointing']!r} ask for the same thing. Remove one of them."
             )
-    check_disk(read_zero(data.get("deepspeed")), moves_state(as_mapping(data.get("layersel"))))
 
 
 def check_parallelism(data: Mapping[str, Any]) -> None:
     """Raise LayerselError if a key of ``PARALLELISM`` is above 1 or is not a whole number."""
+    raise_first(find_parallelism_faults(data))
+
+
+def find_parallelism_faults(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each key of ``PARALLELISM`` that is above 1 or is not a whole number."""
     for key, what in PARALLELISM.items():
         value = as_whole(data.get(key))
         if value is None and data.get(key) is not None:
-            raise LayerselError(f"{key}: {quote(data[key])} is not a whole number. Set it to 1.")
+            yield f"{key}: {quote(data[key])} is not a whole number. Set it to 1."
         if value is not None and value > 1:
-            raise LayerselError(f"{key}: {value} splits {what}. Set it to 1.")
+            yield f"{key}: {value} splits {what}. Set it to 1."
 
 
 def moves_state(block: Mapping[str, Any]) -> bool:
@@ -70,9 +79,14 @@ def check_disk(zero: Mapping[str, Any], writes: bool) -> None:
         zero: ``zero_optimization`` of the DeepSpeed file.
         writes: whether the plugin also writes fp32 masters and Adam moments.
     """
+    raise_first(find_disk_faults(zero, writes))
+
+
+def find_disk_faults(zero: Mapping[str, Any], writes: bool) -> Iterator[str]:
+    """Yield a message for each kind of tensor on NVMe, see ``check_disk``."""
     for key in ("offload_param", "offload_optimizer") if writes else ("offload_param",):
         if as_mapping(zero.get(key)).get("device") == "nvme":
-            raise LayerselError(
+            yield (
                 f"deepspeed: zero_optimization.{key}.device: nvme in its file keeps tensors on disk that layersel must "
                 "read and write in memory. Use `cpu` or `none`."
             )

@@ -3,30 +3,29 @@
 A refusal has the same words whether the YAML file or the model shows the reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.engines import find_engine_name
 from axolotl_layersel.config.initialisation import PLAIN, normalise
 
 KEY = "lora_target_parameters"
 
 
-def check_expert_file(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError if a YAML file conflicts with LoRA on expert parameters."""
+def find_expert_faults(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what conflicts with LoRA on expert parameters in a YAML file."""
     if not data.get(KEY):
         return
     if isinstance(data[KEY], str):
-        raise LayerselError(f"{KEY}: {data[KEY]!r} is one name, but PEFT expects a list. Set it to [{data[KEY]}].")
+        yield f"{KEY}: {data[KEY]!r} is one name, but PEFT expects a list. Set it to [{data[KEY]}]."
     initial = data.get("peft_init_lora_weights")
     if normalise(initial) not in PLAIN:
-        raise LayerselError(
+        yield (
             f"peft_init_lora_weights: {initial!r} cannot be combined with {KEY}: PEFT supports it for linear modules "
             "only. Remove it, or use `gaussian`."
         )
     if find_engine_name(data) == "zero3":
-        raise LayerselError(describe_sharded_experts(KEY))
+        yield describe_sharded_experts(KEY)
 
 
 def describe_gated_experts(setting: str) -> str:

@@ -1,15 +1,15 @@
 """``layersel.selection.flexora``: its settings, and the checks of the rest of the YAML file against them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, find_fault
 from axolotl_layersel.config.engines import LABELS, find_shards
-from axolotl_layersel.config.gate_requirements import check_gated_file
-from axolotl_layersel.config.strict_block import Block, list_plugins
+from axolotl_layersel.config.gate_requirements import find_gated_file_faults
+from axolotl_layersel.config.strict_block import Block, list_plugins, settle
 
 SETTING = "layersel.selection.method: flexora"
 # Code that autograd cannot differentiate twice: it fails, or treats saved tensors of the first pass as constants.
@@ -70,14 +70,18 @@ class FlexoraConfig(Block):
     )
 
     @model_validator(mode="after")
-    def check_steps(self) -> "FlexoraConfig":
+    def check_together(self, info: ValidationInfo) -> "FlexoraConfig":
+        settle(self.find_contradictions(), info)
+        return self
+
+    def find_contradictions(self) -> Iterator[str]:
+        """Yield the contradictions between keys of the block."""
         search = self.resolve()
         if search.inner_steps > search.steps:
-            raise ValueError(
+            yield (
                 f"{self.path}.inner_steps: {search.inner_steps} is more than steps: {search.steps}, so no gate would "
                 f"move. Set it to at most {search.steps}, or raise steps."
             )
-        return self
 
     def find_unread(self) -> dict[str, str]:
         gate_steps = self.resolve().steps // self.resolve().inner_steps
@@ -90,44 +94,44 @@ class FlexoraConfig(Block):
         return Search(**self.model_dump(exclude_none=True))
 
 
-def check_file(data: Mapping[str, Any], search: Search) -> None:
-    """Raise LayerselError if the rest of a YAML file conflicts with a search."""
-    check_gated_file(data, SETTING)
+def find_file_faults(data: Mapping[str, Any], search: Search) -> Iterator[str]:
+    """Yield what conflicts with a search in the rest of a YAML file."""
+    yield from find_gated_file_faults(data, SETTING)
     if search.val_source == "eval" and not (data.get("val_set_size") or data.get("test_datasets")):
-        raise LayerselError(describe_missing_eval_set())
+        yield describe_missing_eval_set()
     if search.hypergradient != "unrolled":
         return
     key = f"{FlexoraConfig.path}.hypergradient"
     fused = next((name for name in list_plugins(data) if any(part in name.lower() for part in FUSED_PLUGINS)), None)
     if fused:
-        raise LayerselError(
+        yield (
             f"{key}: 'unrolled' differentiates twice, which the fused code of the plugin {fused} does not support. "
             "Remove that plugin, or use `first_order`."
         )
     implementation = str(data.get("attn_implementation") or "")
     named = next((f"{name}_attention" for name in FUSED_ATTENTION if data.get(f"{name}_attention")), None)
-    check_attention(named or implementation)
+    yield from find_fault(check_attention, named or implementation)
     fused = next((name for name in FUSED_KEYS if data.get(name)), None)
     if fused:
-        raise LayerselError(
+        yield (
             f"{key}: 'unrolled' differentiates twice, which {fused}: {data[fused]} does not support. Remove {fused}, "
             "or use `first_order`."
         )
     # On GPUs Axolotl computes packed rows with a kernel of its own, unless `sdpa_varlen` is false.
     if data.get("sample_packing") and implementation != "eager" and data.get("sdpa_varlen") is not False:
-        raise LayerselError(
+        yield (
             f"{key}: 'unrolled' differentiates twice, which the attention kernel for packed rows does not support, and "
             "sample_packing is on. Set `sdpa_varlen: false`, or use `first_order`."
         )
     several = next((name for name in ("loraplus_lr_ratio", "lr_groups") if data.get(name)), None)
     if several:
-        raise LayerselError(
+        yield (
             f"{key}: 'unrolled' takes LoRA steps with one learning rate, but {several}: {data[several]} sets "
             f"several. Remove {several}, or use `first_order`."
         )
     shards = find_shards(data)
     if shards:
-        raise LayerselError(describe_sharded(shards))
+        yield describe_sharded(shards)
 
 
 def check_attention(implementation: str) -> None:

@@ -4,10 +4,10 @@ A refusal has the same words whether the YAML file or the trainer shows the reas
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, find_fault, raise_first
 from axolotl_layersel.common.terminal import is_first_process
 from axolotl_layersel.config.initialisation import PLAIN, check_loftq, normalise
 
@@ -32,37 +32,44 @@ def check_gated_run(
         fp16: the value of the key; training in fp16 scales the loss.
         restarts: whether training starts over with smaller batches when memory runs out.
     """
+    raise_first(find_gate_faults(setting, initialisation, has_dora, fp16, restarts))
+
+
+def find_gate_faults(
+    setting: str, initialisation: bool | str | None, has_dora: bool, fp16: Any, restarts: bool
+) -> Iterator[str]:
+    """Yield a message for each setting under which gates would be wrong, see ``check_gated_run``."""
     if has_dora:
-        raise LayerselError(
+        yield (
             f"peft_use_dora: true cannot be combined with {setting}: DoRA's magnitudes depend on the whole adapter, "
             "so parts of it cannot be gated. Remove peft_use_dora."
         )
     if normalise(initialisation) not in PLAIN:
-        raise LayerselError(
+        yield (
             f"peft_init_lora_weights: {initialisation!r} is not supported by {setting}, whose gates need an adapter "
             "that adds nothing at the start. Remove it, or use `gaussian`."
         )
     if fp16:
-        raise LayerselError(
+        yield (
             f"fp16: {fp16!r} scales the loss, and so the gradients of the gates of {setting}. Set `bf16: true` instead."
         )
     if restarts:
-        raise LayerselError(
+        yield (
             f"auto_find_batch_size: true restarts training, which {setting} does not support. Remove it, and set "
             "`micro_batch_size`."
         )
 
 
-def check_gated_file(data: Mapping[str, Any], setting: str) -> None:
-    """Raise LayerselError if a YAML file conflicts with gates; ``setting`` is the key that needs them."""
-    check_gated_run(
+def find_gated_file_faults(data: Mapping[str, Any], setting: str) -> Iterator[str]:
+    """Yield what conflicts with gates in a YAML file; ``setting`` is the key that needs them."""
+    yield from find_gate_faults(
         setting,
         initialisation=data.get("peft_init_lora_weights"),
         has_dora=bool(data.get("peft_use_dora")),
         fp16=data.get("fp16") if data.get("fp16") != "auto" else None,
         restarts=bool(data.get("auto_find_batch_size")),
     )
-    check_loftq(data)
+    yield from find_fault(check_loftq, data)
 
 
 def check_generation(uses_vllm: bool) -> None:

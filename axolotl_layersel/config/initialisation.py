@@ -1,9 +1,9 @@
 """The values of ``peft_init_lora_weights`` in PEFT 0.20, and which of them a selection supports."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from axolotl_layersel.common.errors import LayerselError, suggest
+from axolotl_layersel.common.errors import LayerselError, find_fault, suggest
 from axolotl_layersel.config.engines import find_zero_stage
 from axolotl_layersel.config.strict_block import as_mapping
 
@@ -89,20 +89,20 @@ def check_redrawn(value: bool | str | None, rank: str) -> None:
         )
 
 
-def check_initialisation(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError if a selection does not support the initialisation that a YAML file sets."""
+def find_initialisation_faults(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a selection does not support the initialisation that a YAML file sets."""
     if data.get("lora_model_dir"):
         return  # Axolotl ignores these keys when it continues an adapter.
-    check_loftq(data)
+    yield from find_fault(check_loftq, data)
     initial = data.get("peft_init_lora_weights")
-    check_supported(initial)
+    yield from find_fault(check_supported, initial)
     lacking = None
     if find_zero_stage(data.get("deepspeed")) == 3:
         lacking = "ZeRO-3 splits before PEFT sees them. Use ZeRO-2"
     elif as_mapping(data.get("fsdp_config")).get("cpu_ram_efficient_loading"):
         lacking = "fsdp_config.cpu_ram_efficient_loading loads on one process only. Set it to false"
     if changes_base(initial) and lacking:
-        raise LayerselError(
+        yield (
             f"peft_init_lora_weights: {initial!r} is computed on every process from the base weights, which {lacking}, "
             "or another initialisation such as `gaussian`."
         )

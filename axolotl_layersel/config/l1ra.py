@@ -1,17 +1,17 @@
 """``layersel.l1ra``: its settings, and the checks of the rest of the YAML file against them."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, find_fault
 from axolotl_layersel.config.engines import find_engine_name, writes_whole_state
-from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS, check_gated_file, check_generation
-from axolotl_layersel.config.strict_block import Block, as_mapping, as_number, as_whole, quote, read_choice
+from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS, check_generation, find_gated_file_faults
+from axolotl_layersel.config.strict_block import Block, as_mapping, as_number, as_whole, quote, read_choice, settle
 
 # No model has larger matrices, and modules of a higher rank would fill the memory.
 HIGHEST_RANK = 2**16
@@ -191,35 +191,39 @@ class L1RAConfig(Block):
         return value
 
     @model_validator(mode="after")
-    def check_keys_of_rule(self) -> "L1RAConfig":
+    def check_together(self, info: ValidationInfo) -> "L1RAConfig":
+        settle(self.find_rule_faults(), info)
+        settle(self.find_contradictions(), info)
+        return self
+
+    def find_rule_faults(self) -> Iterator[str]:
+        """Yield the keys of another rule than the default in a block that sets no rule."""
         # A file that sets a key of one rule and no rule was most likely meant to have that rule.
         for key in () if "rule" in self.model_fields_set else self.find_unread():
             rule = next(rule for rule, keys in RULE_DEFAULTS.items() if key in keys)
-            raise ValueError(
+            yield (
                 f"{self.path}.{key}: {getattr(self, key)} has no effect with the default, rule: {self.rule}. Set "
                 f"`rule: {rule}`, or remove the key."
             )
-        return self
 
     def find_unread(self) -> dict[str, str]:
         keys = {key for keys in RULE_DEFAULTS.values() for key in keys} - RULE_DEFAULTS[self.rule].keys()
         return {key: f"rule: {self.rule}" for key in sorted(keys) if getattr(self, key) is not None}
 
-    @model_validator(mode="after")
-    def check_ranks_and_gates(self) -> "L1RAConfig":
+    def find_contradictions(self) -> Iterator[str]:
+        """Yield the contradictions between keys of the block."""
         if self.max_rank is not None and self.max_rank < self.min_rank:
-            raise ValueError(f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}.")
+            yield f"{self.path}.max_rank: {self.max_rank} is less than min_rank: {self.min_rank}."
         if self.last_update_ratio is not None and self.last_update_ratio <= self.warmup_ratio:
-            raise ValueError(
+            yield (
                 f"{self.path}.last_update_ratio: {self.last_update_ratio} is not after "
                 f"warmup_ratio: {self.warmup_ratio}, so rank would never move. Raise it."
             )
         if self.drop_unread().gate_lr == 0 and self.get("l1_lambda") != 0:
-            raise ValueError(
+            yield (
                 f"{self.path}.gate_lr: 0 holds the gates constant, so l1_lambda: {self.get('l1_lambda')} has no "
                 "effect. Set a gate_lr above 0, or also set `l1_lambda: 0` to train plain LoRA on purpose."
             )
-        return self
 
     def get(self, key: str) -> Any:
         """Return the value of ``key`` with its default filled in; None if the rule does not have the key."""
@@ -227,33 +231,32 @@ class L1RAConfig(Block):
         return RULE_DEFAULTS[self.rule].get(key) if value is None else value
 
 
-def check_file(data: Mapping[str, Any], settings: L1RAConfig) -> None:
-    """Raise LayerselError if the rest of a YAML file conflicts with ``layersel.l1ra``."""
-    check_ranks(data, settings)
-    check_gated_file(data, "layersel.l1ra")
+def find_file_faults(data: Mapping[str, Any], settings: L1RAConfig) -> Iterator[str]:
+    """Yield what conflicts with ``layersel.l1ra`` in the rest of a YAML file."""
+    yield from find_rank_faults(data, settings)
+    yield from find_gated_file_faults(data, "layersel.l1ra")
     rl = read_choice(data, "rl")
     if rl == "ebft":
-        raise LayerselError(
+        yield (
             "rl: 'ebft' also reads hidden states of the model in training, which layersel.l1ra is untested with. Use "
             "only `selection` with it, with a saved `plan` or a method that reads no data."
         )
-    check_generation(rl in GENERATING_TRAINERS and as_mapping(data.get("trl")).get("use_vllm") is True)
-    check_optimizer(read_choice(data, "optimizer"), find_engine_name(data), writes_whole_state(data))
+    uses_vllm = rl in GENERATING_TRAINERS and as_mapping(data.get("trl")).get("use_vllm") is True
+    yield from find_fault(check_generation, uses_vllm)
+    optimizer = read_choice(data, "optimizer")
+    yield from find_fault(check_optimizer, optimizer, find_engine_name(data), writes_whole_state(data))
 
 
-def check_ranks(data: Mapping[str, Any], settings: L1RAConfig) -> None:
-    """Raise LayerselError if the ranks of ``layersel.l1ra`` conflict with ``lora_r`` or ``lora_alpha``."""
+def find_rank_faults(data: Mapping[str, Any], settings: L1RAConfig) -> Iterator[str]:
+    """Yield what conflicts with the ranks of ``layersel.l1ra`` in ``lora_r`` and ``lora_alpha``."""
     rank = as_whole(data.get("lora_r"))
     if rank is None:
-        raise LayerselError(
-            "lora_r is missing, and layersel.l1ra needs a rank to start from. Set `lora_r`, such as 16."
-        )
+        yield "lora_r is missing, and layersel.l1ra needs a rank to start from. Set `lora_r`, such as 16."
+        return
     alpha = data.get("lora_alpha")
     if as_number(alpha) is None:
-        raise LayerselError(
-            f"lora_alpha: {quote(alpha)} is not a number to scale LoRA by. Set a number, such as {rank}."
-        )
-    check_bounds(settings, rank)
+        yield f"lora_alpha: {quote(alpha)} is not a number to scale LoRA by. Set a number, such as {rank}."
+    yield from find_fault(check_bounds, settings, rank)
 
 
 def check_movable(settings: L1RAConfig, ranks: Collection[int], max_rank: int, many: bool = True) -> None:

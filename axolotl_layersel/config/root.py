@@ -5,16 +5,16 @@ the same file, so the schema refuses only what is wrong for every command.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, find_fault, raise_first
 from axolotl_layersel.config import l1ra as l1ra
 from axolotl_layersel.config import selection as selection
-from axolotl_layersel.config.engines import check_engine
-from axolotl_layersel.config.experts import check_expert_file
+from axolotl_layersel.config.engines import find_engine_faults
+from axolotl_layersel.config.experts import find_expert_faults
 from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.schedule import check_length
 from axolotl_layersel.config.selection import SelectionConfig
@@ -27,6 +27,7 @@ from axolotl_layersel.config.strict_block import (
     describe_seeds,
     list_plugins,
     quote,
+    settle,
 )
 
 
@@ -43,13 +44,17 @@ class LayerselConfig(Block):
     )
 
     @model_validator(mode="after")
-    def check_parts(self) -> "LayerselConfig":
+    def check_parts(self, info: ValidationInfo) -> "LayerselConfig":
+        settle(self.find_contradictions(), info)
+        return self
+
+    def find_contradictions(self) -> Iterator[str]:
+        """Yield why the block would do nothing."""
         if self.selection is None and self.l1ra is None:
-            raise ValueError(
+            yield (
                 "layersel: the block is empty, so it would do nothing. Add `selection`, `l1ra` (`l1ra: {}` takes the "
                 "defaults), or both."
             )
-        return self
 
 
 def describe_unread(settings: LayerselConfig) -> str | None:
@@ -81,36 +86,48 @@ class LayerselArgs(BaseModel):
             return data
         if data.get("layersel") is None:
             raise LayerselError(missing_block(data))
-        check_adapter(data)
-        check_engine(data)
-        check_seed(data)
+        raise_first(find_run_faults(data))
         try:
-            block = LayerselConfig.model_validate(data["layersel"]).drop_unread()
+            block = LayerselConfig.model_validate(data["layersel"])
         except ValidationError:
             return data  # the validation of the field reports it
-        if block.l1ra:
-            l1ra.check_file(data, block.l1ra)
-            check_length(data, block.l1ra)
-        if block.selection:
-            selection.check_file(data, block.selection)
-        if block.l1ra:
-            check_ranks(data, block, block.l1ra)
-        elif block.selection:
-            selection.check_even_ranks(data, block.selection, None)
+        raise_first(find_block_faults(data, block))
         return data
 
 
-def check_ranks(data: Mapping[str, Any], block: LayerselConfig, moving: L1RAConfig) -> None:
-    """Raise LayerselError if a selection may give more rank than ``l1ra`` has room for, or if no rank could move."""
+def find_run_faults(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what no ``layersel`` block can be combined with in the rest of a YAML file."""
+    yield from find_adapter_faults(data)
+    yield from find_engine_faults(data)
+    yield from find_fault(check_seed, data)
+
+
+def find_block_faults(data: Mapping[str, Any], block: LayerselConfig) -> Iterator[str]:
+    """Yield what conflicts with the ``layersel`` block in the rest of a YAML file."""
+    block = block.drop_unread()
+    if block.l1ra:
+        yield from l1ra.find_file_faults(data, block.l1ra)
+        yield from find_fault(check_length, data, block.l1ra)
+    if block.selection:
+        yield from selection.find_file_faults(data, block.selection)
+    if block.l1ra:
+        yield from find_rank_faults(data, block, block.l1ra)
+    elif block.selection:
+        yield from find_fault(selection.check_even_ranks, data, block.selection, None)
+
+
+def find_rank_faults(data: Mapping[str, Any], block: LayerselConfig, moving: L1RAConfig) -> Iterator[str]:
+    """Yield where a selection may give more rank than ``l1ra`` has room for, and why no rank could move."""
     chosen, lora_r = block.selection, as_whole(data.get("lora_r"))
-    assert lora_r is not None, "l1ra has checked it"
+    if lora_r is None or lora_r < 1:
+        return  # others say so
     most = l1ra.find_max_rank(moving, lora_r, (chosen and chosen.max_rank) or 0)
     if chosen:
-        selection.check_room(chosen.max_rank, most)
-        selection.check_even_ranks(data, chosen, most)
+        yield from find_fault(selection.check_room, chosen.max_rank, most)
+        yield from find_fault(selection.check_even_ranks, data, chosen, most)
     ranked = chosen and (chosen.plan or chosen.resolve(run_seed=0).rank_allocation != "same")
     if not (ranked or data.get("lora_rank_pattern") or data.get("lora_model_dir")):
-        l1ra.check_movable(moving, [lora_r], most)
+        yield from find_fault(l1ra.check_movable, moving, [lora_r], most)
 
 
 # Axolotl itself refuses most values of a wrong type in the keys below, so these checks let them pass.
@@ -128,25 +145,25 @@ def missing_block(data: Mapping[str, Any]) -> str:
     )
 
 
-def check_adapter(data: Mapping[str, Any]) -> None:
-    """Raise LayerselError unless the run trains a kind of LoRA that the plugin supports."""
+def find_adapter_faults(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why the plugin does not support the kind of LoRA that the run trains."""
     adapter = data.get("adapter")
     if adapter not in ("lora", "qlora"):
-        raise LayerselError(
+        yield (
             f"adapter: {adapter!r} has no LoRA layers to choose from (full fine-tuning is not supported). "
             "Set `adapter: lora` or `adapter: qlora`, or remove axolotl_layersel from `plugins`."
         )
     if data.get("lora_r") is not None and (as_whole(data["lora_r"]) or 0) < 1:
-        raise LayerselError(f"lora_r: {quote(data['lora_r'])} is not a valid rank. Set 1 or more, such as 16.")
+        yield f"lora_r: {quote(data['lora_r'])} is not a valid rank. Set 1 or more, such as 16."
     block = as_mapping(data.get("layersel"))
     if as_number(data.get("lora_alpha")) == 0 and (not data.get("lora_model_dir") or block.get("l1ra") is not None):
-        raise LayerselError(describe_unscaled(data["lora_alpha"]))
+        yield describe_unscaled(data["lora_alpha"])
     if data.get("relora") or data.get("relora_steps"):
         key = "relora" if data.get("relora") else "relora_steps"
-        raise LayerselError(
+        yield (
             f"{key}: {data[key]!r} merges and restarts the adapter, which the plugin does not support. Remove {key}."
         )
-    check_expert_file(data)
+    yield from find_expert_faults(data)
 
 
 def describe_unscaled(alpha: Any) -> str:
@@ -165,13 +182,18 @@ def check_seed(data: Mapping[str, Any]) -> None:
 
 
 def check_blank_blocks(block: Mapping[str, Any]) -> None:
-    """Raise LayerselError for a blank ``selection`` or ``l1ra`` block.
+    """Raise LayerselError for a blank ``selection`` or ``l1ra`` block."""
+    raise_first(find_blank_blocks(block))
+
+
+def find_blank_blocks(block: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each blank ``selection`` or ``l1ra`` block.
 
     The schema cannot check it: a dumped file holds None for the keys that were not written.
     """
     for key in ("selection", "l1ra"):
         if key in block and block[key] is None:
-            raise LayerselError(
+            yield (
                 f"layersel.{key}: the block is blank. Write its settings below the key, or remove the key; "
                 "`l1ra: {}` takes the defaults."
             )

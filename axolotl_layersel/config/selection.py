@@ -1,19 +1,19 @@
 """``layersel.selection``: its settings, and the checks of the rest of the YAML file against them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, find_fault
 from axolotl_layersel.config import flexora as flexora
 from axolotl_layersel.config.engines import LABELS as SHARDED
 from axolotl_layersel.config.engines import find_shards
 from axolotl_layersel.config.flexora import FlexoraConfig, Search
 from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS
-from axolotl_layersel.config.initialisation import check_initialisation, check_redrawn
+from axolotl_layersel.config.initialisation import check_redrawn, find_initialisation_faults
 from axolotl_layersel.config.layer_names import LayerName, format_names, sort_names, split_name
 from axolotl_layersel.config.methods import LABELS, METHODS, Method, get_method, list_data_free
 from axolotl_layersel.config.strict_block import (
@@ -26,6 +26,7 @@ from axolotl_layersel.config.strict_block import (
     check_known,
     quote,
     read_choice,
+    settle,
 )
 
 # The values of `token` once the model is known. `ending`: the last token before the ending that nearly all rows share.
@@ -211,30 +212,33 @@ class SelectionConfig(Block):
         return value
 
     @model_validator(mode="after")
-    def check_together(self) -> "SelectionConfig":
+    def check_together(self, info: ValidationInfo) -> "SelectionConfig":
+        settle(self.find_contradictions(), info)
+        return self
+
+    def find_contradictions(self) -> Iterator[str]:
+        """Yield the contradictions between keys of the block."""
         if self.method == "explicit" and self.layers is None:
-            raise ValueError(
-                f"{self.path}.layers is missing: method: explicit chooses the layers that it lists. Add it."
-            )
+            yield (f"{self.path}.layers is missing: method: explicit chooses the layers that it lists. Add it.")
         if self.method != "explicit" and self.layers is not None:
-            raise ValueError(
+            yield (
                 f"{self.path}.layers: {self.layers} has no effect with method: {self.method}. "
                 f"Set `method: explicit`, or `num_layers: {len(self.layers)}` to choose as many, or use `candidates` "
                 "to limit the choice."
             )
         method, read = get_method(self.method), self.drop_unread()
         if self.keep is not None and "keep" not in method.keys:
-            raise ValueError(
+            yield (
                 f"{self.path}.keep: {self.keep} needs gates, but method: {self.method} has none. Use `ratio` or "
                 "`num_layers` instead, or set `method: flexora`."
             )
         if read.stacks == "vision" and read.token in ("last", "cls"):
-            raise ValueError(
+            yield (
                 f"{self.path}.token: {self.token!r} has no effect with stacks: vision, where the mean of its patches "
                 "represents a row. Remove the key, or set `token: mean`."
             )
         if read.num_samples is not None and read.num_samples < method.fewest_samples:
-            raise ValueError(
+            yield (
                 f"{self.path}.num_samples: {self.num_samples} is too few rows for method: {self.method}. "
                 f"Set {method.fewest_samples} or more."
             )
@@ -243,53 +247,52 @@ class SelectionConfig(Block):
         ]
         if len(given) > 1:
             shown = " and ".join(f"{key}: {getattr(self, key)}" for key in given)
-            raise ValueError(f"{self.path}: {shown} all set how many are chosen. Keep only one of these keys.")
+            yield f"{self.path}: {shown} all set how many are chosen. Keep only one of these keys."
         if read.flexora is not None and read.flexora.gate_lr == 0 and self.ratio != 1:
-            raise ValueError(
+            yield (
                 f"{FlexoraConfig.path}.gate_lr: 0 holds all gates at 0, so they could not tell layers apart. Set it "
                 "above 0, or choose everything with `ratio: 1`."
             )
-        self.check_units(method)
-        self.check_ranks(method)
+        yield from self.find_unit_faults(method)
+        yield from self.find_rank_faults(method)
         if self.candidates is not None:
             outside = sort_names(set(self.layers or []) - set(self.candidates))
             if outside:
-                raise ValueError(
+                yield (
                     f"{self.path}.layers: {format_names(outside)} are not among candidates: "
                     f"{format_names(self.candidates)}. Add them to candidates, or remove candidates."
                 )
             if (self.num_layers or 0) > len(self.candidates):
-                raise ValueError(
+                yield (
                     f"{self.path}.num_layers: {self.num_layers} is more than the {len(self.candidates)} candidates. "
                     "Lower it, or add candidates."
                 )
-        return self
 
-    def check_units(self, method: Method) -> None:
-        """Raise ValueError if the method cannot choose units of this kind, or if the wrong key sets their number."""
+    def find_unit_faults(self, method: Method) -> Iterator[str]:
+        """Yield why the method cannot choose units of this kind, and the wrong keys for their number."""
         granularity = self.granularity or method.units[0]
         if granularity not in method.units:
-            raise ValueError(
+            yield (
                 f"{self.path}.granularity: {granularity!r} is not available with method: {self.method}, which chooses "
                 f"{' or '.join(f'{unit}s' for unit in method.units)}. Use {list_methods_for(granularity)}, or remove "
                 "the key."
             )
         if granularity != "layer" and self.num_layers is not None:
-            raise ValueError(
+            yield (
                 f"{self.path}.num_layers: {self.num_layers} counts layers, but granularity: {granularity} chooses "
                 f"{granularity}s. Use `num_units`, or `granularity: layer`."
             )
         if granularity == "layer" and self.num_units is not None:
-            raise ValueError(
+            yield (
                 f"{self.path}.num_units: {self.num_units} is for granularity group and module. Use `num_layers` for "
                 "layers."
             )
 
-    def check_ranks(self, method: Method) -> None:
-        """Raise ValueError for settings of ranks that contradict each other or have no effect."""
+    def find_rank_faults(self, method: Method) -> Iterator[str]:
+        """Yield the settings of ranks that contradict each other or have no effect."""
         rank = self.rank_allocation or method.rank_allocation
         if rank == "score" and not method.needs_data:
-            raise ValueError(
+            yield (
                 f"{self.path}.rank_allocation: 'score' needs scores, but method: {self.method} computes none. Use "
                 "`match` or `same`."
             )
@@ -300,17 +303,17 @@ class SelectionConfig(Block):
                 if self.rank_allocation is None:
                     asked += f", the default of method: {self.method}"
                 way_out = "`rank_allocation: match` or `score`" if method.needs_data else "`rank_allocation: match`"
-                raise ValueError(
+                yield (
                     f"{self.path}.{key}: {getattr(self, key)} has no effect with {asked}. Set {way_out}, or remove the "
                     "key."
                 )
         if self.budget is not None and self.budget_parameters is not None:
-            raise ValueError(
+            yield (
                 f"{self.path}.budget_parameters: {self.budget_parameters} and budget: {self.budget} both set the "
                 "budget. Keep only one of them."
             )
         if (self.min_rank or 0) > (self.max_rank or HIGHEST_RANK):
-            raise ValueError(f"{self.path}.min_rank: {self.min_rank} is more than max_rank: {self.max_rank}. Lower it.")
+            yield f"{self.path}.min_rank: {self.min_rank} is more than max_rank: {self.max_rank}. Lower it."
 
     def find_unread(self) -> dict[str, str]:
         # Not the keys that set how many units are chosen: a run without them would choose a different number.
@@ -386,18 +389,18 @@ def list_methods_for(unit: str) -> str:
     return ", ".join(method.name for method in METHODS.values() if unit in method.units)
 
 
-def check_file(data: Mapping[str, Any], settings: SelectionConfig) -> None:
-    """Raise LayerselError if the rest of a YAML file conflicts with ``layersel.selection``."""
-    check_layers_to_transform(data, settings)
-    check_initialisation(data)
-    check_new_ranks(data, settings)
-    check_dataset(data, settings)
+def find_file_faults(data: Mapping[str, Any], settings: SelectionConfig) -> Iterator[str]:
+    """Yield what conflicts with ``layersel.selection`` in the rest of a YAML file."""
+    yield from find_layer_faults(data, settings)
+    yield from find_initialisation_faults(data)
+    yield from find_new_rank_faults(data, settings)
+    yield from find_dataset_faults(data, settings)
     if settings.method == "flexora" and settings.plan is None:
-        flexora.check_file(data, (settings.flexora or FlexoraConfig()).resolve())
+        yield from flexora.find_file_faults(data, (settings.flexora or FlexoraConfig()).resolve())
 
 
-def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionConfig) -> None:
-    """Raise LayerselError if ``peft_layers_to_transform`` excludes layers that the selection needs."""
+def find_layer_faults(data: Mapping[str, Any], selection: SelectionConfig) -> Iterator[str]:
+    """Yield the keys that need layers which ``peft_layers_to_transform`` excludes."""
     value = data.get("peft_layers_to_transform")
     allowed = as_whole_list(value if isinstance(value, list) else [value])
     if allowed is None:
@@ -405,33 +408,33 @@ def check_layers_to_transform(data: Mapping[str, Any], selection: SelectionConfi
     for key in ("layers", "candidates"):
         outside = [name for name in sort_names(getattr(selection, key) or []) if split_name(name)[1] not in allowed]
         if outside:
-            raise LayerselError(
+            yield (
                 f"peft_layers_to_transform: {allowed} contradicts layersel.selection.{key}: layers "
                 f"{format_names(outside)} would have no LoRA. Remove peft_layers_to_transform (the plugin chooses the "
                 "layers), or add them to it."
             )
     if (selection.num_layers or 0) > len(allowed):
-        raise LayerselError(
+        yield (
             f"peft_layers_to_transform: {allowed} contradicts layersel.selection.num_layers: "
             f"{selection.num_layers}. Remove peft_layers_to_transform, or lower num_layers."
         )
 
 
-def check_new_ranks(data: Mapping[str, Any], selection: SelectionConfig) -> None:
-    """Raise LayerselError if modules need ranks other than ``lora_r`` and cannot get them."""
+def find_new_rank_faults(data: Mapping[str, Any], selection: SelectionConfig) -> Iterator[str]:
+    """Yield why modules cannot get ranks other than ``lora_r``, if they need them."""
     rank, shards = selection.resolve(run_seed=0).rank_allocation, find_shards(data)
     if rank == "same":
         return
     if data.get("lora_rank_pattern"):
-        raise LayerselError(
+        yield (
             f"lora_rank_pattern: {data['lora_rank_pattern']!r} contradicts layersel.selection.rank_allocation: {rank}, "
             "with which the plugin sets the ranks. Remove lora_rank_pattern, or set `rank_allocation: same`."
         )
     if selection.plan is not None:
         return
-    check_redrawn(data.get("peft_init_lora_weights"), rank)
+    yield from find_fault(check_redrawn, data.get("peft_init_lora_weights"), rank)
     if selection.method == "flexora" and shards:
-        raise LayerselError(describe_sharded_ranks(rank, shards))
+        yield describe_sharded_ranks(rank, shards)
 
 
 def find_budget(settings: ResolvedSelection, lora: int) -> int:
@@ -473,7 +476,7 @@ def check_even_ranks(data: Mapping[str, Any], selection: SelectionConfig, room: 
         room: the highest rank that ``layersel.l1ra`` has room for; None without ``l1ra``.
     """
     settings, lora_r = selection.resolve(run_seed=0), as_whole(data.get("lora_r"))
-    if settings.rank_allocation != "score" or settings.ratio != 1 or selection.plan is not None or lora_r is None:
+    if settings.rank_allocation != "score" or settings.ratio != 1 or selection.plan is not None or (lora_r or 0) < 1:
         return
     if settings.budget is not None:
         most = settings.max_rank or room or MAX_RANK_FACTOR * lora_r
@@ -535,23 +538,23 @@ def describe_generated(trainer: str, method: str) -> str:
     )
 
 
-def check_dataset(data: Mapping[str, Any], selection: SelectionConfig) -> None:
-    """Raise LayerselError if the method needs rows that cannot be sampled, or answers that no row has."""
+def find_dataset_faults(data: Mapping[str, Any], selection: SelectionConfig) -> Iterator[str]:
+    """Yield why the method cannot sample rows, or has no answers, if it needs them."""
     method = get_method(selection.method)
     if not method.needs_data or selection.plan is not None:
         return
     rl = read_choice(data, "rl")
     strided = as_mapping(data.get("ebft")).get("mode") == "strided"  # on texts, not on prompts
     if rl in GENERATING_TRAINERS and not strided:
-        raise LayerselError(describe_generated(f"rl: {rl!r}", method.name))
+        yield describe_generated(f"rl: {rl!r}", method.name)
     if method.reads == LABELS and data.get("reward_model"):
-        raise LayerselError(
+        yield (
             f"reward_model: {data['reward_model']} learns from pairs of answers and has no labels, but "
             f"layersel.selection.method: {method.name!r} needs the likelihood of labels. Use `cka` or `cosine`."
         )
     streamed = next((key for key in ("streaming", "pretraining_dataset") if data.get(key)), None)
     if streamed:
-        raise LayerselError(
+        yield (
             f"{streamed}: {data[streamed]!r} cannot be sampled for layersel.selection.method: "
             f"{selection.method!r}. Use a dataset that is loaded whole, set `plan` to a saved plan, or use one of the "
             f"methods that need no data: {list_data_free()}."

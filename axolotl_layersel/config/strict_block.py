@@ -2,10 +2,10 @@
 
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from axolotl_layersel.common.errors import suggest
@@ -34,21 +34,26 @@ class Block(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def check_keys(cls, data: Any) -> Any:
+    def check_keys(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, Mapping):
             raise ValueError(
                 f"{cls.path}: {quote(data)} is not a mapping. Write its keys on lines of their own below it."
             )
+        settle(cls.find_key_faults(data), info)
+        return {key: value for key, value in data.items() if key in cls.model_fields}
+
+    @classmethod
+    def find_key_faults(cls, data: Mapping[Any, Any]) -> Iterator[str]:
+        """Yield a message for each key that is unknown or missing."""
         for key in data:
             if key in cls.renamed:
-                raise ValueError(f"{cls.path}.{key}: this key is now called `{cls.renamed[key]}`. Rename it.")
-            if key not in cls.model_fields:
+                yield f"{cls.path}.{key}: this key is now called `{cls.renamed[key]}`. Rename it."
+            elif key not in cls.model_fields:
                 word = key if isinstance(key, str) else quote(key)
-                raise ValueError(f"{cls.path}.{word} is not a setting: {suggest(word, cls.model_fields)}")
+                yield f"{cls.path}.{word} is not a setting: {suggest(word, cls.model_fields)}"
         for name, field in cls.model_fields.items():
             if field.is_required() and name not in data:
-                raise ValueError(f"{cls.path}.{name} is missing. {field.description}")
-        return dict(data)
+                yield f"{cls.path}.{name} is missing. {field.description}"
 
     @field_validator("*", mode="before")
     @classmethod
@@ -77,6 +82,52 @@ class Block(BaseModel):
             if isinstance(value, Block) and name not in unread:
                 found |= value.list_unread()
         return found
+
+
+def settle(faults: Iterable[str], info: ValidationInfo) -> None:
+    """Raise ValueError with the first of ``faults``, or add all to the list that is the context of the validation."""
+    for fault in faults:
+        if info.context is None:
+            raise ValueError(fault)
+        info.context.append(fault)
+
+
+def read_leniently(kind: type[B], data: Any) -> tuple[B | None, list[str]]:
+    """Return a block without the values that are refused, and all messages about it, in the order of its keys.
+
+    The block is None if nothing is left of it.
+    """
+    told: dict[str, None] = {}
+    dropped: list[str] = []
+    while True:
+        found: list[str] = []
+        try:
+            block: B | None = kind.model_validate(data, context=found)
+            problems = []
+        except ValidationError as error:
+            block, problems = None, error.errors()
+        # A key whose value was dropped is not missing.
+        told |= dict.fromkeys(fault for fault in found if not fault.startswith(tuple(dropped)))
+        for problem in problems:
+            path = [part for part in problem["loc"] if isinstance(part, str)]
+            if problem["type"] != "missing":  # ``find_key_faults`` has said so
+                told[problem["msg"].removeprefix("Value error, ")] = None
+            dropped += (f"{'.'.join([kind.path, *path])}{end}" for end in (":", " ", "."))
+            data = drop_value(data, path)
+        if block is not None or not data:
+            return block, list(told)
+
+
+def drop_value(data: Any, path: Sequence[str]) -> Any:
+    """Return a copy of nested mappings without the value at ``path``, or without the mapping that lacks it."""
+    if not path or not isinstance(data, Mapping):
+        return None
+    key, *rest = path
+    inner = drop_value(data[key], rest) if rest and key in data else None
+    others = {name: value for name, value in data.items() if name != key}
+    if inner:
+        return {**data, key: inner}
+    return others if key in data else None
 
 
 def show(value: Any) -> str:

@@ -104,3 +104,9 @@ def find_key(name: str, module: LoraLayer) -> str:
 def count_component_parameters(module: LoraLayer, adapter: str) -> int:
     down, up = get_linears(module, adapter)
     return (down.in_features + up.out_features) * count_experts(module)
+
+
+def list_parameters(base: nn.Module, adapter: str, name: str) -> list[nn.Parameter]:
+    """Return the parameters of ``adapter`` in the LoRA module ``name`` of ``base``."""
+    named = base.get_submodule(name).named_parameters()
+    return [each for key, each in named if not key.startswith("base_layer.") and adapter in key.split(".")]

@@ -21,6 +21,7 @@ from axolotl_layersel.lora.modules import (
     get_base_model,
     get_config,
     get_linears,
+    list_parameters,
 )
 from axolotl_layersel.lora.run import Run
 
@@ -78,8 +79,7 @@ def initialize_module(model: PeftModel, name: str, module: LoraLayer, seed: int,
 
 def lora_parameters(run: Run, name: str) -> list[nn.Parameter]:
     """Return the parameters of the run's adapter in the LoRA module ``name``."""
-    named = run.base.get_submodule(name).named_parameters()
-    return [each for key, each in named if not key.startswith("base_layer.") and run.adapter in key.split(".")]
+    return list_parameters(run.base, run.adapter, name)
 
 
 def adapter_parameters(model: PeftModel, embeddings: bool | Literal["auto"] = False) -> dict[str, nn.Parameter]:

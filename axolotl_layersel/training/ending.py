@@ -28,7 +28,9 @@ from pydantic import ValidationError
 
 from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.terminal import clean, report_errors, say
+from axolotl_layersel.config.faults import list_faults
 from axolotl_layersel.config.strict_block import quote
+from axolotl_layersel.config.textual import read_yaml
 
 # The variable that holds the process that collects, its host, and the file that the others write their sentences to.
 COLLECTOR = "AXOLOTL_LAYERSEL_COLLECTOR"
@@ -192,6 +194,8 @@ class Ending:
     def __init__(self) -> None:
         self.previous = sys.excepthook
         self.told: BaseException | None = None
+        self.file: Path | None = None  # the YAML file of the command
+        self.with_folder = True  # whether its output folder is the run's
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Handle an uncaught error, as ``sys.excepthook``."""
@@ -223,10 +227,29 @@ class Ending:
             for suffix in ("", CLOSING):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{find_collection()}{suffix}")
-            show(sentences)
+            show(self.add_advice(sentences))
             # Process 0 may have ended well where another one, and so the command, has failed.
             if last is None and not sentences:
                 show_closing(closing)
+
+    def add_advice(self, sentences: list[str]) -> list[str]:
+        """Return the sentences; the last one goes on with the way to see all faults of the file, if there are more."""
+        count = 0
+        if sentences and self.file is not None:
+            with warning_instead("the faults of the file cannot be counted", "The first one is told below."):
+                count = len(list_faults(read_yaml(self.file) or {}, self.with_folder)[1])
+        if count <= len(sentences):
+            return sentences
+        return [*sentences[:-1], f"{sentences[-1]} `axolotl-layersel doctor {self.file}` lists all {count} faults."]
+
+
+def point_to(file: Path, with_folder: bool) -> None:
+    """Make the sentences at the end of this process name the command that lists all faults of a YAML file.
+
+    ``with_folder``: whether the run will write to its output folder.
+    """
+    for ending in INSTALLED:
+        ending.file, ending.with_folder = file, with_folder
 
 
 def end_in_sentences() -> None:

@@ -40,13 +40,15 @@ def watch() -> None:
     if command is None or path is None or not mentions_layersel(path):
         return
     from axolotl_layersel.config.textual import check_file
-    from axolotl_layersel.training.ending import collect, describe_error, tell
+    from axolotl_layersel.training.ending import collect, describe_error, point_to, tell
 
     collect()
     if command[0] not in CHECKED or any(word.startswith(OVERRIDES) for word in command[1]) or "--sweep" in command[1]:
         return
+    with_folder = not any(word.startswith(OTHER_FOLDER) for word in command[1])
+    point_to(path, with_folder)
     try:
-        check_file(path, with_folder=not any(word.startswith(OTHER_FOLDER) for word in command[1]))
+        check_file(path, with_folder)
     except ValueError as error:
         tell(describe_error(error).splitlines())
         raise SystemExit(1) from None

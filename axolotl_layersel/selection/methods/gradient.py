@@ -20,10 +20,8 @@ from axolotl_layersel.selection.choosing import choose_by_score
 from axolotl_layersel.selection.data.calibration import Sample
 from axolotl_layersel.selection.passes.backward import GradientRecorder, measure_gradients, split_rows
 from axolotl_layersel.selection.passes.forward import conclude, find_share
+from axolotl_layersel.selection.passes.sizes import OVERSAMPLING
 from axolotl_layersel.selection.types import Choice, Scores, Selection
-
-# Columns of a sketch beyond the ranks in question: the last singular values of a sketch are too small.
-OVERSAMPLING = 8
 
 
 def choose(selection: Selection) -> Choice:

@@ -36,14 +36,10 @@ from axolotl_layersel.selection.passes.hooks import (
     set_hidden,
 )
 from axolotl_layersel.selection.passes.recomputation import recompute
+from axolotl_layersel.selection.passes.sizes import STREAMED_TOKENS, STREAMED_TOKENS_BACKWARD
 from axolotl_layersel.selection.types import Scores, Selection
 
 LOG = logging.getLogger("axolotl.layersel")
-# Tokens of a forward pass that gathers or copies each layer's weights. At 70B the activations of one layer take some
-# 5 GB, and there is enough computation to hide the copy.
-STREAMED_TOKENS = 16384
-# The same with a backward pass. At 70B the hidden states between the layers take as much.
-STREAMED_TOKENS_BACKWARD = 4096
 # Why a layer of a vision tower has no score.
 NO_IMAGES = "no row drawn has an image"
 # Arguments to which a layer adds its keys and values; run again, it would add them twice.

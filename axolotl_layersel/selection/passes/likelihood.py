@@ -17,11 +17,10 @@ from transformers.utils import ModelOutput
 
 from axolotl_layersel.selection.data.label_alignment import IGNORED_LABEL, log_likelihood
 from axolotl_layersel.selection.passes.hooks import replacing_method
+from axolotl_layersel.selection.passes.sizes import LOGITS_AT_A_TIME
 
 LOG = logging.getLogger("axolotl.layersel")
 
-# Logits held at a time; with their gradients some 200 MB.
-LOGITS_AT_A_TIME = 2**24
 # Logits of a token computed with other tokens differ by rounding: 4e-3 of a number in bf16. If they depend on the other
 # tokens, they differ by their own size.
 ROUNDING = 0.02

@@ -6,8 +6,8 @@ import types
 import pytest
 from helpers.models import describe_engine
 
-from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.config.engines import check_engine, moves_state
+from axolotl_layersel.common.errors import LayerselError, raise_first
+from axolotl_layersel.config.engines import find_engine_faults, moves_state
 from axolotl_layersel.engines import find_engine
 
 
@@ -79,7 +79,7 @@ def test_what_deepspeed_keeps_on_disk_is_refused_where_it_is_read_or_written(key
         refused = device == "nvme" and (kind != "read" or key == "offload_param")
         for check in (
             lambda block=block: describe_deepspeed(content).check_storage(moves_state(block)),
-            lambda block=block: check_engine({"deepspeed": content, "layersel": block}),
+            lambda block=block: raise_first(find_engine_faults({"deepspeed": content, "layersel": block})),
         ):
             if refused:
                 with pytest.raises(

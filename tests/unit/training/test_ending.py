@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from axolotl.cli import main as axolotl_main
 from axolotl.utils import tee
 from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -227,6 +228,29 @@ def test_a_collected_closing_block_is_printed_last_and_only_if_the_command_succe
     assert told.out == f"of another package\n{printed}"
     assert told.err == "".join(f"{PREFIX}{sentence}\n" for sentence in sentences)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "advice"),
+    [
+        (selection(rato=0.5), ""),
+        ({**selection(rato=0.5), "adapter": None, "seed": -1}, " `axolotl-layersel doctor {}` lists all 3 faults."),
+    ],
+    ids=["one fault", "three"],
+)
+def test_the_last_sentence_names_the_command_that_lists_all_faults_if_there_are_more(
+    monkeypatch, tmp_path, capsys, keys, advice
+):
+    monkeypatch.setenv(COLLECTOR, f"{os.getpid()}:{os.uname().nodename}:{tmp_path / 'x'}")
+    monkeypatch.setattr(sys, "last_value", None, raising=False)
+    path = tmp_path / "run.yml"
+    path.write_text(yaml.safe_dump({**GOOD, "adapter": "lora", "output_dir": str(tmp_path / "output"), **keys}))
+    last = Ending()
+    monkeypatch.setattr(ending, "INSTALLED", [last])
+    ending.point_to(path, True)
+    ending.tell(["b: c"])
+    last.finish()
+    assert capsys.readouterr().err == f"{PREFIX}b: c{advice.format(path)}\n"
 
 
 def test_the_block_itself_stays_a_plain_error_for_a_script():

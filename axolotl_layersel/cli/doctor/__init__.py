@@ -1,0 +1,1 @@
+"""The report of ``axolotl-layersel doctor``: what a YAML file will do, from the configuration of its model."""

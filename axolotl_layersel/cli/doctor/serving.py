@@ -1,0 +1,57 @@
+"""The programs that will read the adapter."""
+
+from peft import get_peft_model_state_dict
+
+from axolotl_layersel.cli.doctor.case import Case, Fact
+from axolotl_layersel.cli.doctor.model import Model
+from axolotl_layersel.lora.modules import get_adapter_name
+from axolotl_layersel.lora.names import PREFIX
+from axolotl_layersel.lora.readers import AdapterFile, find_readers
+from axolotl_layersel.reports.outcome import describe_readers
+
+
+def describe_serving(case: Case, model: Model) -> list[Fact]:
+    """Return which programs read the adapter as it is.
+
+    The file is imagined: with LoRA in as many units as are kept, and with another rank in one module if ranks differ.
+    """
+    file = imagine_file(case, model)
+    readers = find_readers(file, model.stack.paths)
+    facts = [Fact("right", readers.right, " ".join(describe_readers(readers)))]
+    if readers.export_for:
+        text = f"`axolotl-layersel export --for {readers.export_for}` writes it for the others."
+        facts.append(Fact("export_for", readers.export_for, text))
+    return facts
+
+
+def imagine_file(case: Case, model: Model) -> AdapterFile:
+    """Return the adapter file that the run is expected to write."""
+    choice = case.choice
+    assert choice is not None, "the case has a model"
+    frozen = case.selection is not None and case.selection.unselected == "freeze"
+    kept = set(model.sizes if frozen else choice.modules)
+    config = model.peft.peft_config[get_adapter_name(model.peft)].to_dict()
+    config["init_lora_weights"] = case.data.get("peft_init_lora_weights") or True
+    config["use_rslora"] = bool(case.data.get("peft_use_rslora"))
+    config["rank_pattern"] = dict(case.data.get("lora_rank_pattern") or {})
+    named = dict(model.peft.named_parameters(remove_duplicate=False))
+    shapes = {
+        name: tuple(each.shape)
+        for name, each in get_peft_model_state_dict(model.peft, named, save_embedding_layers=False).items()
+        if is_kept(name.removeprefix(PREFIX), kept, set(model.sizes))
+    }
+    differs = case.block.l1ra is not None or (case.selection is not None and case.selection.rank_allocation == "score")
+    first = next((name for name in choice.modules if f"{PREFIX}{name}.lora_A.weight" in shapes), None)
+    if differs and first is not None:
+        down, up = (shapes[f"{PREFIX}{first}.lora_{part}.weight"] for part in "AB")
+        shapes[f"{PREFIX}{first}.lora_A.weight"] = (down[0] + 1, *down[1:])
+        shapes[f"{PREFIX}{first}.lora_B.weight"] = (*up[:-1], up[-1] + 1)
+        config["rank_pattern"][first] = down[0] + 1
+    config["target_modules"] = sorted({name.rpartition(".")[2] for name in kept})
+    return AdapterFile(config, shapes, len(model.stack.layers))
+
+
+def is_kept(name: str, kept: set[str], modules: set[str]) -> bool:
+    """Return whether a tensor will be in the file: those of no LoRA module, and of the ones that are kept."""
+    module = next((part for part in (name.partition(".lora_")[0],) if part in modules), None)
+    return module is None or module in kept
