@@ -18,7 +18,7 @@ from axolotl_layersel.common.terminal import clean, enumerate_words
 WIDTH = 80
 # An arm that takes at most these parts of plain LoRA's costs is worth a sentence, if its loss is hardly higher.
 CHEAPER_STEP, SMALLER = 0.9, 0.75
-HARDLY = 1.0  # per cent of plain LoRA's loss, for the upper end of the interval
+HARDLY = 0.01  # of plain LoRA's loss, for the upper end of the interval
 MOST_CHEAPER = 2  # sentences about such arms
 EQUAL = 0.005  # a ratio of costs this close to 1 is printed as 1.00
 STANDINGS = {
@@ -242,7 +242,7 @@ def describe_chance(summary: Summary) -> list[str]:
         control = arm.judgement.to_random if arm.judgement else None
         assert control is not None, "it has been compared with a random choice"
         sentences.append(
-            f"{name_arms([arm])} is below plain LoRA, but a random choice of layers may be as good: the loss is "
+            f"The loss of {name_arms([arm])} is {relate(arm)}, but a random choice of layers may be as good: it is "
             f"{format_share(control)} the random choice's (95 % interval {format_interval(control, 'interval')})."
         )
     sentences += ["More seeds can tell them apart."] if sentences else []
@@ -267,7 +267,7 @@ def describe_cheaper(summary: Summary) -> list[str]:
         if arm.arm in (LORA, RANDOM, summary.best) or not (plain and arm.costs and arm.judgement):
             continue
         gain = arm.judgement.to_lora
-        if gain is None or gain.interval is None or scale(gain, gain.interval.high) > HARDLY:
+        if gain is None or gain.interval is None or gain.interval.high > HARDLY * abs(gain.reference):
             continue
         step = arm.costs.seconds_per_step / plain.seconds_per_step
         size = arm.costs.parameters / plain.parameters
@@ -285,7 +285,7 @@ def describe_limits(comparison: Comparison) -> str:
     if real is None or steps >= real:
         return f"Each cell trained for the {steps:,} steps of the real run; another split of the data was not tested."
     return (
-        f"Each cell trained for {steps:,} steps, which are {format_percent(100 * steps / real)} % of the real run's "
+        f"Each cell trained for {steps:,} steps, which are {format_part(steps, real)} of the real run's "
         f"{real:,}: the order of the arms can change after them. Another split of the data was not tested either."
     )
 
@@ -369,7 +369,7 @@ def show_mean(arm: ArmSummary) -> str:
     if arm.judgement is None:
         return ""
     gain = arm.judgement.to_lora
-    return f"{format_signed(scale(gain, gain.mean))}{find_unit(gain)}" if gain else "-"
+    return f"{format_signed(gain, gain.mean)}{find_unit(gain)}" if gain else "-"
 
 
 def show_interval(arm: ArmSummary) -> str:
@@ -379,7 +379,7 @@ def show_interval(arm: ArmSummary) -> str:
     gain = arm.judgement.to_lora
     if gain is None or gain.interval is None:
         return "-"
-    return " to ".join(format_signed(scale(gain, end)) for end in (gain.interval.low, gain.interval.high))
+    return " to ".join(format_signed(gain, end) for end in (gain.interval.low, gain.interval.high))
 
 
 def show_standing(arm: ArmSummary) -> str:
@@ -446,7 +446,8 @@ def relate(arm: ArmSummary) -> str:
 
 def format_size(difference: Difference, value: float) -> str:
     """Return the size of a difference of losses, such as ``1.2 %``."""
-    return f"{format_percent(abs(scale(difference, value)))}{find_unit(difference)}"
+    size = abs(scale(difference, value))
+    return f"{size:.{count_decimals(difference, size)}f}{find_unit(difference)}"
 
 
 def format_share(difference: Difference) -> str:
@@ -460,7 +461,8 @@ def format_interval(difference: Difference, which: str) -> str:
     assert interval is not None, "there are at least two seeds"
     low, high = scale(difference, interval.low), scale(difference, interval.high)
     # As many digits for both ends as the one closer to 0 needs.
-    first, last = (f"{abs(end):.{count_decimals(min(abs(low), abs(high)))}f}" for end in (low, high))
+    decimals = count_decimals(difference, min(abs(low), abs(high)))
+    first, last = (f"{abs(end):.{decimals}f}" for end in (low, high))
     unit = find_unit(difference)
     if high < 0:
         return f"{last} to {first}{unit} below"
@@ -469,19 +471,22 @@ def format_interval(difference: Difference, which: str) -> str:
     return f"from {first}{unit} below to {last}{unit} above"
 
 
-def format_percent(value: float) -> str:
-    """Return a percentage of at least 0 with as many decimals as it needs."""
-    return f"{value:.{count_decimals(value)}f}"
+def format_signed(difference: Difference, value: float) -> str:
+    """Return the ``scale`` of a difference of losses with its sign."""
+    size = scale(difference, value)
+    return f"{size:+.{count_decimals(difference, abs(size))}f}"
 
 
-def format_signed(value: float) -> str:
-    """Return a percentage with its sign."""
-    return f"{value:+.{count_decimals(abs(value))}f}"
+def count_decimals(difference: Difference, size: float) -> int:
+    """Return the decimals of a size as ``scale`` returns it: of a percentage two below 1, and one below 10."""
+    if difference.reference <= 0:
+        return 4
+    return 2 if size < 1 else 1 if size < 10 else 0
 
 
-def count_decimals(value: float) -> int:
-    """Return the decimals of a percentage of at least 0: two below 1, one below 10."""
-    return 2 if value < 1 else 1 if value < 10 else 0
+def format_part(part: int, whole: int) -> str:
+    """Return a part in per cent with two digits."""
+    return f"{100 * part / whole:#.2g} %".replace(". ", " ")
 
 
 def format_rate(rate: float | None) -> str:

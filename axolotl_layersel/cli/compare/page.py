@@ -331,8 +331,8 @@ def embed(svg: str, picture: Picture) -> str:
 
 
 def format_text(text: str) -> str:
-    """Return a sentence as HTML, with what stands in backticks as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    """Return a sentence as HTML, with what stands in backticks as code, and per cent on the line of their number."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)).replace(" %", "&nbsp;%")
 
 
 def escape(text: str) -> str:
