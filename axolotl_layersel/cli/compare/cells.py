@@ -227,7 +227,8 @@ def make_best(data: Mapping[str, Any], arm: ArmSettings, rate: float) -> dict[st
 
 
 def list_metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of an evaluation besides its loss and its speed, without the prefix of their names."""
-    left_out = ("loss", "runtime", "per_second", "epoch", "memory")
+    """Return the metrics of an evaluation besides loss, speed and memory, without the prefix of their names."""
+    left_out = ("loss", "runtime", "per_second", "epoch")
     named = {name.removeprefix("eval_"): as_number(value) for name, value in as_mapping(values).items()}
-    return {name: value for name, value in named.items() if value is not None and not name.endswith(left_out)}
+    kept = {name: value for name, value in named.items() if value is not None and not name.endswith(left_out)}
+    return {name: value for name, value in kept.items() if not name.startswith("memory/")}  # Axolotl's, of the device

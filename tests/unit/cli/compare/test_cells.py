@@ -137,5 +137,11 @@ def test_the_best_file_is_the_users_with_the_arm_and_the_rate():
 
 
 def test_metrics_are_listed_without_the_loss_and_the_speed():
-    values = {"eval_loss": 1.0, "eval_runtime": 2.0, "eval_samples_per_second": 3.0, "epoch": 1, "eval_accuracy": 0.5}
-    assert cells.list_metrics(values) == {"accuracy": 0.5}
+    values = {
+        "eval_loss": 1.0,
+        "eval_runtime": 2.0,
+        "eval_samples_per_second": 3.0,
+        "epoch": 1,
+        "memory/max_active (GiB)": 4.0,
+    }
+    assert cells.list_metrics({**values, "eval_accuracy": 0.5}) == {"accuracy": 0.5}
