@@ -475,8 +475,8 @@ def check_even_ranks(data: Mapping[str, Any], selection: SelectionConfig, room: 
         selection: its ``layersel.selection`` block.
         room: the highest rank that ``layersel.l1ra`` has room for; None without ``l1ra``.
     """
-    settings, lora_r = selection.resolve(run_seed=0), as_whole(data.get("lora_r"))
-    if settings.rank_allocation != "score" or settings.ratio != 1 or selection.plan is not None or (lora_r or 0) < 1:
+    settings, lora_r = selection.resolve(run_seed=0), as_whole(data.get("lora_r")) or 0
+    if settings.rank_allocation != "score" or settings.ratio != 1 or selection.plan is not None or lora_r < 1:
         return
     if settings.budget is not None:
         most = settings.max_rank or room or MAX_RANK_FACTOR * lora_r

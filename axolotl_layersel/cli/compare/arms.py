@@ -13,7 +13,7 @@ from axolotl_layersel.common.errors import LayerselError, suggest
 from axolotl_layersel.common.files import read_parsed
 from axolotl_layersel.config.methods import METHODS, Method
 from axolotl_layersel.config.root import LayerselConfig
-from axolotl_layersel.config.selection import IDLE_BOUNDS, SelectionConfig, check_new_ranks
+from axolotl_layersel.config.selection import IDLE_BOUNDS, SelectionConfig, find_new_rank_faults
 from axolotl_layersel.config.strict_block import as_mapping, as_number, as_whole, quote
 from axolotl_layersel.training.ending import describe_error
 
@@ -158,18 +158,18 @@ def make_selection(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
     if samples is not None and samples < method.fewest_samples:
         block["num_samples"] = method.fewest_samples
     try:
-        check_new_ranks(data, SelectionConfig.model_validate(block))
-    except LayerselError:  # the arm then has the ranks of the file
+        fault = next(find_new_rank_faults(data, SelectionConfig.model_validate(block)), None)
+    except ValidationError:
+        return block  # `check_block` reports it with the name of the arm
+    if fault is not None:  # the arm then has the ranks of the file
         idle = (*BUDGETS, *IDLE_BOUNDS["same"])
         block = {key: value for key, value in block.items() if key not in idle} | {"rank_allocation": "same"}
-    except ValidationError:
-        pass  # `check_block` reports it with the name of the arm
     return block
 
 
 def chooses(block: Mapping[str, Any]) -> bool:
     """Return whether a ``layersel`` block chooses by the data."""
-    method = METHODS.get(as_mapping(block.get("selection")).get("method"))
+    method = METHODS.get(str(as_mapping(block.get("selection")).get("method")))
     return method is not None and method.needs_data
 
 

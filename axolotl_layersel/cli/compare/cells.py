@@ -27,7 +27,17 @@ MEASURE = "layersel_measure"  # the key of the measuring plugin
 SEED = 42  # what the Trainer takes without `seed`
 HELD_OUT = 0.1  # the share of the training rows that are held out, if the user's file holds out none
 # Keys by their beginning: trackers, and uploads to a hub.
-SENT = ("use_wandb", "wandb_", "use_mlflow", "mlflow_", "hf_mlflow_", "use_comet", "comet_", "use_trackio", "trackio_")
+SENT: tuple[str, ...] = (
+    "use_wandb",
+    "wandb_",
+    "use_mlflow",
+    "mlflow_",
+    "hf_mlflow_",
+    "use_comet",
+    "comet_",
+    "use_trackio",
+    "trackio_",
+)
 SENT += ("use_swanlab", "swanlab_", "use_tensorboard", "use_otel_metrics", "otel_", "hub_", "push_to_hub")
 # Keys of checkpoints and evaluations, which cells do without, and of the length, which the comparison sets.
 DROPPED = (

@@ -157,7 +157,7 @@ def find_real_steps(cfg: Any, trainer: Trainer, settings: MeasureConfig) -> int:
 
     if settings.max_steps is not None:
         return settings.max_steps
-    rows = trainer.train_dataset
+    rows: Any = trainer.train_dataset
     if cfg.rl or cfg.reward_model:
         steps = math.ceil(len(rows) * cfg.num_epochs / cfg.batch_size)
     else:
@@ -335,6 +335,8 @@ class Measurement(TrainerCallback):
                     f"learning_rate: {cfg.learning_rate} has a loss of {loss} on the test rows {when} training. "
                     "Compare other rates."
                 )
+        train: Any = self.trainer.train_dataset
+        held_out: Any = self.trainer.eval_dataset
         return Figures(
             arm=self.settings.arm,
             rate=float(cfg.learning_rate),
@@ -342,10 +344,10 @@ class Measurement(TrainerCallback):
             steps=cfg.max_steps,
             config_digest=find_digest(config),
             real_steps=self.real_steps,
-            train_rows=len(self.trainer.train_dataset),
-            validation_rows=len(self.trainer.eval_dataset),
+            train_rows=len(train),
+            validation_rows=len(held_out),
             test_rows=len(self.test),
-            rows_digest=hash_rows(self.trainer.train_dataset, self.trainer.eval_dataset, self.test),
+            rows_digest=hash_rows(train, held_out, self.test),
             validation_loss=self.curve[-1].validation_loss,
             test_loss=losses["after"],
             base_test_loss=losses["before"],

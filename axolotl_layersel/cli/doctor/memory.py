@@ -14,7 +14,7 @@ from axolotl_layersel.cli.doctor.layers import count_room
 from axolotl_layersel.cli.doctor.model import Model
 from axolotl_layersel.cli.doctor.settings import DEFAULT_OPTIMIZER
 from axolotl_layersel.config.strict_block import as_whole, read_choice
-from axolotl_layersel.lora.modules import count_experts, list_linear
+from axolotl_layersel.lora.modules import count_experts, list_linear, list_parameters
 from axolotl_layersel.selection.passes.sizes import (
     LOGITS_AT_A_TIME,
     OVERSAMPLING,
@@ -70,8 +70,7 @@ def list_trained_sizes(case: Case, model: Model) -> list[int]:
     adapter = model.peft.active_adapters[0]
     sizes = []
     for name in names:
-        parts = [each for key, each in model.lora_modules[name].named_parameters() if adapter in key.split(".")]
-        sizes += [round(factor * each.numel()) for each in parts]
+        sizes += [round(factor * each.numel()) for each in list_parameters(model.base, adapter, name)]
     return [*sizes, *(each.numel() for each in model.base_parameters.values() if each.requires_grad)]
 
 

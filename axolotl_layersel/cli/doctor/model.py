@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from axolotl_layersel.cli.doctor.case import DEFAULT_RANK
+from axolotl_layersel.cli.doctor.configuration import DEFAULT_RANK
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.facts import find_text_config, read_fact
 from axolotl_layersel.config.selection import DEFAULT_STACKS, ResolvedSelection, SelectionConfig
@@ -163,7 +163,8 @@ def add_lora(base: PreTrainedModel, data: Mapping[str, Any]) -> PeftModel:
     if data.get("lora_target_linear"):
         given = targets if isinstance(targets, list) else [targets]
         targets = sorted({*given, *find_linear_names(base)})
-    options = {
+    options: dict[str, Any] = {
+        "lora_alpha": as_number(data.get("lora_alpha")) or DEFAULT_RANK,
         "rank_pattern": dict(as_mapping(data.get("lora_rank_pattern"))),
         "target_parameters": data.get("lora_target_parameters") or None,
         "layers_to_transform": data.get("peft_layers_to_transform"),
@@ -175,15 +176,16 @@ def add_lora(base: PreTrainedModel, data: Mapping[str, Any]) -> PeftModel:
     kind = "SEQ_CLS" if "SequenceClassification" in type(base).__name__ else "CAUSAL_LM"
     config = LoraConfig(
         r=max(as_whole(data.get("lora_r")) or DEFAULT_RANK, 1),
-        lora_alpha=as_number(data.get("lora_alpha")) or DEFAULT_RANK,
         target_modules=targets or None,
         task_type=kind,
         **options,
     )
     try:
-        return get_peft_model(base, config, low_cpu_mem_usage=True)
+        model = get_peft_model(base, config, low_cpu_mem_usage=True)
     except (TypeError, ValueError) as error:
         raise LayerselError(f"lora_target_modules: {error}") from None
+    assert isinstance(model, PeftModel), "it is not mixed"
+    return model
 
 
 def find_linear_names(base: nn.Module) -> Iterator[str]:

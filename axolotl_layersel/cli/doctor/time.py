@@ -109,7 +109,9 @@ def describe_time(case: Case, model: Model) -> list[Fact]:
     tokens = as_whole(case.data.get("sequence_len")) or 512
     work = count_work(model, tokens)
     places = sorted(model.stack.lora_modules)
-    lowest = case.lowest if case.lowest is not None else case.choice and case.choice.lowest
+    lowest = case.lowest
+    if lowest is None and case.choice is not None:
+        lowest = case.choice.lowest
     asked = [lowest] if lowest is not None else [places[int(share * len(places))] for share in SHOWN] + [places[-1]]
     how = "with" if checkpointing else "without"
     facts = [
