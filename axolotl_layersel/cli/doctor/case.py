@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from axolotl_layersel.cli.doctor.configuration import DEFAULT_RANK
 from axolotl_layersel.config.engines import find_engine_name
 from axolotl_layersel.config.l1ra import L1RAConfig, find_max_rank, find_room
 from axolotl_layersel.config.methods import METHODS, Method
@@ -22,7 +23,6 @@ from axolotl_layersel.config.strict_block import as_whole
 if TYPE_CHECKING:
     from axolotl_layersel.cli.doctor.model import Model
 
-DEFAULT_RANK = 8  # of PEFT's LoraConfig
 DEFAULT_SEED = 42
 
 

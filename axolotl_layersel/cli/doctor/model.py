@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from axolotl_layersel.cli.doctor.case import DEFAULT_RANK
+from axolotl_layersel.cli.doctor.configuration import DEFAULT_RANK
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.facts import find_text_config, read_fact
 from axolotl_layersel.config.selection import DEFAULT_STACKS, ResolvedSelection, SelectionConfig
