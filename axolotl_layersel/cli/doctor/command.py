@@ -82,9 +82,7 @@ def check_lowest(case: Case) -> None:
     """Raise LayerselError if the layer that is asked about has no LoRA."""
     if case.lowest is not None and case.model is not None and case.lowest not in case.model.stack.lora_modules:
         known = sorted(case.model.stack.lora_modules)
-        raise LayerselError(
-            f"--lowest-layer: {case.lowest} has no LoRA. Layers {known[0]} to {known[-1]} may be asked."
-        )
+        raise LayerselError(f"--lowest-layer: {case.lowest} has no LoRA. Give one of layers {known[0]} to {known[-1]}.")
 
 
 def tell_faults(faults: list[str]) -> Iterator[str]:
