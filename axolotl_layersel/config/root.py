@@ -45,7 +45,8 @@ class LayerselConfig(Block):
 
     @model_validator(mode="after")
     def check_parts(self, info: ValidationInfo) -> "LayerselConfig":
-        settle(self.find_contradictions(), info)
+        if not info.context:  # where others are told, a part may only be misspelt
+            settle(self.find_contradictions(), info)
         return self
 
     def find_contradictions(self) -> Iterator[str]:

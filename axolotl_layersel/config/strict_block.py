@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic.fields import FieldInfo
 
 from axolotl_layersel.common.errors import suggest
+from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.config.layer_names import NAME, LayerName
 
 LAYER_LIST = (
@@ -93,12 +94,16 @@ def settle(faults: Iterable[str], info: ValidationInfo) -> None:
 
 
 def read_leniently(kind: type[B], data: Any) -> tuple[B | None, list[str]]:
-    """Return a block without the values that are refused, and all messages about it, in the order of its keys.
+    """Return a block without the values that are refused, and all messages about it.
 
-    The block is None if nothing is left of it.
+    The first message is the one that a run ends with. The block is None if nothing is left of it.
     """
     told: dict[str, None] = {}
     dropped: list[str] = []
+    try:
+        return kind.model_validate(data), []
+    except ValidationError as error:
+        told[describe_problem(error.errors()[0])] = None
     while True:
         found: list[str] = []
         try:
@@ -111,11 +116,20 @@ def read_leniently(kind: type[B], data: Any) -> tuple[B | None, list[str]]:
         for problem in problems:
             path = [part for part in problem["loc"] if isinstance(part, str)]
             if problem["type"] != "missing":  # ``find_key_faults`` has said so
-                told[problem["msg"].removeprefix("Value error, ")] = None
+                told[describe_problem(problem)] = None
             dropped += (f"{'.'.join([kind.path, *path])}{end}" for end in (":", " ", "."))
             data = drop_value(data, path)
         if block is not None or not data:
             return block, list(told)
+
+
+def describe_problem(problem: Mapping[str, Any]) -> str:
+    """Return one of pydantic's problems as a sentence: this package's unchanged, others with the key and the value."""
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] not in ("value_error", "missing"):
+        message = f"{quote(problem['input'])} is refused. {message}"
+    return clean(message if problem["type"] == "value_error" or not where else f"{where}: {message}")
 
 
 def drop_value(data: Any, path: Sequence[str]) -> Any:

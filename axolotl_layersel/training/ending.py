@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.terminal import clean, report_errors, say
 from axolotl_layersel.config.faults import list_faults
-from axolotl_layersel.config.strict_block import quote
+from axolotl_layersel.config.strict_block import describe_problem
 from axolotl_layersel.config.textual import read_yaml
 
 # The variable that holds the process that collects, its host, and the file that the others write their sentences to.
@@ -63,14 +63,7 @@ def describe_error(error: Exception) -> str:
     """Return an error as sentences: this package's unchanged, pydantic's with the key and the value."""
     if not isinstance(error, ValidationError):
         return str(error)
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] not in ("value_error", "missing"):
-            message = f"{quote(problem['input'])} is refused. {message}"
-        lines.append(clean(message if problem["type"] == "value_error" or not where else f"{where}: {message}"))
-    return "\n".join(dict.fromkeys(lines))
+    return "\n".join(dict.fromkeys(describe_problem(problem) for problem in error.errors()))
 
 
 def tell(sentences: list[str]) -> None:

@@ -8,8 +8,8 @@ from helpers.places import ROOT
 
 from axolotl_layersel.cli.doctor.light_imports import HEAVY
 
-# Several times what it takes on an idle machine, where it is under five seconds.
-MOST_SECONDS = 60
+# Imports take most of it; on two busy cores it took 25 to 90 seconds.
+MOST_SECONDS = 300
 
 
 def test_a_report_on_a_large_model_loads_no_package_that_it_does_not_need():

@@ -12,7 +12,7 @@ from axolotl_layersel.cli.doctor.case import DEFAULT_SEED, Case
 from axolotl_layersel.cli.doctor.configuration import find_configuration
 from axolotl_layersel.cli.doctor.light_imports import importing_lightly
 from axolotl_layersel.cli.doctor.sections import SECTIONS
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, find_fault
 from axolotl_layersel.config.faults import list_faults
 from axolotl_layersel.config.strict_block import as_whole
 
@@ -58,9 +58,12 @@ def examine(
         model, missing = load_model(case, model_config)
         case = replace(case, model=model)
         faults += [fault for fault in (model.faults if model else []) if fault not in faults]
-        check_lowest(case)
     except LayerselError as error:
         faults.append(str(error))
+    wrong = list(find_fault(check_lowest, case))
+    if wrong:
+        faults += wrong
+        case = replace(case, lowest=None)
     lines, sections = list(tell_faults(faults)), {}
     fits = case.model is not None and not case.model.faults
     for section in SECTIONS:
@@ -79,9 +82,7 @@ def check_lowest(case: Case) -> None:
     """Raise LayerselError if the layer that is asked about has no LoRA."""
     if case.lowest is not None and case.model is not None and case.lowest not in case.model.stack.lora_modules:
         known = sorted(case.model.stack.lora_modules)
-        raise LayerselError(
-            f"--lowest-layer: {case.lowest} has no LoRA. Layers {known[0]} to {known[-1]} may be asked."
-        )
+        raise LayerselError(f"--lowest-layer: {case.lowest} has no LoRA. Give one of layers {known[0]} to {known[-1]}.")
 
 
 def tell_faults(faults: list[str]) -> Iterator[str]:

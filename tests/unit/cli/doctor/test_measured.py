@@ -35,7 +35,8 @@ BLOCKS = {
 
 def prepare(folder, block: dict, **arguments):
     """Return a prepared trainer of a real model."""
-    trainer = make_trainer(make_lora(make_small_llama(LAYERS)), folder, **{"max_steps": 12, **arguments})
+    model = make_lora(make_small_llama(LAYERS), task_type="CAUSAL_LM")  # as Axolotl says
+    trainer = make_trainer(model, folder, **{"max_steps": 12, **arguments})
     prepare_trainer(trainer, LayerselConfig(**block["layersel"]))
     return trainer
 
