@@ -62,12 +62,16 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stopping_in_order() -> Iterator[None]:
-    """Raise Stopped for SIGINT and SIGTERM within the block, so that the running cell ends first."""
+    """Raise Stopped for SIGINT and SIGTERM within the block, so that the running cell ends first.
+
+    A signal that is ignored, as SIGINT is in a command that a script starts in the background, stays so.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     finally:

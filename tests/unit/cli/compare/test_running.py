@@ -51,7 +51,9 @@ def test_the_output_of_a_run_goes_to_its_log(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_run_with_its_children(number, tmp_path):
+def test_a_signal_stops_the_run_with_its_children(number, tmp_path, request):
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored where the tests run
+    request.addfinalizer(lambda: signal.signal(number, before))
     log = tmp_path / "log.txt"
     timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
     timer.start()
@@ -63,7 +65,14 @@ def test_a_signal_stops_the_run_with_its_children(number, tmp_path):
     while time.monotonic() < deadline and is_alive(int(child)):
         time.sleep(0.05)
     assert not is_alive(int(child))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the block restores it"
+    assert signal.getsignal(number) is signal.default_int_handler, "the block restores it"
+
+
+def test_an_ignored_signal_stays_ignored(request):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with stopping_in_order():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def is_alive(process: int) -> bool:
