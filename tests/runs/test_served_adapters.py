@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
 from helpers import llama_cpp
+from helpers.documents import find_blocks
 from helpers.models import make_lora, make_small_llama
+from helpers.places import ROOT
 from helpers.served import (
     BLOCKS,
     EXACT,
     FOLLOWED,
     IGNORED,
     LAYER_COUNT,
+    SIZE,
     TARGETS,
+    VOCABULARY,
     Served,
     compute,
     compute_as,
@@ -25,6 +30,7 @@ from helpers.served import (
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
@@ -256,6 +262,84 @@ def test_merging_in_bf16_costs_what_bf16_costs(served, name):
     model = PeftModel.from_pretrained(load(served.base).bfloat16(), served.adapters[name])
     assert measure(compute(model).float(), served.expected[name]) < ROUNDING * rounding
     assert measure(compute(model.merge_and_unload()).float(), served.expected[name]) < ROUNDING * rounding
+
+
+# What bitsandbytes packs has blocks of 64 numbers. Embeddings are tied, and modules have ranks and rsLoRA of their own.
+WHOLE_BLOCKS = {**SIZE, "intermediate_size": 128, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+BITS = {"nf4": {**NF4, "bnb_4bit_compute_dtype": torch.float32}, "int8": {"load_in_8bit": True}}
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory) -> tuple[Path, Path]:
+    """The folders of a base model and of an adapter."""
+    base, adapter = tmp_path_factory.mktemp("qlora-base"), tmp_path_factory.mktemp("qlora")
+    make_small_llama(2, initializer_range=0.15, **WHOLE_BLOCKS).save_pretrained(base)
+    model = make_lora(load(base), TARGETS, use_rslora=True, rank_pattern={"q_proj": 9, "up_proj": 1})
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(adapter)
+    return base, adapter
+
+
+def load_in_bits(base: Path, bits: str) -> LlamaForCausalLM:
+    config = BitsAndBytesConfig(**BITS[bits])
+    return LlamaForCausalLM.from_pretrained(base, quantization_config=config, device_map={"": "cpu"})
+
+
+def measure_bits(base: Path, bits: str) -> float:
+    """Return how far the base in fewer bits is from the whole one."""
+    return measure(compute(load_in_bits(base, bits)), compute(load(base)))
+
+
+def test_the_code_of_the_manual_merges_what_the_adapter_computes_on_4_bits(qlora):
+    base, adapter = qlora
+    expected = compute(PeftModel.from_pretrained(load_in_bits(base, "nf4"), adapter))
+    (example,) = find_blocks(ROOT / "docs" / "serving.md", "python")
+    exec(example.text.replace("BASE_MODEL", str(base)).replace("OUTPUT_DIR", str(adapter)), {})
+    merged = load(adapter / "merged")
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    assert measure(compute(merged), expected) < 0.1 * measure_bits(base, "nf4")
+
+
+def test_merging_into_dequantised_8_bits_leaves_the_rounding_of_inputs(qlora):
+    # bitsandbytes rounds the inputs of each module to 8 bits too, which no weight can hold.
+    base, adapter = qlora
+    expected = compute(PeftModel.from_pretrained(load_in_bits(base, "int8"), adapter))
+    merged = PeftModel.from_pretrained(load_in_bits(base, "int8").dequantize(), adapter).merge_and_unload()
+    assert measure(compute(merged), expected) < measure_bits(base, "int8")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_merging_into_quantised_weights_rounds_once_more(qlora, bits):
+    base, adapter = qlora
+    rounding = measure_bits(base, bits)
+    model = PeftModel.from_pretrained(load_in_bits(base, bits), adapter)
+    expected = compute(PeftModel.from_pretrained(load_in_bits(base, bits), adapter))
+    assert rounding < measure(compute(model.merge_and_unload()), expected) < ROUNDING * rounding
+
+
+def test_4_bits_that_have_run_on_a_cpu_are_merged_wrongly(qlora):
+    # bitsandbytes 0.50 packs them in the first pass where the CPU has AVX512-BF16, and PEFT 0.20 does not unpack them.
+    base, adapter = qlora
+    model = PeftModel.from_pretrained(load_in_bits(base, "nf4"), adapter)
+    packs = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.support_avx512bf16_for_cpu
+    expected = compute(model)
+    is_wrong = measure(compute(model.merge_and_unload()), expected) > ROUNDING * measure_bits(base, "nf4")
+    assert is_wrong == packs
+
+
+def test_axolotl_rounds_embeddings_that_qlora_has_kept_whole(qlora, tmp_path):
+    # Once it does not, the manual need not tell of it.
+    base, adapter = qlora
+    expected = compute(PeftModel.from_pretrained(load_in_bits(base, "nf4"), adapter))
+    merge_lora_sharded_efficient(base, adapter, tmp_path, simulate_nf4=True)
+    merged, rounding = load(tmp_path), measure_bits(base, "nf4")
+    assert 0.1 * rounding < measure(compute(merged), expected) < ROUNDING * rounding
+    with torch.no_grad():
+        merged.get_input_embeddings().weight.copy_(load(base).get_input_embeddings().weight)
+    assert measure(compute(merged), expected) < 0.1 * rounding
 
 
 # --- Mixing and swapping ----------------------------------------------------------------------------------------------
