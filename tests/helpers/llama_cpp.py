@@ -38,10 +38,11 @@ def converters() -> Iterator[None]:
 
 def write_numbers(model) -> None:
     """Write a vocabulary of numbers, in place of the method of llama.cpp's ``LlamaModel`` that reads a tokenizer."""
+    count = model.hparams["vocab_size"]
     model.gguf_writer.add_tokenizer_model("llama")
-    model.gguf_writer.add_token_list([f"<{number}>" for number in range(VOCABULARY)])
-    model.gguf_writer.add_token_scores([0.0] * VOCABULARY)
-    model.gguf_writer.add_token_types([1] * VOCABULARY)
+    model.gguf_writer.add_token_list([f"<{number}>" for number in range(count)])
+    model.gguf_writer.add_token_scores([0.0] * count)
+    model.gguf_writer.add_token_types([1] * count)
 
 
 def convert(script: str, *arguments: object) -> None:
@@ -65,7 +66,7 @@ def convert_adapter(folder: Path, base: Path, path: Path) -> Path:
     return path
 
 
-def read(model: Path, adapter: Path | None = None) -> torch.Tensor:
+def read(model: Path, adapter: Path | None = None, vocabulary: int = VOCABULARY) -> torch.Tensor:
     """Return llama.cpp's log-probabilities of the token after each of ``PROMPTS``, (prompts, vocabulary)."""
     if str(PLACE) not in sys.path:
         sys.path.append(str(PLACE))
@@ -80,11 +81,11 @@ def read(model: Path, adapter: Path | None = None) -> torch.Tensor:
     if adapter:
         settings.lora_adapters = [llama.CommonAdapterLoraInfo(str(adapter), 1.0)]
     server = llama.Server(settings)
-    asked = {"n_predict": 1, "n_probs": VOCABULARY, "temperature": 0.0, "cache_prompt": False}
+    asked = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0.0, "cache_prompt": False}
     rows = []
     for prompt in PROMPTS:
         answer = server.handle_completions({"prompt": prompt, **asked})
         top = sorted(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"], key=lambda token: token["id"])
-        assert [token["id"] for token in top] == list(range(VOCABULARY))
+        assert [token["id"] for token in top] == list(range(vocabulary))
         rows.append(torch.tensor([token["logprob"] for token in top]))
     return torch.stack(rows)

@@ -50,14 +50,22 @@ class Served:
     plain: torch.Tensor
 
 
-def make_served(folder: Path, blocks: dict[str, dict] = BLOCKS, steps: int = 12) -> Served:
-    """Train the adapters in ``folder`` and return them."""
+def make_served(
+    folder: Path,
+    blocks: dict[str, dict] = BLOCKS,
+    steps: int = 12,
+    base_model: LlamaForCausalLM | None = None,
+    rate: float = 2e-2,
+) -> Served:
+    """Train the adapters in ``folder`` and return them. ``base_model``: default, a small random Llama."""
     base = folder / "base"
-    make_small_llama(LAYER_COUNT, vocab_size=VOCABULARY, initializer_range=0.15, **SIZE).save_pretrained(base)
+    if base_model is None:
+        base_model = make_small_llama(LAYER_COUNT, vocab_size=VOCABULARY, initializer_range=0.15, **SIZE)
+    base_model.save_pretrained(base)
     adapters = {}
     for name, block in blocks.items():
         model = make_lora(load(base), TARGETS, lora_alpha=12, task_type="CAUSAL_LM")
-        trainer = make_trainer(model, folder / name, max_steps=steps, learning_rate=2e-2, save_strategy="no")
+        trainer = make_trainer(model, folder / name, max_steps=steps, learning_rate=rate, save_strategy="no")
         prepare_trainer(trainer, LayerselConfig.model_validate(block))
         trainer.train()
         trainer.save_model()

@@ -1,23 +1,19 @@
 """Run vLLM on a CPU with the adapters in all layouts; ``make test-serving`` installs it apart from the environment."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.places import ROOT, TESTS
-from helpers.served import BLOCKS, EXACT, IGNORED, PROMPTS, VOCABULARY, Served, make_served
+from helpers import vllm
+from helpers.served import BLOCKS, EXACT, IGNORED, Served, make_served
 
 from axolotl_layersel.lora.export import export_adapter
 from axolotl_layersel.lora.layouts import LAYOUTS
-from axolotl_layersel.lora.readers import READERS, find_vllm_rank, read_adapter_file
+from axolotl_layersel.lora.readers import READERS, read_adapter_file
 
-PYTHON = ROOT / "build" / "vllm" / "bin" / "python"
 AS_WRITTEN = "as written"
 DORA = "dora"
-SECONDS = 600
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +40,7 @@ def places(served) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def answer(served, places) -> dict:
     """What vLLM computes, by adapter."""
-    assert PYTHON.exists(), f"{PYTHON} is missing. Run `make test-serving`."
-    job, written = served.base.parent / "job.json", served.base.parent / "answer.json"
-    rank = max(read_adapter_file(folder).highest for folder in places.values())
-    content = {
-        "base": str(served.base),
-        "prompts": PROMPTS,
-        "adapters": {name: str(folder) for name, folder in places.items()},
-        "max_rank": find_vllm_rank(rank),
-        "vocabulary": VOCABULARY,
-    }
-    job.write_text(json.dumps(content))
-    words = [PYTHON, TESTS / "serving" / "read_vllm.py", job, written]
-    environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(written.read_text())
+    return vllm.read(served, places)
 
 
 def measure(rows: list[list[float]], expected: torch.Tensor) -> float:

@@ -47,6 +47,8 @@ def imagine_file(case: Case, model: Model) -> AdapterFile:
         shapes[f"{PREFIX}{first}.lora_A.weight"] = (down[0] + 1, *down[1:])
         shapes[f"{PREFIX}{first}.lora_B.weight"] = (*up[:-1], up[-1] + 1)
         config["rank_pattern"][first] = down[0] + 1
+        # Modules keep their scaling, alpha / r, whatever rank they get.
+        config["alpha_pattern"] = {**config["alpha_pattern"], first: config["lora_alpha"] * (down[0] + 1) / down[0]}
     config["target_modules"] = sorted({name.rpartition(".")[2] for name in kept})
     return AdapterFile(config, shapes, len(model.stack.layers))
 

@@ -216,7 +216,7 @@ def test_a_planted_difference_is_found(start, seeds, gain):
     ],
 )
 def test_standings(changes, choosing, standing):
-    losses = draw_losses(random.Random(5), [*ARMS, RANDOM], 3)
+    losses = draw_losses(random.Random(6), [*ARMS, RANDOM], 3)
     for arm, change in changes.items():
         losses[arm] = {} if change is None else {seed: loss + change for seed, loss in losses[arm].items()}
     assert judge(losses, choosing)["a"].standing == standing
