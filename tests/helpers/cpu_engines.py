@@ -9,6 +9,8 @@ Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, a
 * gloo refuses to write into the autograd views that ZeRO-1/2 hand it; detached tensors share memory.
 * DeepSpeed gathers several ZeRO-3 parameters at once and waits for the last only, which is right on NCCL,
   where operations end in order. On gloo it would read weights that have not arrived, so each one is waited for.
+* DeepSpeed compiles an operation for a sum in shared memory, two minutes on a machine without it. Only inference calls
+  it, and a run that is killed while it compiles leaves a lock on which all later ones wait forever.
 * transformers and accelerate refuse bf16 without a GPU, although the CPU computes in it.
 * Axolotl's ``device_map`` names a GPU in every run with several processes, and again for QLoRA on FSDP2.
 * bitsandbytes 0.50 packs 4-bit weights again at their first use in evaluation mode if the CPU has
@@ -60,7 +62,10 @@ def _patch() -> None:
 
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
+    import deepspeed.comm.torch
     from deepspeed.comm.torch import TorchBackend
+
+    deepspeed.comm.torch.build_shm_op = lambda: None
 
     all_gather = TorchBackend.all_gather_into_tensor
 
