@@ -120,7 +120,7 @@ def test_both_names_of_the_command_know_the_same(command, tmp_path):
     assert call(*command, "--version") == f"axolotl-layersel {__version__}\n"
     text = call(*command, "--help")
     assert "Choose the layers that get a LoRA adapter" in text
-    names = ["plan", "compare", "check", "show", "export", "examples", "schema"]
+    names = ["plan", "compare", "check", "doctor", "show", "export", "examples", "schema"]
     assert [line.split()[1] for line in text.splitlines() if line.startswith("│ ") and line[2].isalpha()] == names
     assert ("--install-completion" in text) == (command == ["axolotl-layersel"])
     nowhere = tmp_path / "plan.json"
@@ -140,7 +140,7 @@ def completion(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("axolotl-layersel ", {"plan", "compare", "check", "show", "export", "examples", "schema"}),
+        ("axolotl-layersel ", {"plan", "compare", "check", "doctor", "show", "export", "examples", "schema"}),
         ("axolotl-layersel s", {"show", "schema"}),
         ("axolotl-layersel plan run.yml --l", {"--launcher"}),
         ("axolotl-layersel plan run.yml --launcher t", {"torchrun"}),

@@ -129,6 +129,7 @@ def list_equal_figures(figures: Figures) -> dict:
     return content
 
 
+@pytest.mark.nightly
 def test_both_arms_are_trained_at_both_rates_and_the_best_one_with_both_seeds(compared):
     comparison = compared.read()
     for arm in ("lora", "top"):
@@ -140,6 +141,7 @@ def test_both_arms_are_trained_at_both_rates_and_the_best_one_with_both_seeds(co
     assert comparison.real_steps == 6, "max_steps of the file"
 
 
+@pytest.mark.nightly
 def test_a_refused_arm_is_a_row_with_its_sentence(compared):
     failures = compared.read().failures
     assert [failure.arm for failure in failures] == ["none", "none"]
@@ -149,6 +151,7 @@ def test_a_refused_arm_is_a_row_with_its_sentence(compared):
         assert "Traceback" not in failure.sentence
 
 
+@pytest.mark.nightly
 def test_all_cells_have_the_same_rows_in_the_same_parts(compared):
     figures = compared.read().figures
     assert len({cell.rows_digest for cell in figures}) == 1
@@ -158,6 +161,7 @@ def test_all_cells_have_the_same_rows_in_the_same_parts(compared):
     assert len({cell.trainable_parameters for cell in figures}) == 1, "rank_allocation: match"
 
 
+@pytest.mark.nightly
 def test_the_figures_of_a_cell_are_whole(compared):
     for cell in compared.read().figures:
         assert [point.step for point in cell.curve] == [0, 1, 2, 3, 4]
@@ -170,6 +174,7 @@ def test_the_figures_of_a_cell_are_whole(compared):
         assert set(cell.ranks.values()) == ({16} if cell.arm == "top" else {4})
 
 
+@pytest.mark.nightly
 def test_what_had_ended_before_the_kill_is_kept_and_the_rest_follows(compared):
     assert compared.before
     assert {path: path.read_bytes() for path in compared.before} == compared.before
@@ -177,6 +182,7 @@ def test_what_had_ended_before_the_kill_is_kept_and_the_rest_follows(compared):
     assert not find_open(compared.folder)
 
 
+@pytest.mark.nightly
 def test_a_start_after_the_end_runs_nothing_and_gives_the_same_report(compared):
     files = [compared.folder / name for name in (COMPARISON, "report.html", "best.yml")]
     before = [path.read_bytes() for path in files]
@@ -187,6 +193,7 @@ def test_a_start_after_the_end_runs_nothing_and_gives_the_same_report(compared):
     assert compared.text.endswith(text), "the second start also has a line for each cell"
 
 
+@pytest.mark.nightly
 def test_a_cell_started_by_hand_has_the_same_figures(compared, zygote, tmp_path):
     # Of the cell that was killed, and started again from its beginning.
     path = compared.killed / FIGURES
@@ -196,6 +203,7 @@ def test_a_cell_started_by_hand_has_the_same_figures(compared, zygote, tmp_path)
     assert list_equal_figures(read_record(Figures, path)) == list_equal_figures(before)
 
 
+@pytest.mark.nightly
 def test_the_best_file_is_ready_to_train(compared, zygote, tmp_path):
     best, comparison = read_yaml(compared.folder / "best.yml"), compared.read()
     user = read_yaml(compared.path)
@@ -210,6 +218,7 @@ def test_the_best_file_is_ready_to_train(compared, zygote, tmp_path):
     assert zygote.run("axolotl.cli.train:do_cli", {"config": str(other)}, 1, tmp_path / "log", {}) == [0]
 
 
+@pytest.mark.nightly
 def test_another_file_in_the_same_folder_is_refused(compared, tmp_path):
     changed = {**yaml.safe_load(compared.path.read_text()), "sequence_len": 64}
     path = compared.path.with_name("changed.yml")
@@ -220,6 +229,7 @@ def test_another_file_in_the_same_folder_is_refused(compared, tmp_path):
     assert "was made with other settings (sequence_len: 128, now 64)" in err
 
 
+@pytest.mark.nightly
 def test_json_has_the_answer_and_all_figures(compared):
     general = ("--general", str(compared.path.with_name("general.txt")))
     content = json.loads(finish(start(compared.path, *general, "--json")))

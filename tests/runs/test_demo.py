@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from axolotl_layersel.reports.closing import describe_run
 
+pytestmark = pytest.mark.nightly  # three runs as a user starts them take three minutes
 STEPS = 4
 PREPARE = ("-m", "demo.prepare", "--max-steps", "5")
 # What only the checkout and its development tools have.

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from helpers.ending import CLOSING, PREFIX
-from helpers.places import ENVIRONMENT, HANGS, ROOT
+from helpers.places import ENVIRONMENT, HANGS, ROOT, at_night
 from helpers.settings import selection
 
 from axolotl_layersel.config.textual import LOG_FILE, PLUGIN
@@ -43,7 +43,7 @@ def test_a_block_without_its_plugin_is_refused_before_axolotl_begins(make_config
 @pytest.mark.parametrize(
     ("engine", "command"),
     [
-        ("single", ("axolotl", "train", "CONFIG")),
+        *at_night(("single", ("axolotl", "train", "CONFIG"))),
         ("ddp", ("axolotl", "train", "CONFIG", "--launcher", "torchrun", "--", "--nproc_per_node=2")),
     ],
 )
@@ -60,6 +60,7 @@ def test_what_a_run_is_refused_is_the_last_line_and_said_once(make_config, engin
     assert "Traceback" in (output / LOG_FILE).read_text(), "where it came from is in the log of the run"
 
 
+@pytest.mark.nightly
 def test_plan_on_one_process_starts_none_and_ends_in_the_sentence(make_config):
     path, _, _ = make_config(**selection(plan="nowhere/plan.json"))
     code, lines = end("axolotl-layersel", "plan", str(path))
