@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
-from zlib import crc32
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported
@@ -93,9 +92,9 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
 def mark_engines(launched: Iterable[pytest.Item]) -> None:
     """Give the mark ``nightly`` to the tests that show on a further engine what they show on one that shards.
 
-    That one is DeepSpeed's for every other test and FSDP2's for the rest, by the test's name; or the test's first
-    engine if it shards on none. A test with other values of another parameter is another test. A module that exists to
-    compare all engines says so by ``ON_EVERY_ENGINE = True``.
+    That one is FSDP2, or ZeRO-3 in a module that says ``SHARDED_BY = "zero3"``, so that the tests of a module share
+    their runs. A test that knows neither keeps its first engine. A test with other values of another parameter is
+    another test. A module that exists to compare all engines says so by ``ON_EVERY_ENGINE = True``.
     """
     by_test: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in launched:
@@ -103,10 +102,10 @@ def mark_engines(launched: Iterable[pytest.Item]) -> None:
         if by_engine and not getattr(item.module, "ON_EVERY_ENGINE", False) and not item.get_closest_marker("nightly"):
             others = item.callspec.id.replace(item.callspec.params["engine"], "ENGINE")
             by_test[f"{item.module.__name__} {item.originalname} {others}"].append(item)
-    for name, items in by_test.items():
+    for items in by_test.values():
         engines = {item.callspec.params["engine"]: item for item in items}
-        in_turn = SHARDING_ENGINES[:: 1 if crc32(name.encode()) % 2 else -1]
-        kept = next((engines[engine] for engine in in_turn if engine in engines), items[0])
+        wanted = [getattr(items[0].module, "SHARDED_BY", None), *SHARDING_ENGINES]
+        kept = next((engines[engine] for engine in wanted if engine in engines), items[0])
         for item in items:
             if item is not kept:
                 item.add_marker("nightly")

@@ -23,16 +23,17 @@ HANGS = 900
 ENGINES = ["single", "ddp", "zero2", "zero3", "fsdp2-full", "fsdp2-sharded"]
 
 
-# A test that is launched on each engine is launched on one of these by `make test`, and on the others every night. They
-# are the engines of DeepSpeed and of FSDP2 that shard most; the last is the name in tests of a plain Trainer.
-SHARDING_ENGINES = ["zero3", "fsdp2-sharded", "fsdp2"]
+# A test that is launched on each engine is launched on the first of these that it knows by `make test`, and on the
+# others every night. The second is FSDP2's name in tests of a plain Trainer.
+SHARDING_ENGINES = ["fsdp2-sharded", "fsdp2", "zero3"]
 
 
-# For a test that launches several engines.
-EACH_SET_OF_ENGINES = [
-    pytest.param(["single", "zero3"], id="one process and ZeRO-3"),
-    pytest.param(ENGINES, id="all engines", marks=pytest.mark.nightly),
-]
+def sets_of_engines(sharding: str) -> list:
+    """Return the parameters of a test that launches several engines: one process and one that shards; at night all."""
+    return [
+        pytest.param(["single", sharding], id=f"single and {sharding}"),
+        pytest.param(ENGINES, id="all engines", marks=pytest.mark.nightly),
+    ]
 
 
 def at_night(*values: object) -> list:

@@ -5,6 +5,8 @@ from helpers.ending import CLOSING
 from helpers.launched import Run
 from helpers.settings import selection
 
+SHARDED_BY = "zero3"  # in `make test`
+
 SEARCH = {"steps": 6, "inner_steps": 2, "val_samples": 13, "gate_lr": 0.05}
 CODES = {"INT": 130, "TERM": 143}
 

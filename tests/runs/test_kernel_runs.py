@@ -39,6 +39,7 @@ MOVING = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2-sharded"])
 def test_rank_moves_beside_kernels_as_without_them(train, engine):
     run = train(engine, **ON, **MOVING)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.launched import KILLED, MadeOnce, Run, difference, load_with_stock_peft, read_state
-from helpers.places import EACH_SET_OF_ENGINES, ENGINES
+from helpers.places import ENGINES, sets_of_engines
 from helpers.settings import ACCUMULATED, BEST_IS_FIRST, checkpoint_layers, pressure
 from safetensors.torch import load_file
 
@@ -140,7 +140,7 @@ def test_the_best_model_comes_back_with_its_gates_and_ranks(whole_runs, engine):
     assert run.pattern() == run.pattern(place="checkpoint-2") == history[2]
 
 
-@pytest.mark.parametrize("engines", EACH_SET_OF_ENGINES)
+@pytest.mark.parametrize("engines", sets_of_engines("fsdp2-sharded"))
 def test_stock_peft_computes_what_the_model_in_training_computes(whole_runs, engines, base_model, tmp_path):
     folders = {
         (engine, place): whole_runs[engine].folder / place

@@ -4,8 +4,10 @@ import json
 
 import pytest
 from helpers.launched import MadeOnce, Run, difference, load_merged, load_with_stock_peft
-from helpers.places import EACH_SET_OF_ENGINES, ENGINES
+from helpers.places import ENGINES, sets_of_engines
 from helpers.settings import PACKED_QLORA, l1ra, selection
+
+SHARDED_BY = "zero3"  # in `make test`
 
 SETTINGS = {**selection("gradient"), "max_steps": 4, "save_steps": 2}
 
@@ -45,7 +47,7 @@ def test_every_engine_trains_them_as_one_process_does(whole_runs, engine):
     assert difference(whole_runs[engine].adapter(), whole_runs["single"].adapter()) < 1e-3
 
 
-@pytest.mark.parametrize("engines", EACH_SET_OF_ENGINES)
+@pytest.mark.parametrize("engines", sets_of_engines(SHARDED_BY))
 def test_stock_peft_computes_the_same_from_every_engines_adapter(whole_runs, engines, base_model, tmp_path):
     folders = {engine: whole_runs[engine].folder for engine in engines}
     logits = load_with_stock_peft(base_model, list(folders.values()), tmp_path)

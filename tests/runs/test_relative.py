@@ -3,6 +3,8 @@
 import pytest
 from helpers.settings import selection
 
+SHARDED_BY = "zero3"  # in `make test`
+
 
 @pytest.mark.parametrize("engine", ["single", "zero3"])
 def test_a_run_chooses_by_it(train, engine):

@@ -7,12 +7,14 @@ import shutil
 import pytest
 import torch
 from helpers.launched import KILLED, MadeOnce, difference, load_with_stock_peft, scores
-from helpers.places import EACH_SET_OF_ENGINES, SCORING
+from helpers.places import SCORING, sets_of_engines
 from helpers.settings import PACKED_QLORA, checkpoint_layers, engine_settings, l1ra, selection
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from axolotl_layersel.training.lock import FILE
+
+SHARDED_BY = "zero3"  # in `make test`
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_qlora_with_packing_accumulation_and_a_regex_trains_and_loads(train, bas
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("engines", EACH_SET_OF_ENGINES)
+@pytest.mark.parametrize("engines", sets_of_engines(SHARDED_BY))
 def test_truncated_checkpointed_runs_train_alike_on_every_engine(train, engines):
     # Only the highest layers: the backward pass ends at layer 4. Reentrant, because ZeRO-3 fails with the other kind in
     # this stack, without any plugin.

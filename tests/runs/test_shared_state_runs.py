@@ -8,6 +8,8 @@ from helpers.families import make_family
 from helpers.processes import check_same_choices, launch_processes
 from helpers.shared_states import CHOICES
 
+SHARDED_BY = "zero3"  # in `make test`
+
 
 @pytest.fixture(scope="module")
 def launch(zygote, tmp_path_factory):

@@ -13,8 +13,10 @@ from helpers.launched import (
     load_with_stock_peft,
     read_state,
 )
-from helpers.places import EACH_SET_OF_ENGINES, ENGINES
+from helpers.places import ENGINES, sets_of_engines
 from helpers.settings import BEST_IS_FIRST, checkpoint_layers, l1ra, selection
+
+SHARDED_BY = "zero3"  # in `make test`
 
 # Rank moves after steps 2, 4, 6 and 8 between modules with ranks by gradient. Worker processes load data, and
 # checkpointing recomputes layers in the backward pass.
@@ -143,7 +145,7 @@ def test_a_run_that_is_terminated_and_started_again_ends_as_if_it_had_not_been(t
     ]
 
 
-@pytest.mark.parametrize("engines", EACH_SET_OF_ENGINES)
+@pytest.mark.parametrize("engines", sets_of_engines(SHARDED_BY))
 def test_an_interrupted_run_leaves_an_adapter_that_loads(train, whole_runs, engines, base_model, tmp_path):
     env = {"LAYERSEL_TEST_SIGNAL": "INT:3"}
     runs = {engine: train(engine, expect=INTERRUPTED, env=env, **SETTINGS) for engine in engines}
