@@ -19,6 +19,7 @@ Each patch, and why (seen with axolotl 0.19.0, torch 2.13.0, deepspeed 0.18.9, a
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import accelerate.accelerator
@@ -62,10 +63,10 @@ def _patch() -> None:
 
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
-    import deepspeed.comm.torch
     from deepspeed.comm.torch import TorchBackend
 
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # The attribute `torch` of deepspeed.comm is PyTorch itself.
+    sys.modules[TorchBackend.__module__].build_shm_op = lambda: None
 
     all_gather = TorchBackend.all_gather_into_tensor
 
