@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ model.save_pretrained(folder)
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # 30 layers round more often than the 4 of the other tests, and the least likely of 49,152 tokens show it most.
 EXACT = 1e-3
+# How far a base of 16 or 8 bits may be from one of 32 with an adapter, as a multiple of its own distance without.
+ROUNDING = 3
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +67,36 @@ def test_vllm_computes_what_peft_computes(served, by_vllm, name):
 
 
 @pytest.fixture(scope="module")
-def gguf(served):
+def gguf(served) -> dict[str, Path]:
+    """The GGUF files of the base by their precision."""
     with llama_cpp.converters():
-        return llama_cpp.convert_base(served.base, served.base / "base.gguf")
+        return {
+            kind: llama_cpp.convert_base(served.base, served.base / f"base-{kind}.gguf", kind)
+            for kind in ("f32", "f16", "q8_0")
+        }
+
+
+@pytest.fixture(scope="module")
+def adapters(served, exported) -> dict[str, Path]:
+    """The GGUF files of the adapters."""
+    with llama_cpp.converters():
+        return {
+            name: llama_cpp.convert_adapter(folder, served.base, folder / "adapter.gguf")
+            for name, folder in exported["llama.cpp"].items()
+        }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_llama_cpp_computes_what_peft_computes(served, exported, gguf, name):
-    folder, vocabulary = exported["llama.cpp"][name], served.plain.shape[1]
-    with llama_cpp.converters():
-        adapter = llama_cpp.convert_adapter(folder, served.base, folder / "adapter.gguf")
-    read = llama_cpp.read(gguf, adapter, vocabulary)
+def test_llama_cpp_computes_what_peft_computes(served, adapters, gguf, name):
+    read = llama_cpp.read(gguf["f32"], adapters[name], served.plain.shape[1])
     assert measure(read, served.expected[name]) < EXACT < IGNORED < measure(read, served.plain)
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_a_base_of_fewer_bits_takes_the_adapters_as_well(served, adapters, gguf, kind):
+    vocabulary = served.plain.shape[1]
+    rounding = measure(llama_cpp.read(gguf[kind], None, vocabulary), served.plain)
+    for name in BLOCKS:
+        read = llama_cpp.read(gguf[kind], adapters[name], vocabulary)
+        assert measure(read, served.expected[name]) < ROUNDING * rounding
+        assert measure(read, served.plain) > IGNORED
