@@ -70,6 +70,7 @@ def test_axolotl_trains_a_reward_model_on_several_processes(train, tmp_path):
     assert any("score" in name for name in run.adapter())
 
 
+@pytest.mark.nightly
 def test_the_example_of_the_manual_runs_under_torchrun(bert, tmp_path):
     (example,) = find_blocks(ROOT / "docs" / "trainer.md", "python")
     (tmp_path / "train.tsv").symlink_to(bert / "train.tsv")

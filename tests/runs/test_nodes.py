@@ -368,14 +368,14 @@ def launch(nodes: list[Node], paths: list[Path], *words: str) -> str:
     return text
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("engine", "command"),
     [
-        pytest.param(
+        (
             "ddp",
             "accelerate launch --multi_gpu --num_machines 2 --num_processes 2 --machine_rank {rank}"
             " --main_process_ip {host} --main_process_port 29517 -m axolotl.cli.train {config}",
-            marks=pytest.mark.nightly,
         ),
         (
             "zero2",
