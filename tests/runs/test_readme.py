@@ -29,10 +29,10 @@ def folder(tmp_path_factory, base_model, data) -> Path:
     return folder
 
 
-def test_the_commands_of_the_readme_train_show_merge_and_export(folder):
+def test_the_commands_of_the_readme_examine_train_show_merge_and_export(folder):
     lines = [line for block in find_blocks(README, "bash") for line in block.text.splitlines()]
     commands = [words for line in lines if (words := shlex.split(line, comments=True))[0] in RUN]
-    assert [words[1] for words in commands] == ["train", "show", "merge-lora", "export"]
+    assert [words[1] for words in commands] == ["doctor", "train", "show", "merge-lora", "export"]
     printed = []
     for words in commands:
         done = subprocess.run(
@@ -42,7 +42,7 @@ def test_the_commands_of_the_readme_train_show_merge_and_export(folder):
         printed.append(done.stdout)
     run = folder / "outputs" / "run"
     chosen = read_plan(plan_path(run)).selected
-    assert len(chosen) == 4 and "cka keeps 4 of 8 layers" in printed[1]
+    assert len(chosen) == 4 and "cka keeps 4 of 8 layers" in printed[2]
     for adapter in (run, folder / "adapter"):
         layers = {
             int(name.split(".layers.")[1].split(".")[0]) for name in load_file(adapter / "adapter_model.safetensors")
