@@ -1,13 +1,16 @@
-"""SHA-256 digests, in hexadecimal, of files, JSON and tensors."""
+"""SHA-256 digests, in hexadecimal, of files, JSON and tensors. Importing it loads no torch."""
+
+from __future__ import annotations
 
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PIECE = 2**24  # bytes of a file that are read at once
 
@@ -50,4 +53,6 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor in row-major order, copied only if they are not so on the CPU already."""
+    import torch
+
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -204,6 +204,21 @@ def read_json(key: str, path: str | Path, way_out: str) -> Any:
         raise refuse(key, path, f"is not valid JSON, truncated or damaged ({error})", way_out) from error
 
 
+def read_versioned(key: str, path: str | Path, version: int, way_out: str, other_version: str) -> Any:
+    """Return the content of a JSON file whose ``schema_version`` is ``version``; see ``read_json``.
+
+    ``other_version``: what to do about a file of another version.
+    """
+    content = read_json(key, path, way_out)
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found != version:
+        raise LayerselError(
+            f"{key}: {path} has schema_version {found!r}, and this version of axolotl-layersel reads {version}. "
+            f"{other_version}"
+        )
+    return content
+
+
 def parse_json(text: str) -> Any:
     """Return the content of JSON.
 

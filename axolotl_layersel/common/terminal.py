@@ -8,6 +8,7 @@ from typing import IO, Any, TextIO, cast
 from rich.console import Console
 
 LOG_WIDTH = 80
+SENTENCE = "axolotl-layersel: "  # the begin of a line that tells an error
 
 
 def is_first_process() -> bool:
@@ -71,4 +72,4 @@ def say(text: str) -> None:
 def report_errors(lines: list[str]) -> None:
     """Print lines to standard error, which escapes by default what its encoding lacks."""
     for line in lines:
-        print(f"axolotl-layersel: {clean(line)}", file=sys.stderr, flush=True)
+        print(f"{SENTENCE}{clean(line)}", file=sys.stderr, flush=True)

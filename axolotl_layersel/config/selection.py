@@ -219,7 +219,7 @@ class SelectionConfig(Block):
     def find_contradictions(self) -> Iterator[str]:
         """Yield the contradictions between keys of the block."""
         if self.method == "explicit" and self.layers is None:
-            yield (f"{self.path}.layers is missing: method: explicit chooses the layers that it lists. Add it.")
+            yield f"{self.path}.layers is missing: method: explicit chooses the layers that it lists. Add it."
         if self.method != "explicit" and self.layers is not None:
             yield (
                 f"{self.path}.layers: {self.layers} has no effect with method: {self.method}. "

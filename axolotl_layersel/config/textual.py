@@ -13,7 +13,7 @@ import yaml
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import check_output
 from axolotl_layersel.config.root import LayerselConfig, check_blank_blocks, missing_block
-from axolotl_layersel.config.strict_block import as_mapping, list_plugins, quote
+from axolotl_layersel.config.strict_block import as_mapping, as_whole, list_plugins, quote
 
 PLUGIN = "axolotl_layersel.LayerSelectionPlugin"
 NAMES = (PLUGIN, "axolotl_layersel.plugin.LayerSelectionPlugin")
@@ -23,6 +23,7 @@ MEASURING = "axolotl_layersel.cli.compare.measuring.MeasuringPlugin"
 NEAR = 0.6
 # The default of ``output_dir`` in Axolotl 0.19.0, and the log that Axolotl opens in the folder first.
 DEFAULT_OUTPUT = "./model-out"
+DEFAULT_SEED = 42  # the Trainer's, without `seed`
 LOG_FILE = "debug.log"
 
 
@@ -35,9 +36,7 @@ def check_file(path: Path, with_folder: bool = True) -> None:
 
 def check_plugin(path: Path) -> None:
     """Raise LayerselError unless a YAML file lists the plugin and has its block, whose content is not checked."""
-    data = read_yaml(path)
-    if data is None:
-        raise LayerselError(f"CONFIG: {path} is not a YAML file with a mapping. Give the path of an Axolotl YAML file.")
+    data = read_mapping(path)
     check_listed(data)
     if data.get("layersel") is None:
         listed = any(name in NAMES for name in list_plugins(data))
@@ -51,6 +50,20 @@ def read_yaml(path: Path) -> Mapping[str, Any] | None:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return data if isinstance(data, Mapping) else None
+
+
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """Return the content of a YAML file, and raise LayerselError if it is not a mapping."""
+    data = read_yaml(path)
+    if data is None:
+        raise LayerselError(f"CONFIG: {path} is not a YAML file with a mapping. Give the path of an Axolotl YAML file.")
+    return data
+
+
+def find_seed(data: Mapping[str, Any]) -> int:
+    """Return the seed of the run of a YAML file."""
+    seed = as_whole(data.get("seed"))
+    return DEFAULT_SEED if seed is None else seed
 
 
 def check_text(data: Mapping[str, Any], with_folder: bool = True) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.files import read_json, refuse, write_atomically
+from axolotl_layersel.common.files import read_json, read_versioned, refuse, write_atomically
 from axolotl_layersel.config.layer_names import find_layer
 from axolotl_layersel.selection.plan import SCHEMA_VERSION, Plan
 from axolotl_layersel.selection.plan_checks import enumerate_faults, list_contradictions, list_problems
@@ -19,13 +19,8 @@ def read_plan(path: str | Path, key: str = "layersel.selection.plan") -> Plan:
         LayerselError: naming ``key`` if the file is missing, not JSON, of another schema, or contradicts itself.
     """
     way_out = "Give the path of a plan.json, or make a new plan."
-    content = read_json(key, path, way_out)
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise LayerselError(
-            f"{key}: {path} has schema_version {version!r}, and this version of axolotl-layersel reads "
-            f"{SCHEMA_VERSION}. Make a new plan with `axolotl-layersel plan`."
-        )
+    new_plan = "Make a new plan with `axolotl-layersel plan`."
+    content = read_versioned(key, path, SCHEMA_VERSION, way_out, new_plan)
     try:
         # Strict validation of JSON takes keys as text, and neither "yes" as a Boolean nor 1.0 as a layer.
         plan = Plan.model_validate_json(json.dumps(content), strict=True)

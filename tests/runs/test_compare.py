@@ -195,7 +195,7 @@ def test_a_start_after_the_end_runs_nothing_and_gives_the_same_report(compared):
 
 @pytest.mark.nightly
 def test_a_cell_started_by_hand_has_the_same_figures(compared, zygote, tmp_path):
-    # Of the cell that was killed, and started again from its beginning.
+    # The cell that was killed has been started again from its beginning.
     path = compared.killed / FIGURES
     before = read_record(Figures, path)
     args = {"config": str(compared.killed / CONFIG)}

@@ -66,13 +66,8 @@ class Answer:
         return [*self.tables, *([""] if remarks else []), *remarks, "", *wrap(self.paragraph)]
 
 
-def choose(comparison: Comparison) -> Choice | None:
-    """Return the arm to use with its learning rate; None if plain LoRA has not been measured."""
-    return find_choice(summarise(comparison))
-
-
 def find_choice(summary: Summary) -> Choice | None:
-    """Return the arm to use; see ``choose``."""
+    """Return the arm to use with its learning rate; None if plain LoRA has not been measured."""
     best = summary.arms[summary.best]
     return Choice(best.arm, best.rate) if best.cells and best.rate is not None else None
 

@@ -4,7 +4,6 @@ A cell is an ordinary run of ``axolotl train``. Its YAML file is a function of t
 seed and the number of steps, and can be started by hand.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +13,17 @@ from typing import Any
 import yaml
 
 from axolotl_layersel.cli.compare.figures import FAILURE, FIGURES, ArmSettings, Failure, Figures, Settings, read_record
+from axolotl_layersel.common.digests import hash_json
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import write_atomically
 from axolotl_layersel.config.strict_block import as_mapping, as_number, as_whole, list_plugins, quote
-from axolotl_layersel.config.textual import DEFAULT_OUTPUT, MEASURING, NAMES, PLUGIN, read_yaml
+from axolotl_layersel.config.textual import DEFAULT_OUTPUT, MEASURING, NAMES, PLUGIN, find_seed, read_yaml
 
 CONFIG = "config.yml"
 MODEL = "model"  # the folder of a cell's run
 FOLDER = "compare"  # in the user's `output_dir`
 PREPARED = "prepared"  # the folder of the tokenised rows, if the user's file names none
 MEASURE = "layersel_measure"  # the key of the measuring plugin
-SEED = 42  # what the Trainer takes without `seed`
 HELD_OUT = 0.1  # the share of the training rows that are held out, if the user's file holds out none
 # Keys by their beginning: trackers, and uploads to a hub.
 SENT: tuple[str, ...] = (
@@ -91,12 +90,6 @@ def find_comparison_folder(data: Mapping[str, Any]) -> Path:
     return Path(output) / FOLDER
 
 
-def find_seed(data: Mapping[str, Any]) -> int:
-    """Return the seed of a YAML file, which also orders and splits the rows of every cell."""
-    seed = as_whole(data.get("seed"))
-    return SEED if seed is None else seed
-
-
 def describe_held_out(data: Mapping[str, Any]) -> str:
     """Return where the held-out rows of a comparison come from."""
     if data.get("test_datasets"):
@@ -161,7 +154,7 @@ def make_config(data: Mapping[str, Any], cell: Cell, settings: Settings) -> dict
 
 def find_digest(config: Mapping[str, Any]) -> str:
     """Return the digest of the content of a YAML file, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return hash_json(config, default=str)
 
 
 def write_config(config: Mapping[str, Any], cell: Cell, path: Path) -> None:

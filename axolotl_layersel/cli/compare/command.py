@@ -18,7 +18,6 @@ from axolotl_layersel.cli.compare.arms import find_rank, make_arms
 from axolotl_layersel.cli.compare.cells import (
     describe_held_out,
     find_comparison_folder,
-    find_seed,
     make_best,
 )
 from axolotl_layersel.cli.compare.figures import COMPARISON, ArmSettings, Comparison, Settings, read_record
@@ -27,7 +26,7 @@ from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.files import write_atomically
 from axolotl_layersel.common.terminal import say
 from axolotl_layersel.config.strict_block import as_number, as_whole, quote, read_choice
-from axolotl_layersel.config.textual import read_yaml
+from axolotl_layersel.config.textual import find_seed, read_mapping
 
 STEPS = 100
 SEEDS = 3
@@ -122,10 +121,7 @@ def read_file(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not path.is_file():
         raise LayerselError(f"{path} does not exist. Give the path of an Axolotl YAML file.")
-    found = read_yaml(path)
-    if found is None:
-        raise LayerselError(f"CONFIG: {path} is not a YAML file with a mapping. Give the path of an Axolotl YAML file.")
-    data = dict(found)
+    data = dict(read_mapping(path))
     if overrides:
         from axolotl.utils.dict import DictDefault
 

@@ -5,8 +5,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.files import read_json, refuse, write_atomically
+from axolotl_layersel.common.files import read_versioned, refuse, write_atomically
 
 SCHEMA_VERSION: Final = 1
 FIGURES = "figures.json"  # in the folder of a cell that has ended well
@@ -39,8 +38,8 @@ class CurvePoint(Record):
     validation_loss: FiniteFloat
 
 
-class Figures(Record):
-    """What a cell has measured; see ``measuring.MeasuringPlugin``.
+class Result(Record):
+    """What a cell leaves, with what tells it from the other cells.
 
     Attributes:
         arm: the name of the arm.
@@ -48,6 +47,20 @@ class Figures(Record):
         seed: the seed of the run.
         steps: the optimizer steps of the cell, which may be fewer than those of the comparison.
         config_digest: of the cell's YAML file; see ``cells.find_digest``.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    arm: str
+    rate: FiniteFloat
+    seed: int
+    steps: int
+    config_digest: str
+
+
+class Figures(Result):
+    """What a cell has measured; see ``measuring.MeasuringPlugin``.
+
+    Attributes:
         real_steps: the optimizer steps of the user's whole run.
         train_rows: the rows that train, after Axolotl's preparation.
         validation_rows: the held-out rows that decide the rate.
@@ -68,18 +81,11 @@ class Figures(Record):
         general_after: the same after training.
         metrics: what Axolotl's evaluation of the test rows returned besides the loss.
         ranks: the rank of each module in the written adapter.
-        gain: the estimates of the plan of what the choice gains, if it has any.
         selected: the number of layers with LoRA, and of all candidates, if layers were chosen.
         engine: the engine of the run, as in ``layersel/plan.json``.
         processes: the number of processes.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
-    arm: str
-    rate: FiniteFloat
-    seed: int
-    steps: int
-    config_digest: str
     real_steps: int
     train_rows: int
     validation_rows: int
@@ -100,13 +106,12 @@ class Figures(Record):
     general_after: FiniteFloat | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     ranks: dict[str, int] = Field(default_factory=dict)
-    gain: dict[str, Any] | None = None
     selected: tuple[int, int] | None = None
     engine: str
     processes: int
 
 
-class Failure(Record):
+class Failure(Result):
     """A cell that did not end well.
 
     Attributes:
@@ -114,12 +119,6 @@ class Failure(Record):
         log: the path of its whole output.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
-    arm: str
-    rate: FiniteFloat
-    seed: int
-    steps: int
-    config_digest: str
     sentence: str
     log: str
 
@@ -218,13 +217,7 @@ def read_record(kind: type[R], path: Path) -> R:
     Raises:
         LayerselError: if the file is missing, damaged, or of another version of this package.
     """
-    content = read_json("compare", path, WAY_OUT)
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise LayerselError(
-            f"compare: {path} has schema_version {version!r}, and this version of axolotl-layersel reads "
-            f"{SCHEMA_VERSION}. {WAY_OUT}"
-        )
+    content = read_versioned("compare", path, SCHEMA_VERSION, WAY_OUT, WAY_OUT)
     try:
         return kind.model_validate(content)
     except ValidationError as error:

@@ -15,6 +15,7 @@ import os
 import signal
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,9 +26,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from axolotl_layersel.cli.compare.cells import find_digest, list_metrics
 from axolotl_layersel.cli.compare.figures import FIGURES, CurvePoint, Figures, write_record
+from axolotl_layersel.common.digests import hash_parts
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import read_parsed
-from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS
 from axolotl_layersel.config.strict_block import Block
 from axolotl_layersel.config.textual import read_yaml
@@ -171,15 +172,15 @@ def find_real_steps(cfg: Any, trainer: Trainer, settings: MeasureConfig) -> int:
 
 def hash_rows(*parts: Dataset) -> str:
     """Return the digest of the tokens of rows, or of their whole content if they have no tokens yet."""
-    import hashlib
 
-    digest = hashlib.sha256()
-    for rows in parts:
-        digest.update(f"{len(rows)}".encode())
-        names = ["input_ids"] if "input_ids" in rows.column_names else sorted(rows.column_names)
-        for piece in rows.select_columns(names).with_format(None).iter(batch_size=PIECE):
-            digest.update(json.dumps(piece, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    def list_parts() -> Iterator[bytes]:
+        for rows in parts:
+            yield f"{len(rows)}".encode()
+            names = ["input_ids"] if "input_ids" in rows.column_names else sorted(rows.column_names)
+            for piece in rows.select_columns(names).with_format(None).iter(batch_size=PIECE):
+                yield json.dumps(piece, sort_keys=True, default=str).encode()
+
+    return hash_parts(list_parts())
 
 
 def read_general(path: str, tokenizer: Any, longest: int) -> Dataset:
@@ -326,7 +327,6 @@ class Measurement(TrainerCallback):
         lora = outcome.parameters.trained if outcome.parameters else sum(sizes[name] for name in outcome.trained)
         others = [shape for name, shape in outcome.file.shapes.items() if ".lora_" not in name]
         plan = outcome.plan
-        content = json.loads(plan_path(folder).read_bytes()) if plan else {}
         durations = self.durations[WARMING_UP:] or self.durations
         losses = {"before": self.before["eval_loss"], "after": self.after["eval_loss"]}
         for when, loss in losses.items():
@@ -363,7 +363,6 @@ class Measurement(TrainerCallback):
             general_after=self.general_losses[-1] if self.general_losses else None,
             metrics=list_metrics(self.after),
             ranks=outcome.ranks,
-            gain=content.get("gain"),
             selected=(len(plan.selected), len(plan.layers)) if plan else None,
             engine=self.find_engine_name(),
             processes=self.processes,

@@ -41,13 +41,12 @@ from axolotl_layersel.cli.compare.figures import (
 )
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.progress import format_duration
-from axolotl_layersel.common.terminal import clean, make_console
+from axolotl_layersel.common.terminal import SENTENCE, clean, make_console
 from axolotl_layersel.training.ending import COLLECTOR, LAUNCHER_FAILURE
 
 LOG = "log.txt"
 PATIENCE = 30.0  # seconds that a stopped run has to end by itself
 POLL = 0.1  # seconds between two looks at a run
-OURS = "axolotl-layersel: "  # what our sentences begin with in a log
 ERROR = re.compile(r"(?:[A-Za-z_][\w.]*\.)?[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*")
 OF_LAUNCHERS = (LAUNCHER_FAILURE, "CalledProcessError")
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -171,7 +170,7 @@ def describe_failure(text: str, code: int) -> str:
         code: its exit code, which is negative for a signal.
     """
     lines = [PREFIX.sub("", COLOURS.sub("", line)).strip() for line in text.splitlines()]
-    ours = [line.removeprefix(OURS) for line in lines if line.startswith(OURS)]
+    ours = [line.removeprefix(SENTENCE) for line in lines if line.startswith(SENTENCE)]
     if ours:
         return clean(ours[-1])
     errors = [line for line in lines if ERROR.fullmatch(line) and not any(name in line for name in OF_LAUNCHERS)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from axolotl_layersel.cli.doctor.configuration import DEFAULT_RANK
+from axolotl_layersel.cli.doctor.configuration import DEFAULT_OPTIMIZER, DEFAULT_RANK
 from axolotl_layersel.config.engines import find_engine_name
 from axolotl_layersel.config.l1ra import L1RAConfig, find_max_rank, find_room
 from axolotl_layersel.config.methods import METHODS, Method
@@ -18,12 +18,11 @@ from axolotl_layersel.config.selection import (
     find_budget,
     find_matched_room,
 )
-from axolotl_layersel.config.strict_block import as_whole
+from axolotl_layersel.config.strict_block import as_whole, read_choice
+from axolotl_layersel.config.textual import find_seed
 
 if TYPE_CHECKING:
     from axolotl_layersel.cli.doctor.model import Model
-
-DEFAULT_SEED = 42
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,18 @@ class Case:
     @property
     def selection(self) -> ResolvedSelection | None:
         """The selection with defaults filled in; None without one."""
-        seed = as_whole(self.data.get("seed"))
-        if self.block.selection is None:
-            return None
-        return self.block.selection.resolve(DEFAULT_SEED if seed is None else seed)
+        return None if self.block.selection is None else self.block.selection.resolve(find_seed(self.data))
 
     @property
     def method(self) -> Method | None:
         """The method that scores or draws layers in this run; None if a plan decides, or nothing is selected."""
         chosen = self.block.selection
         return METHODS[chosen.method] if chosen and chosen.plan is None else None
+
+    @property
+    def optimizer(self) -> str:
+        """The name of the optimizer, as in Axolotl's files."""
+        return str(read_choice(self.data, "optimizer") or DEFAULT_OPTIMIZER)
 
     @property
     def lora_r(self) -> int:

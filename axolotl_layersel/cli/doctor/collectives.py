@@ -4,9 +4,7 @@ from axolotl_layersel.cli.doctor.case import Case, Fact
 from axolotl_layersel.cli.doctor.formatting import format_bytes
 from axolotl_layersel.cli.doctor.layers import count_room
 from axolotl_layersel.cli.doctor.model import Model
-from axolotl_layersel.cli.doctor.settings import DEFAULT_OPTIMIZER
 from axolotl_layersel.config.l1ra import OPTIMIZERS
-from axolotl_layersel.config.strict_block import read_choice
 
 # Calls of ``RankRedistribution.update``: gates are broadcast, and two gathers compare the processes.
 CALLS_OF_AN_UPDATE = 3
@@ -18,7 +16,7 @@ def count_step_calls(case: Case) -> int:
         return 0
     if case.engine == "fsdp2":
         return 1
-    library = OPTIMIZERS.get(str(read_choice(case.data, "optimizer") or DEFAULT_OPTIMIZER))
+    library = OPTIMIZERS.get(case.optimizer)
     reads_weights = not case.engine.startswith("zero") and library == "PyTorch"
     return 0 if case.block.l1ra.rule == "saliency" and reads_weights else 1
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from axolotl_layersel.cli.doctor.case import DEFAULT_SEED, Case
+from axolotl_layersel.cli.doctor.case import Case
 from axolotl_layersel.cli.doctor.configuration import find_configuration
 from axolotl_layersel.cli.doctor.light_imports import importing_lightly
 from axolotl_layersel.cli.doctor.sections import SECTIONS
 from axolotl_layersel.common.errors import LayerselError, find_fault
 from axolotl_layersel.config.faults import list_faults
-from axolotl_layersel.config.strict_block import as_whole
+from axolotl_layersel.config.textual import find_seed
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,4 @@ def load_model(case: Case, given: Path | None) -> tuple[Any, str | None]:
     with importing_lightly():
         from axolotl_layersel.cli.doctor.model import build_model
 
-        seed = as_whole(case.data.get("seed"))
-        return build_model(content, case.data, case.block.selection, DEFAULT_SEED if seed is None else seed), None
+        return build_model(content, case.data, case.block.selection, find_seed(case.data)), None

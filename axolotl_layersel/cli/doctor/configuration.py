@@ -10,6 +10,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import read_json
 
 FILE = "config.json"
+DEFAULT_OPTIMIZER = "adamw_torch_fused"  # of Axolotl 0.19.0
 DEFAULT_RANK = 8  # of PEFT's LoraConfig
 WAY_OUT = "Give the config.json of the base model."
 

@@ -2,15 +2,13 @@
 
 from axolotl_layersel.cli.doctor.case import Case, Fact
 from axolotl_layersel.cli.doctor.layers import count_room
-from axolotl_layersel.cli.doctor.memory import FP32, count_optimizer, list_trained_sizes, make
+from axolotl_layersel.cli.doctor.memory import COMPONENT_BYTES, FP32, count_optimizer, list_trained_sizes, make
 from axolotl_layersel.cli.doctor.model import Model
-from axolotl_layersel.cli.doctor.settings import DEFAULT_OPTIMIZER
-from axolotl_layersel.config.strict_block import as_whole, read_choice
+from axolotl_layersel.config.strict_block import as_whole
 
 # The number of checkpoints that Axolotl 0.19.0 keeps by default.
 DEFAULT_LIMIT = 4
-# Bytes of l1ra for each component in a checkpoint: gate, two moments (fp32), steps (int64), and whether it is in use.
-COMPONENT_BYTES = 3 * FP32 + 8 + 1
+SAVED_BYTES = COMPONENT_BYTES - FP32  # of l1ra for each component: all but the gate's gradient
 
 
 def describe_disk(case: Case, model: Model) -> list[Fact]:
@@ -22,15 +20,13 @@ def describe_disk(case: Case, model: Model) -> list[Fact]:
     parameters = choice.plain if frozen else choice.most
     adapter = case.lora_bytes * (parameters + whole)
     facts = [make("adapter", adapter, "The adapter takes {}.")]
-    state = count_optimizer(
-        str(read_choice(case.data, "optimizer") or DEFAULT_OPTIMIZER), list_trained_sizes(case, model)
-    )
+    state = count_optimizer(case.optimizer, list_trained_sizes(case, model))
     if state is None:
         return facts
     total = adapter + state
     if case.block.l1ra is not None:
         modules = len(choice.modules) if choice.kept is not None else len(model.sizes)
-        ranks = FP32 * count_room(case, model) + COMPONENT_BYTES * case.max_rank * modules
+        ranks = FP32 * count_room(case, model) + SAVED_BYTES * case.max_rank * modules
         total += ranks
         facts.append(make("ranks", ranks, "The state of l1ra takes {}."))
     facts.append(make("checkpoint", total, "A checkpoint, with the optimizer's state, takes {}."))

@@ -12,8 +12,7 @@ from axolotl_layersel.cli.doctor.case import Case, Fact
 from axolotl_layersel.cli.doctor.formatting import format_bytes
 from axolotl_layersel.cli.doctor.layers import count_room
 from axolotl_layersel.cli.doctor.model import Model
-from axolotl_layersel.cli.doctor.settings import DEFAULT_OPTIMIZER
-from axolotl_layersel.config.strict_block import as_whole, read_choice
+from axolotl_layersel.config.strict_block import as_whole
 from axolotl_layersel.lora.modules import count_experts, list_linear, list_parameters
 from axolotl_layersel.selection.passes.sizes import (
     LOGITS_AT_A_TIME,
@@ -179,21 +178,21 @@ def describe_memory(case: Case, model: Model) -> list[Fact]:
     """Return the memory of each process."""
     shared, room = case.processes, count_room(case, model)
     split = shared if case.splits_weights else 1
-    sizes, name = list_trained_sizes(case, model), read_choice(case.data, "optimizer") or DEFAULT_OPTIMIZER
+    sizes = list_trained_sizes(case, model)
     facts = [
         make("weights", count_base(case, model) // split, "The weights of the base model take {}."),
         make("lora", case.lora_bytes * room // split, "The LoRA weights that train take {}."),
     ]
     gradients = case.lora_bytes * sum(sizes) // (shared if case.engine in ("zero2", "zero3", "fsdp2") else 1)
     facts.append(make("gradients", gradients, "Their gradients take {}."))
-    state = count_optimizer(str(name), sizes)
+    state = count_optimizer(case.optimizer, sizes)
     sharded = shared if case.engine in ("zero1", "zero2", "zero3", "fsdp2") else 1
     if state is None:
-        facts.append(Fact("optimizer", None, f"The memory of optimizer: {name} is not known."))
+        facts.append(Fact("optimizer", None, f"The memory of optimizer: {case.optimizer} is not known."))
     else:
         if case.engine.startswith("zero") and case.lora_bytes < FP32:
             state += FP32 * sum(sizes)  # masters
-        facts.append(make("optimizer", state // sharded, f"The states of {name} take {{}}."))
+        facts.append(make("optimizer", state // sharded, f"The states of {case.optimizer} take {{}}."))
     if case.block.l1ra is not None and case.choice is not None:
         names = case.choice.modules if case.choice.kept is not None else model.sizes
         linear = list_linear({name: model.lora_modules[name] for name in names})

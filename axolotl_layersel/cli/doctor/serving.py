@@ -55,5 +55,5 @@ def imagine_file(case: Case, model: Model) -> AdapterFile:
 
 def is_kept(name: str, kept: set[str], modules: set[str]) -> bool:
     """Return whether a tensor will be in the file: those of no LoRA module, and of the ones that are kept."""
-    module = next((part for part in (name.partition(".lora_")[0],) if part in modules), None)
-    return module is None or module in kept
+    module = name.partition(".lora_")[0]
+    return module in kept or module not in modules

@@ -6,11 +6,8 @@ from axolotl_layersel.config.engines import LABELS
 from axolotl_layersel.config.gate_requirements import GPU_KERNELS, LORA_KERNELS
 from axolotl_layersel.config.l1ra import OPTIMIZERS
 from axolotl_layersel.config.root import describe_unread
-from axolotl_layersel.config.strict_block import read_choice
 
 TITLES = {"single": "one process", "ddp": "DDP", "zero0": "DeepSpeed", "zero1": "ZeRO-1", "zero2": "ZeRO-2", **LABELS}
-# The default of ``optimizer`` in Axolotl 0.19.0.
-DEFAULT_OPTIMIZER = "adamw_torch_fused"
 
 
 def describe_engine(case: Case) -> list[Fact]:
@@ -58,7 +55,7 @@ def describe_kernels(case: Case) -> list[Fact]:
         by_gates = gated and case.selection and case.selection.flexora
         stays = bool(by_gates and by_gates.hypergradient == "first_order")
         text += " They stay on during the search." if stays else " They are off while layers are chosen."
-    name = read_choice(case.data, "optimizer") or DEFAULT_OPTIMIZER
+    name = case.optimizer
     moves = case.block.l1ra is not None
     supported = name in OPTIMIZERS
     why = "l1ra clears its moments where rank moves" if moves and supported else "it stays as it is"

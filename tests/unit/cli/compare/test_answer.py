@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from axolotl_layersel.cli.compare.answer import (
     Choice,
     answer,
-    choose,
     describe,
     format_bytes,
     format_figure,
@@ -111,12 +110,12 @@ def test_json_has_the_same_answer(name):
     ],
 )
 def test_choices(name, arm):
-    assert choose(CASES[name]) == Choice(arm, 2e-4)
+    assert answer(CASES[name]).choice == Choice(arm, 2e-4)
 
 
 @pytest.mark.parametrize("name", ["empty", "only failures", "failed lora"])
 def test_nothing_is_chosen_without_plain_lora(name):
-    assert choose(CASES[name]) is None
+    assert answer(CASES[name]).choice is None
     assert "plain LoRA has no complete run to compare with." in answer(CASES[name]).paragraph
 
 
@@ -230,9 +229,10 @@ def test_an_arm_whose_interval_includes_0_is_never_recommended(gains, seeds, sta
     planted = plant(gains, seeds, noise=0.02, start=start)
     cells = [cell for place, cell in enumerate(planted) if place not in missing]
     comparison = make_comparison(cells, {arm: ARMS[arm] for arm in ["lora", *gains]}, planned=len(planted))
-    choice, summary = choose(comparison), summarise(comparison)
+    found, summary = answer(comparison), summarise(comparison)
+    choice = found.choice
     assert (choice is None) == (not summary.lora.cells)
-    answer(comparison).format()
+    found.format()
     if choice and choice.arm != "lora":
         judgement = summary.arms[choice.arm].judgement
         assert judgement.to_lora.claim.high < 0
