@@ -48,7 +48,7 @@ class MeasureConfig(Block):
     general: str | None = Field(
         default=None, description="A file of general text, whose loss is measured before and after training."
     )
-    evaluations: int = Field(default=8, ge=1, description="Number of evaluations in training. Default 8.")
+    evaluations: int = Field(default=8, ge=1, description="Most evaluations in training. Default 8.")
     max_steps: int | None = Field(default=None, description="`max_steps` of the user's file.")
     warmup_steps: float | None = Field(
         default=None, description="`warmup_steps` of the user's file, which shrink with the number of steps."
@@ -209,6 +209,15 @@ def read_general(path: str, tokenizer: Any, longest: int) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def place_evaluations(steps: int, most: int) -> set[int]:
+    """Return at most ``most`` - 1 of ``steps`` steps, evenly spaced, after which the validation rows are evaluated.
+
+    The evaluation after the last step is not among them.
+    """
+    number = max(min(most, steps), 1)
+    return {round(steps * place / number) for place in range(1, number)}
+
+
 class Measurement(TrainerCallback):
     """Evaluates before, in and after training, and times the steps in between."""
 
@@ -249,9 +258,11 @@ class Measurement(TrainerCallback):
         """Add a step's time, and evaluate after some of the steps."""
         wait_for_device()
         self.durations.append(time.monotonic() - self.started)
-        number = min(self.settings.evaluations, state.max_steps)
-        points = {round(state.max_steps * place / number) for place in range(1, number)}
-        if state.global_step in points:
+        assert isinstance(self.trainer.eval_dataset, Dataset), "the rows are divided"
+        # They evaluate no more rows than the run trains on, or a short run would be mostly evaluation.
+        trained = state.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        most = min(self.settings.evaluations, trained // len(self.trainer.eval_dataset))
+        if state.global_step in place_evaluations(state.max_steps, most):
             self.remember_peak()
             self.add_point(state.global_step)
         self.continue_clock()

@@ -14,7 +14,7 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 
 from axolotl_layersel.cli.compare import measuring
-from axolotl_layersel.cli.compare.measuring import MeasuringPlugin, divide, hash_rows, read_general
+from axolotl_layersel.cli.compare.measuring import MeasuringPlugin, divide, hash_rows, place_evaluations, read_general
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.textual import MEASURING
 
@@ -35,6 +35,14 @@ def test_every_other_held_out_row_is_a_test_row():
 def test_too_few_held_out_rows_are_refused(rows):
     with pytest.raises(LayerselError, match=r"val_set_size: [03] held-out rows are too few to compare with"):
         divide(rows)
+
+
+@pytest.mark.parametrize(
+    ("steps", "most", "places"),
+    [(100, 8, {12, 25, 38, 50, 62, 75, 88}), (4, 8, {1, 2, 3}), (12, 1, set()), (9, 0, set())],
+)
+def test_evaluations_are_evenly_spaced(steps, most, places):
+    assert place_evaluations(steps, most) == places
 
 
 def test_the_digest_of_rows_depends_on_their_tokens_and_their_order():
