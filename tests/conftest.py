@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
         for mark in MARKS[find_folder(item)]:
             item.add_marker(mark)
     mark_engines(item for item in items if find_folder(item) == "runs")
-    mark_families(item for item in items if find_folder(item) == "families")
+    mark_cases(item for item in items if find_folder(item) != "runs" and item.get_closest_marker("trains"))
     # Files of long tests first: the short ones then fill what one process has left when the other ends.
     items.sort(key=lambda item: list(MARKS)[::-1].index(find_folder(item)))
 
@@ -111,8 +111,8 @@ def mark_engines(launched: Iterable[pytest.Item]) -> None:
                 item.add_marker("nightly")
 
 
-def mark_families(trained: Iterable[pytest.Item]) -> None:
-    """Give the mark ``nightly`` to the tests of families of models, but for the first and the last case of each."""
+def mark_cases(trained: Iterable[pytest.Item]) -> None:
+    """Give the mark ``nightly`` to the tests that train in process, but for the first and the last case of each."""
     by_test: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in trained:
         if not item.get_closest_marker("nightly"):

@@ -48,6 +48,7 @@ def trained(make_config):
     return path, output
 
 
+@pytest.mark.nightly
 def test_plan_selects_without_training_and_writes_what_training_would(trained, make_config):
     _, trained_output = trained
     path, _, elsewhere = make_config("zero2")
@@ -185,6 +186,7 @@ def in_process(zygote, target: str, path: Path, **args) -> str:
     return text
 
 
+@pytest.mark.nightly
 def test_merge_lora_merges_the_selected_layers(trained, zygote, base_model, tmp_path):
     path, output = trained
     training = RunLock.take(output)  # commands that do not train work during a run

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.encoder_decoders import CHOICES, NAMES, make_encoder_decoder, make_pairs, make_tokenizer
+from helpers.places import at_night
 from helpers.processes import check_same_choices, launch_processes
 from safetensors.torch import load_file
 
@@ -26,7 +27,9 @@ def launch(zygote, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("name", "engine"), [("T5", "ddp"), ("T5", "zero3"), ("T5", "fsdp2"), ("Bart", "fsdp2")])
+@pytest.mark.parametrize(
+    ("name", "engine"), [("T5", "ddp"), ("T5", "zero3"), ("T5", "fsdp2"), *at_night(("Bart", "fsdp2"))]
+)
 def test_every_engine_chooses_and_trains_as_one_process_does(name, engine, launch):
     alone, shared = launch(name, "single"), launch(name, engine)
     check_same_choices(alone, shared, engine, CHOICES, make_encoder_decoder(name))

@@ -43,8 +43,8 @@ def test_a_block_without_its_plugin_is_refused_before_axolotl_begins(make_config
 @pytest.mark.parametrize(
     ("engine", "command"),
     [
-        *at_night(("single", ("axolotl", "train", "CONFIG"))),
-        ("ddp", ("axolotl", "train", "CONFIG", "--launcher", "torchrun", "--", "--nproc_per_node=2")),
+        ("single", ("axolotl", "train", "CONFIG")),
+        *at_night(("ddp", ("axolotl", "train", "CONFIG", "--launcher", "torchrun", "--", "--nproc_per_node=2"))),
     ],
 )
 def test_what_a_run_is_refused_is_the_last_line_and_said_once(make_config, engine, command):

@@ -55,6 +55,7 @@ def test_engines_give_experts_rank_and_train_them_as_one_process_does(launch, en
 
 
 @pytest.mark.parametrize("engine", ["single", "fsdp2-sharded"])
+@pytest.mark.nightly
 def test_a_run_with_experts_resumes_as_if_it_had_not_stopped(launch, train, engine):
     run, settings = launch(engine)
     resumed = train(engine, **settings, resume_from_checkpoint=str(run.folder / "checkpoint-2"))

@@ -94,6 +94,7 @@ def test_the_run_after_a_search_is_that_of_its_plan(train, searched, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.nightly
 def test_with_gates_held_at_zero_the_search_is_plain_lora(plain_runs, engine):
     run = plain_runs[engine]
     assert run.engine["engine"] == engine.split("-")[0]

@@ -99,6 +99,7 @@ def test_a_packed_4_bit_run_searches_too_and_keeps_what_has_a_gate_above_zero(tr
     assert 0 < len(run.selected) < 8
 
 
+@pytest.mark.nightly
 def test_preference_training_searches_too(train, tmp_path):
     run = train(
         **search(val_samples=6, val_batches=2),

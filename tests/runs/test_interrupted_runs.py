@@ -38,6 +38,7 @@ def test_a_signal_ends_scoring_with_its_code_and_leaves_nothing(train, engine, m
 @pytest.mark.parametrize(
     ("engine", "name"), [("single", "INT"), ("ddp", "TERM"), ("zero2", "INT"), ("zero3", "TERM"), ("fsdp2-full", "INT")]
 )
+@pytest.mark.nightly
 def test_a_signal_ends_a_search_with_its_code_and_leaves_nothing(train, engine, name):
     env = {"LAYERSEL_TEST_SIGNAL": f"SEARCH{name}:3"}
     run = train(engine, expect=CODES[name], env=env, **selection("flexora", flexora=SEARCH))

@@ -92,6 +92,7 @@ def test_the_next_forward_computes_with_the_rows_that_an_update_wrote(whole_runs
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.nightly
 def test_with_gates_held_at_one_the_losses_are_those_of_plain_lora(train, plain_runs, engine):
     held = train(engine, **ACCUMULATED, **pressure(gate_lr=0.0, l1_lambda=0, update_ratio=0.25))
     plain = plain_runs[engine]
@@ -103,6 +104,7 @@ def test_with_gates_held_at_one_the_losses_are_those_of_plain_lora(train, plain_
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2-sharded"])
+@pytest.mark.nightly
 def test_a_killed_run_resumes_with_its_gates_and_their_pressure(train, whole_runs, engine):
     """test_stopped_runs.py kills runs with other rules and on other engines."""
     killed = train(engine, expect=KILLED, env={"LAYERSEL_TEST_SIGNAL": "KILL:5"}, **SETTINGS)

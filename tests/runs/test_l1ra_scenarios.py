@@ -121,6 +121,7 @@ def test_frozen_layers_keep_their_lora_and_take_no_part(train):
 
 
 @pytest.mark.parametrize("engine", ["single", "zero3", "fsdp2-full"])
+@pytest.mark.nightly
 def test_an_interrupted_run_leaves_the_adapter_that_a_checkpoint_of_that_step_holds(train, runs, engine):
     run = train(engine, expect=INTERRUPTED, env={"LAYERSEL_TEST_SIGNAL": "INT:6"}, **SETTINGS)
     assert not (run.folder / "checkpoint-6").exists()
@@ -307,6 +308,7 @@ def test_gates_that_differ_in_the_last_bit_become_those_of_the_first_process(tra
     assert difference(run.adapter(), runs[False].adapter()) <= 1e-3
 
 
+@pytest.mark.nightly
 def test_a_gate_that_is_no_number_stops_the_run_at_that_step_and_names_its_module(train, base_model, tmp_path):
     run = train(expect=1, env={"LAYERSEL_TEST_SIGNAL": "NAN:5"}, **SETTINGS)
     assert "layersel.l1ra: a gate of model.layers.0.self_attn.q_proj is NaN or infinite after step 5" in run.log

@@ -55,6 +55,7 @@ def make_resized(base: Path):
 
 
 @pytest.mark.parametrize("engine", ["zero2", "fsdp2-sharded"])
+@pytest.mark.nightly
 def test_axolotl_adds_tokens_on_several_processes(train, engine):
     added = {"tokens": ["<one>", "<two>"], "lora_modules_to_save": ["embed_tokens", "lm_head"]}
     run = train(engine, **added, **selection("fisher", num_samples=6))

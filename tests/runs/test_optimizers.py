@@ -35,9 +35,7 @@ RUNS = [
     ("adamw_bnb_8bit", "zero3"),
     *at_night(("paged_adamw_8bit", "single")),
     *at_night(("paged_adamw_32bit", "zero2")),
-    *at_night(("adamw_torch_8bit", "ddp")),
-    ("adamw_torch_8bit", "fsdp2-sharded"),
-    ("ao_adamw_fp8", "fsdp2-sharded"),
+    *at_night(("adamw_torch_8bit", "ddp"), ("adamw_torch_8bit", "fsdp2-sharded"), ("ao_adamw_fp8", "fsdp2-sharded")),
 ]
 RESUMED = [
     ("adamw_bnb_8bit", "zero3"),

@@ -139,6 +139,7 @@ def test_that_environment_really_lacks_torch_and_axolotl(empty_environment, tmp_
     assert call(empty_environment / "python", "-c", code, cwd=tmp_path) == "['axolotl_layersel']\n"
 
 
+@pytest.mark.nightly
 def test_the_plugin_of_the_wheel_is_imported_beside_axolotl(unpacked, tmp_path):
     code = (
         "import sys, axolotl_layersel; from axolotl.integrations.base import BasePlugin, load_plugin;"

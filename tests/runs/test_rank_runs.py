@@ -48,6 +48,7 @@ def test_every_engine_trains_them_as_one_process_does(whole_runs, engine):
 
 
 @pytest.mark.parametrize("engines", sets_of_engines(SHARDED_BY))
+@pytest.mark.nightly
 def test_stock_peft_computes_the_same_from_every_engines_adapter(whole_runs, engines, base_model, tmp_path):
     folders = {engine: whole_runs[engine].folder for engine in engines}
     logits = load_with_stock_peft(base_model, list(folders.values()), tmp_path)

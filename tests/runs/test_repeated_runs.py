@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from helpers.places import ENVIRONMENT, ROOT
 
 SCRIPT = """
@@ -25,6 +26,7 @@ for name, block in BLOCKS.items():
 """
 
 
+@pytest.mark.nightly
 def test_the_same_run_writes_the_same_bytes(tmp_path):
     digests, processes = [], []
     for seed in ("1", "2"):

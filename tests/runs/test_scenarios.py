@@ -147,6 +147,7 @@ def test_fsdp2s_own_checkpointing_is_the_one_of_transformers(train, tmp_path):
     assert "fsdp_config.activation_checkpointing is done by gradient_checkpointing" in run.log
 
 
+@pytest.mark.nightly
 def test_layers_that_lose_their_lora_get_back_what_pissa_and_olora_took_from_them(train, base_model, tmp_path):
     kept, runs = selection("explicit", layers=[2, 5]), {}
     for engine, method in (
@@ -165,6 +166,7 @@ def test_layers_that_lose_their_lora_get_back_what_pissa_and_olora_took_from_the
         assert float((stock[str(run.folder)] - trained).abs().max()) <= 1e-5, case
 
 
+@pytest.mark.nightly
 def test_frozen_layers_stay_as_they_started_on_every_engine_also_after_a_resume(train):
     for engine in ("single", "zero3", "fsdp2-sharded"):
         settings = {**selection(unselected="freeze")}

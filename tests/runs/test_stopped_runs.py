@@ -127,6 +127,7 @@ TERMINATIONS = {
 
 
 @pytest.mark.parametrize("engine", TERMINATIONS)
+@pytest.mark.nightly
 def test_a_run_that_is_terminated_and_started_again_ends_as_if_it_had_not_been(train, whole_runs, engine):
     signal, step = TERMINATIONS[engine]
     whole = whole_runs[engine]
@@ -146,6 +147,7 @@ def test_a_run_that_is_terminated_and_started_again_ends_as_if_it_had_not_been(t
 
 
 @pytest.mark.parametrize("engines", sets_of_engines(SHARDED_BY))
+@pytest.mark.nightly
 def test_an_interrupted_run_leaves_an_adapter_that_loads(train, whole_runs, engines, base_model, tmp_path):
     env = {"LAYERSEL_TEST_SIGNAL": "INT:3"}
     runs = {engine: train(engine, expect=INTERRUPTED, env=env, **SETTINGS) for engine in engines}

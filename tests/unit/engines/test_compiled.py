@@ -44,7 +44,7 @@ def list_losses(trainer) -> list[float]:
 @pytest.mark.parametrize(
     ("config", "layers", "checkpointing"),
     [
-        pytest.param(LayerselConfig(selection=HALF), [1], True, id="with checkpointing"),
+        pytest.param(LayerselConfig(selection=HALF), [1], True, id="with checkpointing", marks=pytest.mark.nightly),
         pytest.param(LayerselConfig(l1ra=MOVED), None, False, id="moved rank"),
         pytest.param(LayerselConfig(selection=HALF), [1], False, id="half of the layers", marks=pytest.mark.nightly),
         pytest.param(LayerselConfig(l1ra=PRESSED), None, False, id="moved rank by pressure", marks=pytest.mark.nightly),

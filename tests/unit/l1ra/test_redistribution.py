@@ -120,6 +120,7 @@ def test_a_run_that_resumes_without_being_prepared_for_it_is_refused(tmp_path):
 
 
 @pytest.mark.trains
+@pytest.mark.nightly
 def test_a_run_resumed_from_any_checkpoint_ends_the_same(tmp_path):
     trainer, _ = prepare(tmp_path / "whole", save_strategy="steps", save_steps=1)
     trainer.train()

@@ -86,6 +86,7 @@ def compare_mean_ranks(ranks: dict[str, int], layers: list[int]) -> float:
 
 
 @pytest.mark.parametrize(("rule", "seed"), [("saliency", 0), *at_night(("saliency", 1), ("pressure", 0))])
+@pytest.mark.nightly
 def test_rank_goes_to_the_damaged_layers(base, text, rule, seed, tmp_path):
     history = move_rank(base, text, seed, tmp_path, rule)
     assert set(history[0].values()) == {RANK}
@@ -130,6 +131,7 @@ def rank_layers(plan) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", [0, *at_night(1, 2)])
+@pytest.mark.nightly
 def test_a_search_puts_the_damaged_layers_among_the_three_highest_gates(searched, seed):
     _, plan = searched[seed]
     assert set(draw_damaged(seed)) <= set(rank_layers(plan)[:3])

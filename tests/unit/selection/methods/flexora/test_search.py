@@ -126,6 +126,7 @@ def test_keeping_nothing_is_an_error_after_the_search(tmp_path, monkeypatch):
     assert not plan_path(tmp_path).exists() and not gates_path(tmp_path).exists()
 
 
+@pytest.mark.nightly
 def test_the_history_of_another_search_does_not_stay_beside_a_plan(tmp_path):
     search(tmp_path / "one", seed=1)
     search(tmp_path / "other", seed=2)
@@ -284,6 +285,7 @@ def test_the_seed_says_what_is_validated_on(tmp_path):
     assert plans[0].layers != plans[1].layers
 
 
+@pytest.mark.nightly
 def test_choices_with_several_seeds_are_compared(tmp_path, capsys):
     trainer = make(tmp_path / "run")
     settings = SelectionConfig(method="flexora", ratio=0.5, flexora=SEARCH, seed=1)
