@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from axolotl_layersel.common.digests import hash_json
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.root import describe_unscaled
 from axolotl_layersel.engines import collectives
@@ -47,6 +48,37 @@ def check_trains(run: Run) -> None:
     unsaved = find_unsaved(run, adapter_parameters(run.model).values())
     if any(collectives.gather_from_all(unsaved)):
         refuse_together(describe_unsaved(find_unsaved(run, find_adapter(run).values())))
+
+
+def check_alike(run: Run) -> None:
+    """Raise LayerselError on every process unless all have the same adapters; every process must call this.
+
+    Engines match the weights of processes by their order, so one that only some processes have shifts the others.
+    """
+    adapters = list(run.model.peft_config)
+    shapes = [
+        (name, list(run.engine.find_shape(parameter)))
+        for name, parameter in run.model.named_parameters()
+        if not set(adapters).isdisjoint(name.split("."))
+    ]
+    differing = collectives.find_differing_ranks(hash_json([adapters, shapes]).encode())
+    if not differing:
+        return
+    everyone = collectives.gather_from_all((adapters, dict(shapes)))
+    (own_order, ours), (other_order, theirs) = everyone[0], everyone[differing[0]]
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if names:
+        here, there = (
+            f"has the shape {held[names[0]]}" if names[0] in held else "is not there" for held in (ours, theirs)
+        )
+        found = f"{names[0].removeprefix('base_model.model.')} {here} on process 0 and {there}"
+        count = f" ({len(names)} such parameters)"
+    else:
+        found, count = f"the adapters are {', '.join(own_order)} on process 0 and {', '.join(other_order)}", ""
+    raise LayerselError(
+        f"adapter: {found} on process {differing[0]}{count}. Engines match weights by their order, so processes would "
+        "get the weights of others. Add and delete adapters on all processes, in the same order."
+    )
 
 
 def find_name_fault(run: Run) -> str | None:
@@ -145,6 +177,7 @@ class Readiness:
         Call it before the engine is built: building it would hang if the processes differed.
         """
         self.check()
+        check_alike(self.run)
         check_trains(self.run)
 
     def check(self) -> None:

@@ -25,6 +25,8 @@ OTHER_FILES = ("--sweep", "--cloud", "--launcher")  # options whose values are o
 # With these options, the run differs from the file that is read here.
 OVERRIDES = ("--layersel", "--plugins")
 OTHER_FOLDER = ("--output-dir", "--output_dir")
+# Options that change no key, or only the folder. Every other one may replace a key of the file.
+UNCHANGING = ("--launcher", *OTHER_FOLDER)
 YAML = (".yml", ".yaml")
 WORDS = (b"layersel", b"layer_sel", b"layer-sel")
 
@@ -39,7 +41,6 @@ def watch() -> None:
     path = None if command is None else find_file(command[1])
     if command is None or path is None or not mentions_layersel(path):
         return
-    from axolotl_layersel.config.textual import check_file
     from axolotl_layersel.training.ending import collect, describe_error, point_to, tell
 
     collect()
@@ -48,10 +49,30 @@ def watch() -> None:
     with_folder = not any(word.startswith(OTHER_FOLDER) for word in command[1])
     point_to(path, with_folder)
     try:
-        check_file(path, with_folder)
+        check_command(path, command[1], with_folder)
     except ValueError as error:
         tell(describe_error(error).splitlines())
         raise SystemExit(1) from None
+
+
+def check_command(path: Path, arguments: Sequence[str], with_folder: bool) -> None:
+    """Check the YAML file of a command: the block, and the rest if no option of the command may change it.
+
+    Raises:
+        LayerselError: for the first fault.
+        pydantic.ValidationError: if the block is invalid.
+    """
+    from axolotl_layersel.common.errors import raise_first
+    from axolotl_layersel.config.faults import list_faults
+    from axolotl_layersel.config.strict_block import list_plugins
+    from axolotl_layersel.config.textual import NAMES, check_file, read_yaml
+
+    check_file(path, with_folder)
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    data = read_yaml(path) or {}
+    overridden = any(word.startswith("-") and not word.startswith(UNCHANGING) for word in own)
+    if not overridden and any(name in NAMES for name in list_plugins(data)):
+        raise_first(list_faults(data, with_folder)[1])
 
 
 def find_command(argv: Sequence[str], original: Sequence[str]) -> tuple[str, list[str]] | None:

@@ -21,6 +21,7 @@ from helpers.families import FAMILIES, make_family, make_lora_family
 from helpers.models import make_lora, make_rows, make_selection, make_trainer
 from helpers.multimodal import MAKERS, Collator, Rows, make_lora_multimodal, make_multimodal
 from helpers.multimodal import make_trainer as make_multimodal_trainer
+from helpers.support import read_file
 
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
 from axolotl_layersel.lora.modules import find_key
@@ -183,6 +184,12 @@ def test_scores_by_gradients_are_those_of_plain_autograd(name, tmp_path):
         )
     print("largest relative errors:", errors)
     assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_every_model_of_the_table_that_is_scored_by_gradients_is_compared():
+    entries = [entry for shown in read_file().values() for entry in shown if entry["table"] == "model"]
+    scored = {entry["row"] for entry in entries if {"fisher", "gradient"} & set(entry["tested"])}
+    assert scored and scored <= {name.replace("both stacks", "`stacks: both`") for name in CASES}
 
 
 @pytest.mark.parametrize("family", ["Gemma3n", "Gemma4"])

@@ -29,7 +29,10 @@ def freeze_all(model):
 
 
 def train_beside_another(engine: str, base: str, folder: str) -> None:
-    """Train an adapter and biases on an engine with another adapter in the model; then one process switches to it."""
+    """Train an adapter and biases on an engine with another adapter in the model.
+
+    Then one process switches to it, one trains nothing, and one has a third adapter.
+    """
     from transformers import LlamaForCausalLM
 
     import helpers.cpu_engines  # noqa: F401  # lets the engines run without a GPU
@@ -68,4 +71,13 @@ def train_beside_another(engine: str, base: str, folder: str) -> None:
         freeze_all(idle.model)
     with pytest.raises(LayerselError) as stopped:
         prepare_trainer(idle, BLOCKS["selection"])
-    (Path(folder) / f"refusals-{rank}").write_text(f"{caught.value}\n{stopped.value}")
+    refusals = [caught.value, stopped.value]
+    if engine != "single":
+        added = make("added")
+        prepare_trainer(added, BLOCKS["selection"])
+        if rank == 0:
+            added.model.add_adapter("third", LoraConfig(r=3, target_modules=["v_proj"]))
+        with pytest.raises(LayerselError) as refused:
+            added.train()
+        refusals.append(refused.value)
+    (Path(folder) / f"refusals-{rank}").write_text("\n".join(map(str, refusals)))

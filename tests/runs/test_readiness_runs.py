@@ -25,8 +25,12 @@ def test_engines_train_beside_another_adapter_and_all_processes_refuse_what_one_
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-3)
     (refusals,) = {(folder / f"refusals-{rank}").read_text() for rank in (0, 1)}
-    switched, idle = refusals.splitlines()
+    switched, idle, added = refusals.splitlines()
     assert switched.startswith("adapter: 'default' was prepared for training, but 'other' is active.")
     assert switched.endswith("Process 1 is affected, but not all processes are.")
     assert idle.startswith("adapter: none of the 36 LoRA matrices")
     assert idle.endswith("Process 0 is affected, but not all processes are.")
+    assert added.startswith(
+        "adapter: model.layers.0.self_attn.v_proj.lora_A.third.weight has the shape [3, 32] on process 0"
+    )
+    assert " and is not there on process 1 (12 such parameters). Engines match weights by their order" in added

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.experts import make_experts
 from helpers.models import make_lora, make_rows, make_selection, make_small_llama, make_trainer
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer
 
 import axolotl_layersel
+from axolotl_layersel.config.flexora import FlexoraConfig
 from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora import kernels
+from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.switching import KEEPING_METHODS
 from axolotl_layersel.selection.backward_cut import TruncatedBackward
+from axolotl_layersel.selection.passes.backward import watching_gradients
 from axolotl_layersel.selection.passes.forward import scoring
 from axolotl_layersel.selection.passes.likelihood import replaying
 from axolotl_layersel.training import saving
@@ -170,6 +174,32 @@ def test_what_is_replaced_for_a_while_looks_like_what_was_there_and_comes_back(c
         for module in replaced:
             check_signatures(module)
     assert not any(list_replaced(module) for module in trainer.model.modules())
+
+
+def test_what_computes_lora_on_experts_looks_like_what_was_there_while_its_gradient_is_recorded():
+    base = make_experts("Mixtral").get_base_model()
+    with watching_gradients(list(find_lora_modules(base).values()), lambda *gradients: None):
+        replaced = [module for module in base.modules() if list_replaced(module)]
+        assert [name for module in replaced for name in list_replaced(module)] == ["get_delta_weight"] * 2 * 3
+        for module in replaced:
+            check_signatures(module)
+    assert not any(list_replaced(module) for module in base.modules())
+
+
+@pytest.mark.trains
+def test_what_a_search_replaces_in_the_trainer_looks_like_what_was_there_and_comes_back(tmp_path):
+    model = make_lora(make_small_llama(), task_type="CAUSAL_LM")
+    trainer, seen = make_trainer(model, tmp_path, make_rows(24), save_strategy="no"), []
+
+    def look(*inputs) -> None:
+        if "training_step" in list_replaced(trainer):
+            seen.append(trainer.training_step)
+            check_signatures(trainer)
+
+    model.get_base_model().model.register_forward_pre_hook(look)
+    search = SelectionConfig(method="flexora", ratio=0.5, flexora=FlexoraConfig(steps=2, val_samples=4))
+    prepare_trainer(trainer, LayerselConfig(selection=search))
+    assert seen and "training_step" not in vars(trainer)
 
 
 # --- How they behave --------------------------------------------------------------------------------------------------

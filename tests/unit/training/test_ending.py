@@ -129,6 +129,35 @@ def test_what_is_in_order_or_not_ours_passes(data, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+RUN = {**GOOD, "adapter": "lora", "lora_r": 4, "output_dir": "output"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["run.yml"], True),
+        (["run.yml", "--launcher", "torchrun", "--", "--nproc_per_node=2", "--lora-alpha=2"], True),
+        (["--output-dir", "other", "--launcher=python", "run.yml"], True),
+        (["run.yml", "--lora-alpha", "16"], False),
+        (["run.yml", "--no-sample-packing"], False),
+    ],
+)
+def test_the_rest_of_the_file_is_checked_at_once_unless_options_may_change_it(
+    arguments, refused, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for alpha in (0, 16):
+        Path("run.yml").write_text(yaml.safe_dump({**RUN, "lora_alpha": alpha}))
+        if refused and alpha == 0:
+            with pytest.raises(LayerselError, match=r"^lora_alpha: 0 scales the output of LoRA to 0"):
+                startup.check_command(Path("run.yml"), arguments, True)
+        else:
+            startup.check_command(Path("run.yml"), arguments, True)
+    Path("run.yml").write_text(yaml.safe_dump({"base_model": "x", "output_dir": "runs/layersel", "lora_alpha": 0}))
+    startup.check_command(Path("run.yml"), arguments, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yml"]
+
+
 class Merged(LayerselArgs):
     """As Axolotl merges our settings into its own."""
 
