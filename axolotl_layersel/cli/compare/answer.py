@@ -12,6 +12,7 @@ from axolotl_layersel.cli.compare.figures import LORA, RANDOM, Comparison, Failu
 from axolotl_layersel.cli.compare.statistics import BETTER, CHANCE, OPEN, UNCONTROLLED, UNKNOWN, WORSE, Difference
 from axolotl_layersel.cli.compare.summary import ArmSummary, Summary, summarise
 from axolotl_layersel.common.progress import format_duration
+from axolotl_layersel.common.sizes import format_bytes
 from axolotl_layersel.common.tables import Column, lay_out
 from axolotl_layersel.common.terminal import clean, enumerate_words
 
@@ -492,14 +493,6 @@ def format_rate(rate: float | None) -> str:
 def format_loss(loss: float | None) -> str:
     """Return a loss, or a dash for None."""
     return "-" if loss is None else f"{loss:.4f}"
-
-
-def format_bytes(size: float) -> str:
-    """Return a size in the unit that fits, such as ``1.2 GB``."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}" if size < 999.5 * scale else f"{size / scale:,.0f} {unit}"
-    return f"{size:.0f} B"
 
 
 def count_seeds(count: int) -> str:

@@ -12,7 +12,6 @@ from axolotl_layersel.cli.compare.answer import (
     Choice,
     answer,
     describe,
-    format_bytes,
     format_figure,
     format_interval,
 )
@@ -254,12 +253,6 @@ def test_intervals_in_words(low, high, words):
 
 
 def test_numbers_fit():
-    assert [format_bytes(size) for size in (12, 1200, 3_932_160, 11_200_000_000)] == [
-        "12 B",
-        "1.2 kB",
-        "3.93 MB",
-        "11.2 GB",
-    ]
     assert [format_figure(value) for value in (0.0412, 1, 12.34, 999.4, 1234)] == [
         "0.0412",
         "1.00",
