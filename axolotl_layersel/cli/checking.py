@@ -51,8 +51,7 @@ def load_settings(path: Path, overrides: Mapping[str, Any]) -> LayerselConfig:
     from axolotl_layersel.training.preflight import check_before_model, read_settings
 
     data = read_yaml(path) or {}
-    cfg = DictDefault(data)
-    apply_overrides(cfg, overrides)
+    cfg = DictDefault(apply_overrides(data, overrides))
     if isinstance(cfg.deepspeed, str):
         read_json("deepspeed", cfg.deepspeed, "Give the path of a DeepSpeed file.")
     cfg.axolotl_config_path = str(path)

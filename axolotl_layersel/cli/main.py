@@ -1,7 +1,6 @@
 """The command ``axolotl-layersel``, which is also ``python -m axolotl_layersel`` and ``axolotl layersel``."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import typer
 
 from axolotl_layersel import __version__
 from axolotl_layersel.cli.arguments import DescribedCommand
-from axolotl_layersel.cli.overrides import OVERRIDES, OverridableCommand
+from axolotl_layersel.cli.overrides import OVERRIDES, OverridableCommand, apply_overrides
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.terminal import clean, report_errors, say
 
@@ -78,7 +77,7 @@ def plan(
     def check_text_of(path: Path) -> None:
         data = read_yaml(path)
         if data is not None:  # Axolotl itself refuses a file that cannot be read
-            check_text({**data, **overrides})
+            check_text(apply_overrides(data, overrides))
 
     check_early(config, check_text_of)
 
@@ -87,7 +86,7 @@ def plan(
         Launcher.torchrun: ["torchrun", *context.args, "-m"],
         Launcher.python: [sys.executable, *context.args, "-m"],
     }
-    launcher = launcher or Launcher(find_launcher({**(read_yaml(config) or {}), **overrides}, context.args))
+    launcher = launcher or Launcher(find_launcher(apply_overrides(read_yaml(config) or {}, overrides), context.args))
     if launcher is Launcher.python and not context.args:
         from axolotl_layersel.cli.worker import main
 
@@ -233,11 +232,10 @@ def doctor(
     It exits with 1 if the run would be refused. Axolotl's options replace keys of the file: --lora-r 16.
     """
     from axolotl_layersel.cli.doctor.command import examine
-    from axolotl_layersel.cli.overrides import replace_values
     from axolotl_layersel.config.textual import check_plugin, read_yaml
 
     check_early(config, lambda path: None if read_yaml(path) else check_plugin(path))
-    data = replace_values(read_yaml(config) or {}, context.meta[OVERRIDES])
+    data = apply_overrides(read_yaml(config) or {}, context.meta[OVERRIDES])
     report = examine(data, model_config, processes, lowest_layer)
     if as_json:
         typer.echo(report.format_json())
@@ -257,11 +255,11 @@ def check_early(config: Path, check: Callable[[Path], None]) -> None:
     Raises:
         typer.Exit: if the file has a fault, after printing it.
     """
+    from axolotl_layersel.config.textual import check_path
     from axolotl_layersel.training.ending import collect, describe_error
 
-    if not os.path.isfile(config):
-        fail(f"{config} does not exist. Give the path of an Axolotl YAML file.")
     try:
+        check_path(config)
         check(config)
     except ValueError as error:
         fail(describe_error(error))

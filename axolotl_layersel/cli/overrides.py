@@ -1,10 +1,12 @@
 """Axolotl's options for keys of the YAML file, such as ``--base-model NAME``, on the commands of this package.
 
 Relied on in axolotl 0.19.0 (``tests/unit/cli/test_overrides.py`` fails when it changes): the table of options in
-``axolotl.cli.config_options``, and the rule by which ``axolotl.cli.config.load_cfg`` applies them.
+``axolotl.cli.config_options``, and the rule by which ``axolotl.cli.config.load_cfg`` applies them and
+``_coerce_value`` gives them a type.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from typer import Context
@@ -15,6 +17,8 @@ from axolotl_layersel.config.strict_block import as_mapping
 
 OVERRIDES = "axolotl_layersel.overrides"  # the key in the context of a command
 NESTED = "__"  # between a key and the key in its block, such as trl__beta for --trl.beta
+# The words that stand for other values where the file has none.
+WORDS = {"true": True, "yes": True, "false": False, "no": False, "null": None, "none": None, "~": None}
 
 
 class OverridableCommand(DescribedCommand):
@@ -65,24 +69,46 @@ def split_overrides(context: Context, arguments: list[str], own: set[str]) -> tu
     return {key: value for key, value in parsed.params.items() if value is not None}, list(parsed.args)
 
 
-def apply_overrides(cfg: Any, overrides: Mapping[str, Any]) -> None:
-    """Set the keys of ``overrides`` in ``cfg``, a ``DictDefault``, as ``load_cfg`` does."""
-    from axolotl.cli.config import _coerce_value
+def apply_overrides(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a YAML file with the values of ``overrides``, as ``load_cfg`` sets them.
 
-    for name, value in overrides.items():
-        key, nested, inner = name.partition(NESTED)
-        if cfg.strict and key not in cfg:
-            continue
-        if nested and not isinstance(cfg[key], dict):
-            cfg[key] = {}
-        block, key = (cfg[key], inner) if nested else (cfg, key)
-        block[key] = _coerce_value(value, block.get(key))
-
-
-def replace_values(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a YAML file with the values of ``overrides``, as text if an option is text."""
+    A file with ``strict: true`` gets no new keys.
+    """
     changed = dict(data)
     for name, value in overrides.items():
         key, nested, inner = name.partition(NESTED)
-        changed[key] = {**as_mapping(changed.get(key)), inner: value} if nested else value
+        if data.get("strict") and key not in data:
+            continue
+        if nested:
+            block = as_mapping(changed.get(key))
+            changed[key] = {**block, inner: coerce(value, block.get(inner))}
+        else:
+            changed[key] = coerce(value, changed.get(key))
     return changed
+
+
+def coerce(value: Any, existing: Any = None) -> Any:
+    """Return the value of an option with the type that Axolotl gives it.
+
+    Axolotl's own function is not called, because the import of its module takes 15 seconds of a processor.
+
+    Args:
+        value: the value, as text if the option is text.
+        existing: the value in the file, which decides the type; None if there is none.
+    """
+    if not isinstance(value, str):
+        return value
+    if isinstance(existing, bool):
+        return value.lower() in ("true", "1", "yes")
+    if existing is not None:
+        kinds = [kind for kind in (int, float) if isinstance(existing, kind)]
+        return convert(value, kinds)
+    return WORDS[value.lower()] if value.lower() in WORDS else convert(value, [int, float])
+
+
+def convert(text: str, kinds: Sequence[type[int] | type[float]]) -> Any:
+    """Return a text as the first kind of number that it is, or as it is."""
+    for kind in kinds:
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

@@ -4,6 +4,7 @@ Nothing here imports torch or Axolotl, so that a mistake is reported within seco
 """
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ def check_file(path: Path, with_folder: bool = True) -> None:
     data = read_yaml(path)
     if data is not None:
         check_text(data, with_folder)
+
+
+def check_path(path: Path) -> None:
+    """Raise LayerselError unless ``path`` is that of a file."""
+    if os.path.isdir(path):
+        raise LayerselError(f"{path} is a folder. Give the path of an Axolotl YAML file.")
+    if not os.path.isfile(path):
+        raise LayerselError(f"{path} does not exist. Give the path of an Axolotl YAML file.")
 
 
 def check_plugin(path: Path) -> None:

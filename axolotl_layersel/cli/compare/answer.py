@@ -3,15 +3,26 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
 from axolotl_layersel.cli.compare.figures import LORA, RANDOM, Comparison, Failure
-from axolotl_layersel.cli.compare.statistics import BETTER, CHANCE, OPEN, UNCONTROLLED, UNKNOWN, WORSE, Difference
+from axolotl_layersel.cli.compare.statistics import (
+    BELOW,
+    BETTER,
+    CHANCE,
+    OPEN,
+    UNCONTROLLED,
+    UNKNOWN,
+    WORSE,
+    Difference,
+    Judgement,
+)
 from axolotl_layersel.cli.compare.summary import ArmSummary, Summary, summarise
 from axolotl_layersel.common.progress import format_duration
+from axolotl_layersel.common.sizes import format_bytes
 from axolotl_layersel.common.tables import Column, lay_out
 from axolotl_layersel.common.terminal import clean, enumerate_words
 
@@ -120,19 +131,13 @@ def describe_winner(comparison: Comparison, summary: Summary) -> list[str]:
         "best learning rate).",
         describe_certainty(gain, len(summary.arms) - 1),
     ]
-    control = best.judgement.to_random
-    if control is not None:
-        sentences.append(
-            f"A random choice of layers does not explain it: the loss is {format_share(control)} the random choice's "
-            f"(95 % interval {format_interval(control, 'interval')})."
-        )
     return [
         *sentences,
+        *describe_control(best.judgement),
         *describe_costs(best, summary.lora),
         *describe_time(best, summary),
         *describe_forgetting(best, comparison),
         *describe_others(summary),
-        *describe_chance(summary),
     ]
 
 
@@ -157,18 +162,13 @@ def describe_plain_lora(comparison: Comparison, summary: Summary) -> list[str]:
         few = "Too few cells have ended to tell a difference from noise."
         sentences.append(one if len(comparison.settings.seeds) == 1 else few)
         return [*sentences, f"The lowest loss of the other arms is that of {name_arm(lowest.arm)}, {relate(lowest)}."]
-    chance = describe_chance(summary)
-    if not chance:
-        best = min(claimed, key=lambda arm: find_gain(arm).mean)
-        sentences.append(
-            f"No other arm is better beyond its interval: the lowest loss is that of {name_arm(best.arm)}, "
-            f"{relate(best)} ({describe_level(len(others))} {format_interval(find_gain(best), 'claim')})."
-        )
+    best = min(claimed, key=lambda arm: find_gain(arm).mean)
     least = min(claimed, key=lambda arm: find_half(find_gain(arm)))
     pairs = find_gain(least).pairs
     return [
         *sentences,
-        *chance,
+        f"No other arm is better beyond its interval: the lowest loss is that of {name_arm(best.arm)}, "
+        f"{relate(best)} ({describe_level(len(others))} {format_interval(find_gain(best), 'claim')}).",
         f"With {pairs} seeds, a gain of less than {format_size(find_gain(least), find_half(find_gain(least)))} cannot "
         "be told from chance.",
     ]
@@ -221,37 +221,31 @@ def describe_forgetting(arm: ArmSummary, comparison: Comparison) -> list[str]:
     return [f"It forgets {'more' if difference.mean > 0 else 'less'} than plain LoRA: {told}."]
 
 
+def describe_control(judgement: Judgement) -> list[str]:
+    """Return whether a random choice of as many layers explains what an arm gains, if the arm chooses by the data."""
+    if judgement.standing == UNCONTROLLED:
+        return ["Whether its choice of layers matters is not known, because `random` has no complete runs."]
+    control = judgement.to_random
+    if control is None:
+        return []
+    told = f"the loss is {format_share(control)} the random choice's"
+    interval = f"(95 % interval {format_interval(control, 'interval')})"
+    if judgement.standing == CHANCE:
+        return [
+            f"Whether its choice of layers matters is not known: {told} {interval}, so a random one may be as good on "
+            "average. More seeds can tell."
+        ]
+    return [f"A random choice of layers does not explain it: {told} {interval}."]
+
+
 def describe_others(summary: Summary) -> list[str]:
     """Return the other arms that are better than plain LoRA."""
-    others = [arm for arm in list_standing(summary, BETTER) if arm.arm != summary.best]
+    arms = [arm for arm in summary.arms.values() if arm.judgement and arm.judgement.standing in BELOW]
+    others = [arm for arm in arms if arm.arm != summary.best]
     if not others:
         return []
     named = enumerate_words(f"`{clean(arm.arm)}` ({format_share(find_gain(arm))})" for arm in others)
     return [f"{named} {'is' if len(others) == 1 else 'are'} better than plain LoRA as well."]
-
-
-def describe_chance(summary: Summary) -> list[str]:
-    """Return the arms below plain LoRA whose choice of layers is not shown to be better than a random one."""
-    sentences = []
-    for arm in list_standing(summary, CHANCE):
-        control = arm.judgement.to_random if arm.judgement else None
-        assert control is not None, "it has been compared with a random choice"
-        sentences.append(
-            f"The loss of {name_arms([arm])} is {relate(arm)}, but a random choice of layers may be as good: it is "
-            f"{format_share(control)} the random choice's (95 % interval {format_interval(control, 'interval')})."
-        )
-    sentences += ["More seeds can tell them apart."] if sentences else []
-    if arms := list_standing(summary, UNCONTROLLED):
-        sentences.append(
-            f"{name_arms(arms)} {'is' if len(arms) == 1 else 'are'} below plain LoRA, but a random choice of layers "
-            "may be as good, and it has no complete runs to compare with."
-        )
-    return sentences
-
-
-def list_standing(summary: Summary, standing: str) -> list[ArmSummary]:
-    """Return the arms with a standing."""
-    return [arm for arm in summary.arms.values() if arm.judgement and arm.judgement.standing == standing]
 
 
 def describe_cheaper(summary: Summary) -> list[str]:
@@ -407,11 +401,6 @@ def name_arm(arm: str) -> str:
     return f"plain LoRA of rank {rank} (`{arm}`)" if kind == LORA and rank.isdecimal() else f"`{clean(arm)}`"
 
 
-def name_arms(arms: Iterable[ArmSummary]) -> str:
-    """Return arms within a sentence."""
-    return enumerate_words(f"`{clean(arm.arm)}`" for arm in arms)
-
-
 def find_gain(arm: ArmSummary) -> Difference:
     """Return the difference of an arm to plain LoRA, which has been measured."""
     assert arm.judgement is not None and arm.judgement.to_lora is not None, "it has been compared"
@@ -492,14 +481,6 @@ def format_rate(rate: float | None) -> str:
 def format_loss(loss: float | None) -> str:
     """Return a loss, or a dash for None."""
     return "-" if loss is None else f"{loss:.4f}"
-
-
-def format_bytes(size: float) -> str:
-    """Return a size in the unit that fits, such as ``1.2 GB``."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}" if size < 999.5 * scale else f"{size / scale:,.0f} {unit}"
-    return f"{size:.0f} B"
 
 
 def count_seeds(count: int) -> str:

@@ -1,6 +1,5 @@
 """The command ``compare``: from the user's file and options to the runs, the report and the answer."""
 
-import contextlib
 import json
 import logging
 import re
@@ -22,11 +21,12 @@ from axolotl_layersel.cli.compare.cells import (
 )
 from axolotl_layersel.cli.compare.figures import COMPARISON, ArmSettings, Comparison, Settings, read_record
 from axolotl_layersel.cli.compare.running import Board, Course, Stopped, stopping_in_order
+from axolotl_layersel.cli.overrides import apply_overrides
 from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.files import write_atomically
 from axolotl_layersel.common.terminal import say
 from axolotl_layersel.config.strict_block import as_number, as_whole, quote, read_choice
-from axolotl_layersel.config.textual import find_seed, read_mapping
+from axolotl_layersel.config.textual import check_path, find_seed, read_mapping
 
 STEPS = 100
 SEEDS = 3
@@ -119,18 +119,8 @@ def read_file(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         LayerselError: if it cannot be read, or asks for a run without LoRA or without rows that can be held out.
     """
-    if not path.is_file():
-        raise LayerselError(f"{path} does not exist. Give the path of an Axolotl YAML file.")
-    data = dict(read_mapping(path))
-    if overrides:
-        from axolotl.utils.dict import DictDefault
-
-        from axolotl_layersel.cli.overrides import apply_overrides
-
-        cfg = DictDefault(data)
-        with contextlib.redirect_stdout(sys.stderr):  # Axolotl logs to standard output when it is imported
-            apply_overrides(cfg, overrides)
-        data = cfg.to_dict()
+    check_path(path)
+    data = apply_overrides(read_mapping(path), overrides)
     adapter = read_choice(data, "adapter")
     if adapter not in ("lora", "qlora"):
         raise LayerselError(

@@ -12,7 +12,7 @@ FIGURES = "figures.json"  # in the folder of a cell that has ended well
 FAILURE = "failure.json"  # in the folder of a cell that has failed
 COMPARISON = "comparison.json"  # in the folder of a comparison, with all of its cells
 LORA = "lora"  # the arm that the others are compared with
-RANDOM = "random"  # the arm that a choice must beat as well
+RANDOM = "random"  # the arm that a choice is compared with as well
 WAY_OUT = "Delete the folder that it lies in, and start `axolotl layersel compare` again."
 
 R = TypeVar("R", bound="Record")
@@ -128,7 +128,7 @@ class ArmSettings(Record):
 
     Attributes:
         keys: the keys of the YAML file that the arm sets; None removes a key.
-        choosing: whether it chooses layers by the data, and so must beat a random choice as well.
+        choosing: whether it chooses layers by the data, and so is compared with a random choice as well.
     """
 
     keys: dict[str, Any]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from axolotl_layersel.cli.compare.answer import (
     answer,
-    format_bytes,
     format_figure,
     format_interval,
     format_loss,
@@ -28,6 +27,7 @@ from axolotl_layersel.common.errors import warning_instead
 from axolotl_layersel.common.files import write_atomically
 from axolotl_layersel.common.paths import PICTURE_ENDINGS
 from axolotl_layersel.common.progress import format_duration
+from axolotl_layersel.common.sizes import format_bytes
 from axolotl_layersel.common.terminal import clean
 from axolotl_layersel.reports.pictures import INSTALL, has_matplotlib, write_figure
 

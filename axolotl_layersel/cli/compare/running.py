@@ -49,6 +49,9 @@ PATIENCE = 30.0  # seconds that a stopped run has to end by itself
 POLL = 0.1  # seconds between two looks at a run
 ERROR = re.compile(r"(?:[A-Za-z_][\w.]*\.)?[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*")
 OF_LAUNCHERS = (LAUNCHER_FAILURE, "CalledProcessError")
+# What accelerate 1.13.0 and torchrun of torch 2.13.0 say of a process that was killed. torchrun may kill others later,
+# so that the first failure counts.
+BY_LAUNCHERS = re.compile(r"died with <Signals\.SIGKILL: 9>|Root Cause \(first observed failure\):[^=]*exitcode *: -9 ")
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 PREFIX = re.compile(r"^\[?(?:rank)?\d+\]?:\s?")  # of launchers before the lines of a process
 PR_SET_PDEATHSIG = 1  # from Linux' sys/prctl.h
@@ -173,11 +176,12 @@ def describe_failure(text: str, code: int) -> str:
     ours = [line.removeprefix(SENTENCE) for line in lines if line.startswith(SENTENCE)]
     if ours:
         return clean(ours[-1])
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or BY_LAUNCHERS.search(COLOURS.sub("", text)):
+        return "The run was killed (SIGKILL), as the system does when memory is short."
     errors = [line for line in lines if ERROR.fullmatch(line) and not any(name in line for name in OF_LAUNCHERS)]
     if errors:
-        return clean(errors[-1])
-    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        return "The run was killed (SIGKILL), as the system does when memory is short."
+        bare = errors[-1] == MemoryError.__name__  # Python gives no reason
+        return "MemoryError: the process asked for more memory than there is." if bare else clean(errors[-1])
     if code == 0:
         return "The run ended early, without an error."
     last = next((line for line in reversed(lines) if line), "")
@@ -235,7 +239,7 @@ class Course:
         retry: whether cells that have failed run again.
         is_settled: whether the settings are final.
         results: of the cells that have ended.
-        cost: the time of a cell, from those that ran in this process.
+        costs: the time of a cell of each arm, from those that ran in this process.
         notes: sentences for the report.
     """
 
@@ -248,7 +252,7 @@ class Course:
     retry: bool = False
     is_settled: bool = False
     results: dict[Cell, Figures | Failure] = field(default_factory=dict)
-    cost: schedule.Cost | None = None
+    costs: dict[str, schedule.Cost] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -299,7 +303,8 @@ class Course:
                 wall = time.monotonic() - begun
                 if isinstance(found, Figures):
                     last = schedule.measure_cost(cell.steps, wall, found.seconds_training)
-                    self.cost = last if self.cost is None else schedule.average(self.cost, last)
+                    before = self.costs.get(cell.arm)
+                    self.costs[cell.arm] = last if before is None else schedule.average(before, last)
                 self.take(cell, found)
                 self.tell(cell, found, wall)
                 self.save()
@@ -320,8 +325,8 @@ class Course:
                     f"The runs of {before.steps} steps are longer than the run of the file, which has "
                     f"{found.real_steps}, so they see rows more often."
                 )
-        if self.limit is not None and self.cost is not None:
-            shorter = schedule.fit(self.settings, self.own, self.cost, self.limit)
+        if self.limit is not None and self.costs:
+            shorter = schedule.fit(self.settings, self.own, self.costs, self.limit)
             change = schedule.describe_change(self.settings, shorter)
             if change is not None:
                 self.notes.append(f"The time limit of {format_duration(self.limit)} left {change}.")
@@ -333,7 +338,7 @@ class Course:
                     shutil.rmtree(find_folder(other, before), ignore_errors=True)
             self.results.clear()
         # After a kill, the figures may be there before the time of any cell is known.
-        self.is_settled = self.limit is None or self.cost is not None
+        self.is_settled = self.limit is None or bool(self.costs)
 
     def save(self) -> None:
         """Write the comparison as far as it is, for a second start and for the report."""
@@ -356,9 +361,9 @@ class Course:
 
     def find_left(self) -> float | None:
         """Return the seconds that the other cells will take; None until the first has ended."""
-        if self.cost is None:
+        if not self.costs:
             return None
-        return schedule.estimate(self.settings, self.own, self.ended, self.cost)
+        return schedule.estimate(self.settings, self.own, self.ended, self.costs)
 
     def make_comparison(self) -> Comparison:
         """Return the comparison with the cells that have ended."""

@@ -8,6 +8,7 @@ the same from the figures on disk.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from axolotl_layersel.cli.compare.cells import Cell
 from axolotl_layersel.cli.compare.figures import Settings
@@ -182,18 +183,32 @@ class Cost:
         return self.start + self.step * steps
 
 
-def estimate(settings: Settings, own: float, ended: Ended, cost: Cost) -> float:
-    """Return the seconds that the cells take that have not ended, if no grid is widened any further."""
+# The cost of a cell of each arm that has been timed.
+Costs = Mapping[str, Cost]
+
+
+def find_cost(arm: str, costs: Costs) -> Cost:
+    """Return the cost of an arm's cells, or the mean over the other arms until one of its own has been timed."""
+    if arm in costs:
+        return costs[arm]
+    return Cost(start=fmean(cost.start for cost in costs.values()), step=fmean(cost.step for cost in costs.values()))
+
+
+def estimate(settings: Settings, own: float, ended: Ended, costs: Costs) -> float:
+    """Return the seconds that the cells take that have not ended, if no grid is widened any further.
+
+    ``costs``: of at least one arm.
+    """
     seconds = 0.0
     for arm in settings.arms:
-        course = plan_arm(arm, settings, own, ended)
+        course, cost = plan_arm(arm, settings, own, ended), find_cost(arm, costs)
         known = list_cells(course.rungs)
         seconds += sum(cost.find_seconds(cell.steps) for cell in known if cell not in ended)
         seconds += (course.least - len(known)) * cost.find_seconds(settings.steps)
     return seconds
 
 
-def fit(settings: Settings, own: float, cost: Cost, limit: float) -> Settings:
+def fit(settings: Settings, own: float, costs: Costs, limit: float) -> Settings:
     """Return settings whose cells fit into ``limit`` seconds: with fewer seeds, then fewer rates, then fewer steps.
 
     Raises:
@@ -201,7 +216,7 @@ def fit(settings: Settings, own: float, cost: Cost, limit: float) -> Settings:
     """
 
     def fits(candidate: Settings) -> bool:
-        return estimate(candidate, own, {}, cost) <= limit
+        return estimate(candidate, own, {}, costs) <= limit
 
     def shrink(number: int, least: int, change: Callable[[Settings, int], Settings]) -> Settings | None:
         nonlocal settings
@@ -221,7 +236,7 @@ def fit(settings: Settings, own: float, cost: Cost, limit: float) -> Settings:
         return found
     if fits(settings):
         return settings
-    needed = estimate(settings, own, {}, cost)
+    needed = estimate(settings, own, {}, costs)
     raise LayerselError(
         f"--time-limit: {format_duration(limit)} is too short: {len(settings.arms)} arms at {len(settings.rates)} "
         f"rates and {len(settings.seeds)} seeds, with {settings.steps} steps each, take about "
@@ -241,7 +256,7 @@ def measure_cost(steps: int, wall: float, training: float) -> Cost:
 
 
 def average(cost: Cost, last: Cost) -> Cost:
-    """Return a cost that follows the cells that have ended, the later ones more."""
+    """Return the cost of an arm after its ``last`` cell, in which later cells count more."""
     return Cost(start=(cost.start + last.start) / 2, step=(cost.step + last.step) / 2)
 
 

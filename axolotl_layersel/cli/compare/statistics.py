@@ -26,6 +26,9 @@ UNCONTROLLED: Final = "no control"  # the whole claim is below plain LoRA, and n
 OPEN: Final = "open"  # the claim includes 0
 WORSE: Final = "worse"  # the whole claim is above plain LoRA
 UNKNOWN: Final = "unknown"  # there is no interval, because fewer than two seeds are shared
+# An arm with one of these may be used. Whether a random choice is as good does not decide it: a few unlucky draws make
+# that open, also where the arm is far below plain LoRA.
+BELOW: Final = (BETTER, CHANCE, UNCONTROLLED)
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def judge(losses: Losses, choosing: Collection[str] = (), drawn: Collection[str]
 
     Args:
         losses: the finite loss of each arm by seed; an arm without any counts as a comparison too.
-        choosing: the arms that choose layers by the data, which must be better than ``random`` as well.
+        choosing: the arms that choose layers by the data, which are compared with ``random`` as well.
         drawn: the arms that draw their layers at random.
     """
     noise = Noise(losses, drawn)
@@ -225,8 +228,8 @@ def find_standing(to_lora: Difference | None, to_random: Difference | None, choo
 
 
 def find_best(judgements: Mapping[str, Judgement]) -> str:
-    """Return the arm with the lowest loss of those that are better than plain LoRA, or ``lora``."""
-    gains = {arm: each.to_lora.mean for arm, each in judgements.items() if each.standing == BETTER and each.to_lora}
+    """Return the arm with the lowest loss of those whose whole claim is below plain LoRA, or ``lora``."""
+    gains = {arm: each.to_lora.mean for arm, each in judgements.items() if each.standing in BELOW and each.to_lora}
     return min(gains, key=lambda arm: gains[arm], default=LORA)
 
 

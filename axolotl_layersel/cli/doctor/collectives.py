@@ -1,9 +1,9 @@
 """The calls of communication that the package adds to a run on several processes, and what training itself sends."""
 
 from axolotl_layersel.cli.doctor.case import Case, Fact
-from axolotl_layersel.cli.doctor.formatting import format_bytes
 from axolotl_layersel.cli.doctor.layers import count_room
 from axolotl_layersel.cli.doctor.model import Model
+from axolotl_layersel.common.sizes import format_bytes
 from axolotl_layersel.config.l1ra import OPTIMIZERS
 
 # Calls of ``RankRedistribution.update``: gates are broadcast, and two gathers compare the processes.

@@ -14,6 +14,7 @@ from axolotl_layersel.cli.doctor.light_imports import importing_lightly
 from axolotl_layersel.cli.doctor.sections import SECTIONS
 from axolotl_layersel.common.errors import LayerselError, find_fault
 from axolotl_layersel.config.faults import list_faults
+from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.textual import find_seed
 
 
@@ -51,8 +52,8 @@ def examine(
         lowest: the lowest kept layer whose step time is asked for.
     """
     block, faults = list_faults(data)
-    if block is None:
-        return Report(faults, {}, None, list(tell_faults(faults)))
+    if block is None:  # it is missing, or no mapping: the rest of the report is on plain LoRA
+        block = LayerselConfig.model_construct()
     case, missing = Case(data, block.drop_unread(), block, processes, lowest=lowest), None
     try:
         model, missing = load_model(case, model_config)

@@ -1,7 +1,6 @@
 """The candidates of the choice, and the parameters that train."""
 
 from axolotl_layersel.cli.doctor.case import Case, Fact
-from axolotl_layersel.cli.doctor.formatting import format_range
 from axolotl_layersel.cli.doctor.model import Model
 
 
@@ -60,3 +59,8 @@ def count_room(case: Case, model: Model) -> int:
     if choice.kept is None:
         return case.max_rank * sum(model.component_sizes.values())
     return case.max_rank * sum(model.component_sizes[name] for name in choice.modules)
+
+
+def format_range(least: int, most: int) -> str:
+    """Return one number, or two that a number lies between."""
+    return f"{most:,}" if least == most else f"{least:,} to {most:,}"

@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Iterable
 
 from axolotl_layersel.cli.doctor.case import Case, Fact
-from axolotl_layersel.cli.doctor.formatting import format_bytes
 from axolotl_layersel.cli.doctor.layers import count_room
 from axolotl_layersel.cli.doctor.model import Model
+from axolotl_layersel.common.sizes import format_bytes
 from axolotl_layersel.config.strict_block import as_whole
 from axolotl_layersel.lora.modules import count_experts, list_linear, list_parameters
 from axolotl_layersel.selection.passes.sizes import (

@@ -29,6 +29,8 @@ def describe_engine(case: Case) -> list[Fact]:
 
 def describe_effect(case: Case) -> list[Fact]:
     """Return what the block asks for, and its keys that nothing reads."""
+    if case.block.selection is None and case.block.l1ra is None:
+        return [Fact("effect", {}, "No part of `layersel` takes effect, so this report is on plain LoRA.")]
     facts = [Fact("effect", case.block.model_dump(mode="json", exclude_none=True), describe_settings(case.block))]
     unread = describe_unread(case.written)
     if unread:

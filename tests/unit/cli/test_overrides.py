@@ -1,13 +1,15 @@
 """Axolotl's options on the commands of this package."""
 
+import copy
+
 import pytest
 import typer
+from axolotl.cli.config import _coerce_value
 from axolotl.cli.config_options import AXOLOTL_CONFIG_CLI_OPTIONS
-from axolotl.utils.dict import DictDefault
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
-from axolotl_layersel.cli.overrides import OVERRIDES, OverridableCommand, apply_overrides
+from axolotl_layersel.cli.overrides import OVERRIDES, WORDS, OverridableCommand, apply_overrides, coerce
 
 small = typer.Typer()
 
@@ -53,10 +55,11 @@ def test_no_option_of_axolotl_has_the_name_of_one_of_a_command():
 
 
 def test_values_are_set_as_axolotl_sets_them():
-    cfg = DictDefault({"lora_r": 8, "learning_rate": 1e-3, "bf16": True, "trl": {"beta": 0.1}, "base_model": "a"})
+    data = {"lora_r": 8, "learning_rate": 1e-3, "bf16": True, "trl": {"beta": 0.1}, "base_model": "a"}
+    before = copy.deepcopy(data)
     given = {"lora_r": "16", "learning_rate": "5e-4", "bf16": False, "trl__beta": "0.2", "dpo__x": "3", "seed": "7"}
-    apply_overrides(cfg, {**given, "base_model": "b", "flash_attention": "true", "val_set_size": "none"})
-    assert cfg.to_dict() == {
+    given |= {"base_model": "b", "flash_attention": "true", "val_set_size": "none"}
+    assert apply_overrides(data, given) == {
         "lora_r": 16,
         "learning_rate": 5e-4,
         "bf16": False,
@@ -67,9 +70,17 @@ def test_values_are_set_as_axolotl_sets_them():
         "flash_attention": True,
         "val_set_size": None,
     }
+    assert data == before
+
+
+def test_a_value_gets_the_type_that_axolotl_gives_it():
+    texts = [*WORDS, "True", "1", "0", "16", "-3", "5e-4", "1e400", "nan", "1_000", "0x10", " 7", "", "b", "1.5.2"]
+    for value in (*texts, 3, 0.5, True, None, ["a"]):
+        for existing in (None, True, False, 8, 1e-3, "a", [1], {"a": 1}):
+            expected, found = _coerce_value(value, existing), coerce(value, existing)
+            assert repr(found) == repr(expected), f"{value!r} in place of {existing!r}"
 
 
 def test_a_strict_file_gets_no_new_keys():
-    cfg = DictDefault({"strict": True, "lora_r": 8})
-    apply_overrides(cfg, {"lora_r": "16", "seed": "7", "trl__beta": "0.2"})
-    assert cfg.to_dict() == {"strict": True, "lora_r": 16}
+    given = {"lora_r": "16", "seed": "7", "trl__beta": "0.2"}
+    assert apply_overrides({"strict": True, "lora_r": 8}, given) == {"strict": True, "lora_r": 16}

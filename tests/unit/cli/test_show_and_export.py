@@ -81,6 +81,10 @@ def test_names_that_no_file_has_are_refused(loop, tmp_path):
     for place in (loop, loop / "run", TOO_LONG):
         assert "cannot be read" in call("show", place)
         assert "does not exist. Give the path of an Axolotl YAML file." in call("plan", place)
+    for command in ("plan", "check", "doctor", "compare"):
+        assert call(command, tmp_path) == (
+            f"axolotl-layersel: {tmp_path} is a folder. Give the path of an Axolotl YAML file."
+        )
     for place in (loop / "a.png", tmp_path / TOO_LONG / "a.png"):
         assert "cannot be made" in call("show", tmp_path, "--picture", place)
 

@@ -28,6 +28,29 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 subprocess.CalledProcessError: Command '[...]' returned non-zero exit status 1.
 """
 
+KILLED = "The run was killed (SIGKILL), as the system does when memory is short."
+ACCELERATE = """\
+subprocess.CalledProcessError: Command '['python', 'train.py']' died with <Signals.SIGKILL: 9>.
+Traceback (most recent call last):
+subprocess.CalledProcessError: Command '['accelerate', 'launch']' returned non-zero exit status 1.
+"""
+TORCHRUN = """\
+[rank1]: RuntimeError: Connection closed by peer
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+=======================================================
+train.py FAILED
+-------------------------------------------------------
+Failures:
+[1]:
+  exitcode  : {other} (pid: 20632)
+-------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-30_20:03:36
+  exitcode  : {first} (pid: 20633)
+=======================================================
+"""
+
 
 @pytest.mark.parametrize(
     ("text", "code", "sentence"),
@@ -35,7 +58,11 @@ subprocess.CalledProcessError: Command '[...]' returned non-zero exit status 1.
         ("ValueError: no\naxolotl-layersel: lora_r: 0 is no rank.\nend\n", 1, "lora_r: 0 is no rank."),
         (TRACEBACK, 1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
         ("\x1b[31mRuntimeError: bad\x1b[0m\n", 1, "RuntimeError: bad"),
-        ("step 3\n", -9, "The run was killed (SIGKILL), as the system does when memory is short."),
+        ("step 3\n", -9, KILLED),
+        (ACCELERATE, 1, KILLED),
+        (TORCHRUN.format(first="-9", other="-15"), 1, KILLED),
+        (TORCHRUN.format(first="1", other="-9"), 1, "RuntimeError: Connection closed by peer"),
+        ("MemoryError\n", 1, "MemoryError: the process asked for more memory than there is."),
         ("step 3\n\n", 4, "The run ended with exit code 4: step 3"),
         ("", 4, "The run ended with exit code 4."),
         ("done\n", 0, "The run ended early, without an error."),
@@ -120,7 +147,7 @@ def test_more_steps_than_the_run_has_are_a_note_if_they_were_asked_for(tmp_path)
 
 
 def test_a_time_limit_is_kept_after_the_first_run(tmp_path):
-    course = make_course(tmp_path, limit=300.0, cost=Cost(start=10, step=0.1))
+    course = make_course(tmp_path, limit=300.0, costs={"lora": Cost(start=10, step=0.1)})
     course.take(FIRST, make_figures(FIRST, 1.0))
     assert (len(course.settings.seeds), len(course.settings.rates), course.settings.steps) == (2, 5, 100)
     assert course.notes == ["The time limit of 5 min left 2 seeds instead of 3."]

@@ -111,13 +111,21 @@ def test_the_number_of_runs_is_known_before_any_has_ended_unless_a_grid_is_widen
 
 
 def test_the_time_left_is_that_of_the_runs_that_have_not_ended():
-    settings, ended, cost = make_settings(["lora"]), {}, Cost(start=10, step=0.1)
+    settings, ended, costs = make_settings(["lora"]), {}, {"lora": Cost(start=10, step=0.1)}
     whole = 5 * 15 + 4 * 20
-    assert schedule.estimate(settings, OWN, ended, cost) == pytest.approx(whole)
+    assert schedule.estimate(settings, OWN, ended, costs) == pytest.approx(whole)
     ended[schedule.plan_next(settings, OWN, ended)] = 1.0
-    assert schedule.estimate(settings, OWN, ended, cost) == pytest.approx(whole - 15)
+    assert schedule.estimate(settings, OWN, ended, costs) == pytest.approx(whole - 15)
     finish(settings, bowl(OWN), ended)
-    assert schedule.estimate(settings, OWN, ended, cost) == 0
+    assert schedule.estimate(settings, OWN, ended, costs) == 0
+
+
+def test_a_slow_arm_takes_its_own_time_and_an_arm_that_has_not_run_takes_the_mean():
+    settings = make_settings(["lora", "flexora", "random"], halving=False, rates=[OWN], seeds=[42], widen=0)
+    costs = {"lora": Cost(start=10, step=0.1)}
+    assert schedule.estimate(settings, OWN, {}, costs) == pytest.approx(3 * 20)
+    costs["flexora"] = Cost(start=100, step=0.3)
+    assert schedule.estimate(settings, OWN, {}, costs) == pytest.approx(20 + 130 + 75)
 
 
 @pytest.mark.parametrize(
@@ -125,17 +133,17 @@ def test_the_time_left_is_that_of_the_runs_that_have_not_ended():
     [(10_000, 3, 5, 100), (150, 2, 5, 100), (125, 2, 4, 100), (105, 2, 3, 100), (80, 2, 3, 44)],
 )
 def test_a_time_limit_takes_seeds_then_rates_then_steps(limit, seeds, rates, steps):
-    settings, cost = make_settings(["lora"]), Cost(start=10, step=0.1)
-    fitted = schedule.fit(settings, OWN, cost, limit)
+    settings, costs = make_settings(["lora"]), {"lora": Cost(start=10, step=0.1)}
+    fitted = schedule.fit(settings, OWN, costs, limit)
     assert (len(fitted.seeds), len(fitted.rates), fitted.steps) == (seeds, rates, steps)
     assert OWN in fitted.rates and fitted.rates == sorted(fitted.rates)
-    assert schedule.estimate(fitted, OWN, {}, cost) <= limit
+    assert schedule.estimate(fitted, OWN, {}, costs) <= limit
     assert (schedule.describe_change(settings, fitted) is None) == (fitted == settings)
 
 
 def test_a_time_limit_that_nothing_fits_into_says_what_would():
     with pytest.raises(LayerselError, match=r"--time-limit: 5 s is too short: 1 arms at 3 rates.*Allow 2m, or compare"):
-        schedule.fit(make_settings(["lora"]), OWN, Cost(start=10, step=0.1), 5)
+        schedule.fit(make_settings(["lora"]), OWN, {"lora": Cost(start=10, step=0.1)}, 5)
 
 
 def test_rates_are_a_factor_of_two_apart_around_that_of_the_file():

@@ -165,12 +165,11 @@ losses_of = st.dictionaries(
 
 
 @given(losses_of, st.sets(st.sampled_from(["a", "b"])))
-def test_a_recommended_arm_is_below_lora_and_below_random_by_its_whole_interval(losses, choosing):
+def test_a_recommended_arm_is_below_lora_by_its_whole_interval(losses, choosing):
     judgements = judge(losses, choosing)
     best = find_best(judgements)
     if best != LORA:
         assert judgements[best].to_lora.claim.high < 0
-        assert best not in choosing or judgements[best].to_random.interval.high < 0
     for arm, each in judgements.items():
         assert (each.to_lora is None) == (not losses[arm].keys() & losses.get(LORA, {}).keys())
         assert each.to_lora is None or each.to_lora.pairs > 1 or each.to_lora.interval is None
@@ -189,6 +188,18 @@ def test_the_order_of_cells_does_not_matter(losses, stream):
         if each.to_lora is not None:
             assert each.to_lora.mean == pytest.approx(other[arm].to_lora.mean, abs=1e-12)
             assert (each.to_lora.interval is None) == (other[arm].to_lora.interval is None)
+
+
+def test_a_random_choice_that_scatters_does_not_hide_a_gain():
+    # Five seeds of benchmarks/planted_compare.py; two draws of `random` have the damaged layers.
+    losses = {
+        "lora": [1.00, 1.01, 1.02, 1.00, 1.03],
+        "gradient": [0.82, 0.85, 0.87, 0.84, 0.84],
+        RANDOM: [0.83, 1.37, 1.62, 0.88, 1.60],
+    }
+    judgements = judge({arm: dict(enumerate(each)) for arm, each in losses.items()}, ["gradient"])
+    assert judgements["gradient"].standing == CHANCE
+    assert find_best(judgements) == "gradient"
 
 
 @given(st.integers(0, 10_000), st.integers(2, 5), st.floats(0.2, 1))

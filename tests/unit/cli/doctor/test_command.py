@@ -105,6 +105,27 @@ def test_a_configuration_of_no_model_is_refused(tmp_path):
         assert "model_type" in fault
 
 
+@pytest.mark.parametrize(("block", "message"), [(None, "its block is missing"), (3, "3 is not a mapping")])
+def test_a_file_without_a_block_is_told_what_plain_lora_needs(tmp_path, block, message):
+    content = {**FILE, "layersel": block, "output_dir": str(tmp_path)}
+    report = examine(content, CONFIGS / "llama-3.1-8b.json")
+    assert len(report.faults) == 1 and message in report.faults[0]
+    assert report.sections["effect"] == {"effect": {}}
+    assert report.sections["parameters"] == {"plain": report.sections["memory"]["lora"] // 4}
+    (tmp_path / "config.json").write_text("{}")
+    assert any("model_type" in fault for fault in examine(content, tmp_path / "config.json").faults)
+
+
+def test_options_of_axolotl_are_read_as_axolotl_reads_them(tmp_path):
+    def weigh(**values) -> int:
+        options = [word for key, value in values.items() for word in (f"--{key}", value)]
+        content = {**FILE, "bf16": True, "output_dir": str(tmp_path / "output")}
+        result = run(tmp_path, content, "--json", "--model-config", str(CONFIGS / "llama-3.1-8b.json"), *options)
+        return json.loads(result.output)["memory"]["weights"]
+
+    assert weigh(bf16="false") == 2 * weigh(bf16="true") == 2 * weigh()
+
+
 def test_keys_that_nothing_reads_are_named(tmp_path):
     report = examine({**FILE, **selection("last", token="mean"), "output_dir": str(tmp_path)})
     assert report.faults == []
