@@ -12,8 +12,12 @@ parts=("${@:5}")
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-texts=$(dirname "$out")/texts
-[ -e "$texts/english.txt" ] || "$python" "$here/general_text.py" "$texts"
+general=()
+if [[ $train != *.tsv ]]; then # an encoder with a classifier has no loss on texts
+    texts=$(dirname "$out")/texts
+    [ -e "$texts/english.txt" ] || "$python" "$here/general_text.py" "$texts"
+    general=(--general "$texts/python.txt" "$texts/english.txt")
+fi
 
 quality() {
     "$python" "$here/quality.py" train "$base" "$train" "$test" "$out" --longest 256 --test-rows 200 --widen 4 \
@@ -57,7 +61,7 @@ halves+=("last same rank" "flexora same rank" "fisher same rank" pressure)
 
 short() { # SEEDS ROWS EPOCHS RANK
     quality --seeds $1 --rows "$2" --epochs "$3" --ranks "$4" --evaluations "$3" --held-out 64 --rates "${high[@]}" \
-        --general "$texts/python.txt" "$texts/english.txt" --arms "${halves[@]}"
+        ${general[@]+"${general[@]}"} --arms "${halves[@]}"
 }
 
 run_few() {

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -36,9 +36,15 @@ def find_next_rate(losses: Mapping[float, float], grid: Sequence[float], widenin
 def choose_rate(losses: Losses) -> float:
     """Return the rate with the lowest mean loss over the seeds that were run with all rates.
 
-    If its neighbours were run with as many seeds as it, it is the best of them over these seeds.
+    If there is no such seed, those rates count that the most tried seed was run with. If other rates were run with all
+    seeds of the rate that is found so, it is the best of them over these seeds.
     """
-    best = find_lowest(losses, set.intersection(*(set(by_seed) for by_seed in losses.values())))
+    common = set.intersection(*(set(by_seed) for by_seed in losses.values()))
+    if not common:
+        tries = Counter(seed for by_seed in losses.values() for seed in by_seed)
+        widest = max(sorted(tries), key=tries.__getitem__)
+        return choose_rate({rate: by_seed for rate, by_seed in losses.items() if widest in by_seed})
+    best = find_lowest(losses, common)
     seeds = set(losses[best])
     return find_lowest({rate: by_seed for rate, by_seed in losses.items() if seeds <= set(by_seed)}, seeds)
 

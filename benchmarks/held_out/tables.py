@@ -205,8 +205,9 @@ def compare(by_seed: BySeed, rival: Mapping[int, Mapping[str, float]], name: str
     if not pairs or not any(pairs):
         return ""
     mean, half = statistics.mean(pairs), find_half(pairs)
-    percent = 100 * mean / statistics.mean(rival[seed][name] for seed in seeds)
-    text = f"{describe_difference(pairs)} ({percent:+.1f} %)"
+    text, level = describe_difference(pairs), abs(statistics.mean(rival[seed][name] for seed in seeds))
+    if level:
+        text += f" ({100 * mean / level:+.1f} %)"
     return f"**{text}**" if half is not None and abs(mean) > half else text
 
 

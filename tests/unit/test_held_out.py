@@ -124,6 +124,8 @@ def test_a_rate_is_chosen_over_the_seeds_that_all_rates_have():
     # Where its neighbour was run with all of its seeds, the mean over them decides.
     assert choose_rate({1: {0: 2.0, 1: 0.1}, 2: {0: 1.0, 1: 2.0}, 4: {0: 3.0}}) == 1
     assert choose_rate({1: {0: math.nan}, 2: {0: 5.0}}) == 2
+    # No seed was run with all of them: seed 0 tried the most.
+    assert choose_rate({1: {0: 2.0}, 2: {0: 1.0}, 4: {1: 0.1}}) == 2
 
 
 def test_the_edge_and_the_neighbours_of_a_rate():
