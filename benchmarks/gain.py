@@ -15,6 +15,7 @@ import csv
 import itertools
 import math
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from quality import ARMS, choose_rates, collate, make_model, read_rows, read_runs
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import pearsonr, spearmanr
@@ -38,6 +38,14 @@ from axolotl_layersel.selection.passes.backward import GradientRecorder, measure
 from axolotl_layersel.selection.passes.forward import find_share
 from axolotl_layersel.selection.ranks import allocate_ranks
 from axolotl_layersel.selection.types import Choice, Selection
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.held_out.arms import ARMS
+from benchmarks.held_out.rates import choose_rates
+from benchmarks.held_out.rows import collate, read_rows
+from benchmarks.held_out.runs import read_runs
+from benchmarks.held_out.training import make_model
 
 Spectra = Mapping[str, Sequence[float]]
 RATIOS = ["chosen_over_uniform", "chosen_over_uniform_squared", "double_over_single", "double_over_single_squared"]
@@ -128,7 +136,7 @@ def measure_arms(
     """Return the line of each arm. ``arms``: by rank."""
     torch.manual_seed(seed)
     # The rank of LoRA changes nothing in the passes, because its B is 0.
-    model = make_model(arguments, "lora", 1, rows)
+    model = make_model(arguments.base, arguments.train.suffix == ".tsv", "lora", 1, rows)
     with tempfile.TemporaryDirectory() as folder:
         values = TrainingArguments(output_dir=folder, seed=seed, use_cpu=True, report_to=[], disable_tqdm=True)
         trainer = Trainer(model, values, train_dataset=Dataset.from_list(rows), data_collator=collate)

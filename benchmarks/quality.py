@@ -2,335 +2,259 @@
 
     python benchmarks/quality.py train BASE TRAIN.jsonl TEST.jsonl runs.csv --ranks 1 2 4 8 --seeds 0 1 2
     python benchmarks/quality.py report runs.csv --against lora --picture curves.svg
+    python benchmarks/quality.py regimes runs.csv
 
 Rows of a JSONL file have a ``question`` and an ``answer``; the loss is over the tokens of the answers. A TSV file has
 the columns ``sentence`` and ``label``, for an encoder. Every arm has at most as many trainable parameters as LoRA of
 the same rank in all layers. The learning rate of an arm is the one of ``--rates`` with the lowest mean loss on
-validation rows, which are neither trained nor tested on. A GPU is used if there is one, in TF32. Time is CPU time, so
-that other work on the machine does not count. Each run appends a line to the CSV file. A run whose line exists is
-skipped, so that a benchmark can be resumed.
+validation rows, which are neither trained nor tested on. ``--widen`` adds rates while the best one is at the edge of
+those that were tried, and ``--seeds-at best`` spares the other seeds the other rates. With ``--epochs`` each seed draws
+rows of its own to train on; otherwise all seeds share the first ones. ``--general`` measures the loss on texts before
+and after training, see general_text.py. A GPU is used if there is one, in TF32. Time is CPU time, so that other work on
+the machine does not count. Each run appends a line to the CSV file. A run whose line exists is skipped, so that a
+benchmark can be resumed.
+
+An arm may have further words: ``gradient p0.5`` scales a module of rank r_i by s · (r / r_i)^0.5, ``lora loraplus4``
+has LoRA+'s rate for B, and ``random draw2`` another draw. ``lora half rank`` is LoRA at half of the rank.
 """
 
 import argparse
-import csv
 import itertools
-import json
 import math
-import statistics
-import tempfile
-import time
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import t as student
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    logging,
-)
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from axolotl_layersel.config.root import LayerselConfig
-from axolotl_layersel.training.prepare import prepare_trainer
-
-DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ENCODER_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-SAMPLES = 128
-HALF = {"ratio": 0.5, "rank_allocation": "match"}
-SCORED = {"rank_allocation": "score", "num_samples": SAMPLES}
-# The layersel block of every arm. EVA, PEFT's allocation of rank by the data, has none.
-ARMS: dict[str, dict[str, Any] | None] = {
-    "lora": {"selection": {"method": "first", "ratio": 1.0}},
-    "gradient": {"selection": {"method": "gradient", **SCORED}},
-    "gradient group": {"selection": {"method": "gradient", "granularity": "group", **SCORED}},
-    "gradient layer": {"selection": {"method": "gradient", "granularity": "layer", **SCORED}},
-    "fisher": {"selection": {"method": "fisher", "granularity": "module", **SCORED}},
-    "cka": {"selection": {"method": "cka", "num_samples": SAMPLES, **HALF}},
-    "random": {"selection": {"method": "random", **HALF}},
-    "cka same rank": {"selection": {"method": "cka", "num_samples": SAMPLES, "ratio": 0.5}},
-    "random same rank": {"selection": {"method": "random", "ratio": 0.5}},
-    "last": {"selection": {"method": "last", **HALF}},
-    "l1ra": {"l1ra": {}},
-    "pressure": {"l1ra": {"rule": "pressure"}},
-    "gradient l1ra": {"selection": {"method": "gradient", **SCORED}, "l1ra": {}},
-    "eva": None,
-}
-FIGURES = ["validation", "test", "accuracy", "parameters", "seconds_choosing", "seconds_training"]
-COLUMNS = ["arm", "rank", "seed", "rate", "steps", *FIGURES, "chosen"]
-IGNORED = -100
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def read_rows(path: Path, tokenizer: Any, longest: int) -> list[dict[str, Any]]:
-    """Return the rows of a file, questions with answers or sentences with labels, as tokens and labels."""
-    if path.suffix == ".tsv":
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file, delimiter="\t"))
-        ids = tokenizer([line["sentence"] for line in lines], truncation=True, max_length=longest)["input_ids"]
-        return [make_row(tokens, int(line["label"])) for tokens, line in zip(ids, lines)]
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        question = tokenizer(f"Question: {row['question']}\nAnswer:", add_special_tokens=False)["input_ids"]
-        answer = tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        if len(question) < longest:
-            labels = [IGNORED] * len(question) + answer
-            rows.append(make_row((question + answer)[:longest], labels[:longest]))
-    return rows
-
-
-def make_row(ids: list[int], labels: int | list[int]) -> dict[str, Any]:
-    """Return a row of a dataset."""
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-
-def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return rows as a batch, padded on the right."""
-    if isinstance(batch[0]["labels"], int):
-        fill = {"input_ids": 0, "attention_mask": 0}
-    else:
-        fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-    filled = {key: pad_sequence([torch.tensor(row[key]) for row in batch], True, value) for key, value in fill.items()}
-    return {"labels": torch.tensor([row["labels"] for row in batch])} | filled if len(fill) == 2 else filled
-
-
-@torch.no_grad()
-def measure(model: PeftModel, rows: list[dict[str, Any]], batch_size: int) -> tuple[float, float]:
-    """Return the mean loss and the accuracy over the tokens of the answers, or over sentences."""
-    model.eval()
-    loss, right, count = 0.0, 0, 0
-    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    for start in range(0, len(rows), batch_size):
-        batch = {key: value.to(model.device) for key, value in collate(rows[start : start + batch_size]).items()}
-        output = model(**batch)
-        logits, labels = output.logits, batch["labels"]
-        if labels.dim() == 2:  # the token after each
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        counted = labels.ne(IGNORED)
-        loss += output.loss.item() * int(counted.sum())
-        right += int((logits.argmax(dim=-1) == labels)[counted].sum())
-        count += int(counted.sum())
-    return loss / count, right / count
-
-
-def make_model(arguments: argparse.Namespace, arm: str, rank: int, rows: list[dict[str, Any]]) -> PeftModel:
-    """Return the base under LoRA."""
-    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank}
-    if arguments.train.suffix == ".tsv":
-        base = AutoModelForSequenceClassification.from_pretrained(arguments.base, dtype=torch.float32, num_labels=2)
-        settings |= {"target_modules": ENCODER_TARGETS, "task_type": "SEQ_CLS"}
-    else:
-        base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
-        settings |= {"target_modules": DECODER_TARGETS, "task_type": "CAUSAL_LM"}
-    base.to(DEVICE)
-    if arm != "eva":
-        return get_peft_model(base, LoraConfig(**settings))
-    model = get_peft_model(base, LoraConfig(**settings, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)))
-    batches = [
-        {key: value.to(DEVICE) for key, value in collate(rows[start : start + 4]).items()}
-        for start in range(0, SAMPLES, 4)
-    ]
-    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
-    return model
-
-
-def run_arm(
-    arguments: argparse.Namespace, arm: str, rank: int, seed: int, rate: float, data: dict[str, list]
-) -> dict[str, Any]:
-    """Train one arm, and return its line of the CSV file."""
-    torch.manual_seed(seed)
-    started = time.process_time()
-    model = make_model(arguments, arm, rank, data["train"])
-    with tempfile.TemporaryDirectory() as folder:
-        values = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=arguments.batch_size,
-            max_steps=arguments.steps,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, arguments.steps // 20),
-            weight_decay=0.0,
-            seed=seed,
-            use_cpu=DEVICE == "cpu",
-            tf32=DEVICE == "cuda" or None,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model, values, train_dataset=Dataset.from_list(data["train"]), data_collator=collate)
-        block, chosen = ARMS[arm], ""
-        if block is not None:
-            plan = prepare_trainer(trainer, LayerselConfig.model_validate(block))
-            chosen = json.dumps(plan.ranks or plan.selected) if plan else ""
-        if "l1ra" in (block or {}):  # modules of l1ra have room for more rank than they use
-            shapes = [p.shape for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
-            parameters = sum(rows * columns for rows, columns in shapes) * rank // model.peft_config["default"].r
-        else:
-            parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        ready = time.process_time()
-        trainer.train()
-        ended = time.process_time()
-    loss, accuracy = measure(model, data["test"], 16)
-    return {
-        "arm": arm,
-        "rank": rank,
-        "seed": seed,
-        "rate": rate,
-        "steps": arguments.steps,
-        "validation": round(measure(model, data["validation"], 16)[0], 5),
-        "test": round(loss, 5),
-        "accuracy": round(accuracy, 5),
-        "parameters": parameters,
-        "seconds_choosing": round(ready - started, 1),
-        "seconds_training": round(ended - ready, 1),
-        "chosen": chosen,
-    }
-
-
-def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the CSV file; an empty list if the file does not exist."""
-    if not path.exists():
-        return []
-    kinds = {"arm": str, "rank": int, "seed": int, "steps": int, "parameters": int, "chosen": str}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+from benchmarks.held_out.arms import DEFAULT_ARMS, HALF_RANK, check_name, find_stored, parse_arm
+from benchmarks.held_out.rates import choose_rate, find_neighbours, find_next_rate
+from benchmarks.held_out.runs import REGIME, append_run, check_appendable, find_regime, is_done, read_runs
+from benchmarks.held_out.tables import print_regimes, print_table
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Run the arms that the command line asks for and that the CSV file does not have."""
-    logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    rows = read_rows(arguments.train, tokenizer, arguments.longest)
-    data = {
-        "validation": rows[: arguments.held_out],
-        "train": rows[arguments.held_out : arguments.held_out + arguments.train_rows],
-        "test": read_rows(arguments.test, tokenizer, arguments.longest)[: arguments.test_rows],
-    }
-    wanted = itertools.product(arguments.seeds, arguments.ranks, arguments.rates, arguments.arms)
-    for seed, rank, rate, arm in wanted:
-        keys = {"arm": arm, "rank": rank, "seed": seed, "rate": rate}
-        if any(keys.items() <= run.items() for run in read_runs(arguments.output)):
-            continue
-        line = run_arm(arguments, arm, rank, seed, rate, data)
-        new = not arguments.output.exists()
-        with arguments.output.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(line)
-        print({key: line[key] for key in COLUMNS[:-1]}, flush=True)
+    check_appendable(arguments.output)
+    runner = Runner(arguments)
+    for key in list_runs(arguments):
+        append_run(arguments.output, runner.run(key))
 
 
-def choose_rates(runs: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
-    """Return the learning rate with the lowest mean validation loss for each arm and rank.
+def list_runs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what tells each missing run from the others; the CSV file has the run before the next is taken."""
+    wanted = itertools.product(arguments.seeds, list_regimes(arguments), arguments.ranks, arguments.arms)
+    # The runs of LoRA at half of the rank may be those of another rank.
+    cells = dict.fromkeys((seed, *regime, *find_stored(arm, rank)) for seed, regime, rank, arm in wanted)
+    for seed, rows, epochs, arm, rank in cells:
+        regime = describe_regime(arguments, rows, epochs)
+        for rate in iterate_rates(arguments, regime, arm, rank, seed):
+            key = {**regime, "arm": arm, "rank": rank, "seed": seed, "rate": rate}
+            if not is_done(key, read_runs(arguments.output)):
+                yield key
 
-    The mean is over the seeds that were run with all rates of the arm.
+
+def list_regimes(arguments: argparse.Namespace) -> list[tuple[int, int | None]]:
+    """Return the numbers of rows and epochs that the command line asks for; None for a number of steps."""
+    return [*itertools.product(arguments.train_rows, arguments.epochs or [None])]
+
+
+def iterate_rates(
+    arguments: argparse.Namespace, regime: dict[str, Any], arm: str, rank: int, seed: int
+) -> Iterator[float]:
+    """Yield the rates to run an arm with, in turn; the CSV file has the run with each before the next is taken.
+
+    The first seed takes all rates of the grid and those that widen it, the others those of ``--seeds-at``.
     """
-    losses: dict[tuple[str, int], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for run in runs:
-        losses[run["arm"], run["rank"]][run["rate"]][run["seed"]] = run["validation"]
-    chosen = {}
-    for key, rates in losses.items():
-        seeds = set.intersection(*(set(by_seed) for by_seed in rates.values()))
-        means = {rate: statistics.mean(by_seed[seed] for seed in seeds) for rate, by_seed in rates.items()}
-        chosen[key] = min(means, key=means.__getitem__)
-    return chosen
+    # LoRA+ multiplies the rate of B, so that the best rate of A is lower.
+    grid = [rate / (parse_arm(arm).ratio or 1) ** 0.5 for rate in arguments.rates]
+    first = arguments.seeds[0]
+    if seed == first:
+        rate: float | None = grid[0]
+        while rate is not None:
+            yield rate
+            losses = read_losses(arguments.output, regime, arm, rank)
+            by_rate = {rate: by_seed[first] for rate, by_seed in losses.items() if first in by_seed}
+            rate = find_next_rate(by_rate, grid, arguments.widen)
+        return
+    losses = read_losses(arguments.output, regime, arm, rank)
+    tried = [rate for rate, by_seed in losses.items() if first in by_seed]
+    if arguments.seeds_at == "all":
+        yield from tried
+        return
+    best = choose_rate({rate: {first: losses[rate][first]} for rate in tried})
+    yield best
+    if arguments.seeds_at == "neighbours":
+        yield from find_neighbours(best, tried)
 
 
-def describe_difference(differences: list[float]) -> str:
-    """Return the mean of paired differences and its 95 % interval by Student's t."""
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return f"{mean:+.4f}"
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean:+.4f} ± {student.ppf(0.975, len(differences) - 1) * error:.4f}"
+def read_losses(path: Path, regime: dict[str, Any], arm: str, rank: int) -> dict[float, dict[int, float]]:
+    """Return the validation losses of an arm, by rate and seed."""
+    losses: dict[float, dict[int, float]] = defaultdict(dict)
+    for run in read_runs(path):
+        if find_regime(run) == find_regime(regime) and (run["arm"], run["rank"]) == (arm, rank):
+            losses[run["rate"]][run["seed"]] = run["validation"]
+    return losses
 
 
-def find_mean(by_seed: dict[int, dict[str, Any]], name: str) -> float:
-    """Return the mean of a column over the runs of an arm."""
-    return statistics.mean(run[name] for run in by_seed.values())
+def describe_regime(arguments: argparse.Namespace, rows: int, epochs: int | None) -> dict[str, Any]:
+    """Return the columns that say what a run is trained and tested on."""
+    values = {
+        "base": arguments.base.name,
+        "task": arguments.train.stem,
+        "rows": rows,
+        "epochs": epochs,
+        "steps": epochs * math.ceil(rows / arguments.batch_size) if epochs else arguments.steps,
+        "batch_size": arguments.batch_size,
+        "longest": arguments.longest,
+        "held_out": arguments.held_out,
+        "test_rows": arguments.test_rows,
+    }
+    return {name: values[name] for name in REGIME}
+
+
+class Runner:
+    """Trains arms on rows that are read once. What it needs is imported when the first arm runs."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.read: tuple[Any, ...] | None = None
+
+    def run(self, key: dict[str, Any]) -> dict[str, Any]:
+        """Train one arm, print its figures, and return its line of the CSV file."""
+        from benchmarks.held_out.rows import draw_rows
+        from benchmarks.held_out.training import Data, Settings, find_package, run_arm
+
+        if self.read is None:
+            self.read = self.read_data()
+        rows, test, texts, before = self.read
+        arguments, held_out = self.arguments, self.arguments.held_out
+        data = Data(
+            train=draw_rows(rows[held_out:], key["rows"], key["seed"], drawn=key["epochs"] is not None),
+            validation=rows[:held_out],
+            test=test,
+            general=texts,
+        )
+        settings = Settings(
+            base=arguments.base,
+            is_encoder=arguments.train.suffix == ".tsv",
+            steps=key["steps"],
+            batch_size=arguments.batch_size,
+            evaluations=arguments.evaluations,
+        )
+        figures = run_arm(settings, key["arm"], key["rank"], key["seed"], key["rate"], data, before)
+        line = {**key, **figures, "package": find_package()}
+        shown = ["arm", "rank", "seed", "rate", *figures]
+        print({name: line[name] for name in shown if name not in ("chosen", "curve")}, flush=True)
+        return line
+
+    def read_data(self) -> tuple[Any, ...]:
+        """Return the rows to train and validate on, those to test on, the texts, and the base's loss on them."""
+        from transformers import AutoTokenizer, logging
+
+        from benchmarks.held_out.rows import read_rows, read_text
+        from benchmarks.held_out.training import load_base, measure_texts
+
+        arguments = self.arguments
+        logging.set_verbosity_error()
+        tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+        rows = read_rows(arguments.train, tokenizer, arguments.longest)
+        test = read_rows(arguments.test, tokenizer, arguments.longest)[: arguments.test_rows]
+        texts = {
+            path.stem: read_text(path, tokenizer, arguments.longest, arguments.general_rows)
+            for path in arguments.general
+        }
+        before = measure_texts(load_base(arguments.base, is_encoder=False), texts) if texts else {}
+        return rows, test, texts, before
+
+
+def read_all(paths: list[Path]) -> list[dict[str, Any]]:
+    """Return the runs of several CSV files."""
+    return [run for path in paths for run in read_runs(path)]
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Print each arm's mean test loss and accuracy, and their paired differences to another arm's."""
-    runs = [run for path in arguments.runs for run in read_runs(path)]
-    rates = choose_rates(runs)
-    arms: dict[tuple[str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for run in runs:
-        if rates[run["arm"], run["rank"]] == run["rate"]:
-            arms[run["arm"], run["rank"]][run["seed"]] = run
-    wanted = ["test", "accuracy", "seconds_choosing", "seconds_training"]
-    figures = [name for name in wanted if all(name in run for run in runs)]
-    less = f"less {arguments.against}'s"
-    table = Table("rank", "arm", "rate", "seeds", *(title for name in figures for title in (name, less)))
-    for (arm, rank), by_seed in sorted(arms.items(), key=lambda item: (item[0][1], find_mean(item[1], "test"))):
-        others = arms.get((arguments.against, rank), {})
-        cells = []
-        for name in figures:
-            pairs = [run[name] - others[seed][name] for seed, run in by_seed.items() if seed in others]
-            cells += [
-                f"{find_mean(by_seed, name):.4f}",
-                describe_difference(pairs) if pairs and arm != arguments.against else "",
-            ]
-        table.add_row(str(rank), arm, f"{rates[arm, rank]:g}", str(len(by_seed)), *cells)
-    Console(width=180).print(table)
-    if arguments.picture:
-        draw_curves(arms, arguments.picture)
+    print_table(read_all(arguments.runs), arguments.against, arguments.picture)
 
 
-def draw_curves(arms: dict[tuple[str, int], dict[int, dict[str, Any]]], path: Path) -> None:
-    """Draw the mean test loss of the arms with several ranks by trainable parameters and by time."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    by_parameters, by_time = figure.subplots(1, 2, sharey=True)
-    for arm in dict.fromkeys(arm for arm, _ in arms):
-        points = [by_seed for (name, _), by_seed in sorted(arms.items(), key=lambda item: item[0][1]) if name == arm]
-        if len(points) > 1:
-            losses = [find_mean(by_seed, "test") for by_seed in points]
-            seconds = [find_mean(runs, "seconds_choosing") + find_mean(runs, "seconds_training") for runs in points]
-            by_parameters.plot([find_mean(runs, "parameters") for runs in points], losses, marker="o", label=arm)
-            by_time.plot(seconds, losses, marker="o", linestyle="none", label=arm)
-    by_parameters.set(xscale="log", xlabel="trainable parameters", ylabel="loss of held-out answers")
-    by_time.set(xlabel="processor seconds, choosing and training")
-    by_parameters.xaxis.set_minor_formatter(NullFormatter())
-    by_parameters.legend()
-    figure.savefig(path)
+def regimes(arguments: argparse.Namespace) -> None:
+    """Print a section with tables for each regime and rank."""
+    print_regimes(read_all(arguments.runs), arguments.rivals)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train", help="run the arms that the CSV file does not have yet")
     training.set_defaults(function=train)
     for name in ("base", "train", "test", "output"):
         training.add_argument(name, type=Path)
-    training.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    training.add_argument("--arms", nargs="+", type=read_arm, default=DEFAULT_ARMS)
     training.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     training.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    training.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3])
+    training.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3], help="rates that are tried first")
+    training.add_argument("--widen", type=int, default=0, help="rates to add while the best is at the edge of the grid")
+    training.add_argument(
+        "--seeds-at",
+        choices=("all", "best", "neighbours"),
+        default="all",
+        help="rates of the seeds after the first: all that it tried, its best, or its best with the two around it",
+    )
     training.add_argument("--steps", type=int, default=120)
+    training.add_argument("--epochs", nargs="+", type=int, help="epochs instead of steps")
+    training.add_argument("--rows", "--train-rows", dest="train_rows", nargs="+", type=int, default=[2000])
     training.add_argument("--batch-size", type=int, default=8)
     training.add_argument("--longest", type=int, default=512, help="tokens after which rows are cut")
-    training.add_argument("--train-rows", type=int, default=2000)
     training.add_argument("--held-out", type=int, default=200, help="rows to validate on")
     training.add_argument("--test-rows", type=int, default=200)
+    training.add_argument("--evaluations", type=int, default=1, help="evaluations in a run, the last one at its end")
+    training.add_argument("--general", nargs="+", type=Path, default=[], help="texts on which forgetting is measured")
+    training.add_argument("--general-rows", type=int, default=32, help="pieces of each text")
     reporting = commands.add_parser("report", help="print the table")
     reporting.set_defaults(function=report)
     reporting.add_argument("runs", type=Path, nargs="+")
-    reporting.add_argument("--against", choices=ARMS, default="lora", help="the arm that the others are compared with")
+    reporting.add_argument("--against", type=read_arm, default="lora", help="the arm that the others are compared with")
     reporting.add_argument("--picture", type=Path, help="file to draw the curves into")
+    sections = commands.add_parser("regimes", help="print tables for each regime and rank, as Markdown")
+    sections.set_defaults(function=regimes)
+    sections.add_argument("runs", type=Path, nargs="+")
+    sections.add_argument(
+        "--rivals",
+        nargs="+",
+        type=read_arm,
+        default=["lora", HALF_RANK, "random same rank"],
+        help="the arms that the others are compared with; draws of one are averaged",
+    )
+    return parser
+
+
+def read_arm(name: str) -> str:
+    """Return the name of an arm from the command line."""
+    try:
+        return check_name(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Exit with a message for values that contradict each other."""
+    if arguments.function is not train:
+        return
+    if arguments.general and arguments.train.suffix == ".tsv":
+        parser.error("--general: an encoder with a classifier has no loss on texts. Leave the texts out.")
+    odd = [rank for rank in arguments.ranks if rank % 2]
+    if odd and HALF_RANK in arguments.arms:
+        parser.error(f"--ranks: {odd[0]} has no half, which {HALF_RANK!r} needs. Use even ranks.")
+
+
+def main() -> None:
+    parser = make_parser()
     arguments = parser.parse_args()
+    check_arguments(parser, arguments)
     arguments.function(arguments)
 
 

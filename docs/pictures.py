@@ -13,7 +13,8 @@ from scipy.stats import t as student
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality import choose_rates, read_runs  # noqa: E402
+from benchmarks.held_out.rates import choose_rates  # noqa: E402
+from benchmarks.held_out.runs import read_runs  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "held-out-loss.svg"
 MODELS = {
