@@ -81,9 +81,11 @@ TABLES = {
     ),
 }
 SURVEYED = (
-    "All classes for text in the mappings of transformers. Each was built from its default configuration with few "
-    'layers, on the meta device. "Found" means that the layers, the shape that a plan records and the lowest layer '
-    "that trains are found, with LoRA in each list of layers. Nothing was trained or scored."
+    "All classes for text in the mappings of transformers, and the models without a head of all other types, such as "
+    "those of images and audio. Each was built from its default configuration with few layers, on the meta device. "
+    '"Found" means that the layers, the shape that a plan records and the lowest layer that trains are found, with '
+    "LoRA in each list of layers. Nothing was trained or scored. The row without a model counts all configurations of "
+    "transformers, of which the shape and the numbers of layers were read."
 )
 REFUSED = "Refused with these messages, shortened; `it` is the class and `n` a number:"
 UNBUILT = (

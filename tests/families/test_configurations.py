@@ -5,16 +5,19 @@ import re
 
 import pytest
 import torch
-from helpers.configurations import KINDS, TRIED, build, list_classes, put_lora, quiet
+import transformers
+from helpers.configurations import KINDS, OTHERS, TRIED, build, find_needed, list_classes, put_lora, quiet
 from helpers.models import make_lora, make_trainer
 from helpers.places import at_night
 from peft import PeftModel
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from axolotl_layersel import LayerselConfig, SelectionConfig, prepare_trainer
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.config.facts import read_fact
+from axolotl_layersel.config.layer_names import ENCODER_DECODER, STACKS
 from axolotl_layersel.lora.layers import LayerStack, find_layer_counts, find_layer_stack
 from axolotl_layersel.lora.modules import get_base_model
 from axolotl_layersel.selection.backward_cut import find_lowest_trained
@@ -24,7 +27,7 @@ from axolotl_layersel.selection.provenance import describe_shape
 from axolotl_layersel.selection.units import find_units
 
 # The kinds with over a hundred architectures, which take minutes.
-MANY = ("causal language models", "models of text and other inputs")
+MANY = ("causal language models", "models of text and other inputs", OTHERS)
 
 
 def generalise(message: str, name: str) -> str:
@@ -84,6 +87,24 @@ def test_layers_are_found_or_refused_in_one_sentence(kind, support):
                     refused[name] = generalise(str(error), name)
     assert len(found) + len(refused) + len(unbuilt) == len(classes)
     support.survey(kind, len(found), refused, unbuilt)
+
+
+def test_every_configuration_is_read_without_a_model(support):
+    found: list[str] = []
+    unbuilt: dict[str, str] = {}
+    with quiet():
+        for model_type, name in CONFIG_MAPPING_NAMES.items():
+            try:
+                config = getattr(transformers, name)(**find_needed(name, model_type))
+            except Exception as error:  # transformers' own
+                unbuilt[name] = type(error).__name__
+                continue
+            assert all(type(value) in (int, str) for value in describe_shape(config).values())
+            for sides in (*STACKS.values(), ENCODER_DECODER):
+                counts = find_layer_counts(config, sides)
+                assert counts is None or (counts.keys() == set(sides) and min(counts.values()) > 0)
+            found.append(model_type)
+    support.survey("configurations, without a model", len(found), {}, unbuilt)
 
 
 def find_both(model: PeftModel) -> None:

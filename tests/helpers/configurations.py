@@ -1,6 +1,7 @@
 """Every class of transformers that a run could train, built from its default configuration on the meta device."""
 
 import contextlib
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ KINDS = {
     "classifiers of rows": ("SEQUENCE_CLASSIFICATION",),
     "classifiers of tokens": ("TOKEN_CLASSIFICATION",),
 }
+# The models without a head of all model types that none of these mappings has, such as those of images and audio.
+OTHERS = "models of other types"
 # The attributes that hold numbers of layers, and the numbers to try instead: two of them, because a list of another
 # kind, such as experts, may have the same length as one.
 COUNTS = (
@@ -51,9 +54,14 @@ NEEDED: dict[str, dict] = {
 
 def list_classes(kind: str) -> list[tuple[str, str]]:
     """Return the model types and the names of the classes of a kind, once each."""
+    if kind == OTHERS:
+        of_text = {model_type for other in KINDS for model_type, _ in list_classes(other)}
+        mappings = [{key: names for key, names in modeling_auto.MODEL_MAPPING_NAMES.items() if key not in of_text}]
+    else:
+        mappings = [getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES") for mapping in KINDS[kind]]
     found: dict[str, str] = {}
-    for mapping in KINDS[kind]:
-        for model_type, names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
+    for mapping in mappings:
+        for model_type, names in mapping.items():
             for name in names if isinstance(names, (tuple, list)) else [names]:
                 found.setdefault(name, model_type)
     return [(model_type, name) for name, model_type in found.items()]
@@ -66,8 +74,11 @@ def find_config(name: str, model_type: str) -> PreTrainedConfig:
 
 
 def find_needed(name: str, model_type: str) -> dict:
-    """Return the settings that the configuration of a class needs in addition to its defaults."""
-    return NEEDED.get(name, NEEDED.get(model_type, {}))
+    """Return the settings that the configuration of a class needs in addition to its defaults.
+
+    They are a copy, because configurations of several parts take entries out of what they are given.
+    """
+    return copy.deepcopy(NEEDED.get(name, NEEDED.get(model_type, {})))
 
 
 def shorten(config: PreTrainedConfig, layers: int, needed: dict) -> PreTrainedConfig:
