@@ -1,17 +1,21 @@
 """The benchmark of held-out loss: arms by name, rates, its file of runs, and its tables."""
 
+import argparse
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from helpers.encoder_decoders import make_tokenizer
 from helpers.models import make_lora, make_rows, make_small_llama
 from helpers.places import ROOT
 
 from benchmarks import quality
+from benchmarks.general_text import LENGTH, collect_python, find_prose
 from benchmarks.held_out.arms import ARMS, HALF_RANK, Arm, find_stored, parse_arm, strip_draw
 from benchmarks.held_out.rates import choose_rate, choose_rates, find_neighbours, find_next_rate, is_at_edge
-from benchmarks.held_out.rows import draw_rows
+from benchmarks.held_out.rows import draw_rows, read_text
 from benchmarks.held_out.runs import COLUMNS, KEY, add_half_ranks, append_run, check_appendable, is_done, read_runs
 from benchmarks.held_out.tables import average_draws, choose_runs, describe_regime, print_regimes, print_table
 from benchmarks.held_out.training import Data, Settings, list_steps, run_arm, scale_by_rank
@@ -327,6 +331,24 @@ def test_rows_are_drawn_by_the_seed_with_epochs_and_are_the_first_ones_otherwise
     assert drawn == draw_rows(rows, 10, 0, drawn=True) != draw_rows(rows, 10, 1, drawn=True)
     with pytest.raises(ValueError, match="more than the 50 rows"):
         draw_rows(rows, 51, 0, drawn=True)
+
+
+def test_pieces_of_a_text_are_spread_over_it(tmp_path):
+    path = tmp_path / "english.txt"
+    path.write_text(" ".join(map(str, range(90))))
+    pieces = read_text(path, make_tokenizer(), longest=5, count=3)
+    assert [piece["labels"] for piece in pieces] == [[*range(start, start + 5)] for start in (0, 30, 60)]
+    with pytest.raises(ValueError, match="90 tokens, but 3 pieces of 31"):
+        read_text(path, make_tokenizer(), longest=31, count=3)
+
+
+def test_general_texts_are_prose_and_code():
+    code = collect_python(Path(argparse.__file__).parent)
+    assert "def add_argument" in code and len(code) == LENGTH
+    prose = find_prose(
+        "Too short. Really.\n\n" + "A sentence of words\nfollows here. " * 8 + "\n\n" + "x = {1: [2]}. " * 30
+    )
+    assert prose == [("A sentence of words follows here. " * 8).strip()]
 
 
 def test_the_scaling_follows_the_rank():
