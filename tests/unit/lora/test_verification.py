@@ -134,7 +134,8 @@ def test_rounding_alone_is_allowed_in_what_a_module_adds(rank, seed, scaling, dt
     for wrong, factor in [
         (stored, 1.05),
         (fold(live, scaling), 1.0),
-        (Factors(live.down.roll(1, 1), stored.up), 1),
+        # Not A with its columns moved, which now and then adds the same to the one input within bf16's rounding.
+        (Factors(-live.down, stored.up), 1),
     ]:
         with pytest.raises(LayerselError, match=r"LoRA output of proj would differ by up to .*; rounding explains"):
             verification.check_update(path, "proj", live, scaling, gates, wrong, factor)
