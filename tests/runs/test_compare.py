@@ -1,27 +1,43 @@
-"""A comparison through real ``axolotl train``: two arms at two rates and two seeds, and an arm that is refused."""
+"""A comparison through real ``axolotl train``: two arms at two rates and two seeds, and three arms that fail."""
 
+import argparse
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from datasets import Dataset
+from helpers.axolotl_files import without_plugins
+from helpers.compared import make_settings
 from helpers.places import ENVIRONMENT, ROOT
 
-from axolotl_layersel.cli.compare.cells import CONFIG
-from axolotl_layersel.cli.compare.figures import COMPARISON, FIGURES, Comparison, Figures, read_record
+from axolotl_layersel.cli.compare.cells import CONFIG, Cell, find_folder, write_config
+from axolotl_layersel.cli.compare.cells import make_config as make_cell_config
+from axolotl_layersel.cli.compare.figures import COMPARISON, FIGURES, ArmSettings, Comparison, Figures, read_record
+from axolotl_layersel.cli.compare.measuring import divide, hash_rows
 from axolotl_layersel.config.textual import MEASURING, PLUGIN, read_yaml
+from benchmarks import quality
 
 RATES, STEPS = (0.002, 0.004), 4
+TOP = {"layersel": {"selection": {"method": "last", "num_layers": 2, "rank_allocation": "match"}}}
 ARMS = {
-    "top": {"layersel": {"selection": {"method": "last", "num_layers": 2, "rank_allocation": "match"}}},
+    "top": TOP,
     "none": {"layersel": {"selection": {"method": "explicit", "layers": [99]}}},  # which the model does not have
+    "huge": {"lora_r": 10**12, "lora_alpha": 10**12},  # no machine has as much memory
+    "shot": TOP,  # its runs are killed
 }
+FAILING = ("none", "huge", "shot")
 # Figures of time and memory, which differ between two runs of a cell.
 MEASURED = ("seconds_choosing", "seconds_per_step", "seconds_training", "peak_memory_bytes")
 
@@ -79,15 +95,24 @@ def wait_for(find, seconds: float = 300):
     return found
 
 
-def find_processes(word: str) -> list[str]:
-    """Return the command lines of the processes that have a word in them."""
-    lines = []
+def find_processes(word: str) -> list[int]:
+    """Return the numbers of the processes that have a word in their command line."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"))
+            if word in path.read_bytes().decode("utf-8", "replace"):
+                found.append(int(path.parent.name))
         except OSError:  # it has ended
             continue
-    return [line for line in lines if word in line]
+    return found
+
+
+def kill_runs(folder: Path, ended: threading.Event) -> None:
+    """Kill every run below a folder, as the system does when memory is short, until the event."""
+    while not ended.wait(0.05):
+        for process in find_processes(f"{folder}{os.sep}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +122,7 @@ def compared(make_config) -> Compared:
     path, _, output = make_config(plugins=plugins, **settings)
     general = path.with_name("general.txt")
     general.write_text("The standard library has many modules.\nimport os\n")
-    path.with_name("arms.yml").write_text(yaml.safe_dump(ARMS))
+    path.with_name("arms.yml").write_text(yaml.safe_dump(ARMS, sort_keys=False))
     folder = output / "compare"
     first = start(path, "--general", str(general))
     # Plain LoRA's first cell has ended, and another one trains.
@@ -107,7 +132,14 @@ def compared(make_config) -> Compared:
     first.communicate()
     wait_for(lambda: not find_processes(str(folder)), 60)
     before = {each: each.read_bytes() for each in folder.glob(f"*/*/*/{FIGURES}")}
-    text = finish(start(path, "--general", str(general)))
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_runs, args=(folder / "shot", ended))
+    killer.start()
+    try:
+        text = finish(start(path, "--general", str(general)))
+    finally:
+        ended.set()
+        killer.join()
     return Compared(path, folder, before, killed, text)
 
 
@@ -137,18 +169,21 @@ def test_both_arms_are_trained_at_both_rates_and_the_best_one_with_both_seeds(co
         assert {cell.rate for cell in cells if cell.seed == 7} == set(RATES)
         assert set(comparison.list_final(arm)) == {7, 8}
         assert len(cells) == 3
-    assert comparison.planned == len(comparison.cells) == 8
+    assert comparison.planned == len(comparison.cells) == 6 + 2 * len(FAILING)
     assert comparison.real_steps == 6, "max_steps of the file"
 
 
 @pytest.mark.nightly
-def test_a_refused_arm_is_a_row_with_its_sentence(compared):
+def test_an_arm_that_fails_is_a_row_with_its_sentence(compared):
     failures = compared.read().failures
-    assert [failure.arm for failure in failures] == ["none", "none"]
+    assert sorted(failure.arm for failure in failures) == sorted(2 * FAILING)
     for failure in failures:
-        assert failure.sentence.startswith("layersel.selection.layers: [99]")
-        assert failure.sentence in compared.text.replace("\n", " ")
+        assert failure.sentence in " ".join(compared.text.split())
         assert "Traceback" not in failure.sentence
+    sentences = {failure.arm: failure.sentence for failure in failures}
+    assert sentences["none"].startswith("layersel.selection.layers: [99]")
+    assert "can't allocate memory: you tried to allocate" in sentences["huge"]
+    assert sentences["shot"] == "The run was killed (SIGKILL), as the system does when memory is short."
 
 
 @pytest.mark.nightly
@@ -261,3 +296,47 @@ def test_a_cell_is_measured_on_every_engine(engine, train, compared):
     assert figures.base_test_loss == pytest.approx(lora.base_test_loss, rel=1e-5)
     assert [point.step for point in figures.curve] == [0, 1, 2, 3, 4]
     assert figures.validation_loss < figures.curve[0].validation_loss
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("arm", "block"),
+    [("lora", None), ("gradient", {"selection": {"method": "gradient", "rank_allocation": "score"}})],
+)
+def test_a_cell_has_the_losses_that_the_benchmark_of_quality_measures(
+    arm, block, make_config, zygote, tmp_path, monkeypatch
+):
+    """``benchmarks/quality.py`` trains the same rows in the same order with a plain Trainer.
+
+    Its own arm ``lora`` goes through this package, which draws LoRA's first values for each module, and is not plain.
+    """
+    monkeypatch.setitem(quality.ARMS, arm, block)
+    as_there = {"lora_target_modules": quality.DECODER_TARGETS, "warmup_steps": 1, "max_steps": STEPS}
+    plugins = ["helpers.cpu_engines.CpuEnginesPlugin"]
+    path, _, output = make_config(layersel=None, plugins=plugins, val_set_size=0.25, save_steps=None, **as_there)
+    data, cell = read_yaml(path), Cell(arm, RATES[0], 8, STEPS)
+    settings = make_settings(["lora"], data, folder=str(output / "compare"), steps=STEPS, lora_r=4)
+    settings.arms[arm] = ArmSettings(keys={"layersel": block}, choosing=block is not None)
+    folder = find_folder(cell, settings)
+    write_config(make_cell_config(data, cell, settings), cell, folder / CONFIG)
+    assert zygote.run("axolotl.cli.train:do_cli", {"config": str(folder / CONFIG)}, 1, tmp_path / "log", {}) == [0]
+    figures = read_record(Figures, folder / FIGURES)
+
+    rows = load_rows(folder / CONFIG, data["seed"])
+    assert hash_rows(*rows.values()) == figures.rows_digest
+    arguments = argparse.Namespace(base=data["base_model"], train=Path("train.jsonl"), batch_size=2, steps=STEPS)
+    line = quality.run_arm(arguments, arm, 4, cell.seed, cell.rate, {name: list(each) for name, each in rows.items()})
+    assert line["parameters"] == figures.trainable_parameters
+    assert (line["validation"], line["test"]) == pytest.approx((figures.validation_loss, figures.test_loss), abs=2e-5)
+    assert figures.base_test_loss - figures.test_loss > 0.005, "it has learned"
+
+
+def load_rows(config: Path, seed: int) -> dict[str, Dataset]:
+    """Return the rows of a cell, as Axolotl orders and splits them by a seed."""
+    with without_plugins():
+        cfg = load_cfg(str(config))
+        cfg.seed = seed
+        loaded = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    validation, test = divide(loaded.eval_dataset)
+    rows = {"train": loaded.train_dataset, "validation": validation, "test": test}
+    return {name: each.select_columns(["input_ids", "attention_mask", "labels"]) for name, each in rows.items()}
