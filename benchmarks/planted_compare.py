@@ -30,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from planted import LAYERS, LENGTH, LINEARS, draw_damaged, make_damaged, make_model, make_rows, make_text, pretrain
 
 from axolotl_layersel.cli.compare import running

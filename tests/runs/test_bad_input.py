@@ -56,7 +56,8 @@ AFTER_THE_MODEL = {
 def refused(request, train):
     """The runs of the collected cases, two at a time, because each uses one process."""
     cases = {**BEFORE_THE_MODEL, **AFTER_THE_MODEL}
-    asked = [item.callspec.params["case"] for item in request.session.items if "refused" in item.fixturenames]
+    here = [item for item in request.session.items if item.path == request.path]
+    asked = [item.callspec.params["case"] for item in here if "refused" in item.fixturenames]
     with ThreadPoolExecutor(2) as pool:
         yield {case: pool.submit(train, expect=1, **cases[case][0]) for case in asked}
 

@@ -1,6 +1,5 @@
 """A comparison through real ``axolotl train``: two arms at two rates and two seeds, and three arms that fail."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -20,14 +19,16 @@ from axolotl.common.datasets import load_datasets
 from datasets import Dataset
 from helpers.axolotl_files import without_plugins
 from helpers.compared import make_settings
-from helpers.places import ENVIRONMENT, ROOT
+from helpers.places import ENVIRONMENT, ROOT, at_night
 
 from axolotl_layersel.cli.compare.cells import CONFIG, Cell, find_folder, write_config
 from axolotl_layersel.cli.compare.cells import make_config as make_cell_config
 from axolotl_layersel.cli.compare.figures import COMPARISON, FIGURES, ArmSettings, Comparison, Figures, read_record
 from axolotl_layersel.cli.compare.measuring import divide, hash_rows
 from axolotl_layersel.config.textual import MEASURING, PLUGIN, read_yaml
-from benchmarks import quality
+from benchmarks.held_out import training
+from benchmarks.held_out.arms import ARMS as BENCHMARK_ARMS
+from benchmarks.held_out.training import DECODER_TARGETS, Data, Settings
 
 RATES, STEPS = (0.002, 0.004), 4
 TOP = {"layersel": {"selection": {"method": "last", "num_layers": 2, "rank_allocation": "match"}}}
@@ -118,7 +119,7 @@ def kill_runs(folder: Path, ended: threading.Event) -> None:
 @pytest.fixture(scope="module")
 def compared(make_config) -> Compared:
     plugins = ["helpers.cpu_engines.CpuEnginesPlugin"]
-    settings = {"layersel": None, "val_set_size": 0.25, "lora_dropout": 0.1, "save_steps": None, "warmup_steps": 2}
+    settings = {"layersel": None, "val_set_size": 0.125, "lora_dropout": 0.1, "save_steps": None, "warmup_steps": 2}
     path, _, output = make_config(plugins=plugins, **settings)
     general = path.with_name("general.txt")
     general.write_text("The standard library has many modules.\nimport os\n")
@@ -190,7 +191,7 @@ def test_an_arm_that_fails_is_a_row_with_its_sentence(compared):
 def test_all_cells_have_the_same_rows_in_the_same_parts(compared):
     figures = compared.read().figures
     assert len({cell.rows_digest for cell in figures}) == 1
-    assert {(cell.train_rows, cell.validation_rows, cell.test_rows) for cell in figures} == {(48, 8, 8)}
+    assert {(cell.train_rows, cell.validation_rows, cell.test_rows) for cell in figures} == {(56, 4, 4)}
     assert len({(cell.base_test_loss, cell.general_before) for cell in figures}) == 1, "LoRA starts at 0"
     assert len({cell.test_loss for cell in figures}) == len(figures)
     assert len({cell.trainable_parameters for cell in figures}) == 1, "rank_allocation: match"
@@ -199,7 +200,7 @@ def test_all_cells_have_the_same_rows_in_the_same_parts(compared):
 @pytest.mark.nightly
 def test_the_figures_of_a_cell_are_whole(compared):
     for cell in compared.read().figures:
-        assert [point.step for point in cell.curve] == [0, 1, 2, 3, 4]
+        assert [point.step for point in cell.curve] == [0, 2, 4]
         assert cell.curve[0].seconds == 0 < cell.curve[1].seconds < cell.curve[-1].seconds == cell.seconds_training
         assert cell.curve[-1].validation_loss == cell.validation_loss < cell.curve[0].validation_loss
         assert cell.general_after is not None and cell.general_after != cell.general_before
@@ -272,6 +273,7 @@ def test_json_has_the_answer_and_all_figures(compared):
     assert content["answer"]["arm"] in ("lora", "top")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2-sharded"])
 def test_a_cell_is_measured_on_every_engine(engine, train, compared):
     lora = next(cell for cell in compared.read().figures if cell.arm == "lora" and cell.seed == 7)
@@ -282,7 +284,7 @@ def test_a_cell_is_measured_on_every_engine(engine, train, compared):
         layersel_measure={"arm": "top", "data_seed": 7, "max_steps": 6},
         max_steps=STEPS,
         learning_rate=lora.rate,
-        val_set_size=0.25,
+        val_set_size=0.125,
         save_steps=None,
         save_strategy="no",
         eval_strategy="no",
@@ -294,14 +296,13 @@ def test_a_cell_is_measured_on_every_engine(engine, train, compared):
     assert figures.rows_digest == lora.rows_digest
     assert figures.trainable_parameters == lora.trainable_parameters
     assert figures.base_test_loss == pytest.approx(lora.base_test_loss, rel=1e-5)
-    assert [point.step for point in figures.curve] == [0, 1, 2, 3, 4]
+    assert [point.step for point in figures.curve] == [0, 2, 4]
     assert figures.validation_loss < figures.curve[0].validation_loss
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("arm", "block"),
-    [("lora", None), ("gradient", {"selection": {"method": "gradient", "rank_allocation": "score"}})],
+    [("lora", None), *at_night(("gradient", {"selection": {"method": "gradient", "rank_allocation": "score"}}))],
 )
 def test_a_cell_has_the_losses_that_the_benchmark_of_quality_measures(
     arm, block, make_config, zygote, tmp_path, monkeypatch
@@ -310,10 +311,10 @@ def test_a_cell_has_the_losses_that_the_benchmark_of_quality_measures(
 
     Its own arm ``lora`` goes through this package, which draws LoRA's first values for each module, and is not plain.
     """
-    monkeypatch.setitem(quality.ARMS, arm, block)
-    as_there = {"lora_target_modules": quality.DECODER_TARGETS, "warmup_steps": 1, "max_steps": STEPS}
+    monkeypatch.setitem(BENCHMARK_ARMS, arm, block)
+    as_there = {"lora_target_modules": DECODER_TARGETS, "warmup_steps": 1, "max_steps": STEPS}
     plugins = ["helpers.cpu_engines.CpuEnginesPlugin"]
-    path, _, output = make_config(layersel=None, plugins=plugins, val_set_size=0.25, save_steps=None, **as_there)
+    path, _, output = make_config(layersel=None, plugins=plugins, val_set_size=0.125, save_steps=None, **as_there)
     data, cell = read_yaml(path), Cell(arm, RATES[0], 8, STEPS)
     settings = make_settings(["lora"], data, folder=str(output / "compare"), steps=STEPS, lora_r=4)
     settings.arms[arm] = ArmSettings(keys={"layersel": block}, choosing=block is not None)
@@ -324,8 +325,9 @@ def test_a_cell_has_the_losses_that_the_benchmark_of_quality_measures(
 
     rows = load_rows(folder / CONFIG, data["seed"])
     assert hash_rows(*rows.values()) == figures.rows_digest
-    arguments = argparse.Namespace(base=data["base_model"], train=Path("train.jsonl"), batch_size=2, steps=STEPS)
-    line = quality.run_arm(arguments, arm, 4, cell.seed, cell.rate, {name: list(each) for name, each in rows.items()})
+    parts = Data(**{name: list(each) for name, each in rows.items()}, general={})
+    benchmark = Settings(Path(data["base_model"]), is_encoder=False, steps=STEPS, batch_size=2, evaluations=1)
+    line = training.run_arm(benchmark, arm, 4, cell.seed, cell.rate, parts, {})
     assert line["parameters"] == figures.trainable_parameters
     assert (line["validation"], line["test"]) == pytest.approx((figures.validation_loss, figures.test_loss), abs=2e-5)
     assert figures.base_test_loss - figures.test_loss > 0.005, "it has learned"
