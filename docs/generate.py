@@ -48,7 +48,7 @@ LARGE_RANKS = {
     "ranks 4, 8, 16 and 32 in turn": [4, 8, 16, 32],
 }
 BLOCKS = {
-    "The block": (LayerselConfig, "At least one of its two parts must be there."),
+    "The block": (LayerselConfig, "At least one of `selection` and `l1ra` must be there."),
     "Selection": (SelectionConfig, "What the keys do together is on [Selection](selection.md) and [Ranks](ranks.md)."),
     "The search": (FlexoraConfig, "Only `method: flexora` reads these. [The search](flexora.md) explains them."),
     "Moving rank": (L1RAConfig, "[Moving rank](l1ra.md) explains these."),

@@ -72,6 +72,9 @@ def describe_settings(settings: LayerselConfig) -> str:
         parts.append(describe_selection(settings.selection))
     if settings.l1ra is not None:
         parts.append(f"l1ra moves rank while the model trains, by rule {settings.l1ra.rule}")
+    exponent = settings.drop_unread().scaling_exponent
+    if exponent:
+        parts.append(f"the scaling of a module follows its rank with exponent {exponent:g}")
     return f"The run will go as follows: {', and '.join(parts)}."
 
 

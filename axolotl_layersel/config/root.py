@@ -16,6 +16,7 @@ from axolotl_layersel.config import selection as selection
 from axolotl_layersel.config.engines import find_engine_faults
 from axolotl_layersel.config.experts import find_expert_faults
 from axolotl_layersel.config.l1ra import L1RAConfig
+from axolotl_layersel.config.methods import get_method
 from axolotl_layersel.config.schedule import check_length
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.config.strict_block import (
@@ -42,6 +43,15 @@ class LayerselConfig(Block):
     l1ra: L1RAConfig | None = Field(
         default=None, description="Move rank to the modules that need it during training. `{}` takes the defaults."
     )
+    scaling_exponent: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        examples=[0.5],
+        description="How the scaling of a module follows its rank, where ranks differ. It is the exponent p, from 0 to "
+        "1, in s · (`lora_r` / rank)^p, where s is the scaling of plain LoRA. With 0, the default, every module has "
+        "the scaling s. The key holds for the ranks of a selection and for those that `l1ra` moves.",
+    )
 
     @model_validator(mode="after")
     def check_parts(self, info: ValidationInfo) -> "LayerselConfig":
@@ -50,12 +60,33 @@ class LayerselConfig(Block):
         return self
 
     def find_contradictions(self) -> Iterator[str]:
-        """Yield why the block would do nothing."""
+        """Yield why the block, or a key of it, would do nothing."""
         if self.selection is None and self.l1ra is None:
             yield (
                 "layersel: the block is empty, so it would do nothing. Add `selection`, `l1ra` (`l1ra: {}` takes the "
                 "defaults), or both."
             )
+        # As for the keys of ranks in `selection`: without `rank_allocation` in the file, different ranks were meant.
+        elif self.scaling_exponent is not None and self.keeps_rank():
+            assert self.selection is not None, "without l1ra it sets the ranks"
+            if self.selection.rank_allocation is None:
+                yield (
+                    f"{self.path}.scaling_exponent: {self.scaling_exponent} has no effect with rank_allocation: same, "
+                    f"the default of method: {self.selection.method}, with which every module keeps lora_r. Set "
+                    "`rank_allocation: match`, add `l1ra`, or remove the key."
+                )
+
+    def find_unread(self) -> dict[str, str]:
+        if self.scaling_exponent is None or not self.keeps_rank():
+            return {}
+        return {"scaling_exponent": "rank_allocation: same"}
+
+    def keeps_rank(self) -> bool:
+        """Return whether the file shows that every module keeps ``lora_r``. A plan can have other ranks."""
+        chosen = self.selection
+        if self.l1ra is not None or chosen is None or chosen.plan is not None:
+            return False
+        return (chosen.rank_allocation or get_method(chosen.method).rank_allocation) == "same"
 
 
 def describe_unread(settings: LayerselConfig) -> str | None:

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from axolotl_layersel.engines.collectives import broadcast, count_ranks, decide_on_rank_zero, get_rank
 from axolotl_layersel.engines.edits import Edit, edit_data, fill
-from axolotl_layersel.engines.moments import find_moments, release_pages, unwrap_optimizer
+from axolotl_layersel.engines.moments import Moment, find_moments, release_pages, unwrap_optimizer
 
 
 class Engine:
@@ -184,12 +184,40 @@ class Engine:
         Raises:
             LayerselError: if the optimizer keeps moments in an unknown way.
         """
+        for moment in self.list_moments(parameter):
+            self.edit_moment(parameter, moment, fill(components, dim, moment.zero))
+
+    @torch.no_grad()
+    def scale_moments(self, parameter: torch.Tensor, factor: float) -> None:
+        """Change Adam's moments of a parameter to those of gradients ``factor`` times as large.
+
+        Moments of 8 bits keep their codes, and the scales of their blocks change. Under ZeRO, whose blocks can be of
+        two parameters, the codes change to the nearest ones. Every rank must call this.
+
+        Raises:
+            LayerselError: if the optimizer keeps moments in an unknown way.
+        """
+        for moment in self.list_moments(parameter):
+            if moment.scales is None:
+                self.edit_moment(parameter, moment, moment.scale(factor))
+            else:
+                moment.scales.mul_(factor**moment.order)
+
+    def list_moments(self, parameter: torch.Tensor) -> list[Moment]:
+        """Return Adam's moments of a parameter on this rank.
+
+        Raises:
+            LayerselError: if the optimizer keeps moments in an unknown way.
+        """
         optimizer = unwrap_optimizer(self.trainer.optimizer)
         state = optimizer.state.get(parameter, {})
         if not state and any(optimizer.state.values()):
-            return  # it has had no gradient yet, so it has no moments
-        for moment in find_moments(state, type(optimizer).__name__):
-            self.edit_held(moment.whole, fill(components, dim, moment.zero), moment.values)
+            return []  # it has had no gradient yet, so it has no moments
+        return find_moments(state, type(optimizer).__name__)
+
+    def edit_moment(self, parameter: torch.Tensor, moment: Moment, edit: Edit) -> None:
+        """Edit this rank's part of a moment of a parameter."""
+        self.edit_held(moment.whole, edit, moment.values)
 
     def edit_held(self, tensor: torch.Tensor, edit: Edit, part: torch.Tensor | None = None) -> None:
         """Edit this rank's part of a tensor; ``part``: where it is, default: the tensor's own data."""

@@ -53,6 +53,25 @@ def multiply_columns(factors: torch.Tensor) -> Edit:
     return edit
 
 
+def multiply(factor: float) -> Edit:
+    """Return an edit that multiplies all elements of a tensor by ``factor``."""
+
+    def edit(part: torch.Tensor, start: int, shape: torch.Size) -> None:
+        trim(part, start, shape).mul_(factor)
+
+    return edit
+
+
+def translate(codes: torch.Tensor) -> Edit:
+    """Return an edit that replaces each 8-bit code of a tensor by its entry in ``codes``, (256,), uint8."""
+
+    def edit(part: torch.Tensor, start: int, shape: torch.Size) -> None:
+        held = trim(part, start, shape)
+        held.copy_(codes.to(held.device)[held.long()])
+
+    return edit
+
+
 def add(change: torch.Tensor) -> Edit:
 
     def edit(part: torch.Tensor, start: int, shape: torch.Size) -> None:

@@ -5,39 +5,70 @@ Relied on beyond documented interfaces (``tests/unit/engines/test_moments.py`` f
 * torch 2.13.0: Adam's and AdamW's moments are ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``; deepspeed 0.18.9: its
   own Adam has the first two.
 * bitsandbytes 0.50.2: Adam's moments are ``state1`` and ``state2``, which are numbers or, from 4096 elements, 8-bit
-  codes: indices into ``qmap1`` or ``qmap2``, scaled by the maximum of a block of 256. Paged moments are CPU tensors in
-  memory that the GPU reads too; nothing accesses it after a step. ``GlobalPageManager`` lists all that were ever made.
+  codes: indices into ``qmap1`` or ``qmap2``, scaled by the maximum of a block of 256 in ``absmax1`` or ``absmax2``.
+  Paged moments are CPU tensors in memory that the GPU reads too; nothing accesses it after a step.
+  ``GlobalPageManager`` lists all that were ever made.
 * torchao 0.17.0: Adam's moments have torch's names. From 4096 elements they are an ``OptimState8bit``, whose ``codes``
-  are indices into ``qmap``, scaled per block, or an ``OptimStateFp8``, whose ``codes`` are 8-bit floats. Under FSDP2
-  they are inside DTensors.
+  are indices into ``qmap``, or an ``OptimStateFp8``, whose ``codes`` are 8-bit floats; both are multiplied by the
+  ``scale`` of their block. Under FSDP2 they are inside DTensors.
 """
 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.engines.edits import Edit, multiply, translate
+
+
+class Held(NamedTuple):
+    """This rank's part of a moment.
+
+    Attributes:
+        values: its writable numbers or codes.
+        zero: the number or code that stands for 0 at any scale.
+        scales: the factors of the blocks of codes, which are of this weight only; None without such blocks.
+        numbers: what the codes stand for, (256,), where ``scales`` may be missing; None for numbers.
+    """
+
+    values: torch.Tensor
+    zero: float
+    scales: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One of Adam's moments of a weight.
+    """One of Adam's moments of a weight; see ``Held`` for the attributes that are not listed.
 
     Attributes:
         name: its key in the optimizer's state.
         whole: the tensor there, perhaps a DTensor.
-        values: this rank's writable part: numbers or codes.
-        zero: the value or code that stands for 0 at any scale.
+        order: 1 for the mean of the gradients, 2 for that of their squares.
     """
 
     name: str
     whole: torch.Tensor
+    order: int
     values: torch.Tensor
     zero: float
+    scales: torch.Tensor | None
+    numbers: torch.Tensor | None
+
+    def scale(self, factor: float) -> Edit:
+        """Return an edit of the values that makes the moment that of gradients ``factor`` times as large.
+
+        Codes become the nearest ones of the same block, up to its maximum.
+        """
+        factor **= self.order
+        if self.numbers is None:
+            return multiply(factor)
+        nearest = (self.numbers[:, None] * factor - self.numbers).abs().argmin(dim=1)
+        return translate(nearest.to(torch.uint8))
 
 
 @dataclass(frozen=True)
@@ -46,35 +77,35 @@ class Layout:
 
     Attributes:
         names: keys of the moments in the state of a weight; the first two are always there.
-        read: takes the state, a key and this rank's part; returns the writable part and its zero, or None if the moment
-            is kept in another way.
+        read: takes the state, a key and this rank's tensor; returns None if the moment is kept in another way.
         optimizers: full names of the classes that keep moments in this way.
     """
 
     names: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], str, torch.Tensor], tuple[torch.Tensor, float] | None]
+    read: Callable[[Mapping[str, Any], str, torch.Tensor], Held | None]
     optimizers: tuple[str, ...]
 
 
-def read_numbers(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tuple[torch.Tensor, float] | None:
-    return (held.data, 0.0) if type(held) is torch.Tensor and held.is_floating_point() else None
+def read_numbers(state: Mapping[str, Any], name: str, held: torch.Tensor) -> Held | None:
+    return Held(held.data, 0.0) if type(held) is torch.Tensor and held.is_floating_point() else None
 
 
-def read_blocks(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tuple[torch.Tensor, float] | None:
+def read_blocks(state: Mapping[str, Any], name: str, held: torch.Tensor) -> Held | None:
     """Read bitsandbytes' codes or numbers, see ``Layout.read``."""
     numbers = state.get(name.replace("state", "qmap"))
     if held.dtype == torch.uint8 and numbers is not None:
-        return held.data, find_zero(numbers)
+        # ZeRO joins weights, and its blocks can be of two of them.
+        return Held(held.data, find_zero(numbers), state.get(name.replace("state", "absmax")), numbers)
     return read_numbers(state, name, held)
 
 
-def read_low_bits(state: Mapping[str, Any], name: str, held: torch.Tensor) -> tuple[torch.Tensor, float] | None:
+def read_low_bits(state: Mapping[str, Any], name: str, held: torch.Tensor) -> Held | None:
     """Read torchao's codes, see ``Layout.read``."""
     wrapped: Any = held
     if type(held).__name__ == "OptimState8bit":
-        return wrapped.codes, find_zero(wrapped.qmap)
+        return Held(wrapped.codes, find_zero(wrapped.qmap), wrapped.scale)
     if type(held).__name__ == "OptimStateFp8":
-        return wrapped.codes.view(torch.uint8), 0
+        return Held(wrapped.codes.view(torch.uint8), 0, wrapped.scale)
     return None
 
 
@@ -146,8 +177,8 @@ def find_moments(state: Mapping[str, Any], optimizer: str) -> list[Moment]:
 def read_moment(layout: Layout, state: Mapping[str, Any], name: str) -> Moment | None:
     """Return one moment, or None if it does not match ``layout``."""
     whole = state[name]
-    part = layout.read(state, name, whole.to_local() if isinstance(whole, DTensor) else whole)
-    return None if part is None else Moment(name, whole, *part)
+    held = layout.read(state, name, whole.to_local() if isinstance(whole, DTensor) else whole)
+    return None if held is None else Moment(name, whole, 1 if name == layout.names[0] else 2, *held)
 
 
 def find_library(optimizer: type) -> str | None:

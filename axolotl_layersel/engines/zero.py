@@ -36,8 +36,8 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.engines import check_disk
 from axolotl_layersel.engines.base import Engine, move, name_random_state
 from axolotl_layersel.engines.collectives import get_rank
-from axolotl_layersel.engines.edits import Edit, fill
-from axolotl_layersel.engines.moments import NAMES, find_maps, find_moments, unwrap_optimizer
+from axolotl_layersel.engines.edits import Edit
+from axolotl_layersel.engines.moments import NAMES, Moment, find_maps, find_moments, unwrap_optimizer
 
 MISSING_STATE = "deepspeed: the engine has no fp32 state of a LoRA weight. Use ZeRO stage 1, 2 or 3."
 
@@ -130,13 +130,13 @@ class ZeroEngine(DeepSpeedEngine):
         self.edit_weight(parameter, edit)
         self.edit_state(parameter, edit, None)
 
-    @torch.no_grad()
-    def zero_moments(self, parameter: torch.Tensor, components: torch.Tensor, dim: int) -> None:
+    def list_moments(self, parameter: torch.Tensor) -> list[Moment]:
         optimizer = unwrap_optimizer(self.trainer.optimizer)
         held = self.read_state(parameter, optimizer)
-        if held is not None:
-            for moment in find_moments(held, type(optimizer).__name__):
-                self.edit_state(parameter, fill(components, dim, moment.zero), moment.name)
+        return [] if held is None else find_moments(held, type(optimizer).__name__)
+
+    def edit_moment(self, parameter: torch.Tensor, moment: Moment, edit: Edit) -> None:
+        self.edit_state(parameter, edit, moment.name)
 
     def read_state(self, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor] | None:
         """Return this rank's flat part of the optimizer's state of a parameter, or None if it has none.

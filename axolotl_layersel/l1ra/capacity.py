@@ -1,5 +1,6 @@
 """Grow LoRA modules to the highest rank that they may reach, before any engine exists, so that shapes stay static."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,14 @@ from axolotl_layersel.lora.modules import (
     list_linear,
 )
 from axolotl_layersel.lora.plain_lora import check_plain_lora
-from axolotl_layersel.lora.resizing import check_trained_rank, describe_ranks, resize_linear, set_ranks
+from axolotl_layersel.lora.resizing import (
+    check_trained_rank,
+    describe_ranks,
+    resize_linear,
+    scale_by_rank,
+    set_ranks,
+    set_scaling,
+)
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.weights import initialize_module
 
@@ -92,15 +100,23 @@ class Capacity:
     library: str
 
 
-def make_room(run: Run, settings: L1RAConfig, lora_r: int | None, scaling: float | None, least: int = 0) -> Capacity:
+def make_room(
+    run: Run,
+    settings: L1RAConfig,
+    lora_r: int | None,
+    scaling: float | None,
+    least: int = 0,
+    exponent: float = 0,
+) -> Capacity:
     """Check that rank can move in this run, and grow its LoRA modules, see ``grow_modules``.
 
     Args:
         run: a run whose engine is not built yet.
         settings: the ``l1ra`` block.
         lora_r: the rank that ``max_rank`` is derived from; default: the adapter's.
-        scaling: see ``grow_modules``.
+        scaling: the scaling of modules of rank ``lora_r``, for which B is rescaled; None: each keeps its own.
         least: lower bound of the default ``max_rank``.
+        exponent: how ``scaling`` follows the rank, see ``resizing.scale_by_rank``.
 
     Raises:
         LayerselError: if rank cannot move.
@@ -109,12 +125,16 @@ def make_room(run: Run, settings: L1RAConfig, lora_r: int | None, scaling: float
     check_generation(uses_vllm(run.trainer))
     lora_r = lora_r or run.config.r
     library = check_trainer(run, settings, lora_r)
-    used = [len(slots) for slots in find_components(run.model).values()]
-    max_rank = find_max_rank(settings, lora_r, max(least, find_room(used)))
-    return Capacity(lora_r, max_rank, grow_modules(run.model, max_rank, scaling), library)
+    used = {name: len(slots) for name, slots in find_components(run.model).items()}
+    max_rank = find_max_rank(settings, lora_r, max(least, find_room(used.values())))
+    scalings = None
+    if scaling is not None:
+        ranks = {name: used.get(name, module.r[run.adapter]) for name, module in run.lora_modules.items()}
+        scalings = {name: scale_by_rank(scaling, lora_r, rank, exponent) for name, rank in ranks.items()}
+    return Capacity(lora_r, max_rank, grow_modules(run.model, max_rank, scalings), library)
 
 
-def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) -> dict[str, list[int]]:
+def grow_modules(model: PeftModel, max_rank: int, scalings: Mapping[str, float] | None = None) -> dict[str, list[int]]:
     """Pad every linear LoRA module with zeros to ``max_rank`` components, without changing its output.
 
     Call it before the optimizer or an engine exists. Padding in a loaded adapter becomes room, too. LoRA on expert
@@ -123,7 +143,7 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
     Args:
         model: a model with plain LoRA modules, see ``check_plain_lora``.
         max_rank: the capacity of a module.
-        scaling: new scaling of all modules, for which B is rescaled; None: each keeps its own.
+        scalings: new scalings of all modules, for which B is rescaled; None: each keeps its own.
 
     Returns:
         The slots in use of each linear module, by name.
@@ -144,15 +164,14 @@ def grow_modules(model: PeftModel, max_rank: int, scaling: float | None = None) 
                 f"layersel.l1ra.max_rank: {max_rank} is less than the rank {len(used)} that {name} has. "
                 f"Set max_rank to at least {max(map(len, components.values()))}."
             )
-        rescale = 1.0 if scaling is None else module.scaling[adapter] / scaling
+        rescale = 1.0 if scalings is None else module.scaling[adapter] / scalings[name]
         grow_linear(linears[name][0], 0, used, max_rank, 1.0)
         grow_linear(linears[name][1], 1, used, max_rank, rescale)
-        module.scaling[adapter] /= rescale
         module.r[adapter] = max_rank
-        module.lora_alpha[adapter] = module.scaling[adapter] * max_rank
-    if scaling is not None:
+        set_scaling(module, adapter, module.scaling[adapter] / rescale)
+    if scalings is not None:
         for name in everything.keys() - modules.keys():
-            rescale_experts(everything[name], adapter, scaling)
+            rescale_experts(everything[name], adapter, scalings[name])
     model.peft_config[adapter] = describe_ranks(get_config(model), everything, adapter)
     return {name: list(range(len(used))) for name, used in components.items()}
 
@@ -187,21 +206,33 @@ def rescale_experts(module: LoraLayer, adapter: str, scaling: float) -> None:
     """Change the scaling of LoRA on expert parameters, and rescale B so that its output stays."""
     _, up = get_linears(module, adapter)
     up.weight.mul_(module.scaling[adapter] / scaling)
-    module.scaling[adapter] = scaling
-    module.lora_alpha[adapter] = scaling * module.r[adapter]
+    set_scaling(module, adapter, scaling)
 
 
 @torch.no_grad()
-def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int, continues_adapter: bool) -> None:
+def start_from(
+    run: Run,
+    capacity: Capacity,
+    ranks: dict[str, int],
+    seed: int,
+    continues_adapter: bool,
+    exponent: float = 0,
+) -> None:
     """Start modules at ``ranks`` with new weights drawn from ``seed``; modules that were not grown are resized.
 
-    ``continues_adapter``: the weights are those of a trained adapter, which must have these ranks; they stay.
+    Args:
+        run: a run whose modules were grown.
+        capacity: the ranks that they have, which are changed.
+        ranks: ranks by module.
+        seed: seed of the initial weights.
+        continues_adapter: the weights are those of a trained adapter, which must have these ranks; they stay.
+        exponent: how the scaling follows the rank, see ``resizing.scale_by_rank``.
 
     Raises:
         LayerselError: if there is no room for these ranks, or a trained adapter has others.
     """
     fixed = {name: rank for name, rank in ranks.items() if name not in capacity.slots}
-    set_ranks(run, fixed, seed, continues_adapter)
+    set_ranks(run, fixed, seed, continues_adapter, exponent)
     ranks = {name: rank for name, rank in ranks.items() if name in capacity.slots}
     if continues_adapter:
         for name, rank in ranks.items():
@@ -220,4 +251,7 @@ def start_from(run: Run, capacity: Capacity, ranks: dict[str, int], seed: int, c
         initialize_module(run.model, name, modules[name], seed, capacity.lora_r)
         down, _ = get_linears(modules[name], run.adapter)
         down.weight[rank:] = 0
+        scaling = modules[name].scaling[run.adapter]
+        set_scaling(modules[name], run.adapter, scale_by_rank(scaling, len(capacity.slots[name]), rank, exponent))
         capacity.slots[name] = list(range(rank))
+    run.model.peft_config[run.adapter] = describe_ranks(run.config, modules, run.adapter)

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,20 @@ from axolotl_layersel.l1ra.capacity import Capacity
 from axolotl_layersel.l1ra.components import Components
 from axolotl_layersel.l1ra.records import RankHistory, describe_update
 from axolotl_layersel.l1ra.rules import RULES, Rule
-from axolotl_layersel.l1ra.state import ADAPTER_PREFIX, STEP, State, read_state, write_state
+from axolotl_layersel.l1ra.state import (
+    ADAPTER_PREFIX,
+    EXPONENT,
+    STEP,
+    State,
+    check_exponent,
+    read_state,
+    write_state,
+)
 from axolotl_layersel.lora import layouts
 from axolotl_layersel.lora.factors import drop_unused, fold, split
 from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.lora.modules import count_component_parameters, find_key, get_linears, list_linear
+from axolotl_layersel.lora.resizing import describe_ranks, scale_by_rank, set_scaling
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.weights import get_initialisation, restore_adapter, restore_live_adapter
 
@@ -51,13 +60,16 @@ class RankRedistribution:
         fixed: trained LoRA on expert parameters, by name, whose rank is fixed.
         history: ranks by step.
         rule: the rule that moves rank; unset before ``start``.
+        exponent: how the scaling of a module follows its rank, see ``resizing.scale_by_rank``.
+        starts: the scaling and the rank that each module starts with.
     """
 
     rule: Rule
 
-    def __init__(self, run: Run, settings: L1RAConfig, capacity: Capacity) -> None:
+    def __init__(self, run: Run, settings: L1RAConfig, capacity: Capacity, exponent: float = 0) -> None:
         self.run = run
         self.settings = settings
+        self.exponent = exponent
         self.lora_r = capacity.lora_r
         trained = {
             name: module
@@ -75,7 +87,9 @@ class RankRedistribution:
         self.gates = Gates({name: [down] for name, (down, _) in self.linears.items()}, capacity.max_rank, run.device)
         costs = BUDGETS[settings.budget_unit](self.parameters_per_component)
         self.components = Components(self.gates, capacity.slots, costs, capacity.max_rank)
-        self.history = RankHistory({0: self.components.ranks()})
+        ranks = self.components.ranks()
+        self.starts = {name: (module.scaling[run.adapter], ranks[name]) for name, module in self.modules.items()}
+        self.history = RankHistory({0: ranks})
         self.update_steps: set[int] = set()
         self.expect_gradients: set[str] = set()
         # Gates that stay at 1 need not be attached if A's gradients tell theirs.
@@ -126,6 +140,8 @@ class RankRedistribution:
             steps,
             self.rule.describe(),
         )
+        if self.exponent:
+            LOG.info("layersel: the scaling of a module follows its rank with exponent %g", self.exponent)
         if (
             self.settings.last_update_ratio is None
             and max(self.update_steps) > self.settings.get("last_update_ratio") * steps
@@ -253,6 +269,38 @@ class RankRedistribution:
             filled += [part.start + slot for slot in added]
         self.components.flip(emptied, filled)
         self.components.pool = moves.pool
+        self.follow_ranks(training)
+
+    def follow_ranks(self, training: bool) -> None:
+        """Let the scalings follow the ranks, and rescale B so that s·B·A stays; every process must call this.
+
+        ``training``: see ``apply``.
+        """
+        engine, changed = self.run.engine, self.find_changed_scalings()
+        for name, scaling in changed.items():
+            up = self.linears[name][1].weight
+            factor = self.modules[name].scaling[self.run.adapter] / scaling
+            engine.edit_parameter(up, edits.multiply(factor))
+            if training:  # ∂L/∂B is proportional to the scaling, ∂L/∂A to s·B, which stays
+                engine.scale_moments(up, 1 / factor)
+        self.set_scalings(changed)
+
+    def find_changed_scalings(self) -> dict[str, float]:
+        """Return the scalings that modules must have at their ranks, by module, where they have another."""
+        ranks, adapter = self.components.ranks(), self.run.adapter
+        scalings = {
+            name: scale_by_rank(scaling, rank, ranks[name], self.exponent)
+            for name, (scaling, rank) in self.starts.items()
+        }
+        return {name: new for name, new in scalings.items() if new != self.modules[name].scaling[adapter]}
+
+    def set_scalings(self, scalings: Mapping[str, float]) -> None:
+        """Set the scalings of modules, but not their weights."""
+        for name, scaling in scalings.items():
+            set_scaling(self.modules[name], self.run.adapter, scaling)
+        if scalings:
+            adapter = self.run.adapter
+            self.run.model.peft_config[adapter] = describe_ranks(self.run.config, self.run.lora_modules, adapter)
 
     def settle(self, step: int) -> None:
         """Copy process 0's gates and moments to every process; every process must call this.
@@ -360,6 +408,7 @@ class RankRedistribution:
             "max_rank": str(self.components.max_rank),
             "modules": json.dumps(list(self.modules)),
             "pool": str(self.components.pool),
+            EXPONENT: repr(self.exponent),
         }
         write_state(checkpoint, weights, self.components.list_tensors(), self.history, metadata)
 
@@ -368,7 +417,7 @@ class RankRedistribution:
         self.history = self.restore_gates(checkpoint, "resume_from_checkpoint").history
 
     def restore_gates(self, checkpoint: str | Path, key: str) -> State:
-        """Restore gates, moments, active components and pool from ``checkpoint``, and return its state.
+        """Restore gates, moments, active components, pool and scalings from ``checkpoint``, and return its state.
 
         Raises:
             LayerselError: naming ``key``, if the checkpoint is damaged or of another run.
@@ -377,6 +426,7 @@ class RankRedistribution:
         self.components.pool = state.pool
         for name, tensor in self.components.list_tensors().items():
             tensor.copy_(state.gates[name])
+        self.set_scalings(self.find_changed_scalings())
         return state
 
     def check(self, checkpoint: str | Path, key: str) -> None:
@@ -385,6 +435,7 @@ class RankRedistribution:
 
     def read(self, checkpoint: str | Path, key: str) -> State:
         state = read_state(checkpoint, self.settings, key)
+        check_exponent(state, self.exponent, checkpoint)
         if state.modules != list(self.modules) or state.max_rank != self.components.max_rank:
             raise LayerselError(
                 f"{key}: {state_path(checkpoint)} is of a run with LoRA on other modules, or with room for rank "

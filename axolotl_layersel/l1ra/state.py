@@ -14,7 +14,8 @@ from axolotl_layersel.config.l1ra import BUDGETS, L1RAConfig
 from axolotl_layersel.l1ra.records import RankHistory
 
 SCHEMA_VERSION = "1"
-STEP = "step"  # metadata key of the checkpoint's step
+# Metadata keys of the checkpoint's step, and of how the scaling of modules follows their rank.
+STEP, EXPONENT = "step", "scaling_exponent"
 # Prefixes of tensor names: weights in training, neither folded nor scaled, and flat tensors of the gates.
 ADAPTER_PREFIX = "adapter/"
 GATE_PREFIX = "gates/"
@@ -38,6 +39,7 @@ class State:
         gates: the flat tensors of the gates, by the names in ``GATE_TYPES``.
         pool: the unused part of the budget.
         history: ranks by step.
+        exponent: how the scaling of modules follows their rank.
     """
 
     modules: list[str]
@@ -45,6 +47,7 @@ class State:
     gates: dict[str, torch.Tensor]
     pool: int
     history: RankHistory
+    exponent: float
 
 
 def write_state(
@@ -89,8 +92,11 @@ def read_state(checkpoint: str | Path, settings: L1RAConfig, key: str) -> State:
     with reading(key, path, WAY_OUT):
         then, modules = parse_json(metadata["settings"]), parse_json(metadata["modules"])
         max_rank, pool = parse_count(metadata["max_rank"]), parse_count(metadata["pool"])
+        exponent = float(metadata.get(EXPONENT, 0))  # earlier versions had none
         if not isinstance(then, dict) or not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
             raise ValueError("its settings or modules have a wrong type")
+        if not 0 <= exponent <= 1:
+            raise ValueError(f"its {EXPONENT} is {exponent}")
         check_settings(then, settings, checkpoint)
         adapter = {n.removeprefix(ADAPTER_PREFIX): t for n, t in tensors.items() if n.startswith(ADAPTER_PREFIX)}
         gates = {n.removeprefix(GATE_PREFIX): t for n, t in tensors.items() if n.startswith(GATE_PREFIX)}
@@ -103,7 +109,7 @@ def read_state(checkpoint: str | Path, settings: L1RAConfig, key: str) -> State:
         fault = f"is not the one that {path} was written with"
     if fault:
         raise refuse(key, ranks_path(checkpoint), fault, WAY_OUT)
-    return State(modules, max_rank, gates, pool, history)
+    return State(modules, max_rank, gates, pool, history, exponent)
 
 
 def check_settings(then: dict, settings: L1RAConfig, checkpoint: str | Path) -> None:
@@ -113,6 +119,15 @@ def check_settings(then: dict, settings: L1RAConfig, checkpoint: str | Path) -> 
                 f"layersel.l1ra.{name}: {value!r} contradicts the checkpoint {checkpoint}, which was made with "
                 f"{then.get(name)!r}. Restore the value, or start without resuming."
             )
+
+
+def check_exponent(state: State, exponent: float, checkpoint: str | Path) -> None:
+    """Raise LayerselError unless a run scales modules by the exponent of the checkpoint that ``state`` is of."""
+    if state.exponent != exponent:
+        raise LayerselError(
+            f"layersel.scaling_exponent: {exponent} contradicts the checkpoint {checkpoint}, which was made with "
+            f"{state.exponent}. Restore the value, or start without resuming."
+        )
 
 
 def measure_costs(adapter: dict[str, torch.Tensor], modules: list[str], max_rank: int) -> dict[str, int]:

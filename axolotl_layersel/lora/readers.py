@@ -541,7 +541,8 @@ def find_readers(file: AdapterFile, layers: Collection[str]) -> Readers:
     if not rslora and faults["llama.cpp"] is None:
         right.append("llama.cpp")
     dropped = list_partial_types(file.ranks, layers)
-    export_for = "llama.cpp" if rslora or patterned else "tgi" if dropped else None
+    needed = "sglang" if patterned and not rslora and faults["llama.cpp"] is None else "llama.cpp"
+    export_for = needed if rslora or patterned else "tgi" if dropped else None
     return Readers(
         right=right,
         misscaling=[READERS[name].title for name in ("llama.cpp", "tensorrt-llm") if patterned and faults[name]],

@@ -17,14 +17,15 @@ from axolotl_layersel.lora.weights import initialize_module
 
 
 @torch.no_grad()
-def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: bool) -> None:
-    """Set the ranks of LoRA modules and draw new weights from ``seed``; the scaling stays.
+def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: bool, exponent: float = 0) -> None:
+    """Set the ranks of LoRA modules and draw new weights from ``seed``.
 
     Args:
         run: a run without an optimizer or a built engine.
         ranks: ranks by module; other modules are unchanged.
         seed: seed of the initial weights.
         continues_adapter: the weights are those of a trained adapter, which must have these ranks.
+        exponent: how the scaling follows the rank, see ``scale_by_rank``; 0 leaves it as it is.
 
     Raises:
         LayerselError: if a trained adapter has other ranks.
@@ -38,13 +39,27 @@ def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: boo
             check_trained_rank(name, module.r[adapter], rank)
         if run.engine.find_shape(down.weight)[0] == rank * experts:
             continue
-        scaling = module.scaling[adapter]
+        scaling = scale_by_rank(module.scaling[adapter], module.r[adapter], rank, exponent)
         resize_linear(down, 0, rank * experts)
         resize_linear(up, 1, rank * experts)
         module.r[adapter] = rank
-        module.lora_alpha[adapter] = scaling * rank
+        set_scaling(module, adapter, scaling)
         initialize_module(run.model, name, module, seed)
     run.model.peft_config[adapter] = describe_ranks(run.config, modules, adapter)
+
+
+def scale_by_rank(scaling: float, before: int, after: int, exponent: float) -> float:
+    """Return the scaling of a module whose rank changes: ``scaling`` · (``before`` / ``after``)^``exponent``.
+
+    Rank 0, which a module has without any component in use, counts as rank 1.
+    """
+    return scaling * (max(before, 1) / max(after, 1)) ** exponent
+
+
+def set_scaling(module: LoraLayer, adapter: str, scaling: float) -> None:
+    """Set the scaling of a LoRA module, and its alpha accordingly."""
+    module.scaling[adapter] = scaling
+    module.lora_alpha[adapter] = scaling * module.r[adapter]
 
 
 def check_trained_rank(name: str, trained: int, planned: int) -> None:
@@ -71,7 +86,8 @@ def describe_ranks(config: LoraConfig, modules: dict[str, LoraLayer], adapter: s
     """Return a configuration from which PEFT builds modules of these ranks and scalings.
 
     If all modules share a scaling, ``lora_alpha`` / ``r`` equals it, so programs that ignore both patterns scale
-    correctly. Programs that divide ``lora_alpha`` by the rank of a module's tensors do not; they need an export.
+    correctly. Programs that divide ``lora_alpha`` by the rank of a module's tensors do not; they need an export. With
+    a ``scaling_exponent`` of 1 it is the reverse, and between 0 and 1 both need one.
     """
     config = copy.copy(config)
     keyed = {find_key(name, module): module for name, module in modules.items()}
@@ -82,7 +98,9 @@ def describe_ranks(config: LoraConfig, modules: dict[str, LoraLayer], adapter: s
     config.r, config.lora_alpha = ranks[highest], top
     config.use_rslora = False
     config.rank_pattern = write_pattern({name: rank for name, rank in ranks.items() if rank != config.r})
-    config.alpha_pattern = write_pattern({name: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha})
+    # With one alpha for all modules, scalings that follow the rank differ from it by rounding.
+    others = {name: alpha for name, alpha in alphas.items() if not math.isclose(alpha, top, rel_tol=1e-12)}
+    config.alpha_pattern = write_pattern(others)
     return config
 
 

@@ -25,6 +25,7 @@ from axolotl_layersel.reports.outcome import (
     describe_parameters,
     describe_ranks,
     describe_readers,
+    describe_scaling,
     list_merge_options,
     name_ranked,
 )
@@ -108,6 +109,9 @@ def list_facts(outcome: Outcome) -> list[str]:
     ranks = describe_ranks(outcome)
     if ranks:
         facts.append(f"{capitalise(ranks)}.")
+    scaling = describe_scaling(outcome.plan) if outcome.plan else ""
+    if scaling:
+        facts.append(f"{capitalise(scaling)}.")
     if outcome.parameters is not None:
         facts.append(f"{capitalise(describe_parameters(outcome.parameters))}.")
     if outcome.plan is not None:

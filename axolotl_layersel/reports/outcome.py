@@ -123,6 +123,18 @@ def describe_ranks(outcome: Outcome) -> str:
     return words if outcome.history is None else f"{words} after l1ra"
 
 
+def describe_scaling(plan: Plan) -> str:
+    """Return how the scaling of modules follows their rank, as a sentence without a full stop; nothing if it does not.
+
+    The scaling is that of training; an adapter of ``l1ra`` has it folded in.
+    """
+    if not plan.scaling_exponent:
+        return ""
+    lora_r = (plan.budget and plan.budget.lora_r) or "lora_r"
+    power = "" if plan.scaling_exponent == 1 else f"^{plan.scaling_exponent:g}"
+    return f"in training a module of rank r has the scaling of plain LoRA times ({lora_r} / r){power}"
+
+
 def name_ranked(outcome: Outcome) -> str:
     """Return the word for what ``outcome.ranks`` names, which leaves out experts."""
     return "linear module" if outcome.file and outcome.file.has_experts else "module"

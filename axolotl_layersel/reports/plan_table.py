@@ -9,7 +9,7 @@ from axolotl_layersel.common.tables import Column, Grid, lay_out, make_grids
 from axolotl_layersel.common.terminal import clean, make_console, make_encodable
 from axolotl_layersel.config.layer_names import LayerName, find_layer
 from axolotl_layersel.config.selection import Token, describe_token
-from axolotl_layersel.reports.outcome import STATES, cut_list, describe_choice, join_layers
+from axolotl_layersel.reports.outcome import STATES, cut_list, describe_choice, describe_scaling, join_layers
 from axolotl_layersel.reports.rank_table import lay_out_ranks, show_ranks
 from axolotl_layersel.reports.savings import describe_savings
 from axolotl_layersel.selection.plan import Budget, Plan, Stability, Tower
@@ -35,6 +35,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         tell(f"layersel: rows were compared at {describe_tokens(plan.token)}")
     if plan.budget is not None:
         tell(f"layersel: {describe_budget(plan.ranks, plan.budget)}")
+    if plan.scaling_exponent:
+        tell(f"layersel: {describe_scaling(plan)}")
     tell(f"layersel: {describe_savings(plan)}")
     bar = FULL_BLOCK if make_encodable(FULL_BLOCK, console.encoding) == FULL_BLOCK else "#"
     for line, style in lay_out_plan(plan, bar, console.width):

@@ -103,6 +103,9 @@ class Plan(BaseModel):
     ranks: dict[str, int] = Field(
         default_factory=dict, description="the rank of every module that is kept; empty where all have lora_r"
     )
+    scaling_exponent: FiniteFloat = Field(
+        default=0, ge=0, le=1, description="how the scaling of a module follows its rank; 0 in older plans"
+    )
     budget: Budget | None = Field(default=None, description="where ranks were given by one")
     parameters: Parameters | None = Field(default=None, description="of the run; null in older plans")
     settings: dict[str, Any] = Field(description="the selection block that produced this plan")

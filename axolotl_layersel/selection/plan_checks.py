@@ -216,6 +216,7 @@ def list_setting_differences(
     lora_r: int | None = None,
     room: int | None = None,
     rank_pattern: Mapping[str, int] | None = None,
+    exponent: float | None = None,
 ) -> list[str]:
     """Return where a reused plan differs from the one that a run asks for; keys left out contradict nothing.
 
@@ -225,12 +226,13 @@ def list_setting_differences(
         lora_r: the run's, None if unknown.
         room: with ``l1ra``, the highest rank that modules have room for.
         rank_pattern: the ranks that the YAML file sets for modules.
+        exponent: ``scaling_exponent`` of the YAML file.
     """
     asked, made_with = settings.resolve(run_seed=plan.seed), plan.resolve_settings()
     differences: list[str] = []
     for key in KEYS:
         if key == "rank_allocation":
-            differences += find_lora_differences(plan, lora_r, room, rank_pattern)
+            differences += find_lora_differences(plan, lora_r, room, rank_pattern, exponent)
         given = getattr(settings, key)
         if given is None:
             continue
@@ -246,7 +248,11 @@ def list_setting_differences(
 
 
 def find_lora_differences(
-    plan: Plan, lora_r: int | None, room: int | None, rank_pattern: Mapping[str, int] | None
+    plan: Plan,
+    lora_r: int | None,
+    room: int | None,
+    rank_pattern: Mapping[str, int] | None,
+    exponent: float | None = None,
 ) -> Iterator[str]:
     """Yield where ranks of a plan conflict with those of the run; see ``list_setting_differences``."""
     made_with = plan.budget.lora_r if plan.budget else None
@@ -257,6 +263,8 @@ def find_lora_differences(
         )
     if rank_pattern and plan.ranks:
         yield f"lora_rank_pattern: {quote(rank_pattern)} gives modules ranks, and so does the plan"
+    if exponent is not None and plan.ranks and exponent != plan.scaling_exponent:
+        yield f"layersel.scaling_exponent: {exponent} is not the {plan.scaling_exponent} that it was made with"
     highest = max(plan.ranks, key=lambda name: plan.ranks[name], default=None)
     if highest is not None and room is not None and plan.ranks[highest] > room:
         rank = plan.ranks[highest]

@@ -47,6 +47,7 @@ class KnownRun:
         lora_r: the rank of LoRA without a selection.
         room: with ``l1ra``, the highest rank that modules have room for.
         rank_pattern: the ranks that a YAML file sets for modules.
+        exponent: its ``scaling_exponent``.
     """
 
     base_model: str | None = None
@@ -54,6 +55,7 @@ class KnownRun:
     lora_r: int | None = None
     room: int | None = None
     rank_pattern: dict[str, int] | None = None
+    exponent: float | None = None
 
 
 def find_plan(settings: SelectionConfig, resume_from: str | None, known: KnownRun | None = None) -> Reused | None:
@@ -111,7 +113,7 @@ def check_reused(
     if settings.plan_check != "ignore":
         of_base = list_base_differences(plan, known.base_model, known.shape)
     others = list_model_differences(plan, facts, settings) if facts else []
-    others += list_setting_differences(plan, settings, known.lora_r, known.room, known.rank_pattern)
+    others += list_setting_differences(plan, settings, known.lora_r, known.room, known.rank_pattern, known.exponent)
     check_differences(source, resume_from is not None, of_base, others)
     if resume_from is not None:
         check_checkpoint(plan, resume_from)

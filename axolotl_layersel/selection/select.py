@@ -63,6 +63,7 @@ def select_layers(
     continues_adapter: bool = False,
     repeat: int = 1,
     capacity: Capacity | None = None,
+    exponent: float | None = None,
 ) -> Plan:
     """Choose layers and apply the choice to the trainer's model; ``prepare_trainer`` does all that a run needs.
 
@@ -73,6 +74,7 @@ def select_layers(
         continues_adapter: the LoRA weights are those of a trained adapter, and stay as they are.
         repeat: choose with this many seeds in total, to measure how far the choices agree; the first is the plan.
         capacity: with ``l1ra``, the rank that modules were grown from, and the rank that they have room for.
+        exponent: ``scaling_exponent`` of the block.
 
     Returns:
         The plan, which is also written to ``<output_dir>/layersel/plan.json``.
@@ -86,7 +88,7 @@ def select_layers(
     facts = None
     if reused:
         facts = find_facts(run, stack, reused.plan, continues_adapter)
-        known = find_known(run, continues_adapter, capacity)
+        known = find_known(run, continues_adapter, capacity, exponent)
         decide_on_rank_zero(lambda: check_reused(reused, settings, resume_from, known, facts))
     else:
         check_settings(run, stack, settings, continues_adapter)
@@ -99,6 +101,12 @@ def select_layers(
         plan = adopt_plan(run, stack, reused, facts, repeat)
     else:
         plan, history = choose_layers(run, stack, settings, continues_adapter, repeat, capacity)
+    if exponent is not None and (plan.ranks or capacity):
+        plan.scaling_exponent = exponent
+    elif exponent is not None and get_rank() == 0:
+        LOG.warning(
+            "layersel: layersel.scaling_exponent: %s is not read, because the plan gives every module lora_r", exponent
+        )
 
     # Apply.
     apply_plan(run, stack, plan)
@@ -121,7 +129,7 @@ def select_layers(
 # --- Check --------------------------------------------------------------------------------------------------------
 
 
-def find_known(run: Run, continues_adapter: bool, capacity: Capacity | None) -> KnownRun:
+def find_known(run: Run, continues_adapter: bool, capacity: Capacity | None, exponent: float | None) -> KnownRun:
     """Return the facts of a run that a plan must not contradict, except for those of its LoRA modules."""
     # The config of a trained adapter has its highest rank, and its ranks are compared module by module.
     lora_r = None if continues_adapter else run.config.r
@@ -130,6 +138,7 @@ def find_known(run: Run, continues_adapter: bool, capacity: Capacity | None) -> 
         shape=describe_shape(run.base.config),
         lora_r=capacity.lora_r if capacity else lora_r,
         room=capacity.max_rank if capacity else None,
+        exponent=exponent,
     )
 
 
@@ -383,9 +392,9 @@ def apply_ranks(run: Run, plan: Plan, capacity: Capacity | None, continues_adapt
     trainers.check_no_optimizer(run.trainer)
     seed = run.trainer.args.seed
     if capacity is None:
-        set_ranks(run, plan.ranks, seed, continues_adapter)
+        set_ranks(run, plan.ranks, seed, continues_adapter, plan.scaling_exponent)
     else:
-        start_from(run, capacity, plan.ranks, seed, continues_adapter)
+        start_from(run, capacity, plan.ranks, seed, continues_adapter, plan.scaling_exponent)
 
 
 # --- Record -------------------------------------------------------------------------------------------------------

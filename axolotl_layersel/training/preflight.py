@@ -121,6 +121,7 @@ def find_reused(
         lora_r=cfg.lora_r,
         room=settings.l1ra.max_rank if settings.l1ra else None,
         rank_pattern=cfg.lora_rank_pattern,
+        exponent=settings.scaling_exponent,
     )
     return find_plan(selection, resume_from, known)
 

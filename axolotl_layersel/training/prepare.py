@@ -23,7 +23,7 @@ from axolotl_layersel.engines.signals import outlive_signals
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
-from axolotl_layersel.l1ra.state import read_state
+from axolotl_layersel.l1ra.state import check_exponent, read_state
 from axolotl_layersel.lora.config import check_target_parameters, complete_config
 from axolotl_layersel.lora.readiness import Readiness, check_trains
 from axolotl_layersel.lora.run import Run
@@ -96,7 +96,7 @@ def prepare_trainer(
             ``trainer.train(resume_from_checkpoint=…)`` the same.
         continues_adapter: whether the LoRA weights are a trained adapter's, which are kept.
         lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
-        scaling: with ``l1ra``, the scaling of all modules; default: the adapter's.
+        scaling: with ``l1ra``, the scaling of modules of rank ``lora_r``; default: each module's in the adapter.
         repeat: with ``selection``, the number of seeds to choose with, to measure how far they agree. The first
             choice is the plan.
         checked: whether ``output_dir``, ``resume_from`` and unread keys were checked before, as by the plugin before
@@ -195,17 +195,19 @@ def decide(start: Start, lora_r: int | None, scaling: float | None, repeat: int)
     run, selection, l1ra = start.run, start.settings.selection, start.settings.l1ra
     # The room comes first, because the weights may be sharded after a search.
     least = find_planned_room(start.settings, start.resume_from, lora_r or run.config.r)
-    capacity = make_room(run, l1ra, lora_r, scaling, least) if l1ra else None
+    exponent = collectives.decide_on_rank_zero(lambda: find_exponent(start.settings, start.resume_from))
+    capacity = make_room(run, l1ra, lora_r, scaling, least, exponent) if l1ra else None
     plan = None
     if selection:
-        plan = select_layers(run, selection, start.resume_from, start.continues_adapter, repeat, capacity)
+        given = start.settings.scaling_exponent
+        plan = select_layers(run, selection, start.resume_from, start.continues_adapter, repeat, capacity, given)
         if collectives.get_rank() == 0:
             # The other processes must not wait for this one.
             place = plan_path(run.output_dir)
             with warning_instead("the plan cannot be printed", f"The run goes on; the plan is in {place}."):
                 print_plan(plan)
         check_trains(run)
-    ranks = RankRedistribution(run, l1ra, capacity) if l1ra and capacity else None
+    ranks = RankRedistribution(run, l1ra, capacity, exponent) if l1ra and capacity else None
     if ranks and start.resume_from is None:
         ranks.check_movable()
     return Decision(plan, ranks)
@@ -281,12 +283,21 @@ def check_resumed(settings: LayerselConfig, resume_from: str | None, given: dict
         return
     check_lora(resume_from, given or {}, "given", has_plan=settings.selection is not None)
     if settings.l1ra:
-        read_state(resume_from, settings.l1ra, RESUMED_KEY)
+        state = read_state(resume_from, settings.l1ra, RESUMED_KEY)
+        check_exponent(state, find_exponent(settings, resume_from), resume_from)
     elif state_path(resume_from).exists():
         raise LayerselError(
             f"resume_from_checkpoint: {resume_from} is of a run with layersel.l1ra, without which its adapter does not "
             "fit. Restore the l1ra block, or start from the adapter with lora_model_dir."
         )
+
+
+def find_exponent(settings: LayerselConfig, resume_from: str | None) -> float:
+    """Return how the scaling of modules follows their rank, by the settings or the plan that the run uses again."""
+    if settings.scaling_exponent is not None:
+        return settings.scaling_exponent
+    reused = read_reused(settings.selection, resume_from) if settings.selection else None
+    return reused.plan.scaling_exponent if reused else 0.0
 
 
 def find_planned_room(settings: LayerselConfig, resume_from: str | None, lora_r: int) -> int:

@@ -80,8 +80,12 @@ def test_scores_of_experts_are_those_of_their_gradients(tmp_path, family):
 def test_experts_get_rank_and_the_adapter_loads_with_stock_peft(tmp_path, family):
     trainer = make_trainer(make_experts(family), tmp_path, max_steps=2)
     settings = SelectionConfig(method="gradient", num_samples=9, ratio=0.8, budget=0.7, min_rank=1)
-    plan = prepare_trainer(trainer, LayerselConfig(selection=settings))
+    (scaling, lora_r), *others = {(m.scaling["default"], m.r["default"]) for m in Run.of(trainer).lora_modules.values()}
+    assert not others
+    plan = prepare_trainer(trainer, LayerselConfig(selection=settings, scaling_exponent=0.5))
     run = Run.of(trainer)
+    for name, module in run.lora_modules.items():
+        assert module.scaling["default"] == pytest.approx(scaling * (lora_r / plan.ranks[name]) ** 0.5)
     assert set(run.lora_modules) == set(plan.modules)
     assert any(name.endswith("experts") for name in plan.modules)
     assert {name: module.r["default"] for name, module in run.lora_modules.items()} == plan.ranks

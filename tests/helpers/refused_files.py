@@ -32,6 +32,19 @@ CASES = {
     ),
     "empty block": ({"layersel": {}}, "layersel: the block is empty, so it would do nothing. Add `selection`"),
     "block of another type": ({"layersel": [1]}, "layersel: [1] is not a mapping"),
+    "exponent above 1": (
+        {"layersel": {"l1ra": {}, "scaling_exponent": 1.5}},
+        "layersel.scaling_exponent: 1.5 is outside [0, 1]. Set a value in this range, such as 0.5.",
+    ),
+    "exponent in words": (
+        {"layersel": {"l1ra": {}, "scaling_exponent": "half"}},
+        "layersel.scaling_exponent: 'half' is not a finite number. Write a finite number, or remove the key.",
+    ),
+    "exponent with one rank": (
+        {"layersel": {**selection(ratio=0.5)["layersel"], "scaling_exponent": 0.5}},
+        "layersel.scaling_exponent: 0.5 has no effect with rank_allocation: same, the default of method: cka, with "
+        "which every module keeps lora_r. Set `rank_allocation: match`, add `l1ra`, or remove the key.",
+    ),
     "no adapter": ({"adapter": None}, "adapter: None has no LoRA layers to choose from"),
     "relora": ({"relora": True, "jagged_restart_steps": 2}, "relora: True merges and restarts the adapter"),
     "ratio of zero": (selection(ratio=0), "layersel.selection.ratio: 0.0 is outside (0, 1]"),

@@ -107,6 +107,10 @@ def make_arm(name: str, data: Mapping[str, Any]) -> ArmSettings:
     if moves:
         block[L1RA] = dict(as_mapping(as_mapping(data.get("layersel")).get(L1RA)))
     check_block(name, block)
+    exponent = as_mapping(data.get("layersel")).get("scaling_exponent")
+    if exponent is not None and not LayerselConfig.model_validate(block).keeps_rank():
+        block["scaling_exponent"] = exponent
+        check_block(name, block)
     return ArmSettings(keys={"layersel": block}, choosing=chooses(block))
 
 

@@ -7,6 +7,7 @@ from axolotl_layersel.cli.doctor.model import Model
 from axolotl_layersel.lora.modules import get_adapter_name
 from axolotl_layersel.lora.names import PREFIX
 from axolotl_layersel.lora.readers import AdapterFile, find_readers
+from axolotl_layersel.lora.resizing import scale_by_rank
 from axolotl_layersel.reports.outcome import describe_readers
 
 
@@ -47,8 +48,10 @@ def imagine_file(case: Case, model: Model) -> AdapterFile:
         shapes[f"{PREFIX}{first}.lora_A.weight"] = (down[0] + 1, *down[1:])
         shapes[f"{PREFIX}{first}.lora_B.weight"] = (*up[:-1], up[-1] + 1)
         config["rank_pattern"][first] = down[0] + 1
-        # Modules keep their scaling, alpha / r, whatever rank they get.
-        config["alpha_pattern"] = {**config["alpha_pattern"], first: config["lora_alpha"] * (down[0] + 1) / down[0]}
+        # The scaling, alpha / r, follows the rank; l1ra folds it into B, so that its file has one for all modules.
+        exponent = 0 if case.block.l1ra is not None else case.block.scaling_exponent or 0
+        scaling = scale_by_rank(config["lora_alpha"] / down[0], down[0], down[0] + 1, exponent)
+        config["alpha_pattern"] = {**config["alpha_pattern"], first: scaling * (down[0] + 1)}
     config["target_modules"] = sorted({name.rpartition(".")[2] for name in kept})
     return AdapterFile(config, shapes, len(model.stack.layers))
 

@@ -189,6 +189,26 @@ def test_the_key_of_another_rule_is_passed_over_where_the_rule_is_written(block,
     assert all(getattr(L1RAConfig(**block).drop_unread(), key) is None for key in unread)
 
 
+@pytest.mark.parametrize(
+    ("block", "is_read"),
+    [
+        ({"selection": {"method": "gradient"}}, True),
+        ({"selection": {"method": "random", "rank_allocation": "match"}}, True),
+        ({"selection": {"method": "cka", "rank_allocation": "same"}}, False),
+        ({"selection": {"method": "cka", "rank_allocation": "same"}, "l1ra": {}}, True),
+        ({"selection": {"method": "cka", "plan": "plan.json"}}, True),
+        ({"l1ra": {}}, True),
+    ],
+)
+def test_the_exponent_of_the_scaling_is_read_where_ranks_can_differ(block, is_read):
+    block = {**block, "scaling_exponent": 0.5}
+    assert list_unread(**block) == ([] if is_read else ["layersel.scaling_exponent"])
+    settings = LayerselConfig(**block)
+    assert settings.drop_unread().scaling_exponent == (0.5 if is_read else None)
+    if not is_read:
+        assert describe_unread(settings).endswith("layersel.scaling_exponent: 0.5 (with rank_allocation: same)")
+
+
 def test_all_keys_that_are_not_read_are_named_in_one_sentence():
     chosen = {"method": "first", "num_samples": 9, "seed": 3}
     settings = LayerselConfig(selection=chosen, l1ra={"rule": "saliency", "l1_lambda": 0.5})

@@ -39,11 +39,19 @@ def test_a_tensor_is_changed_part_by_part_as_it_is_as_a_whole(shape, ranks, dtyp
             edits.fill(columns, 1, 0.5),
             edits.multiply_columns(factors),
             edits.add(change),
+            edits.multiply(1.5),
         ):
             edit(part, rank * length, torch.Size(shape))
-    expected = edit_by_hand(whole, rows, columns, factors, change)
+    expected = edit_by_hand(whole, rows, columns, factors, change) * 1.5
     assert torch.equal(padded[: height * width].view(shape), expected)
     assert (padded[height * width :] == 7).all()
+
+
+def test_codes_are_translated_but_not_those_of_padding():
+    codes = torch.arange(256, dtype=torch.uint8)
+    part = torch.tensor([0, 3, 255, 7], dtype=torch.uint8)
+    edits.translate(codes.flip(0))(part, 2, torch.Size((1, 5)))
+    assert part.tolist() == [255, 252, 0, 7]
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -150,11 +150,57 @@ def test_the_next_step_starts_from_the_zeros(name):
         assert ((parameter - was * kept).abs()[[0, 1, 3]] > 1e-5).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_are_scaled_as_those_of_larger_gradients_would_be(name, factor):
+    optimizer, parameters = train(name)
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        moments = find_moments(state, name)
+        before = {moment.name: read_numbers(state, moment.name) for moment in moments}
+        values = {moment.name: moment.values.clone() for moment in moments}
+        make_engine(optimizer).scale_moments(parameter, factor)
+        for moment in moments:
+            order = 1 if moment.name in ("exp_avg", "state1") else 2
+            expected = before[moment.name] * factor**order
+            torch.testing.assert_close(read_numbers(state, moment.name), expected, atol=0, rtol=1e-6)
+            if moment.values.dtype == torch.uint8:
+                assert torch.equal(moment.values, values[moment.name]), "only the scales of the blocks change"
+    # The next step has the length of a step whose gradients were always so large.
+    again, others = train(name)
+    for one, other in zip(parameters, others):
+        one.grad = torch.randn_like(one)
+        other.grad = one.grad / factor
+    optimizer.step()
+    again.step()
+    for one, other in zip(parameters, others):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.6])
+def test_codes_whose_blocks_hold_other_weights_too_become_the_nearest(factor):
+    """DeepSpeed joins weights before bitsandbytes makes blocks of them, and gives a weight's codes without scales."""
+    optimizer, (_, parameter) = train("bitsandbytes AdamW8bit")
+    state = optimizer.state[parameter]
+    bare = {name: state[name] for name in ("state1", "state2", "qmap1", "qmap2")}
+    before = {name: read_numbers(state, name) for name in ("state1", "state2")}
+    for moment in find_moments(bare, "AdamW8bit"):
+        assert moment.scales is None
+        moment.scale(factor)(moment.values.view(-1), 0, parameter.shape)
+        expected, found = before[moment.name] * factor**moment.order, read_numbers(state, moment.name)
+        highest = state[moment.name.replace("state", "absmax")].repeat_interleave(256).view(parameter.shape)
+        expected = expected.clamp(-highest, highest)
+        # A code differs from its neighbours by at most a fiftieth of the scale, and relatively by less than half.
+        assert ((found - expected).abs() <= 0.02 * highest).all()
+        assert (found[before[moment.name] == 0] == 0).all()
+
+
 def test_a_weight_that_no_gradient_has_reached_has_no_moments_to_clear():
     for name in OPTIMIZERS:
         optimizer, (reached, _) = train(name)
         other = torch.nn.Parameter(torch.ones(4, 4))
         make_engine(optimizer).zero_moments(other, torch.tensor([0]), 0)
+        make_engine(optimizer).scale_moments(other, 2.0)
         assert other not in optimizer.state and optimizer.state[reached]
 
 

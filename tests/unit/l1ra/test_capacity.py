@@ -72,9 +72,11 @@ def test_a_redistributed_adapter_gets_its_scaling_and_its_room_back(tmp_path, la
     trained.save_pretrained(str(tmp_path / "trained"))
     export_adapter(tmp_path / "trained", layout, tmp_path / "out")
     model = PeftModel.from_pretrained(make_small_llama(), str(tmp_path / "out"), is_trainable=True).eval()
-    slots = grow_modules(model, 8, scaling=2.0)
+    names = find_lora_modules(model.get_base_model())
+    scalings = {name: 2.0 + 0.5 * (place % 2) for place, name in enumerate(names)}
+    slots = grow_modules(model, 8, scalings)
     torch.testing.assert_close(compute(model), compute(trained), atol=1e-5, rtol=0)
-    assert {m.scaling["default"] for m in find_lora_modules(model).values()} == {2.0}
+    assert {name: m.scaling["default"] for name, m in names.items()} == scalings
     assert {len(used) for used in slots.values()} == {2, 4, 7}
 
 

@@ -79,6 +79,8 @@ EDITS = {
     "no weights": (lambda t, m: [t.pop(n) for n in list(t) if n.startswith("adapter/")], "KeyError"),
     "settings that are none": (lambda t, m: m.update(settings="[]"), "its settings or modules have a wrong type"),
     "ranks of another run": (lambda t, m: m.update(ranks="0" * 64), "is not the one that .* was written with"),
+    "an exponent above 1": (lambda t, m: m.update(scaling_exponent="1.5"), "its scaling_exponent is 1.5"),
+    "an exponent that is no number": (lambda t, m: m.update(scaling_exponent="half"), "could not convert string to"),
     "another schema": (lambda t, m: m.update(schema_version="7"), "has schema_version '7', this version"),
 }
 
@@ -121,8 +123,9 @@ def test_one_flipped_bit_is_noticed_wherever_it_is(copy):
 
 def test_a_state_without_a_digest_is_read_as_earlier_versions_wrote_it(copy, checkpoint):
     tensors, metadata = load_tensors("KEY", state_path(copy), "")
-    del metadata["ranks"]
+    del metadata["ranks"], metadata["scaling_exponent"]
     save_file(tensors, state_path(copy), metadata=metadata)
     state, expected = read_state(copy, SETTINGS, "KEY"), read_state(checkpoint, SETTINGS, "KEY")
     assert all(torch.equal(tensor, expected.gates[name]) for name, tensor in state.gates.items())
     assert (state.pool, state.history, state.modules) == (expected.pool, expected.history, expected.modules)
+    assert state.exponent == expected.exponent == 0

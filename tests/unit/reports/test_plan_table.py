@@ -7,10 +7,10 @@ import pytest
 from helpers.plans import make_plan
 
 from axolotl_layersel.common.terminal import make_console
-from axolotl_layersel.reports.outcome import describe_choice
+from axolotl_layersel.reports.outcome import describe_choice, describe_scaling
 from axolotl_layersel.reports.plan_table import BAR_WIDTH, SCALE, print_plan
 from axolotl_layersel.reports.rank_table import print_ranks
-from axolotl_layersel.selection.plan import LayerChoice, Plan
+from axolotl_layersel.selection.plan import Budget, LayerChoice, Plan
 
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 SEVEN = [*ATTENTION, *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
@@ -115,6 +115,18 @@ def test_ranks_of_layers_are_shown_by_layer():
     ranks = {"model.layers.0.q": 3, "model.layers.0.k": 4, "model.layers.2.q": 12}
     rows = [line.split() for line in render(make_plan([0.3, 0.2, 0.1], (0, 2), ranks=ranks)) if "█" in line]
     assert [row[3:] for row in rows] == [["yes", "3..4"], [], ["yes", "12"]]
+
+
+def test_a_scaling_that_follows_the_rank_is_told():
+    plan = make_plan(ranks={"model.layers.0.self_attn.q_proj": 2})
+    assert describe_scaling(plan) == ""
+    for exponent, power in ((0.5, "^0.5"), (1, "")):
+        plan.scaling_exponent = exponent
+        assert describe_scaling(plan) == (
+            f"in training a module of rank r has the scaling of plain LoRA times (lora_r / r){power}"
+        )
+    plan.budget = Budget(lora=80, lora_r=8, allowed=80, spent=80)
+    assert "layersel: in training a module of rank r has the scaling of plain LoRA times (8 / r)" in render(plan)
 
 
 def test_a_choice_without_scores_has_a_line_in_place_of_a_table_only_if_the_sentence_does_not_have_all_layers():

@@ -306,6 +306,21 @@ def test_ranks_of_a_plan_are_compared_with_those_of_the_run(made, tmp_path):
     )
 
 
+def test_an_exponent_of_the_scaling_must_be_the_one_of_the_ranks(made, tmp_path):
+    block, without = SelectionConfig(method="first"), read_plan(write(made("match"), tmp_path))
+    assert without.scaling_exponent == 0
+    plan = without.model_copy(update={"scaling_exponent": 0.5})
+    assert list_setting_differences(plan, block) == list_setting_differences(plan, block, exponent=0.5) == []
+    assert list_setting_differences(without, block, exponent=0) == []
+    (difference,) = list_setting_differences(plan, block, exponent=1)
+    assert difference == "layersel.scaling_exponent: 1 is not the 0.5 that it was made with"
+    assert list_setting_differences(plan.model_copy(update={"ranks": {}}), block, exponent=1) == []
+    for wrong in (1.5, -0.5, "0.5", None):
+        content = {**json.loads(made("match")), "scaling_exponent": wrong}
+        with pytest.raises(LayerselError, match=r"plan\.json is not a plan: scaling_exponent: Input should be"):
+            read_plan(write(json.dumps(content), tmp_path))
+
+
 def test_ranks_that_the_budget_does_not_pay_for_are_refused(made, tmp_path):
     content = json.loads(made("match"))
     name, rank = max(content["ranks"].items(), key=lambda item: item[1])

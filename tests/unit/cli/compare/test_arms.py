@@ -50,6 +50,17 @@ def test_settings_of_the_file_apply_to_other_methods_where_these_have_them():
     assert random == {"method": "random", "rank_allocation": "match", "ratio": 0.25, "candidates": [0, 1, 2, 3]}
 
 
+def test_the_scaling_follows_the_rank_in_all_arms_whose_ranks_differ():
+    block = {"selection": {"method": "gradient"}, "scaling_exponent": 0.5}
+    arms = make_arms(["lora", "lora@32", "gradient", "cka", "l1ra", "random"], {**FILE, "layersel": block})
+    assert arms["gradient"].keys == {"layersel": block}
+    for name in ("cka", "l1ra", "random"):
+        assert arms[name].keys["layersel"]["scaling_exponent"] == 0.5
+    assert arms["lora@32"].keys == {"layersel": None, "lora_r": 32, "lora_alpha": 64}
+    fixed = {**FILE, "layersel": block, "lora_rank_pattern": {"q_proj": 8}}
+    assert "scaling_exponent" not in make_arms(["cka"], fixed)["cka"].keys["layersel"]
+
+
 def test_ranks_stay_where_the_file_does_not_let_them_change():
     arms = make_arms(["cka", "gradient"], {**FILE, "lora_rank_pattern": {"q_proj": 8}})
     for name in ("cka", "gradient", "random"):

@@ -248,6 +248,19 @@ def test_checkpoints_take_the_bytes_and_have_the_readers_of_real_ones(tmp_path, 
     assert expected == right or (moved and set(expected) < set(right))
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_readers_are_those_of_an_adapter_whose_scaling_follows_the_rank(tmp_path, exponent):
+    ranked = selection("fisher", granularity="module", rank_allocation="score", num_samples=8, min_rank=1, max_rank=6)
+    block = {"layersel": {**ranked["layersel"], "scaling_exponent": exponent}}
+    trainer = prepare(tmp_path, block)
+    trainer.save_model()
+    case = make_case(make_small_llama(LAYERS), **block)
+    paths, told = case.model.stack.paths, collect(serving.describe_serving(case, case.model))
+    readers = find_readers(read_adapter_file(tmp_path, LAYERS), paths)
+    assert (told["right"], told["export_for"]) == (readers.right, readers.export_for)
+    assert ("vLLM" in readers.right, "llama.cpp" in readers.right) == (exponent == 0, exponent == 1)
+
+
 def test_targets_are_those_of_the_real_adapter(tmp_path):
     case = make_case(make_small_llama(LAYERS), **BLOCKS["last"])
     assert {name.rpartition(".")[2] for name in case.model.sizes} == set(TARGETS)
