@@ -1,6 +1,6 @@
 """Does `axolotl-layersel compare` give the right answer where the answer is known?
 
-    python benchmarks/planted_compare.py FOLDER benchmarks/results/planted-compare.csv --tasks damaged intact
+    python benchmarks/planted_compare.py FOLDER benchmarks/results/planted_compare.csv --tasks damaged intact
 
 Two tasks, each with several seeds, which draw the damage and the rows:
 

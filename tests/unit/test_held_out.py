@@ -177,6 +177,7 @@ def test_a_file_with_other_columns_is_not_appended_to(tmp_path):
         check_appendable(ROOT / "benchmarks" / "results" / "smollm2-gsm8k.csv")
 
 
+# Files of other benchmarks have no hyphen in their name, which is BASE-TASK here.
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*-*.csv")), ids=lambda path: path.stem)
 def test_the_committed_runs_are_read_and_have_a_best_rate(path, capsys):
     runs = read_runs(path)
