@@ -34,12 +34,12 @@ from axolotl_layersel.lora.modules import (
     get_linears,
     list_linear,
 )
+from axolotl_layersel.lora.patterns import scale_by_rank
 from axolotl_layersel.lora.plain_lora import check_plain_lora
 from axolotl_layersel.lora.resizing import (
     check_trained_rank,
     describe_ranks,
     resize_linear,
-    scale_by_rank,
     set_ranks,
     set_scaling,
 )
@@ -116,7 +116,7 @@ def make_room(
         lora_r: the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: the scaling of modules of rank ``lora_r``, for which B is rescaled; None: each keeps its own.
         least: lower bound of the default ``max_rank``.
-        exponent: how ``scaling`` follows the rank, see ``resizing.scale_by_rank``.
+        exponent: how ``scaling`` follows the rank, see ``patterns.scale_by_rank``.
 
     Raises:
         LayerselError: if rank cannot move.
@@ -226,7 +226,7 @@ def start_from(
         ranks: ranks by module.
         seed: seed of the initial weights.
         continues_adapter: the weights are those of a trained adapter, which must have these ranks; they stay.
-        exponent: how the scaling follows the rank, see ``resizing.scale_by_rank``.
+        exponent: how the scaling follows the rank, see ``patterns.scale_by_rank``.
 
     Raises:
         LayerselError: if there is no room for these ranks, or a trained adapter has others.

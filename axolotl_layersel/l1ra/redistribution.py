@@ -37,7 +37,8 @@ from axolotl_layersel.lora import layouts
 from axolotl_layersel.lora.factors import drop_unused, fold, split
 from axolotl_layersel.lora.gates import Gates
 from axolotl_layersel.lora.modules import count_component_parameters, find_key, get_linears, list_linear
-from axolotl_layersel.lora.resizing import describe_ranks, scale_by_rank, set_scaling
+from axolotl_layersel.lora.patterns import scale_by_rank
+from axolotl_layersel.lora.resizing import describe_ranks, set_scaling
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.weights import get_initialisation, restore_adapter, restore_live_adapter
 
@@ -60,7 +61,7 @@ class RankRedistribution:
         fixed: trained LoRA on expert parameters, by name, whose rank is fixed.
         history: ranks by step.
         rule: the rule that moves rank; unset before ``start``.
-        exponent: how the scaling of a module follows its rank, see ``resizing.scale_by_rank``.
+        exponent: how the scaling of a module follows its rank, see ``patterns.scale_by_rank``.
         starts: the scaling and the rank that each module starts with.
     """
 

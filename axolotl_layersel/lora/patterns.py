@@ -47,3 +47,11 @@ def resolve(config: Any, modules: Iterable[str]) -> dict[str, tuple[int, float]]
         rank, alpha = ranks.get(name, config.r), alphas.get(name, config.lora_alpha)
         resolved[name] = rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
     return resolved
+
+
+def scale_by_rank(scaling: float, before: int, after: int, exponent: float) -> float:
+    """Return the scaling of a module whose rank changes: ``scaling`` · (``before`` / ``after``)^``exponent``.
+
+    Rank 0, which a module has without any component in use, counts as rank 1.
+    """
+    return scaling * (max(before, 1) / max(after, 1)) ** exponent

@@ -11,7 +11,7 @@ from torch import nn
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.lora.modules import count_experts, find_key, get_linears
-from axolotl_layersel.lora.patterns import write_pattern
+from axolotl_layersel.lora.patterns import scale_by_rank, write_pattern
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.weights import initialize_module
 
@@ -25,7 +25,7 @@ def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: boo
         ranks: ranks by module; other modules are unchanged.
         seed: seed of the initial weights.
         continues_adapter: the weights are those of a trained adapter, which must have these ranks.
-        exponent: how the scaling follows the rank, see ``scale_by_rank``; 0 leaves it as it is.
+        exponent: how the scaling follows the rank, see ``patterns.scale_by_rank``; 0 leaves it as it is.
 
     Raises:
         LayerselError: if a trained adapter has other ranks.
@@ -46,14 +46,6 @@ def set_ranks(run: Run, ranks: dict[str, int], seed: int, continues_adapter: boo
         set_scaling(module, adapter, scaling)
         initialize_module(run.model, name, module, seed)
     run.model.peft_config[adapter] = describe_ranks(run.config, modules, adapter)
-
-
-def scale_by_rank(scaling: float, before: int, after: int, exponent: float) -> float:
-    """Return the scaling of a module whose rank changes: ``scaling`` · (``before`` / ``after``)^``exponent``.
-
-    Rank 0, which a module has without any component in use, counts as rank 1.
-    """
-    return scaling * (max(before, 1) / max(after, 1)) ** exponent
 
 
 def set_scaling(module: LoraLayer, adapter: str, scaling: float) -> None:

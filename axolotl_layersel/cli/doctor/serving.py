@@ -6,8 +6,8 @@ from axolotl_layersel.cli.doctor.case import Case, Fact
 from axolotl_layersel.cli.doctor.model import Model
 from axolotl_layersel.lora.modules import get_adapter_name
 from axolotl_layersel.lora.names import PREFIX
+from axolotl_layersel.lora.patterns import scale_by_rank
 from axolotl_layersel.lora.readers import AdapterFile, find_readers
-from axolotl_layersel.lora.resizing import scale_by_rank
 from axolotl_layersel.reports.outcome import describe_readers
 
 

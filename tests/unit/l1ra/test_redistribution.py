@@ -15,8 +15,7 @@ from axolotl_layersel.l1ra import saliency
 from axolotl_layersel.l1ra.allocation import Moves
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.lora.modules import get_config
-from axolotl_layersel.lora.patterns import resolve
-from axolotl_layersel.lora.resizing import scale_by_rank
+from axolotl_layersel.lora.patterns import resolve, scale_by_rank
 from axolotl_layersel.training.prepare import prepare_trainer
 
 NAMED = ("model.layers.0.self_attn.q_proj", 4)

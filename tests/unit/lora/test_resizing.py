@@ -12,8 +12,8 @@ from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.export import export_adapter
 from axolotl_layersel.lora.layouts import LAYOUTS
+from axolotl_layersel.lora.patterns import scale_by_rank
 from axolotl_layersel.lora.readers import READERS, find_readers, read_adapter_file
-from axolotl_layersel.lora.resizing import scale_by_rank
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.training.prepare import prepare_trainer
 
