@@ -23,9 +23,7 @@ import io
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -128,36 +126,22 @@ def write_task(folder: Path, task: str, seed: int, base: Path) -> None:
 def forked_cells():
     """Start the cells of a comparison by a server that has imported Axolotl, within the block."""
     sys.path.append(str(ROOT / "tests"))
-    from helpers.launched import Zygote
-    from helpers.places import ENVIRONMENT
+    from helpers.launched import start_zygote
 
-    process = subprocess.Popen(
-        [sys.executable, "-m", "helpers.zygote"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-    )
-    assert process.stdin is not None and process.stdout is not None, "they are pipes"
-    if json.loads(process.stdout.readline()) != {"ready": True}:
-        raise RuntimeError("the server of cells did not start")
-    server, launch = Zygote(process), running.launch
-    threading.Thread(target=server.listen, daemon=True).start()
+    launch = running.launch
+    with start_zygote() as server:
 
-    def fork(command: list[str], log: Path) -> int:
-        config = command[command.index("train") + 1]
-        (code,) = server.run("axolotl.cli.train:do_cli", {"config": config}, 1, log, {})
-        os.replace(f"{log}.0", log)
-        return code
+        def fork(command: list[str], log: Path) -> int:
+            config = command[command.index("train") + 1]
+            (code,) = server.run("axolotl.cli.train:do_cli", {"config": config}, 1, log, {})
+            os.replace(f"{log}.0", log)
+            return code
 
-    running.launch = fork
-    try:
-        yield
-    finally:
-        running.launch = launch
-        process.stdin.close()
-        process.wait(30)
+        running.launch = fork
+        try:
+            yield
+        finally:
+            running.launch = launch
 
 
 # --- Results --------------------------------------------------------------------------------------------------------

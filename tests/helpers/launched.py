@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from helpers.places import HANGS, ROOT, WITHOUT_PACKAGE
+from helpers.places import ENVIRONMENT, HANGS, ROOT, WITHOUT_PACKAGE
 
 
 @dataclass
@@ -86,6 +86,27 @@ class Run:
 
     def losses(self) -> list[float]:
         return [entry["loss"] for entry in self.log_history() if "loss" in entry]
+
+
+@contextlib.contextmanager
+def start_zygote():
+    """Start a server that has imported Axolotl and forks training processes, within the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "helpers.zygote"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    assert json.loads(process.stdout.readline()) == {"ready": True}
+    server = Zygote(process)
+    threading.Thread(target=server.listen, daemon=True).start()
+    try:
+        yield server
+    finally:
+        process.stdin.close()
+        process.wait(timeout=30)
 
 
 @dataclass

@@ -5,35 +5,22 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 import pytest
 import yaml
-from helpers.launched import MadeOnce, Run, Zygote
+from helpers.launched import MadeOnce, Run, start_zygote
 from helpers.places import ENVIRONMENT, HANGS, ROOT
 from helpers.published import Built, build
 from helpers.settings import PLAIN, engine_settings, selection
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "helpers.zygote"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-    )
-    assert json.loads(process.stdout.readline()) == {"ready": True}
-    server = Zygote(process)
-    threading.Thread(target=server.listen, daemon=True).start()
-    yield server
-    process.stdin.close()
-    process.wait(timeout=30)
+def zygote():
+    with start_zygote() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
