@@ -5,11 +5,12 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
+os.environ.pop("LLAMA_CPP", None)  # the developer's own converter, which `export` would start
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read when trackio is imported
 
 import pytest
@@ -39,6 +40,13 @@ def pytest_runtest_call(item: pytest.Item):
             written = read_file().get(item.nodeid, [])
             assert written == shown.describe(), "run `pytest --write-support` on this file, and look at what changed"
     return result
+
+
+@pytest.fixture(autouse=True)
+def no_test_leaves_programs_behind() -> Iterator[None]:
+    """Let no test leave a program of build/ in ``sys.path``, where the product would find it in the next one."""
+    yield
+    assert not [place for place in sys.path if place.startswith(str(ROOT / "build"))]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,6 +10,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -66,11 +67,19 @@ def convert_adapter(folder: Path, base: Path, path: Path) -> Path:
     return path
 
 
+def load_llama_cpp() -> ModuleType:
+    """Return the module of llama.cpp, and leave the converters, which ``export`` would find, out of ``sys.path``."""
+    before = list(sys.path)
+    sys.path.append(str(PLACE))
+    try:
+        return importlib.import_module("xllamacpp")
+    finally:
+        sys.path[:] = before
+
+
 def read(model: Path, adapter: Path | None = None, vocabulary: int = VOCABULARY) -> torch.Tensor:
     """Return llama.cpp's log-probabilities of the token after each of ``PROMPTS``, (prompts, vocabulary)."""
-    if str(PLACE) not in sys.path:
-        sys.path.append(str(PLACE))
-    llama = importlib.import_module("xllamacpp")
+    llama = load_llama_cpp()
     settings = llama.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_gpu_layers, settings.n_parallel = str(model), 64, 0, 1
     settings.warmup = settings.cache_prompt = settings.fit_params = False

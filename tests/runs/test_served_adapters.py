@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -191,7 +190,6 @@ def test_what_a_converter_says_when_it_fails_is_told_in_one_sentence(served, tmp
 
 
 def test_without_a_converter_the_command_for_it_is_printed(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(llama_cpp.PLACE)])
     monkeypatch.setenv("PATH", str(tmp_path))
     output = tmp_path / "out"
     result = CliRunner().invoke(
