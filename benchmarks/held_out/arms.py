@@ -57,6 +57,8 @@ class Arm:
     def make_block(self, rows: int, seed: int) -> dict[str, Any] | None:
         """Return its ``layersel`` block for a run with ``seed`` on this many rows; None for EVA."""
         block = ARMS[self.base]
+        if block is not None and self.power is not None:
+            block = {**block, "scaling_exponent": self.power}
         if block is None or "selection" not in block:
             return block
         selection = dict(block["selection"])
@@ -85,9 +87,10 @@ def parse_arm(name: str) -> Arm:
         words[word] = float(value)
     if base not in ARMS:
         raise ValueError(f"arm {name!r}: {base!r} is not known. Use one of {', '.join([*ARMS, HALF_RANK])}.")
-    selection = (ARMS[base] or {}).get("selection", {})
-    if "p" in words and "rank_allocation" not in selection:
-        raise ValueError(f"arm {name!r}: all modules of {base!r} start with rank r, so that p has no effect.")
+    block = ARMS[base] or {}
+    selection = block.get("selection", {})
+    if "p" in words and "rank_allocation" not in selection and "l1ra" not in block:
+        raise ValueError(f"arm {name!r}: all modules of {base!r} have rank r, so that p has no effect.")
     if "draw" in words and (selection.get("method") != "random" or words["draw"] < 2 or words["draw"] % 1):
         raise ValueError(f"arm {name!r}: draw2, draw3 and so on are further draws of a random choice.")
     if "loraplus" in words and words["loraplus"] < 1:

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -112,18 +111,6 @@ def make_model(path: Path, is_encoder: bool, arm: str, rank: int, rows: Rows) ->
     return model
 
 
-def scale_by_rank(model: PeftModel, ranks: Mapping[str, int], lora_r: int, power: float) -> None:
-    """Set the scaling of the modules with ``ranks`` to s · (lora_r / rank)^power."""
-    changed = 0
-    for name, module in model.named_modules():
-        rank = ranks.get(name.removeprefix("base_model.model."))
-        if isinstance(module, LoraLayer) and rank:
-            module.scaling["default"] = SCALING * (lora_r / rank) ** power
-            changed += 1
-    if changed != len(ranks):
-        raise ValueError(f"{len(ranks)} modules have ranks of a plan, but {changed} of them are in the model.")
-
-
 class Evaluations(TrainerCallback):
     """Measures the validation loss in training, and the test loss where it is the lowest so far.
 
@@ -210,8 +197,6 @@ def run_arm(
         if block is not None:
             plan = prepare_trainer(trainer, LayerselConfig.model_validate(block))
             chosen = json.dumps(plan.ranks or plan.selected) if plan else ""
-            if plan and arm.power is not None:
-                scale_by_rank(model, plan.ranks, rank, arm.power)
         parameters = count_parameters(model, arm, rank, block)
         if arm.ratio is not None:
             betas = (trainer.args.adam_beta1, trainer.args.adam_beta2)

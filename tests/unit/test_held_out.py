@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from helpers.encoder_decoders import make_tokenizer
-from helpers.models import make_lora, make_rows, make_small_llama
+from helpers.models import make_rows, make_small_llama
 from helpers.places import ROOT
 
+from axolotl_layersel.config.root import LayerselConfig
 from benchmarks import quality
 from benchmarks.general_text import LENGTH, collect_python, find_prose
 from benchmarks.held_out.arms import ARMS, HALF_RANK, Arm, find_stored, parse_arm, strip_draw
@@ -18,7 +19,7 @@ from benchmarks.held_out.rates import choose_rate, choose_rates, find_neighbours
 from benchmarks.held_out.rows import draw_rows, read_text
 from benchmarks.held_out.runs import COLUMNS, KEY, add_half_ranks, append_run, check_appendable, is_done, read_runs
 from benchmarks.held_out.tables import average_draws, choose_runs, describe_regime, print_regimes, print_table
-from benchmarks.held_out.training import Data, Settings, list_steps, run_arm, scale_by_rank
+from benchmarks.held_out.training import Data, Settings, list_steps, run_arm
 
 REGIME = {
     "base": "small",
@@ -73,7 +74,7 @@ def test_words_after_the_name_change_an_arm():
         ("gradients", "'gradients' is not known"),
         ("gradient p0.5 p1", "p is written twice"),
         ("lora p1", "p has no effect"),
-        ("l1ra p1", "p has no effect"),
+        ("eva p1", "p has no effect"),
         ("cka same rank p1", "p has no effect"),
         ("cka draw2", "a random choice"),
         ("random draw1", "a random choice"),
@@ -91,6 +92,9 @@ def test_a_block_scores_no_more_rows_than_there_are_and_draws_by_the_seed():
     assert "seed" not in parse_arm("random").make_block(100, seed=3)["selection"]
     assert parse_arm("random draw2").make_block(100, seed=3)["selection"]["seed"] == 1003
     assert parse_arm("eva").make_block(100, seed=3) is None
+    assert "scaling_exponent" not in parse_arm("gradient").make_block(100, seed=3)
+    for name in ("gradient p0.5", "l1ra p0.5", "gradient l1ra p0.5"):
+        assert LayerselConfig.model_validate(parse_arm(name).make_block(100, seed=3)).scaling_exponent == 0.5
     assert ARMS["gradient"]["selection"]["num_samples"] == 128
 
 
@@ -352,16 +356,6 @@ def test_general_texts_are_prose_and_code():
         "Too short. Really.\n\n" + "A sentence of words\nfollows here. " * 8 + "\n\n" + "x = {1: [2]}. " * 30
     )
     assert prose == [("A sentence of words follows here. " * 8).strip()]
-
-
-def test_the_scaling_follows_the_rank():
-    model = make_lora(make_small_llama(), ["q_proj"])
-    layers = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
-    scale_by_rank(model, {layers[0]: 1, layers[1]: 16}, 4, 0.5)
-    scalings = [model.base_model.model.get_submodule(layer).scaling["default"] for layer in layers]
-    assert scalings == [4.0, 1.0, 2.0]
-    with pytest.raises(ValueError, match="1 modules have ranks"):
-        scale_by_rank(model, {"gone": 2}, 4, 0.5)
 
 
 @pytest.mark.trains
