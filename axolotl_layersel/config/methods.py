@@ -112,6 +112,7 @@ METHODS = {
             "gradient",
             reads=LABELS,
             needs_backward=True,
+            keys=("num_samples", "seed", "time"),
             units=("module", "group", "layer"),
             rank_allocation="score",
         ),

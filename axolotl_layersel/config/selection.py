@@ -50,6 +50,8 @@ DEFAULT_BUDGET = 1.0
 HIGHEST_BUDGET = 64
 MAX_RANK_FACTOR = 4
 HIGHEST_RANK = 1024
+# Names of input embeddings in models of transformers.
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 # By the value of `rank_allocation`: the bounds of ranks that nothing reads.
 IDLE_BOUNDS: dict[str | None, tuple[str, ...]] = {"same": ("max_rank", "min_rank"), "match": ("min_rank",)}
 
@@ -74,6 +76,15 @@ class SelectionConfig(Block):
         default=None,
         ge=1,
         description="With `granularity: group` or `module`: number of units to choose, instead of `ratio`.",
+    )
+    time: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        examples=[0.75],
+        description="With `method: gradient`: the longest time of a training step, as a share of plain LoRA's by the "
+        "operations of matrix products. LoRA then trains from one layer upwards, and the gains of rank decide which. "
+        "See [Ranks and budgets](ranks.md#a-limit-on-the-time-of-a-step).",
     )
     layers: list[LayerName] | None = Field(
         default=None,
@@ -189,6 +200,22 @@ class SelectionConfig(Block):
             )
         return value
 
+    @field_validator("time", mode="before")
+    @classmethod
+    def check_time(cls, value: Any) -> Any:
+        number = as_number(value)
+        if number is not None and 1 < number < 100:
+            raise ValueError(
+                f"{cls.path}.time: {quote(value)} is outside (0, 1): it is a share of the time of plain LoRA's step. "
+                f"Set {number / 100:g} for {number:g} %."
+            )
+        if number == 1:
+            raise ValueError(
+                f"{cls.path}.time: {quote(value)} allows a step as long as plain LoRA's. Remove the key, or set a "
+                "value below 1, such as 0.75."
+            )
+        return value
+
     @field_validator("layers", "candidates")
     @classmethod
     def check_layers(cls, value: list[LayerName] | None, info: Any) -> list[LayerName] | None:
@@ -255,6 +282,7 @@ class SelectionConfig(Block):
             )
         yield from self.find_unit_faults(method)
         yield from self.find_rank_faults(method)
+        yield from self.find_time_faults(method)
         if self.candidates is not None:
             outside = sort_names(set(self.layers or []) - set(self.candidates))
             if outside:
@@ -315,9 +343,38 @@ class SelectionConfig(Block):
         if (self.min_rank or 0) > (self.max_rank or HIGHEST_RANK):
             yield f"{self.path}.min_rank: {self.min_rank} is more than max_rank: {self.max_rank}. Lower it."
 
+    def find_time_faults(self, method: Method) -> Iterator[str]:
+        """Yield what contradicts a limit on the time of a step."""
+        if self.time is None:
+            return
+        asked = f"{self.path}.time: {self.time}"
+        if "time" not in method.keys:
+            yield (
+                f"{asked} weighs the gains of rank against time, and method: {self.method} measures no gains. Set "
+                "`method: gradient`, or remove the key. `method: last` with `ratio` makes steps shorter too."
+            )
+            return
+        for key in ("ratio", "num_layers", "num_units", "candidates"):
+            value = getattr(self, key)
+            if value is not None and (key, value) != ("ratio", 1):  # with ratio: 1, every layer may be chosen
+                yield (
+                    f"{asked} decides from which layer upwards LoRA trains, and {key}: {value} limits the same choice. "
+                    "Keep only one of these keys."
+                )
+        if self.rank_allocation not in (None, "score"):
+            yield (
+                f"{asked} compares layers by the gains of their ranks, and rank_allocation: {self.rank_allocation} "
+                "does not read the gains. Remove one of these keys."
+            )
+        if self.stacks not in (None, DEFAULT_STACKS):
+            yield (
+                f"{asked} is a limit for the layers of a language model, and stacks: {self.stacks} chooses among those "
+                "of a vision tower, which run before them. Remove one of these keys."
+            )
+
     def find_unread(self) -> dict[str, str]:
-        # Not the keys that set how many units are chosen: a run without them would choose a different number.
-        keys = {key for method in METHODS.values() for key in method.keys} - {"layers", "keep"}
+        # Not the keys that set how much is chosen: a run without them would choose a different number.
+        keys = {key for method in METHODS.values() for key in method.keys} - {"layers", "keep", "time"}
         unread = {key: f"method: {self.method}" for key in sorted(keys - {*get_method(self.method).keys})}
         # Without `rank_allocation` in the file, bounds most likely ask for different ranks, so they are refused.
         unread |= {key: f"rank_allocation: {self.rank_allocation}" for key in IDLE_BOUNDS.get(self.rank_allocation, ())}
@@ -339,6 +396,7 @@ class SelectionConfig(Block):
             ratio=ratio,
             num_layers=self.num_layers,
             num_units=self.num_units,
+            time=self.time,
             layers=None if self.layers is None else sort_names(self.layers),
             granularity=self.granularity or method.units[0],
             rank_allocation=rank,
@@ -366,6 +424,7 @@ class ResolvedSelection:
     ratio: float | None
     num_layers: int | None
     num_units: int | None
+    time: float | None
     layers: list[LayerName] | None
     granularity: str
     rank_allocation: str
@@ -394,6 +453,7 @@ def find_file_faults(data: Mapping[str, Any], settings: SelectionConfig) -> Iter
     yield from find_layer_faults(data, settings)
     yield from find_initialisation_faults(data)
     yield from find_new_rank_faults(data, settings)
+    yield from find_embedding_faults(data, settings)
     yield from find_dataset_faults(data, settings)
     if settings.method == "flexora" and settings.plan is None:
         yield from flexora.find_file_faults(data, (settings.flexora or FlexoraConfig()).resolve())
@@ -435,6 +495,40 @@ def find_new_rank_faults(data: Mapping[str, Any], selection: SelectionConfig) ->
     yield from find_fault(check_redrawn, data.get("peft_init_lora_weights"), rank)
     if selection.method == "flexora" and shards:
         yield describe_sharded_ranks(rank, shards)
+
+
+def find_embedding_faults(data: Mapping[str, Any], selection: SelectionConfig) -> Iterator[str]:
+    """Yield the keys that train input embeddings, so that no step could be shorter, if a step has a limit."""
+    if selection.time is None or selection.plan is not None:
+        return
+    for key in ("lora_modules_to_save", "lora_target_modules"):
+        value = data.get(key)
+        values: list[Any] = value if isinstance(value, list) else [value]
+        named = [value for value in values if isinstance(value, str) and value.rpartition(".")[2] in EMBEDDINGS]
+        if named:
+            yield describe_open_end(selection.time, f"{named[0]} in {key}", f"Remove it from {key}, or remove `time`.")
+
+
+def describe_open_end(time: float, trained: str, way_out: str) -> str:
+    """Return the message for a limit on the time of a step in a run that trains weights outside of the layers.
+
+    Args:
+        time: the limit.
+        trained: the name of the weights.
+        way_out: the advice.
+    """
+    return (
+        f"layersel.selection.time: {time} cannot be reached while weights outside of the layers train ({trained}), "
+        f"because every backward pass must go down to them. {way_out}"
+    )
+
+
+def describe_two_stacks(time: float, model: str) -> str:
+    """Return the message for a limit on the time of a step in ``model``, which has an encoder and a decoder."""
+    return (
+        f"layersel.selection.time: {time} needs a model with one stack of layers, and {model} has an encoder and a "
+        "decoder. Remove the key, or use `method: last` with `ratio`."
+    )
 
 
 def find_budget(settings: ResolvedSelection, lora: int) -> int:

@@ -31,6 +31,7 @@ class Engine:
         loads_adapter: whether every rank reads the adapter of the checkpoint that it resumes from.
         keeps_gradients: whether averaged gradients exist between the backward pass and the optimizer step.
         resumes_with_others: whether a run can resume with a different number of processes.
+        settling_steps: how many steps after a change of the backward pass are slower than those that follow.
         state_writers: engines by the pattern of a file that only they write to checkpoints.
     """
 
@@ -41,6 +42,7 @@ class Engine:
     loads_adapter: ClassVar[bool] = True
     keeps_gradients: ClassVar[bool] = True
     resumes_with_others: ClassVar[bool] = True
+    settling_steps: ClassVar[int] = 0
     state_writers: ClassVar[dict[str, str]] = {"optimizer.pt": "one process or DDP"}
 
     def __init__(self, trainer: Trainer, name: str) -> None:

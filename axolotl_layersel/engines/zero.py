@@ -14,6 +14,8 @@ Relied on beyond documented interfaces (``tests/unit/engines/test_zero.py`` fail
   cleared and the first engine's ``empty_partition_cache`` was called. ``destroy`` leaves ``module_forward_pre_hook``
   and ``module_forward_post_hook`` on the module, and under ZeRO-3 ``_z3_optimizer`` on each parameter, which keep the
   first engine alive. ``auto`` in the configuration is filled in place.
+* deepspeed 0.18.9: ZeRO-3 gathers weights ahead of time in the order that modules ran in before. If a step has another
+  order, the rest of this step and the next one, in which the order is recorded again, gather them when they are needed.
 """
 
 import contextlib
@@ -163,6 +165,7 @@ class PartitionedEngine(ZeroEngine):
 
     is_streamed: ClassVar[bool] = True
     runs_in_lockstep: ClassVar[bool] = True
+    settling_steps: ClassVar[int] = 2
 
     @staticmethod
     def list_engine_files(rank: int) -> list[str]:

@@ -16,7 +16,7 @@ from axolotl_layersel.reports.outcome import (
     list_merge_options,
     read_outcome,
 )
-from axolotl_layersel.reports.savings import describe_savings
+from axolotl_layersel.reports.savings import describe_savings, describe_step_time
 from axolotl_layersel.selection.plan import Plan
 
 WIDTH = 80
@@ -69,12 +69,14 @@ def describe_head(outcome: Outcome) -> list[str]:
 
 
 def describe_facts(outcome: Outcome) -> list[str]:
-    """Return the parameters, and the length of the backward pass."""
+    """Return the parameters, the length of the backward pass, and the time of a step."""
     lines: list[str] = []
     if outcome.parameters is not None:
         lines += make_row("parameters", describe_parameters(outcome.parameters))
     if outcome.plan is not None:
         lines += make_row("backward", describe_savings(outcome.plan))
+    if outcome.plan is not None and outcome.plan.step_time is not None:
+        lines += make_row("step", describe_step_time(outcome.plan.step_time))
     return lines
 
 

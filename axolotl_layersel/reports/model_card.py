@@ -29,7 +29,7 @@ from axolotl_layersel.reports.outcome import (
     list_merge_options,
     name_ranked,
 )
-from axolotl_layersel.reports.savings import describe_savings
+from axolotl_layersel.reports.savings import describe_savings, describe_step_time
 from axolotl_layersel.selection.plan import Plan
 
 CARD = "README.md"
@@ -104,7 +104,7 @@ def describe_origin(plan: Plan | None) -> str:
 
 
 def list_facts(outcome: Outcome) -> list[str]:
-    """Return the layers, the ranks, the parameters, and the length of the backward pass."""
+    """Return the layers, the ranks, the parameters, the length of the backward pass, and the time of a step."""
     facts = [f"{capitalise(clean(describe_choice(outcome.plan)))}."] if outcome.plan else []
     ranks = describe_ranks(outcome)
     if ranks:
@@ -116,6 +116,8 @@ def list_facts(outcome: Outcome) -> list[str]:
         facts.append(f"{capitalise(describe_parameters(outcome.parameters))}.")
     if outcome.plan is not None:
         facts.append(f"{capitalise(describe_savings(outcome.plan))}.")
+    if outcome.plan is not None and outcome.plan.step_time is not None:
+        facts.append(f"{capitalise(describe_step_time(outcome.plan.step_time))}.")
     return facts
 
 

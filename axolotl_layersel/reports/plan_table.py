@@ -11,7 +11,7 @@ from axolotl_layersel.config.layer_names import LayerName, find_layer
 from axolotl_layersel.config.selection import Token, describe_token
 from axolotl_layersel.reports.outcome import STATES, cut_list, describe_choice, describe_scaling, join_layers
 from axolotl_layersel.reports.rank_table import lay_out_ranks, show_ranks
-from axolotl_layersel.reports.savings import describe_savings
+from axolotl_layersel.reports.savings import describe_savings, describe_step_time
 from axolotl_layersel.selection.plan import Budget, Plan, Stability, Tower
 
 BAR_WIDTH = 24
@@ -38,6 +38,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.scaling_exponent:
         tell(f"layersel: {describe_scaling(plan)}")
     tell(f"layersel: {describe_savings(plan)}")
+    if plan.step_time is not None:
+        tell(f"layersel: {describe_step_time(plan.step_time)}")
     bar = FULL_BLOCK if make_encodable(FULL_BLOCK, console.encoding) == FULL_BLOCK else "#"
     for line, style in lay_out_plan(plan, bar, console.width):
         tell(line, style)

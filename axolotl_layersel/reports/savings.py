@@ -1,6 +1,6 @@
-"""The backward pass that a plan saves, in a sentence."""
+"""The backward pass and the time that a plan saves, in sentences."""
 
-from axolotl_layersel.selection.plan import Plan
+from axolotl_layersel.selection.plan import Plan, StepTime
 
 
 def describe_savings(plan: Plan) -> str:
@@ -19,6 +19,14 @@ def describe_savings(plan: Plan) -> str:
         return "weights outside of the layers train: the backward pass is as long as before"
     share = f"{saved} of {total} layers ({format_share(saved, total)}) have none"
     return f"the backward pass ends at layer {plan.backward_end}: {share}"
+
+
+def describe_step_time(step: StepTime) -> str:
+    """Return a sentence, without a full stop, about the time of a step and the gain of its ranks."""
+    time = f"a step takes {step.share:.2f} of plain LoRA's time, by the operations of its matrix products"
+    if step.gain is None:
+        return f"{time}, and no gain of rank is above noise"
+    return f"{time}, and its ranks promise {step.gain:.2f} of the first-order gain of ranks in all layers"
 
 
 def format_share(part: int, total: int) -> str:

@@ -9,55 +9,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from axolotl_layersel.config.facts import find_text_config
 from axolotl_layersel.engines.trainers import needs_differentiable_inputs, remove_embedding_hooks
+from axolotl_layersel.lora.backward_end import find_input_embeddings, find_lowest_trained
 from axolotl_layersel.lora.layers import LayerStack
 from axolotl_layersel.lora.modules import get_base_model
-
-
-def find_lowest_trained(model: PeftModel, stack: LayerStack) -> int:
-    """Return the position of the lowest layer below which no parameter trains; 0 if the pass cannot be cut.
-
-    All layers of an encoder count as below those of its decoder, and those of a vision tower as below the language
-    model's. Outside the layers only heads are known to run after them: trained input embeddings or a trained vision
-    tower need the gradient of the lowest layer's input. Everything outside a vision tower runs after its layers.
-    """
-    base = get_base_model(model)
-    lowest = next(
-        (i for i, layer in enumerate(stack.layers) if any(p.requires_grad for p in layer.parameters())),
-        len(stack.layers),
-    )
-    inside = {id(parameter) for layer in stack.layers for parameter in layer.parameters()}
-    after = {id(parameter) for head in find_heads(base) for parameter in head.parameters()}
-    after -= {id(parameter) for parameter in list_input_embeddings(base)}  # the two can be tied
-    if stack.vision is not None and lowest < len(stack.vision.layers):
-        tower = {id(parameter) for parameter in base.get_encoder("image").parameters()}
-        after = {id(parameter) for parameter in base.parameters()} - tower
-    for parameter in model.parameters():
-        if parameter.requires_grad and id(parameter) not in inside and id(parameter) not in after:
-            return 0
-    return min(lowest, len(stack.layers) - 1)
-
-
-def list_input_embeddings(base: PreTrainedModel) -> list[nn.Parameter]:
-    """Return the weights of a model's token embeddings; CANINE, which reads characters, has none."""
-    try:
-        embeddings = base.get_input_embeddings()
-    except NotImplementedError:
-        return []
-    return [] if embeddings is None else list(embeddings.parameters())
-
-
-def find_heads(base: PreTrainedModel) -> list[nn.Module]:
-    """Return the parts of a model that run after its body: output embeddings, or a classifier.
-
-    In a model with other inputs than text, parts outside the body can run before it.
-    """
-    output, body = base.get_output_embeddings(), base.base_model
-    heads = [] if output is None else [output]
-    if body is not base and find_text_config(base.config) is base.config:
-        heads += [part for part in base.children() if part is not body]
-    return heads
 
 
 class TruncatedBackward:
@@ -72,6 +27,8 @@ class TruncatedBackward:
         self.stack = stack
         self.lowest = find_lowest_trained(model, stack)
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.left_out: list[Any] = []  # modules below whose checkpointing was turned off
+        self.opened: torch.utils.hooks.RemovableHandle | None = None
 
     def install(self) -> None:
         """Cut the backward pass. Call it at ``on_train_begin``, when the trainer has set up checkpointing."""
@@ -81,7 +38,8 @@ class TruncatedBackward:
         @functools.wraps(enable)
         def enable_above(*args: Any, **kwargs: Any) -> None:
             enable(*args, **kwargs)
-            self.leave_out()
+            if self.opened is None:
+                self.leave_out()
 
         # TRL's trainers set up checkpointing again in every step.
         base.gradient_checkpointing_enable = enable_above
@@ -103,8 +61,8 @@ class TruncatedBackward:
             return
         remove_embedding_hooks(self.model)
         # Their parts too: under checkpointing T5's cross-attention would start a graph of its own.
-        for layer in self.stack.layers[: self.lowest]:
-            keep_from_checkpointing(layer)
+        found = [part for layer in self.stack.layers[: self.lowest] for part in keep_from_checkpointing(layer)]
+        self.left_out = found or self.left_out
 
     def start_tower(self) -> None:
         """Exclude the lowest trained layer of a vision tower from checkpointing, which would give it no gradient.
@@ -117,23 +75,52 @@ class TruncatedBackward:
         for lowest in itertools.islice(layers, 1):
             keep_from_checkpointing(lowest)
 
+    def can_open(self) -> bool:
+        """Return whether the pass is cut and can run down to the embeddings instead."""
+        return self.lowest > 0 and self.stack.vision is None and find_input_embeddings(self.get_base()) is not None
+
+    def open(self) -> None:
+        """Let the backward pass run down to the embeddings, as without the cut, until ``close``.
+
+        No weight trains there, so the gradients of all others stay the same. Call it between two optimizer steps, only
+        if ``can_open``.
+        """
+        embeddings = find_input_embeddings(self.get_base())
+        assert embeddings is not None and self.opened is None, "it can be opened, and is not open"
+        for part in self.left_out:
+            part.gradient_checkpointing = True
+        # As transformers does it: checkpointing, if reentrant, computes no gradients without it.
+        self.opened = embeddings.register_forward_hook(start_graph)
+
+    def close(self) -> None:
+        """Cut the backward pass again, if it is open."""
+        if self.opened is not None:
+            self.opened.remove()
+            self.opened = None
+            self.leave_out()
+
+    def get_base(self) -> PreTrainedModel:
+        return get_base_model(self.model)
+
     def remove(self) -> None:
         """Remove the cut."""
+        self.close()
         vars(get_base_model(self.model)).pop("gradient_checkpointing_enable", None)
         while self.handles:
             self.handles.pop().remove()
 
 
-def keep_from_checkpointing(layer: nn.Module) -> None:
-    """Turn checkpointing off in all parts of a layer."""
+def keep_from_checkpointing(layer: nn.Module) -> list[Any]:
+    """Turn checkpointing off in all parts of a layer, and return those where it was on."""
     parts: list[Any] = list(layer.modules())
-    for module in parts:
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
+    changed = [module for module in parts if getattr(module, "gradient_checkpointing", False)]
+    for module in changed:
+        module.gradient_checkpointing = False
+    return changed
 
 
 def start_graph(layer: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-    """Make a layer's output the leaf where gradients end; reentrant checkpointing above needs one."""
+    """Make the output of a layer, or of embeddings, the leaf where gradients end; reentrant checkpointing needs one."""
     hidden = output if isinstance(output, torch.Tensor) else output[0]
     if torch.is_grad_enabled() and hidden.is_leaf:
         hidden.requires_grad_(True)

@@ -36,6 +36,7 @@ def choose_by_score(selection: Selection, score: Callable[[Selection, list[Sampl
         rows=[sample.row for sample in scored],
         left_out=scores.left_out,
         token=scores.token,
+        tokens=mean(len(sample.input_ids) for sample in scored),
         fingerprint=fingerprint(scored),
     )
 

@@ -66,6 +66,21 @@ class Budget(BaseModel):
     spent: Count = Field(description="what they take")
 
 
+class StepTime(BaseModel):
+    """The time of a training step and the gain of its ranks, each as a share of those with ranks in all layers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    share: FiniteFloat = Field(gt=0, lt=1, description="operations of matrix products, as a share of plain LoRA's")
+    gain: FiniteFloat | None = Field(
+        ge=0,
+        description="first-order gain of the ranks, as a share of that of ranks in all layers; null where no gain "
+        "is above noise",
+    )
+    checkpointing: bool = Field(description="whether layers are computed again in the backward pass")
+    tokens: FiniteFloat = Field(gt=0, description="the mean length of the calibration rows")
+
+
 class Parameters(BaseModel):
     """LoRA parameters that train: without a selection, and with the plan. Weights that are not LoRA's do not count."""
 
@@ -107,6 +122,7 @@ class Plan(BaseModel):
         default=0, ge=0, le=1, description="how the scaling of a module follows its rank; 0 in older plans"
     )
     budget: Budget | None = Field(default=None, description="where ranks were given by one")
+    step_time: StepTime | None = Field(default=None, description="where the setting `time` limits it")
     parameters: Parameters | None = Field(default=None, description="of the run; null in older plans")
     settings: dict[str, Any] = Field(description="the selection block that produced this plan")
     seed: int

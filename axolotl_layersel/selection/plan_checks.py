@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from axolotl_layersel.selection.plan import Budget, Plan
 
 # The keys of the block, by what they change: where LoRA is, how much of it, and the data that it is chosen on.
-WHERE = ("method", "stacks", "layers", "candidates", "granularity", "num_layers", "num_units", "ratio", "keep")
+WHERE = ("method", "stacks", "layers", "candidates", "granularity", "num_layers", "num_units", "ratio", "time", "keep")
 HOW_MUCH = ("unselected", "outside_layers", "rank_allocation", "budget", "budget_parameters", "min_rank", "max_rank")
 KEYS = (*WHERE, *HOW_MUCH, "flexora", "token", "seed", "num_samples")
 # Fields of a plan that repeat its settings.
@@ -106,6 +106,7 @@ def find_setting_faults(plan: Plan, settings: ResolvedSelection) -> Iterator[str
         yield f"`stack` is {quote(plan.stack)}, and settings.stacks {quote(settings.stacks)}"
     if settings.layers is not None and plan.selected != settings.layers:
         yield f"`layers` selects {format_names(plan.selected)}, and settings.layers is {settings.layers}"
+    yield from find_time_faults(plan, settings)
     outside = [name for name in plan.selected if settings.candidates is not None and name not in settings.candidates]
     if outside:
         yield f"`layers` selects {format_names(outside)}, which are not among settings.candidates"
@@ -114,6 +115,16 @@ def find_setting_faults(plan: Plan, settings: ResolvedSelection) -> Iterator[str
         others = {token for side, token in tokens.items() if side != VISION and token != settings.token}
         for token in sorted(filter(None, others)):
             yield f"`token` is {token!r}, and settings.token {settings.token!r}"
+
+
+def find_time_faults(plan: Plan, settings: ResolvedSelection) -> Iterator[str]:
+    """Yield the contradictions between the time of a step and its limit."""
+    if plan.step_time is None and settings.time is not None:
+        yield f"`step_time` is empty, and settings.time {settings.time}"
+    elif plan.step_time is not None and settings.time is None:
+        yield "`step_time` is given, and settings.time is not"
+    elif plan.step_time is not None and settings.time is not None and plan.step_time.share > settings.time:
+        yield f"`step_time` has a share of {plan.step_time.share}, and settings.time is {settings.time}"
 
 
 def find_module_faults(plan: Plan) -> Iterator[str]:

@@ -24,6 +24,7 @@ from axolotl_layersel.engines import trainers
 from axolotl_layersel.engines.collectives import decide_on_rank_zero, get_rank
 from axolotl_layersel.engines.signals import ending_on_signal
 from axolotl_layersel.l1ra.capacity import Capacity, start_from
+from axolotl_layersel.lora.backward_end import check_limit, find_lowest_trained
 from axolotl_layersel.lora.layers import LayerStack, find_layer_stack
 from axolotl_layersel.lora.modules import count_component_parameters
 from axolotl_layersel.lora.plain_lora import check_linear
@@ -31,7 +32,6 @@ from axolotl_layersel.lora.removal import freeze_unselected, remove_modules, rem
 from axolotl_layersel.lora.resizing import set_ranks
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.weights import lora_parameters
-from axolotl_layersel.selection.backward_cut import find_lowest_trained
 from axolotl_layersel.selection.callback import LayerSelectionCallback
 from axolotl_layersel.selection.choosing import find_mean_overlap
 from axolotl_layersel.selection.fitting import fit_to_data, fit_to_units
@@ -51,6 +51,8 @@ from axolotl_layersel.selection.reuse import (
     read_reused,
     report_data,
 )
+from axolotl_layersel.selection.step_measurement import StepMeasurement
+from axolotl_layersel.selection.time_limit import keep_to_time
 from axolotl_layersel.selection.types import Selection
 
 LOG = logging.getLogger("axolotl.layersel")
@@ -114,7 +116,10 @@ def select_layers(
         apply_ranks(run, plan, capacity, continues_adapter)
     plan.backward_end = stack.names[find_lowest_trained(run.model, stack)]
     plan.parameters = Parameters(plain=plain, trained=count_lora(run, capacity))
-    run.trainer.add_callback(LayerSelectionCallback(run, stack))
+    cutting = LayerSelectionCallback(run, stack)
+    run.trainer.add_callback(cutting)
+    if plan.step_time is not None:
+        run.trainer.add_callback(StepMeasurement(run, cutting, plan.step_time.share))
 
     # Record.
     output = run.output_dir
@@ -273,6 +278,7 @@ def choose_layers(
     check_ranks(run, stack, resolved, continues_adapter)
     # Before anything is scored or searched: LoRA that the run will not have takes no part in it.
     remove_towers(run, stack, resolved.outside_layers)
+    check_limit(run.model, stack, resolved)
     lora_r, room = (capacity.lora_r, capacity.max_rank) if capacity else (None, None)
     selection = fit_to_units(settings, Selection.of(run, stack, resolved, lora_r, room))
     report_idle(selection)
@@ -292,7 +298,11 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
     """Return the plan of ``selection``, and the gate history of its search. Every process must call this."""
     started = time.monotonic()
     run, stack, settings = selection.run, selection.stack, selection.settings
-    choice = selection.method.load()(selection)
+    choice, step_time = selection.method.load()(selection), None
+    if settings.time is not None:
+        whole = choice
+        modules, step_time = decide_on_rank_zero(lambda: keep_to_time(selection, whole))
+        choice = dataclasses.replace(choice, modules=modules)
     ranks, budget = decide_on_rank_zero(lambda: allocate_ranks(selection, choice))
     modules = [name for name in choice.modules if name in ranks] if ranks else choice.modules
     kept = set(modules)
@@ -311,6 +321,7 @@ def make_plan(selection: Selection) -> tuple[Plan, GateHistory | None]:
         granularity=settings.granularity,
         ranks=ranks,
         budget=budget,
+        step_time=step_time,
         module_scores=choice.module_scores,
         settings=dataclasses.asdict(settings),
         seed=settings.seed,

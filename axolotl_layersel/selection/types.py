@@ -133,6 +133,7 @@ class Choice:
         scores: the importance of every layer, None without one.
         module_scores: the importance of the unit of every LoRA module; empty if units are layers.
         rows: the rows of the dataset that were read, in the order drawn.
+        tokens: the mean length of those rows.
         fingerprint: a digest of those rows.
         history: the course of the search, if there was one.
     """
@@ -145,5 +146,6 @@ class Choice:
     rows: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     token: Token | dict[str, Token] | None = None
+    tokens: float | None = None
     fingerprint: str | None = None
     history: GateHistory | None = None

@@ -17,7 +17,7 @@ from axolotl_layersel.config.gate_requirements import check_kernels
 from axolotl_layersel.config.initialisation import changes_base, describe_continued, describe_rounding
 from axolotl_layersel.config.layer_names import ENCODER_DECODER, STACKS, name_layers
 from axolotl_layersel.config.root import LayerselConfig
-from axolotl_layersel.config.selection import DEFAULT_STACKS, DEFAULT_UNSELECTED, SelectionConfig
+from axolotl_layersel.config.selection import DEFAULT_STACKS, DEFAULT_UNSELECTED, SelectionConfig, describe_two_stacks
 from axolotl_layersel.engines.collectives import decide_on_rank_zero
 from axolotl_layersel.engines.trainers import CONFIG_ONLY_TRAINERS
 from axolotl_layersel.lora.layers import describe_missing_tower, find_layer_counts
@@ -136,6 +136,8 @@ def check_layers(cfg: Any, selection: SelectionConfig) -> None:
     if stacks != DEFAULT_STACKS and not read_fact(config, "vision_config"):
         raise LayerselError(describe_missing_tower(stacks, cfg.base_model))
     sides = ENCODER_DECODER if loads_encoder_decoder(cfg) else STACKS[stacks]
+    if selection.time is not None and sides == ENCODER_DECODER:
+        raise LayerselError(describe_two_stacks(selection.time, cfg.base_model))
     chosen = {key: getattr(selection, key) or [] for key in ("layers", "candidates")}
     for key, layers in chosen.items():
         check_naming(key, layers, sides, stacks, cfg.base_model)

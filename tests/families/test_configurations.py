@@ -18,9 +18,9 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.config.facts import read_fact
 from axolotl_layersel.config.layer_names import ENCODER_DECODER, STACKS
+from axolotl_layersel.lora.backward_end import find_lowest_trained
 from axolotl_layersel.lora.layers import LayerStack, find_layer_counts, find_layer_stack
 from axolotl_layersel.lora.modules import get_base_model
-from axolotl_layersel.selection.backward_cut import find_lowest_trained
 from axolotl_layersel.selection.data.label_alignment import find_kind
 from axolotl_layersel.selection.data.row_token import find_token
 from axolotl_layersel.selection.provenance import describe_shape

@@ -21,10 +21,11 @@ from peft import PeftModel
 from axolotl_layersel import L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
 from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.lora.backward_end import find_lowest_trained
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.backward_cut import TruncatedBackward, find_lowest_trained
+from axolotl_layersel.selection.backward_cut import TruncatedBackward
 from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.data.row_token import find_token, is_encoder
 from axolotl_layersel.selection.methods import cka, fisher, gradient

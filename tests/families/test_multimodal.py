@@ -28,10 +28,10 @@ from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.config.layer_names import find_layer
 from axolotl_layersel.config.methods import METHODS
 from axolotl_layersel.l1ra.records import RankHistory
+from axolotl_layersel.lora.backward_end import find_lowest_trained
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules
 from axolotl_layersel.lora.run import Run
-from axolotl_layersel.selection.backward_cut import find_lowest_trained
 from axolotl_layersel.selection.methods.cka import linear_cka
 
 CHEAP = [name for name, method in METHODS.items() if method.reads != "batches"]

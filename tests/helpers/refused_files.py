@@ -203,6 +203,48 @@ CASES = {
         selection("gradient", max_rank=4),
         "layersel.selection.budget: it allows rank 4 in every unit, which is not below max_rank: 4",
     ),
+    "time in per cent": (
+        selection("gradient", time=60),
+        "layersel.selection.time: 60 is outside (0, 1): it is a share of the time of plain LoRA's step. Set 0.6 for",
+    ),
+    "time of zero": (selection("gradient", time=0), "selection.time: 0.0 is outside (0, 1). Set a value in this range"),
+    "time of all": (
+        selection("gradient", time=1),
+        "layersel.selection.time: 1 allows a step as long as plain LoRA's. Remove the key, or set a value below 1",
+    ),
+    "time without gains": (
+        selection("cka", time=0.75),
+        "layersel.selection.time: 0.75 weighs the gains of rank against time, and method: cka measures no gains. Set",
+    ),
+    "time and ratio": (
+        selection("gradient", time=0.75, ratio=0.5),
+        "layersel.selection.time: 0.75 decides from which layer upwards LoRA trains, and ratio: 0.5 limits the same",
+    ),
+    "time and layers by number": (
+        selection("gradient", time=0.75, granularity="layer", num_layers=3),
+        "from which layer upwards LoRA trains, and num_layers: 3 limits the same choice. Keep only one of these keys.",
+    ),
+    "time and units by number": (
+        selection("gradient", time=0.75, num_units=3),
+        "from which layer upwards LoRA trains, and num_units: 3 limits the same choice.",
+    ),
+    "time and candidates": (
+        selection("gradient", time=0.75, candidates=[1, 2]),
+        "from which layer upwards LoRA trains, and candidates: [1, 2] limits the same choice.",
+    ),
+    "time and equal ranks": (
+        selection("gradient", time=0.75, rank_allocation="match"),
+        "compares layers by the gains of their ranks, and rank_allocation: match does not read the gains. Remove one",
+    ),
+    "time in a vision tower": (
+        selection("gradient", time=0.75, stacks="both"),
+        "layersel.selection.time: 0.75 is a limit for the layers of a language model, and stacks: both chooses among",
+    ),
+    "time with trained embeddings": (
+        {**selection("gradient", time=0.75), "lora_modules_to_save": ["embed_tokens", "lm_head"]},
+        "layersel.selection.time: 0.75 cannot be reached while weights outside of the layers train (embed_tokens in "
+        "lora_modules_to_save), because every backward pass must go down to them. Remove it from lora_modules_to_save",
+    ),
     "l1ra: interval beyond the run": (l1ra(update_ratio=1.5), "layersel.l1ra.update_ratio: 1.5 is outside (0, 1]"),
     "l1ra: endless warmup": (l1ra(warmup_ratio=1), "layersel.l1ra.warmup_ratio: 1.0 is outside [0, 1)"),
     "l1ra: unknown budget": (

@@ -21,8 +21,10 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.facts import find_text_config, read_fact
 from axolotl_layersel.config.selection import DEFAULT_STACKS, ResolvedSelection, SelectionConfig
 from axolotl_layersel.config.strict_block import as_mapping, as_number, as_whole
+from axolotl_layersel.lora.backward_end import check_limit
 from axolotl_layersel.lora.layers import LayerStack, find_layer_stack
 from axolotl_layersel.lora.modules import find_lora_modules, get_adapter_name, get_base_model, list_parameters
+from axolotl_layersel.lora.step_time import read_size
 from axolotl_layersel.selection.candidates import count_kept, find_candidates
 from axolotl_layersel.selection.units import Unit, find_units
 
@@ -82,8 +84,7 @@ class Model:
 
     def read_size(self, name: str) -> int:
         """Return a size of the model that reads tokens, such as ``hidden_size``; 0 if its configuration lacks it."""
-        value = read_fact(self.text_config, name)
-        return value if isinstance(value, int) else 0
+        return read_size(self.base, name)
 
 
 def read_config(content: Mapping[str, Any]) -> PreTrainedConfig:
@@ -124,6 +125,8 @@ def build_model(
     units, kept = None, None
     try:
         settings = chosen.resolve(seed)
+        removed = [name for names in stack.towers.values() for name in names]
+        check_limit(peft, stack, settings, removed if settings.outside_layers == "remove" else [])
         units = find_units(stack, settings.granularity, find_candidates(settings, stack))
         kept = find_kept(chosen, settings, units)
     except LayerselError as error:

@@ -8,9 +8,9 @@ from helpers.settings import CHECKPOINTING, checkpoint_layers
 from axolotl_layersel.common.paths import plan_path
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
+from axolotl_layersel.lora.backward_end import find_lowest_trained
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.weights import initialize_lora
-from axolotl_layersel.selection.backward_cut import find_lowest_trained
 from axolotl_layersel.selection.plan_file import read_plan
 from axolotl_layersel.training.prepare import prepare_trainer
 

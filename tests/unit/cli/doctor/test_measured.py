@@ -17,6 +17,7 @@ from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.lora.layers import find_layer_stack
 from axolotl_layersel.lora.readers import find_readers, read_adapter_file
+from axolotl_layersel.lora.step_time import count_step, count_work
 from axolotl_layersel.selection.backward_cut import TruncatedBackward
 from axolotl_layersel.selection.data.calibration import read_samples
 from axolotl_layersel.selection.methods.cka import measure_token_states
@@ -184,8 +185,8 @@ def test_the_time_of_a_step_follows_counted_operations(lowest, checkpointing):
     told = collect(time.describe_time(case, case.model))[f"lowest_{lowest}"]
     plain = count_operations(0, checkpointing, cut=False)
     assert told == pytest.approx(count_operations(lowest, checkpointing, cut=lowest > 0) / plain, rel=0.02)
-    work = time.count_work(case.model, TOKENS)
-    counted = time.count_step(work, 0, set(range(LAYERS)), bool(kind), cuts=False) * TOKENS * BATCH
+    work = count_work(case.model.base, case.model.stack, case.model.sizes, TOKENS)
+    counted = count_step(work, 0, set(range(LAYERS)), bool(kind), cuts=False) * TOKENS * BATCH
     assert counted == pytest.approx(plain, rel=0.02)
 
 
