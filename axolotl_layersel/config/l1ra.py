@@ -97,8 +97,8 @@ class L1RAConfig(Block):
         default=None,
         ge=1,
         le=HIGHEST_RANK,
-        description="Highest rank of a module. Default: 2 × lora_r, or the higher rank that `selection.max_rank`, a "
-        "plan or a continued adapter needs.",
+        description="Highest rank of a module. Default: 2 × lora_r, or the higher rank that `selection.max_rank`, "
+        "`selection.time`, a plan or a continued adapter needs.",
     )
     min_rank: int = Field(
         default=1, ge=1, le=HIGHEST_RANK, description="Lowest rank to which updates reduce a module. Default 1."

@@ -547,9 +547,12 @@ def find_budget(settings: ResolvedSelection, lora: int) -> int:
 def find_matched_room(selection: SelectionConfig, lora_r: int) -> int:
     """Return twice the rank at which the chosen share uses the whole budget; 0 if the block does not determine it.
 
-    It is the default of ``max_rank`` of ``l1ra``, so that modules that start with equal ranks can gain rank.
+    It is the default of ``max_rank`` of ``l1ra``, so that modules that start with equal ranks can gain rank. With a
+    limit on the time of a step, which moves the budget to fewer layers, it is the highest rank without ``l1ra``.
     """
     settings = selection.resolve(run_seed=0)
+    if settings.time is not None:
+        return MAX_RANK_FACTOR * lora_r
     if settings.rank_allocation != "match" or settings.ratio is None or settings.budget is None:
         return 0
     rank = math.ceil(settings.budget * lora_r / settings.ratio)

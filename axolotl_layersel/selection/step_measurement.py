@@ -41,6 +41,19 @@ def counts(step: int, settling: int) -> bool:
     return step - first >= settling
 
 
+def expect_peak(held: int, peak: int, share: float) -> float:
+    """Return the most bytes that a step without the cut can be expected to take.
+
+    A step with the cut holds the activations of the layers that train, and one without it those of all layers.
+
+    Args:
+        held: the bytes between two steps.
+        peak: the most bytes so far.
+        share: the share of the layers with a backward pass.
+    """
+    return held + (peak - held) / share
+
+
 class StepMeasurement(TrainerCallback):
     """Times steps with and without the cut, and logs their ratio once.
 
@@ -133,18 +146,14 @@ class StepMeasurement(TrainerCallback):
         return time.perf_counter()
 
     def has_room(self) -> bool:
-        """Return whether a step without the cut fits into the memory of this process's GPU.
-
-        Without gradient checkpointing it holds the activations of all layers, where a step with the cut holds those of
-        the layers that train.
-        """
+        """Return whether a step without the cut fits into the memory of this process's GPU."""
         device = self.run.device
         if device.type != "cuda":
             return True
-        layers, lowest = len(self.truncated.stack.layers), self.truncated.lowest
-        held = torch.cuda.memory_allocated(device)
-        peak = held + (torch.cuda.max_memory_allocated(device) - held) * layers / (layers - lowest)
-        return peak <= SAFE_MEMORY * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+        layers = len(self.truncated.stack.layers)
+        held, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        expected = expect_peak(held, peak, (layers - self.truncated.lowest) / layers)
+        return expected <= SAFE_MEMORY * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
 
     def report(self) -> None:
         """Log the measured ratio, on process 0."""

@@ -114,6 +114,36 @@ def test_every_engine_lets_the_scaling_follow_moved_ranks_as_one_process_does(ru
     assert run.losses() == pytest.approx(alone.losses(), abs=2e-4)
 
 
+@pytest.fixture(scope="module")
+def limited_runs(train) -> dict[str, Run]:
+    """Runs with a limit on the time of a step, which are long enough for it to be measured."""
+    settings = {**selection("gradient", time=0.75), "max_steps": 24, "save_steps": 24}
+    return MadeOnce(lambda engine: train(engine, **settings))
+
+
+def check_limited(run: Run) -> None:
+    """Check that a run keeps its limit, and tells what was measured once."""
+    share = run.plan["step_time"]["share"]
+    assert run.plan["backward_end"] == run.selected[0] > 0 and share <= 0.75
+    assert run.log.count(f"without the cut, measured in steps 9 to 20 (formula: {share:.2f})") == 1
+    assert f"a step takes {share:.2f} of plain LoRA's time, by the operations of its matrix products" in run.log
+
+
+def test_the_time_of_a_step_is_limited_and_measured(limited_runs):
+    check_limited(limited_runs["ddp"])
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2-sharded"])
+@pytest.mark.nightly
+def test_every_engine_trains_the_same_while_it_measures_the_time_of_a_step(limited_runs, engine):
+    run, other = limited_runs[engine], limited_runs["ddp"]
+    check_limited(run)
+    assert run.engine["engine"] == engine.split("-")[0]
+    assert run.plan["ranks"] == other.plan["ranks"]
+    assert run.plan["step_time"]["share"] == pytest.approx(other.plan["step_time"]["share"])
+    assert difference(run.adapter(), other.adapter()) < 1e-3
+
+
 def test_a_quantised_and_packed_base_is_seen_through_the_same_sketch(train):
     run = train(**{**SETTINGS, **PACKED_QLORA, **selection("gradient", num_samples=8)})
     assert run.plan["ranks"].keys() == set(run.plan["modules"])

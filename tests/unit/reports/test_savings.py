@@ -3,8 +3,8 @@
 import pytest
 from helpers.plans import make_plan
 
-from axolotl_layersel.reports.savings import describe_savings, format_share
-from axolotl_layersel.selection.plan import LayerChoice
+from axolotl_layersel.reports.savings import describe_savings, describe_step_time, format_share
+from axolotl_layersel.selection.plan import LayerChoice, StepTime
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,13 @@ def test_layers_of_several_lists_are_counted_in_the_order_that_they_run():
 )
 def test_a_share_is_zero_or_whole_only_if_it_is(part, total, share):
     assert format_share(part, total) == share
+
+
+def test_the_time_of_a_step_and_the_gain_of_its_ranks_are_told():
+    time = "a step takes 0.74 of plain LoRA's time, by the operations of its matrix products"
+    step = StepTime(share=0.741, gain=0.913, checkpointing=True, tokens=80)
+    assert (
+        describe_step_time(step) == f"{time}, and its ranks promise 0.91 of the first-order gain of ranks in all layers"
+    )
+    nothing = step.model_copy(update={"gain": None})
+    assert describe_step_time(nothing) == f"{time}, and no gain of rank is above noise"

@@ -32,6 +32,7 @@ PLANS = {
     "layers": (make_small_llama, {"method": "cka", **SCORED}),
     "frozen": (make_small_llama, {"method": "explicit", "layers": [1, 4], "unselected": "freeze"}),
     "ranks": (make_small_llama, {"method": "gradient", **SCORED, "num_units": 9, "max_rank": 8}),
+    "timed": (make_small_llama, {"method": "gradient", **SCORED, "time": 0.8}),
     "match": (
         make_small_llama,
         {"method": "first", "num_layers": 2, "rank_allocation": "match", "candidates": [0, 1, 2]},
@@ -220,6 +221,19 @@ CONTRADICTIONS = {
         "`module_scores` is given, and method 'random' gi",
     ),
     "more rows than asked": ("layers", ["settings", "num_samples"], 7, "8 rows were drawn, and settings.num_samples"),
+    "a time without its limit": (
+        "layers",
+        ["step_time"],
+        {"share": 0.7, "gain": 0.9, "checkpointing": False, "tokens": 14.5},
+        "`step_time` is given, and settings.time is not",
+    ),
+    "a limit without its time": ("timed", ["step_time"], None, "`step_time` is empty, and settings.time 0.8"),
+    "a time above its limit": (
+        "timed",
+        ["settings", "time"],
+        0.1,
+        ", and settings.time is 0.1",
+    ),
     "an end in no layer": ("layers", ["backward_end"], 99, "`backward_end` is 99, which `layers` does not list"),
     "a row twice": ("layers", ["rows_left_out"], [1, 1], "have row 1 twice"),
     "a negative row": ("layers", ["calibration_rows", 0], -1, "has a negative row"),

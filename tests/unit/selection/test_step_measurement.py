@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
-from axolotl_layersel.selection.step_measurement import MEASURED, StepMeasurement, counts, is_cut
+from axolotl_layersel.selection.step_measurement import MEASURED, StepMeasurement, counts, expect_peak, is_cut
 from axolotl_layersel.training.prepare import prepare_trainer
 
 BLOCK = LayerselConfig(selection=SelectionConfig(method="gradient", num_samples=16, time=0.75))
@@ -24,6 +24,10 @@ def test_steps_that_settle_follow_each_change():
     cut = [is_cut(step, 2) for step in MEASURED]
     assert cut == [True] * 6 + [False] * 6
     assert [step for step in MEASURED if not counts(step, 2)] == [9, 10, 15, 16]
+
+
+def test_a_step_without_the_cut_holds_the_activations_of_all_layers():
+    assert expect_peak(held=10, peak=16, share=0.25) == 10 + 4 * 6
 
 
 class Watch(TrainerCallback):

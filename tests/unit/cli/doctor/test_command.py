@@ -92,6 +92,26 @@ def test_what_the_model_shows_is_among_the_faults(tmp_path):
     assert "memory" not in report.sections
 
 
+@pytest.mark.parametrize(("time", "lowest"), [(0.8, 14), (0.1, None)])
+def test_the_layers_within_a_limit_on_the_time_of_a_step_are_told(tmp_path, time, lowest):
+    content = {**FILE, **selection("gradient", time=time), "output_dir": str(tmp_path)}
+    report = examine(content, CONFIGS / "llama-3.1-8b.json")
+    assert report.faults == []
+    assert report.sections["time"]["limit"] == {"time": time, "lowest": lowest}
+    if lowest is None:
+        assert any("No layer reaches `time: 0.1`: the shortest step takes 0." in line for line in report.lines)
+        return
+    assert any(f"`time: 0.8` asks for layer {lowest} or a higher one as the lowest" in line for line in report.lines)
+    shares = [examine(content, CONFIGS / "llama-3.1-8b.json", lowest=layer).sections["time"] for layer in (13, 14)]
+    assert shares[0]["lowest_13"] > time >= shares[1]["lowest_14"]
+
+
+def test_a_limit_on_the_time_of_a_step_that_trained_weights_exceed_is_a_fault(tmp_path):
+    content = {**FILE, **selection("gradient", time=0.8), "output_dir": str(tmp_path), "lora_modules_to_save": ["norm"]}
+    (fault,) = examine(content, CONFIGS / "llama-3.1-8b.json").faults
+    assert "time: 0.8 cannot be reached while weights outside of the layers train (model.norm" in fault
+
+
 def test_a_layer_that_cannot_be_the_lowest_is_refused(tmp_path):
     content = {**FILE, "output_dir": str(tmp_path)}
     report = examine(content, CONFIGS / "llama-3.1-8b.json", lowest=32)
