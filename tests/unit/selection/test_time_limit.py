@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.paths import plan_path
+from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
 from axolotl_layersel.lora.backward_end import check_limit
@@ -119,6 +120,16 @@ def test_frozen_lora_below_leaves_the_choice_and_costs_a_forward_pass(tmp_path):
     assert removed.step_time.share < frozen.step_time.share < 0.75
     below = [p for name, p in model.named_parameters() if ".lora_" in name and "layers.0." in name]
     assert below and not any(parameter.requires_grad for parameter in below)
+
+
+@pytest.mark.trains
+def test_rank_can_move_from_there_within_the_default_room(tmp_path):
+    trainer = make_trainer(make_lora(make_small_llama(6)), tmp_path, make_rows(16), max_steps=20)
+    block = SelectionConfig(method="gradient", num_samples=16, time=0.75)
+    plan = prepare_trainer(trainer, LayerselConfig(selection=block, l1ra=L1RAConfig()))
+    assert plan.step_time.share <= 0.75
+    ranks = [down.out_features for name, down in trainer.model.named_modules() if name.endswith("lora_A.default")]
+    assert set(ranks) == {16} and 8 < max(plan.ranks.values()) <= 16 > min(plan.ranks.values())
 
 
 @pytest.mark.trains

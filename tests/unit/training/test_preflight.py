@@ -4,7 +4,7 @@ import pytest
 import torch
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import RLType
-from helpers.models import make_small_llama
+from helpers.models import make_small_llama, make_t5
 from helpers.settings import selection
 
 from axolotl_layersel.common.errors import LayerselError
@@ -73,3 +73,13 @@ def test_what_the_model_will_not_honour_is_refused_before_it_loads(base, tmp_pat
     with pytest.raises(LayerselError) as refused:
         check(base, tmp_path, values)
     assert message in str(refused.value)
+
+
+def test_a_limit_on_the_time_of_a_step_needs_one_stack_of_layers(tmp_path):
+    folder = tmp_path / "base"
+    make_t5().config.save_pretrained(folder)
+    values = {**selection("gradient", time=0.75), "type_of_model": "T5ForConditionalGeneration"}
+    with pytest.raises(
+        LayerselError, match=r"time: 0.75 needs a model with one stack of layers, and .* has an encoder"
+    ):
+        check(str(folder), tmp_path, values)
