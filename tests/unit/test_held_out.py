@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.encoder_decoders import make_tokenizer
 from helpers.models import make_rows, make_small_llama
 from helpers.places import ROOT
@@ -18,8 +19,9 @@ from benchmarks.held_out.arms import ARMS, HALF_RANK, Arm, find_stored, parse_ar
 from benchmarks.held_out.rates import choose_rate, choose_rates, find_neighbours, find_next_rate, is_at_edge
 from benchmarks.held_out.rows import draw_rows, read_text
 from benchmarks.held_out.runs import COLUMNS, KEY, add_half_ranks, append_run, check_appendable, is_done, read_runs
+from benchmarks.held_out.sensitivity import find_ranks, measure_sensitivity
 from benchmarks.held_out.tables import average_draws, choose_runs, describe_regime, print_regimes, print_table
-from benchmarks.held_out.training import Data, Settings, list_steps, run_arm
+from benchmarks.held_out.training import Data, Settings, list_steps, make_model, run_arm
 
 REGIME = {
     "base": "small",
@@ -358,8 +360,30 @@ def test_general_texts_are_prose_and_code():
     assert prose == [("A sentence of words follows here. " * 8).strip()]
 
 
+def test_ranks_by_sensitivity_follow_the_weights_and_their_gradient(tmp_path):
+    base, rows = make_small_llama(layers=3), make_rows(4, 0)
+    targets = ["q_proj", "down_proj"]
+    ranks = find_ranks(base, targets, 4, rows)
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        (base(input_ids=ids, labels=labels).loss / len(rows)).backward()
+    modules = {name: base.get_submodule(name) for name in ranks}
+    scores = {name: (module.weight * module.weight.grad).abs().mean().item() for name, module in modules.items()}
+    measured = measure_sensitivity(base, modules, rows)
+    assert measured == pytest.approx(scores, rel=1e-4)
+    assert len(ranks) == 6 and sorted(ranks, key=ranks.get)[-1] == max(scores, key=scores.get)
+    base.save_pretrained(tmp_path)
+    model = make_model(tmp_path, False, parse_arm("sensitivity p0.5"), 4, rows)
+    plain = make_model(tmp_path, False, parse_arm("lora"), 4, rows)
+    count = [sum(weight.numel() for weight in one.parameters() if weight.requires_grad) for one in (model, plain)]
+    assert 0.95 * count[1] < count[0] <= count[1]
+    for name in ranks:
+        module = model.base_model.model.get_submodule(name)
+        assert module.scaling["default"] == pytest.approx(2 * (4 / module.r["default"]) ** 0.5)
+
+
 @pytest.mark.trains
-@pytest.mark.parametrize("arm", ["gradient p0.5 loraplus4", "gradient l1ra p1"])
+@pytest.mark.parametrize("arm", ["gradient p0.5 loraplus4", "sensitivity p0.5", "gradient l1ra p1"])
 def test_a_run_ends_with_its_figures(arm, tmp_path):
     make_small_llama(layers=3).save_pretrained(tmp_path)
     rows = [make_rows(16, seed) for seed in range(3)]
