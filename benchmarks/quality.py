@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.held_out.arms import DEFAULT_ARMS, HALF_RANK, check_name, find_stored, parse_arm
 from benchmarks.held_out.rates import choose_rate, find_neighbours, find_next_rate
 from benchmarks.held_out.runs import REGIME, append_run, check_appendable, find_regime, is_done, read_runs
-from benchmarks.held_out.tables import print_regimes, print_table
+from benchmarks.held_out.tables import describe_regimes, print_table
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -181,8 +181,8 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def regimes(arguments: argparse.Namespace) -> None:
-    """Print a section with tables for each regime and rank."""
-    print_regimes(read_all(arguments.runs), arguments.rivals)
+    """Print a section with tables for each regime and rank, and draw its picture."""
+    print("\n".join(describe_regimes(read_all(arguments.runs), arguments.rivals, arguments.pictures)))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -229,6 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=["lora", HALF_RANK, "random same rank"],
         help="the arms that the others are compared with; draws of one are averaged",
     )
+    sections.add_argument("--pictures", type=Path, help="folder to draw a picture of each section into")
     return parser
 
 

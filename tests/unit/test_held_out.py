@@ -20,7 +20,14 @@ from benchmarks.held_out.rates import choose_rate, choose_rates, find_neighbours
 from benchmarks.held_out.rows import draw_rows, read_text
 from benchmarks.held_out.runs import COLUMNS, KEY, add_half_ranks, append_run, check_appendable, is_done, read_runs
 from benchmarks.held_out.sensitivity import find_ranks, measure_sensitivity
-from benchmarks.held_out.tables import average_draws, choose_runs, describe_regime, print_regimes, print_table
+from benchmarks.held_out.tables import (
+    average_draws,
+    choose_runs,
+    describe_regime,
+    describe_regimes,
+    draw_regime,
+    print_table,
+)
 from benchmarks.held_out.training import Data, Settings, list_steps, make_model, run_arm
 
 REGIME = {
@@ -299,15 +306,29 @@ def test_tables_of_a_regime_show_means_and_paired_differences(capsys):
     assert {row["less that of lora"] for row in forgetting} == {"", "**-0.2500 ± 0.0000 (-50.0 %)**"}
 
 
-def test_half_of_the_rank_is_lora_of_that_rank_in_the_same_regime(capsys):
+def test_half_of_the_rank_is_lora_of_that_rank_in_the_same_regime():
     half = [make_run(rank=8, seed=seed, rate=4, loss=3.0) for seed in range(3)]
     other = [make_run(rank=8, seed=seed, rate=4, loss=9.0, rows=300) for seed in range(3)]
-    print_regimes([*plant(), *half, *other], ["lora", HALF_RANK])
-    printed = capsys.readouterr().out
-    assert printed.count("## ") == 1  # what has nothing but LoRA compares nothing
-    shown = {row["arm"]: row for row in read_tables(printed.splitlines())[0]}
+    lines = describe_regimes([*plant(), *half, *other], ["lora", HALF_RANK])
+    assert "\n".join(lines).count("## ") == 1  # what has nothing but LoRA compares nothing
+    shown = {row["arm"]: row for row in read_tables(lines)[0]}
     assert shown[HALF_RANK]["loss at the end"] == "3.0000"
     assert all(run["rank"] == 16 for run in add_half_ranks(half) if run["arm"] == HALF_RANK)
+
+
+def test_each_regime_has_a_picture_whose_points_are_less_those_of_lora(tmp_path):
+    few = [{**run, "rows": 96} for run in plant()]
+    lines = describe_regimes([*plant(), *few], ["lora"], tmp_path)
+    headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert len(headings) == 2 and "96 rows" in headings[0], "few rows come first"
+    names = ["small-sums-96-rows-10-epochs-of-8-rows-cut-at-256-tokens-r-16.svg"]
+    names += [names[0].replace("96", "100")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    picture = (tmp_path / names[0]).read_text()
+    for words in ("cka same rank", "trainable parameters", "processor seconds", "forgetting", "96 rows"):
+        assert words in picture
+    draw_regime([{**run, "forgetting": None} for run in few], tmp_path / "other.svg")
+    assert "forgetting" not in (tmp_path / "other.svg").read_text()
 
 
 def test_a_rival_is_averaged_over_the_seeds_that_all_its_draws_have():
