@@ -27,6 +27,7 @@ COMPARED = {
     "accuracy": "accuracy at the end",
     "forgetting": "forgetting",
 }
+RIVALS = ("lora", HALF_RANK, "random same rank")  # the arms that a choice must beat
 # The columns of a regime's first table; those of seconds have one decimal.
 SHOWN = {
     "parameters": "parameters",
@@ -116,22 +117,35 @@ def draw_curves(arms: Mapping[tuple[str, int], BySeed], path: Path) -> None:
 # --- Tables by regime ---------------------------------------------------------------------------------------------
 
 
-def describe_regimes(runs: list[dict[str, Any]], rivals: Sequence[str], pictures: Path | None = None) -> list[str]:
-    """Return the lines of a section of Markdown for each regime and rank with several arms, sorted by its heading.
-
-    A section has the figures and who beats whom. With ``pictures``, a folder, each section's picture is drawn there.
-    """
+def list_sections(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the runs of each regime and rank with several arms, in the order of their sections."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for run in add_half_ranks(runs):
         groups[(*find_regime(run), run["rank"])].append(run)
     # A group of nothing but LoRA at half of its rank belongs to another rank.
     sections = [group for group in groups.values() if len({run["arm"] for run in group} - {HALF_RANK}) > 1]
+    return sorted(sections, key=order_setting)
+
+
+def describe_regimes(runs: list[dict[str, Any]], rivals: Sequence[str], pictures: str | None = None) -> list[str]:
+    """Return the lines of a section of Markdown for each regime and rank: the figures, and who beats whom.
+
+    ``pictures`` is the folder of the pictures that ``draw_regimes`` draws, as the sections refer to it.
+    """
     lines = []
-    for group in sorted(sections, key=order_setting):
-        lines += [*describe_regime(group, rivals), ""]
-        if pictures:
-            draw_regime(group, pictures / find_picture_name(group[0]))
+    for section in list_sections(runs):
+        heading, *others = describe_regime(section, rivals)
+        name = find_picture_name(section[0])
+        picture = [f"![Loss by parameters, time and forgetting]({pictures}/{name})", ""] if pictures else []
+        lines += [heading, "", *picture, *others[1:], ""]
     return lines
+
+
+def draw_regimes(runs: list[dict[str, Any]], folder: Path) -> None:
+    """Draw the picture of each section into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in list_sections(runs):
+        draw_regime(section, folder / find_picture_name(section[0]))
 
 
 def order_setting(runs: list[dict[str, Any]]) -> tuple[Any, ...]:
@@ -260,7 +274,6 @@ def draw_regime(runs: list[dict[str, Any]], path: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(describe_setting(runs[0]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Text stays text, and the same runs draw the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "axolotl-layersel"}):
         figure.savefig(path, metadata={"Date": None})

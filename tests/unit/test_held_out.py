@@ -26,6 +26,7 @@ from benchmarks.held_out.tables import (
     describe_regime,
     describe_regimes,
     draw_regime,
+    draw_regimes,
     print_table,
 )
 from benchmarks.held_out.training import Data, Settings, list_steps, make_model, run_arm
@@ -318,12 +319,14 @@ def test_half_of_the_rank_is_lora_of_that_rank_in_the_same_regime():
 
 def test_each_regime_has_a_picture_whose_points_are_less_those_of_lora(tmp_path):
     few = [{**run, "rows": 96} for run in plant()]
-    lines = describe_regimes([*plant(), *few], ["lora"], tmp_path)
+    lines = describe_regimes([*plant(), *few], ["lora"], "images")
+    draw_regimes([*plant(), *few], tmp_path)
     headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
     assert len(headings) == 2 and "96 rows" in headings[0], "few rows come first"
     names = ["small-sums-96-rows-10-epochs-of-8-rows-cut-at-256-tokens-r-16.svg"]
     names += [names[0].replace("96", "100")]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert [f"images/{name}" in "\n".join(lines) for name in names] == [True, True]
     picture = (tmp_path / names[0]).read_text()
     for words in ("cka same rank", "trainable parameters", "processor seconds", "forgetting", "96 rows"):
         assert words in picture
