@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.held_out.arms import DEFAULT_ARMS, HALF_RANK, check_name, find_stored, parse_arm
 from benchmarks.held_out.rates import choose_rate, find_neighbours, find_next_rate
 from benchmarks.held_out.runs import REGIME, append_run, check_appendable, find_regime, is_done, read_runs
-from benchmarks.held_out.tables import print_regimes, print_table
+from benchmarks.held_out.tables import RIVALS, describe_regimes, draw_regimes, print_table
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -181,8 +181,11 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def regimes(arguments: argparse.Namespace) -> None:
-    """Print a section with tables for each regime and rank."""
-    print_regimes(read_all(arguments.runs), arguments.rivals)
+    """Print a section with tables for each regime and rank, and draw its picture."""
+    runs = read_all(arguments.runs)
+    print("\n".join(describe_regimes(runs, arguments.rivals, arguments.pictures)))
+    if arguments.pictures:
+        draw_regimes(runs, Path(arguments.pictures))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -226,9 +229,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--rivals",
         nargs="+",
         type=read_arm,
-        default=["lora", HALF_RANK, "random same rank"],
+        default=RIVALS,
         help="the arms that the others are compared with; draws of one are averaged",
     )
+    sections.add_argument("--pictures", help="folder to draw a picture of each section into")
     return parser
 
 

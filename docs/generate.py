@@ -26,10 +26,16 @@ from axolotl_layersel.lora.factors import Factors
 from axolotl_layersel.lora.layouts import LAYOUTS, lay_out
 from axolotl_layersel.lora.readers import READERS, round_for_kernels
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.held_out.runs import read_runs
+from benchmarks.held_out.tables import RIVALS, describe_regimes
+
 DOCS = Path(__file__).parent
 TESTS = DOCS.parent / "tests"
 SUPPORT, SHOWN = DOCS / "support.md", DOCS / "support.json"
 SELECTION, MESSAGES, SERVING = DOCS / "selection.md", DOCS / "messages.md", DOCS / "serving.md"
+REGIMES, RUNS = DOCS / "results-by-regime.md", DOCS.parent / "benchmarks" / "results" / "regimes"
 KEYS, COMMANDS = DOCS / "reference-keys.md", DOCS / "reference-commands.md"
 BEGIN, END = "<!-- {} made by docs/generate.py. -->", "<!-- End of what docs/generate.py makes. -->"
 METHOD_TABLE, MESSAGE_LISTS = BEGIN.format("The table of methods is"), BEGIN.format("The messages are")
@@ -120,6 +126,29 @@ from the results of this project's tests. A test fails if its result is not in t
 - **?**: no test covers it. Models, trainers and adapters without a row are not tested either.
 
 All tests ran on a CPU. [Engines](engines.md) says what was tested with several processes.
+"""
+
+
+REGIMES_HEAD = """\
+<!-- Made by docs/generate.py from the runs in benchmarks/results/regimes. -->
+# Results by regime
+
+Each section is one model, one size of the training set, one length of training and one rank. The learning rate of an
+arm is the best on validation rows of those that were tried, and rates are added while the best one is at their edge. A
+difference is the mean over pairs of runs with the same seed, with Student's 95 % interval. It is bold if the interval
+does not hold 0. [Results](results.md) says what follows.
+
+- *lora half rank* is plain LoRA at half of the rank, the plainest way to train half of the parameters.
+- *same rank* keeps `lora_r` in half of the layers, so half of the parameters train.
+- *p0.5* is `scaling_exponent: 0.5`, *loraplus4* is LoRA+ with `loraplus_lr_ratio: 4`, *draw2* is another random choice.
+- *sensitivity* gives ranks in proportion to the mean of |W ∘ G|, as GoRA does. Only the benchmark computes it.
+- *forgetting* is the rise of the loss on Python code and English prose, which no model was fine-tuned on.
+
+```bash
+python benchmarks/quality.py regimes benchmarks/results/regimes/base-12l.csv
+python docs/generate.py
+python docs/pictures.py
+```
 """
 
 
@@ -367,6 +396,12 @@ def make_support() -> str:
     return "\n".join(parts)
 
 
+def make_regimes() -> str:
+    """Return the text of docs/results-by-regime.md, made from the runs in benchmarks/results/regimes."""
+    runs = [run for path in sorted(RUNS.glob("*.csv")) for run in read_runs(path)]
+    return "\n".join([REGIMES_HEAD, *describe_regimes(runs, RIVALS, "images/regimes")])
+
+
 def make_pages() -> dict[Path, str]:
     """Return what each page that is made here, or has a part that is, must hold."""
     return {
@@ -375,6 +410,7 @@ def make_pages() -> dict[Path, str]:
         SERVING: fill(fill(SERVING.read_text(), READER_TABLE, make_reader_table()), SIZE_TABLE, make_size_table()),
         KEYS: make_keys(),
         COMMANDS: make_commands(),
+        REGIMES: make_regimes(),
         SUPPORT: make_support(),
     }
 

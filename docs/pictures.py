@@ -1,4 +1,4 @@
-"""Draw the README's picture from the runs in benchmarks/results: ``python docs/pictures.py``."""
+"""Draw the pictures of the runs in benchmarks/results: ``python docs/pictures.py``."""
 
 import math
 import statistics
@@ -15,8 +15,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.held_out.rates import choose_rates  # noqa: E402
 from benchmarks.held_out.runs import read_runs  # noqa: E402
+from benchmarks.held_out.tables import draw_regimes  # noqa: E402
 
 PICTURE = ROOT / "docs" / "images" / "held-out-loss.svg"
+REGIMES = ROOT / "benchmarks" / "results" / "regimes"
 MODELS = {
     "small Llama, 5.5 M parameters": "small-llama-gsm8k.csv",
     "SmolLM2-135M": "smollm2-gsm8k.csv",
@@ -83,3 +85,4 @@ def draw(path: Path) -> None:
 
 if __name__ == "__main__":
     draw(PICTURE)
+    draw_regimes([run for path in sorted(REGIMES.glob("*.csv")) for run in read_runs(path)], PICTURE.parent / "regimes")

@@ -17,7 +17,7 @@ from typing import Any
 
 from axolotl_layersel.common.files import read_json, reading
 from axolotl_layersel.config.initialisation import changes_base
-from axolotl_layersel.lora.names import CONFIG, DOWN, LORA, PREFIX, WAY_OUT, WEIGHTS
+from axolotl_layersel.lora.names import CONFIG, DOWN, LORA, PREFIX, WAY_OUT, WEIGHTS, order_by_layer
 from axolotl_layersel.lora.patterns import resolve
 
 LAYERS = "model.layers"  # of Llama and its like; other architectures were not tried in other programs
@@ -134,7 +134,8 @@ def read_adapter_file(folder: Path, layer_count: int | None = None) -> AdapterFi
 
     config, path = read_json("ADAPTER", folder / CONFIG, WAY_OUT), folder / WEIGHTS
     with reading("ADAPTER", path, WAY_OUT), safe_open(path, framework="numpy") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = sorted(file.keys(), key=order_by_layer)  # safetensors sorts layer 10 before layer 2
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     return AdapterFile(config, shapes, layer_count)
 
 

@@ -8,7 +8,7 @@ SAMPLES = 128
 HALF = {"ratio": 0.5, "rank_allocation": "match"}
 SCORED = {"rank_allocation": "score", "num_samples": SAMPLES}
 SEARCH = {"method": "flexora", "flexora": {"steps": 40}}
-# The layersel block of every arm. EVA, PEFT's allocation of rank by the data, has none.
+# The layersel block of every arm. EVA, PEFT's allocation of rank by the data, and ranks by sensitivity have none.
 ARMS: dict[str, dict[str, Any] | None] = {
     "lora": {"selection": {"method": "first", "ratio": 1.0}},
     "gradient": {"selection": {"method": "gradient", **SCORED}},
@@ -29,6 +29,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "flexora": {"selection": {**SEARCH, **HALF}},
     "flexora same rank": {"selection": {**SEARCH, "ratio": 0.5}},
     "last same rank": {"selection": {"method": "last", "ratio": 0.5}},
+    "sensitivity": None,
 }
 DEFAULT_ARMS = [*ARMS][: [*ARMS].index("eva") + 1]
 # LoRA at half of the rank, the plainest way to train half of the parameters. It is run and stored as LoRA at that rank.
@@ -55,7 +56,7 @@ class Arm:
     draw: int = 1
 
     def make_block(self, rows: int, seed: int) -> dict[str, Any] | None:
-        """Return its ``layersel`` block for a run with ``seed`` on this many rows; None for EVA."""
+        """Return its ``layersel`` block for a run with ``seed`` on this many rows; None without one."""
         block = ARMS[self.base]
         if block is not None and self.power is not None:
             block = {**block, "scaling_exponent": self.power}
@@ -89,7 +90,7 @@ def parse_arm(name: str) -> Arm:
         raise ValueError(f"arm {name!r}: {base!r} is not known. Use one of {', '.join([*ARMS, HALF_RANK])}.")
     block = ARMS[base] or {}
     selection = block.get("selection", {})
-    if "p" in words and "rank_allocation" not in selection and "l1ra" not in block:
+    if "p" in words and not ("rank_allocation" in selection or "l1ra" in block or base == "sensitivity"):
         raise ValueError(f"arm {name!r}: all modules of {base!r} have rank r, so that p has no effect.")
     if "draw" in words and (selection.get("method") != "random" or words["draw"] < 2 or words["draw"] % 1):
         raise ValueError(f"arm {name!r}: draw2, draw3 and so on are further draws of a random choice.")

@@ -1,12 +1,14 @@
 """Tables and pictures of runs: means over seeds, and paired differences with their intervals."""
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
@@ -25,6 +27,7 @@ COMPARED = {
     "accuracy": "accuracy at the end",
     "forgetting": "forgetting",
 }
+RIVALS = ("lora", HALF_RANK, "random same rank")  # the arms that a choice must beat
 # The columns of a regime's first table; those of seconds have one decimal.
 SHOWN = {
     "parameters": "parameters",
@@ -35,6 +38,7 @@ SHOWN = {
 }
 DECIMALS = {"parameters": 0, "seconds_choosing": 1, "seconds_training": 1}
 EDGE = "(edge)"
+MARKERS = "osD^vP*X"  # arms are told apart without colours too
 
 
 def describe_difference(differences: Sequence[float]) -> str:
@@ -113,15 +117,46 @@ def draw_curves(arms: Mapping[tuple[str, int], BySeed], path: Path) -> None:
 # --- Tables by regime ---------------------------------------------------------------------------------------------
 
 
-def print_regimes(runs: list[dict[str, Any]], rivals: Sequence[str]) -> None:
-    """Print a section of Markdown for each regime and rank with several arms: the figures, and who beats whom."""
+def list_sections(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the runs of each regime and rank with several arms, in the order of their sections."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for run in add_half_ranks(runs):
         groups[(*find_regime(run), run["rank"])].append(run)
     # A group of nothing but LoRA at half of its rank belongs to another rank.
     sections = [group for group in groups.values() if len({run["arm"] for run in group} - {HALF_RANK}) > 1]
-    for group in sections:
-        print("\n".join([*describe_regime(group, rivals), ""]))
+    return sorted(sections, key=order_setting)
+
+
+def describe_regimes(runs: list[dict[str, Any]], rivals: Sequence[str], pictures: str | None = None) -> list[str]:
+    """Return the lines of a section of Markdown for each regime and rank: the figures, and who beats whom.
+
+    ``pictures`` is the folder of the pictures that ``draw_regimes`` draws, as the sections refer to it.
+    """
+    lines = []
+    for section in list_sections(runs):
+        heading, *others = describe_regime(section, rivals)
+        name = find_picture_name(section[0])
+        picture = [f"![Loss by parameters, time and forgetting]({pictures}/{name})", ""] if pictures else []
+        lines += [heading, "", *picture, *others[1:], ""]
+    return lines
+
+
+def draw_regimes(runs: list[dict[str, Any]], folder: Path) -> None:
+    """Draw the picture of each section into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in list_sections(runs):
+        draw_regime(section, folder / find_picture_name(section[0]))
+
+
+def order_setting(runs: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Return the key by which sections are sorted: the model and the data, then few rows and long training first."""
+    run = runs[0]
+    return run.get("base") or "", run.get("task") or "", run.get("rows") or 0, -(run.get("epochs") or 0), run["rank"]
+
+
+def find_picture_name(run: Mapping[str, Any]) -> str:
+    """Return the name of a section's picture."""
+    return "-".join(re.findall(r"[a-z0-9]+", describe_setting(run).lower())) + ".svg"
 
 
 def describe_regime(runs: list[dict[str, Any]], rivals: Sequence[str]) -> list[str]:
@@ -215,3 +250,35 @@ def format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     """Return the lines of a table in Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def draw_regime(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw the loss at the end less LoRA's, with its interval, by parameters, by time and by forgetting."""
+    arms = {name: choose_runs(group)[0] for name, group in group_by_arm(runs).items()}
+    plain = arms["lora"]
+    sums = {name: [{**run, "seconds": find_seconds(run)} for run in by_seed.values()] for name, by_seed in arms.items()}
+    axes = {"parameters": "trainable parameters", "seconds": "processor seconds, choosing and training"}
+    if is_measured(runs, "forgetting"):
+        axes["forgetting"] = "forgetting: rise of the loss on general text"
+    figure = Figure(figsize=(5 * len(axes), 5), layout="constrained")
+    for panel, (column, title) in zip(figure.subplots(1, len(axes), sharey=True), axes.items()):
+        for place, (name, by_seed) in enumerate(arms.items()):
+            pairs = [run["test"] - plain[seed]["test"] for seed, run in by_seed.items() if seed in plain]
+            if pairs:
+                x, half = statistics.mean(run[column] for run in sums[name]), find_half(pairs) or 0.0
+                look = {"color": f"C{place % 10}", "marker": MARKERS[place % len(MARKERS)], "capsize": 3}
+                panel.errorbar(x, statistics.mean(pairs), half, label=name, **look)
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set(xlabel=title)
+    figure.axes[0].set(ylabel="loss of held-out answers, less LoRA's")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.suptitle(describe_setting(runs[0]))
+    # Text stays text, and the same runs draw the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "axolotl-layersel"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def find_seconds(run: Mapping[str, Any]) -> float:
+    """Return the processor seconds of choosing and training."""
+    return run["seconds_choosing"] + run["seconds_training"]

@@ -25,9 +25,11 @@ from transformers import (
 
 from axolotl_layersel import __version__
 from axolotl_layersel.config.root import LayerselConfig
+from axolotl_layersel.lora.patterns import scale_by_rank
 from axolotl_layersel.training.prepare import prepare_trainer
 from benchmarks.held_out.arms import SAMPLES, Arm, parse_arm
 from benchmarks.held_out.rows import IGNORED, collate
+from benchmarks.held_out.sensitivity import find_ranks
 
 DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ENCODER_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -92,15 +94,20 @@ def load_base(path: Path, is_encoder: bool) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(DEVICE)
 
 
-def make_model(path: Path, is_encoder: bool, arm: str, rank: int, rows: Rows) -> PeftModel:
-    """Return the base under LoRA. ``rows`` are those of which EVA draws its weights."""
+def make_model(path: Path, is_encoder: bool, arm: Arm, rank: int, rows: Rows) -> PeftModel:
+    """Return the base under LoRA. ``rows`` are those by which EVA and the sensitivity set ranks."""
     settings: dict[str, Any] = {"r": rank, "lora_alpha": SCALING * rank}
     if is_encoder:
         settings |= {"target_modules": ENCODER_TARGETS, "task_type": "SEQ_CLS"}
     else:
         settings |= {"target_modules": DECODER_TARGETS, "task_type": "CAUSAL_LM"}
     base = load_base(path, is_encoder)
-    if arm != "eva":
+    if arm.base == "sensitivity":
+        ranks = find_ranks(base, settings["target_modules"], rank, rows[:SAMPLES])
+        scalings = {name: scale_by_rank(SCALING, rank, own, arm.power or 0) for name, own in ranks.items()}
+        settings |= {"rank_pattern": ranks}
+        settings |= {"alpha_pattern": {name: own * scalings[name] for name, own in ranks.items()}}
+    if arm.base != "eva":
         return get_peft_model(base, LoraConfig(**settings))
     model = get_peft_model(base, LoraConfig(**settings, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)))
     batches = [
@@ -190,10 +197,10 @@ def run_arm(
     block = arm.make_block(len(data.train), seed)
     torch.manual_seed(seed)
     started = time.process_time()
-    model = make_model(settings.base, settings.is_encoder, arm.base, rank, data.train)
+    model = make_model(settings.base, settings.is_encoder, arm, rank, data.train)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(settings, model, seed, rate, data.train, folder)
-        chosen = ""
+        chosen = json.dumps(model.peft_config["default"].rank_pattern)
         if block is not None:
             plan = prepare_trainer(trainer, LayerselConfig.model_validate(block))
             chosen = json.dumps(plan.ranks or plan.selected) if plan else ""

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.encoder_decoders import make_tokenizer
 from helpers.models import make_rows, make_small_llama
 from helpers.places import ROOT
@@ -18,8 +19,17 @@ from benchmarks.held_out.arms import ARMS, HALF_RANK, Arm, find_stored, parse_ar
 from benchmarks.held_out.rates import choose_rate, choose_rates, find_neighbours, find_next_rate, is_at_edge
 from benchmarks.held_out.rows import draw_rows, read_text
 from benchmarks.held_out.runs import COLUMNS, KEY, add_half_ranks, append_run, check_appendable, is_done, read_runs
-from benchmarks.held_out.tables import average_draws, choose_runs, describe_regime, print_regimes, print_table
-from benchmarks.held_out.training import Data, Settings, list_steps, run_arm
+from benchmarks.held_out.sensitivity import find_ranks, measure_sensitivity
+from benchmarks.held_out.tables import (
+    average_draws,
+    choose_runs,
+    describe_regime,
+    describe_regimes,
+    draw_regime,
+    draw_regimes,
+    print_table,
+)
+from benchmarks.held_out.training import Data, Settings, list_steps, make_model, run_arm
 
 REGIME = {
     "base": "small",
@@ -297,15 +307,31 @@ def test_tables_of_a_regime_show_means_and_paired_differences(capsys):
     assert {row["less that of lora"] for row in forgetting} == {"", "**-0.2500 ± 0.0000 (-50.0 %)**"}
 
 
-def test_half_of_the_rank_is_lora_of_that_rank_in_the_same_regime(capsys):
+def test_half_of_the_rank_is_lora_of_that_rank_in_the_same_regime():
     half = [make_run(rank=8, seed=seed, rate=4, loss=3.0) for seed in range(3)]
     other = [make_run(rank=8, seed=seed, rate=4, loss=9.0, rows=300) for seed in range(3)]
-    print_regimes([*plant(), *half, *other], ["lora", HALF_RANK])
-    printed = capsys.readouterr().out
-    assert printed.count("## ") == 1  # what has nothing but LoRA compares nothing
-    shown = {row["arm"]: row for row in read_tables(printed.splitlines())[0]}
+    lines = describe_regimes([*plant(), *half, *other], ["lora", HALF_RANK])
+    assert "\n".join(lines).count("## ") == 1  # what has nothing but LoRA compares nothing
+    shown = {row["arm"]: row for row in read_tables(lines)[0]}
     assert shown[HALF_RANK]["loss at the end"] == "3.0000"
     assert all(run["rank"] == 16 for run in add_half_ranks(half) if run["arm"] == HALF_RANK)
+
+
+def test_each_regime_has_a_picture_whose_points_are_less_those_of_lora(tmp_path):
+    few = [{**run, "rows": 96} for run in plant()]
+    lines = describe_regimes([*plant(), *few], ["lora"], "images")
+    draw_regimes([*plant(), *few], tmp_path)
+    headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert len(headings) == 2 and "96 rows" in headings[0], "few rows come first"
+    names = ["small-sums-96-rows-10-epochs-of-8-rows-cut-at-256-tokens-r-16.svg"]
+    names += [names[0].replace("96", "100")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert [f"images/{name}" in "\n".join(lines) for name in names] == [True, True]
+    picture = (tmp_path / names[0]).read_text()
+    for words in ("cka same rank", "trainable parameters", "processor seconds", "forgetting", "96 rows"):
+        assert words in picture
+    draw_regime([{**run, "forgetting": None} for run in few], tmp_path / "other.svg")
+    assert "forgetting" not in (tmp_path / "other.svg").read_text()
 
 
 def test_a_rival_is_averaged_over_the_seeds_that_all_its_draws_have():
@@ -358,8 +384,30 @@ def test_general_texts_are_prose_and_code():
     assert prose == [("A sentence of words follows here. " * 8).strip()]
 
 
+def test_ranks_by_sensitivity_follow_the_weights_and_their_gradient(tmp_path):
+    base, rows = make_small_llama(layers=3), make_rows(4, 0)
+    targets = ["q_proj", "down_proj"]
+    ranks = find_ranks(base, targets, 4, rows)
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        (base(input_ids=ids, labels=labels).loss / len(rows)).backward()
+    modules = {name: base.get_submodule(name) for name in ranks}
+    scores = {name: (module.weight * module.weight.grad).abs().mean().item() for name, module in modules.items()}
+    measured = measure_sensitivity(base, modules, rows)
+    assert measured == pytest.approx(scores, rel=1e-4)
+    assert len(ranks) == 6 and sorted(ranks, key=ranks.get)[-1] == max(scores, key=scores.get)
+    base.save_pretrained(tmp_path)
+    model = make_model(tmp_path, False, parse_arm("sensitivity p0.5"), 4, rows)
+    plain = make_model(tmp_path, False, parse_arm("lora"), 4, rows)
+    count = [sum(weight.numel() for weight in one.parameters() if weight.requires_grad) for one in (model, plain)]
+    assert 0.95 * count[1] < count[0] <= count[1]
+    for name in ranks:
+        module = model.base_model.model.get_submodule(name)
+        assert module.scaling["default"] == pytest.approx(2 * (4 / module.r["default"]) ** 0.5)
+
+
 @pytest.mark.trains
-@pytest.mark.parametrize("arm", ["gradient p0.5 loraplus4", "gradient l1ra p1"])
+@pytest.mark.parametrize("arm", ["gradient p0.5 loraplus4", "sensitivity p0.5", "gradient l1ra p1"])
 def test_a_run_ends_with_its_figures(arm, tmp_path):
     make_small_llama(layers=3).save_pretrained(tmp_path)
     rows = [make_rows(16, seed) for seed in range(3)]

@@ -168,7 +168,7 @@ def test_the_commands_of_a_block_are_known(block):
         "axolotl merge run.yml",
         "axolotl train run.yml --launcher torchrun -- --processes 4",
         "make tests",
-        "python benchmarks/quality.py report runs.csv --pictures curves.svg",
+        "python benchmarks/quality.py report runs.csv --drawing curves.svg",
         "pip install '.[plot]'",
         "pip install axolotl-layersel",
     ],

@@ -38,6 +38,12 @@ def test_one_rank_everywhere_is_read_by_all_and_needs_no_export(tmp_path):
     assert not readers.misscaling and not readers.dropping and readers.export_for is None
 
 
+def test_modules_are_in_the_order_of_their_layers(tmp_path):
+    make_lora(make_small_llama(layers=12), ["q_proj", "down_proj"]).save_pretrained(tmp_path)
+    layers = [int(name.split(".")[2]) for name in read_adapter_file(tmp_path).ranks]
+    assert layers == [layer for layer in range(12) for _ in range(2)]
+
+
 def test_several_ranks_are_misscaled_where_one_alpha_is_read_and_the_export_is_not(tmp_path):
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 6}}
     readers = find_readers(save(tmp_path / "a", **patterns), LAYERS)
