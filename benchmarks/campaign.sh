@@ -3,7 +3,8 @@
 #
 # One process with one thread; it can be stopped and started again at any time. A second process may work on another
 # part at the same time: `benchmarks/campaign.sh BASE TRAIN TEST OUT.csv few`. Parts: steps (ranks that differ and their
-# scaling), others (LoRA+, fisher, l1ra), few (few rows and many epochs), more (other regimes).
+# scaling), others (l1ra, fisher, a limit of time, sensitivity, LoRA+), few (few rows and many epochs), more (other
+# regimes).
 set -euo pipefail
 
 base=$1 train=$2 test=$3 out=$4
@@ -47,6 +48,7 @@ run_steps() {
 
 run_others() {
     local arms=(l1ra "gradient l1ra p0.5" "gradient l1ra p0" "gradient l1ra p1" "fisher p0.5" "fisher p0" "fisher p1")
+    arms+=("gradient time0.75" "gradient p0.5 time0.75" "sensitivity" "sensitivity p0.5")
     arms+=("lora loraplus4" "lora loraplus16" "gradient p0.5 loraplus4" "gradient p0 loraplus4")
     for seeds in "0" "0 1 2" "0 1 2 3 4"; do
         ranks="16 4" long "$seeds" "${arms[@]}"

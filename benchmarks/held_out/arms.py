@@ -34,7 +34,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 DEFAULT_ARMS = [*ARMS][: [*ARMS].index("eva") + 1]
 # LoRA at half of the rank, the plainest way to train half of the parameters. It is run and stored as LoRA at that rank.
 HALF_RANK = "lora half rank"
-WORD = re.compile(r"(.+) (p|loraplus|draw)(\d+(?:\.\d+)?)")
+WORD = re.compile(r"(.+) (p|loraplus|draw|time)(\d+(?:\.\d+)?)")
 # Seeds of further draws are apart from the seeds of runs.
 DRAW_STRIDE = 1000
 
@@ -48,12 +48,14 @@ class Arm:
         power: p of the scaling s · (lora_r / r_i)^p of a module of rank r_i; None: the package's own.
         ratio: with LoRA+, the learning rate of B by that of A; else None.
         draw: which draw of ``method: random``, from 1.
+        time: the longest time of a step as a share of plain LoRA's; the saved time is given back as further steps.
     """
 
     base: str
     power: float | None = None
     ratio: float | None = None
     draw: int = 1
+    time: float | None = None
 
     def make_block(self, rows: int, seed: int) -> dict[str, Any] | None:
         """Return its ``layersel`` block for a run with ``seed`` on this many rows; None without one."""
@@ -65,6 +67,8 @@ class Arm:
         selection = dict(block["selection"])
         if "num_samples" in selection:
             selection["num_samples"] = min(selection["num_samples"], rows)
+        if self.time is not None:
+            selection["time"] = self.time
         if self.draw > 1:
             selection["seed"] = seed + DRAW_STRIDE * (self.draw - 1)
         return {**block, "selection": selection}
@@ -74,7 +78,7 @@ def parse_arm(name: str) -> Arm:
     """Return the arm of a name such as ``gradient p0.5 loraplus4``.
 
     The words after the name of ``ARMS`` are ``pX`` (the power of the scaling), ``loraplusX`` (the ratio of LoRA+'s
-    rates) and ``drawN`` (another draw of a random choice).
+    rates), ``drawN`` (another draw of a random choice) and ``timeX`` (the longest time of a step).
 
     Raises:
         ValueError: if the name is not known, or a word has no effect on the arm.
@@ -96,7 +100,9 @@ def parse_arm(name: str) -> Arm:
         raise ValueError(f"arm {name!r}: draw2, draw3 and so on are further draws of a random choice.")
     if "loraplus" in words and words["loraplus"] < 1:
         raise ValueError(f"arm {name!r}: the ratio of LoRA+ is at least 1.")
-    return Arm(base, words.get("p"), words.get("loraplus"), int(words.get("draw", 1)))
+    if "time" in words and (selection.get("method") != "gradient" or not 0 < words["time"] < 1):
+        raise ValueError(f"arm {name!r}: time0.75 and the like limit a step of `gradient`, as a share of plain LoRA's.")
+    return Arm(base, words.get("p"), words.get("loraplus"), int(words.get("draw", 1)), words.get("time"))
 
 
 def check_name(name: str) -> str:

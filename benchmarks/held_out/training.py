@@ -196,7 +196,7 @@ def run_arm(
     arm = parse_arm(name)
     block = arm.make_block(len(data.train), seed)
     torch.manual_seed(seed)
-    started = time.process_time()
+    started, steps = time.process_time(), settings.steps
     model = make_model(settings.base, settings.is_encoder, arm, rank, data.train)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(settings, model, seed, rate, data.train, folder)
@@ -204,6 +204,9 @@ def run_arm(
         if block is not None:
             plan = prepare_trainer(trainer, LayerselConfig.model_validate(block))
             chosen = json.dumps(plan.ranks or plan.selected) if plan else ""
+            if plan and plan.step_time:
+                # As much time as plain LoRA has, by the operations of a step.
+                trainer.args.max_steps = steps = round(settings.steps / plan.step_time.share)
         parameters = count_parameters(model, arm, rank, block)
         if arm.ratio is not None:
             betas = (trainer.args.adam_beta1, trainer.args.adam_beta2)
@@ -213,7 +216,7 @@ def run_arm(
         trainer.add_callback(evaluations)
         trainer.train()
         seconds = evaluations.find_seconds(time.process_time())
-    loss, accuracy = evaluations.evaluate(settings.steps) or measure(model, data.test, BATCH)
+    loss, accuracy = evaluations.evaluate(steps) or measure(model, data.test, BATCH)
     general = measure_texts(model, data.general)
     changes = [after - general_before[name] for name, after in general.items()]
     return {

@@ -76,6 +76,7 @@ def test_words_after_the_name_change_an_arm():
     assert parse_arm("gradient p0.5") == Arm("gradient", power=0.5)
     assert parse_arm("gradient l1ra p0 loraplus16") == Arm("gradient l1ra", power=0.0, ratio=16.0)
     assert parse_arm("random same rank draw2") == Arm("random same rank", draw=2)
+    assert parse_arm("gradient p0.5 time0.75") == Arm("gradient", power=0.5, time=0.75)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,8 @@ def test_words_after_the_name_change_an_arm():
         ("cka draw2", "a random choice"),
         ("random draw1", "a random choice"),
         ("lora loraplus0.5", "at least 1"),
+        ("lora time0.5", "a step of `gradient`"),
+        ("gradient time1.5", "a share of plain LoRA's"),
     ],
 )
 def test_an_arm_that_means_nothing_is_refused(name, why):
@@ -404,6 +407,19 @@ def test_ranks_by_sensitivity_follow_the_weights_and_their_gradient(tmp_path):
     for name in ranks:
         module = model.base_model.model.get_submodule(name)
         assert module.scaling["default"] == pytest.approx(2 * (4 / module.r["default"]) ** 0.5)
+
+
+@pytest.mark.trains
+def test_the_time_that_a_limit_saves_is_given_back_as_steps(tmp_path):
+    make_small_llama(layers=4).save_pretrained(tmp_path)
+    rows = make_rows(16, 0)
+    data = Data(train=rows, validation=rows, test=rows, general={})
+    settings = Settings(base=tmp_path, is_encoder=False, steps=30, batch_size=4, evaluations=2)
+    run = run_arm(settings, "gradient time0.85", 4, 0, 0.02, data, {})
+    (_, last) = (step for step, *_ in json.loads(run["curve"]))
+    layers = {int(name.split(".")[2]) for name in json.loads(run["chosen"])}
+    assert 0 not in layers and 3 in layers
+    assert 30 / 0.85 <= last <= 60 and run["step_best"] in (round(last / 2), last)
 
 
 @pytest.mark.trains
