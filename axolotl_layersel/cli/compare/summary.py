@@ -132,7 +132,8 @@ def is_drawn(comparison: Comparison, arm: str) -> bool:
     """Return whether an arm draws its layers at random, so that they change with the seed."""
     block = comparison.settings.arms[arm].keys.get("layersel")
     selection = block.get("selection") if isinstance(block, dict) else None
-    return arm == RANDOM or (isinstance(selection, dict) and selection.get("method") == "random")
+    drawn = isinstance(selection, dict) and selection.get("method") == RANDOM
+    return arm == RANDOM or (drawn and selection.get("seed") is None)
 
 
 def collect_losses(
