@@ -103,12 +103,15 @@ def select_layers(
         plan = adopt_plan(run, stack, reused, facts, repeat)
     else:
         plan, history = choose_layers(run, stack, settings, continues_adapter, repeat, capacity)
-    if exponent is not None and (plan.ranks or capacity):
+    if not (plan.ranks or capacity):  # every module has lora_r, also if l1ra moved rank where the plan was made
+        plan.scaling_exponent = 0
+        if exponent is not None and get_rank() == 0:
+            LOG.warning(
+                "layersel: layersel.scaling_exponent: %s is not read, because the plan gives every module lora_r",
+                exponent,
+            )
+    elif exponent is not None:
         plan.scaling_exponent = exponent
-    elif exponent is not None and get_rank() == 0:
-        LOG.warning(
-            "layersel: layersel.scaling_exponent: %s is not read, because the plan gives every module lora_r", exponent
-        )
 
     # Apply.
     apply_plan(run, stack, plan)

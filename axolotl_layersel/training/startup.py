@@ -44,7 +44,7 @@ def watch() -> None:
     from axolotl_layersel.training.ending import collect, describe_error, point_to, tell
 
     collect()
-    if command[0] not in CHECKED or any(word.startswith(OVERRIDES) for word in command[1]) or "--sweep" in command[1]:
+    if not takes_block(*command):
         return
     with_folder = not any(word.startswith(OTHER_FOLDER) for word in command[1])
     point_to(path, with_folder)
@@ -53,6 +53,12 @@ def watch() -> None:
     except ValueError as error:
         tell(describe_error(error).splitlines())
         raise SystemExit(1) from None
+
+
+def takes_block(name: str, arguments: Sequence[str]) -> bool:
+    """Return whether a command is to be checked, and takes the plugins and the block of its file as they are."""
+    swept = any(word.partition("=")[0] == "--sweep" for word in arguments)
+    return name in CHECKED and not swept and not any(word.startswith(OVERRIDES) for word in arguments)
 
 
 def check_command(path: Path, arguments: Sequence[str], with_folder: bool) -> None:

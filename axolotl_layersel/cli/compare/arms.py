@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from axolotl_layersel.cli.compare.figures import LORA, RANDOM, ArmSettings
+from axolotl_layersel.cli.compare.cells import BEST, PAGE, PICTURES, PREPARED
+from axolotl_layersel.cli.compare.figures import COMPARISON, LORA, RANDOM, ArmSettings
 from axolotl_layersel.common.errors import LayerselError, suggest
 from axolotl_layersel.common.files import read_parsed
 from axolotl_layersel.config.methods import METHODS, Method
@@ -20,7 +21,8 @@ from axolotl_layersel.training.ending import describe_error
 L1RA = "l1ra"
 PLUS = f"+{L1RA}"  # the end of the name of an arm that chooses layers and moves rank
 AT = f"{LORA}@"  # the begin of the name of plain LoRA at another rank
-NAME = re.compile(r"[A-Za-z0-9_.@+-]+")  # of an arm, which is also the name of a folder
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]*")  # of an arm, which is also the name of a folder
+TAKEN = (BEST, COMPARISON, PAGE, PICTURES, PREPARED)  # the other names in the folder of a comparison
 # Settings of the user's selection that also apply to an arm of another method.
 SHARED = ("candidates", "unselected", "outside_layers", "stacks", "plan_check")
 BUDGETS = ("budget", "budget_parameters")
@@ -143,11 +145,12 @@ def make_selection(method: Method, data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``selection`` block of an arm: the file's own for its method, and one with equal parameters otherwise.
 
     Ranks are as high as LoRA's parameters allow. Where ranks cannot change, such as after a search on an engine that
-    splits weights, they stay at ``lora_r``, and the arm has fewer parameters.
+    splits weights, they stay at ``lora_r``, and the arm has fewer parameters. The arm ``random`` has no ``seed`` of its
+    own: as a control it draws other layers with each seed of the comparison.
     """
     given = as_mapping(as_mapping(data.get("layersel")).get("selection"))
     if given.get("method") == method.name:
-        return dict(given)
+        return {key: value for key, value in given.items() if method.name != RANDOM or key != "seed"}
     block: dict[str, Any] = {"method": method.name}
     scored = method.rank_allocation == "score"
     if not scored:
@@ -202,7 +205,12 @@ def read_own_arms(path: Path) -> dict[str, ArmSettings]:
     for name, keys in content.items():
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise LayerselError(
-                f"--arms-file: {quote(name)} is not a name for an arm. Use letters, digits, and the characters _.@+-"
+                f"--arms-file: {quote(name)} is not a name for an arm. Use letters, digits, and the characters _.@+-, "
+                "and begin with a letter or a digit."
+            )
+        if name in TAKEN:
+            raise LayerselError(
+                f"--arms-file: {name} is the name of a file or folder that the command itself writes. Use another name."
             )
         if name in (LORA, RANDOM) or name.startswith(AT):
             raise LayerselError(f"--arms-file: {name} is the name of an arm of the command. Use another name.")

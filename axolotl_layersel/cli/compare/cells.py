@@ -23,6 +23,9 @@ CONFIG = "config.yml"
 MODEL = "model"  # the folder of a cell's run
 FOLDER = "compare"  # in the user's `output_dir`
 PREPARED = "prepared"  # the folder of the tokenised rows, if the user's file names none
+BEST = "best.yml"  # the user's file with the arm and the rate of the answer
+PAGE = "report.html"
+PICTURES = "pictures"  # the folder of the pictures next to the page
 MEASURE = "layersel_measure"  # the key of the measuring plugin
 HELD_OUT = 0.1  # the share of the training rows that are held out, if the user's file holds out none
 # Keys by their beginning: trackers, and uploads to a hub.

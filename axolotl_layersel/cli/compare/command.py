@@ -15,6 +15,7 @@ import yaml
 from axolotl_layersel.cli.compare import schedule
 from axolotl_layersel.cli.compare.arms import find_rank, make_arms
 from axolotl_layersel.cli.compare.cells import (
+    BEST,
     describe_held_out,
     find_comparison_folder,
     make_best,
@@ -30,7 +31,6 @@ from axolotl_layersel.config.textual import check_path, find_seed, read_mapping
 
 STEPS = 100
 SEEDS = 3
-BEST = "best.yml"
 UNITS = {"s": 1, "m": 60, "h": 3600}
 DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smh])+")
 INTERRUPTED = 130
@@ -93,9 +93,9 @@ def compare(config: Path, overrides: Mapping[str, Any], options: Options, launch
         return list_cells(settings, own, options.as_json)
     asked, folder = {**options.describe(launch), "learning_rate": own}, Path(settings.folder)
     course = Course(data, settings, own, Board(options.as_json), asked, limit, options.retry)
-    take_up(course, options)
     lock = RunLock.take(folder)
     try:
+        take_up(course, options)
         with stopping_in_order():
             course.run()
         course.save()

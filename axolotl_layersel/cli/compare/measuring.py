@@ -30,7 +30,7 @@ from axolotl_layersel.common.digests import hash_parts
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import read_parsed
 from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS
-from axolotl_layersel.config.strict_block import Block
+from axolotl_layersel.config.strict_block import Block, quote
 from axolotl_layersel.config.textual import read_yaml
 
 LEAST = 2  # rows of each part of the held-out rows
@@ -197,8 +197,14 @@ def read_general(path: str, tokenizer: Any, longest: int) -> Dataset:
     way_out = "Give a text file with a passage on each line, or JSON lines with the key `text`."
 
     def parse(content: str) -> list[str]:
-        lines = [line for line in content.splitlines() if line.strip()]
-        return [json.loads(line)["text"] for line in lines] if path.endswith((".jsonl", ".json")) else lines
+        if not path.endswith((".jsonl", ".json")):
+            return [line for line in content.splitlines() if line.strip()]
+        # Text in JSON may contain other ends of lines, such as U+2028.
+        texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
+        other = next((text for text in texts if not isinstance(text, str)), "")
+        if not isinstance(other, str):
+            raise ValueError(f"the text {quote(other)} is not a string")
+        return texts
 
     passages = read_parsed("--general", path, way_out, parse)
     rows = [tokenizer(passage)["input_ids"][:longest] for passage in passages]

@@ -20,6 +20,7 @@ from axolotl_layersel.cli.compare.answer import (
     show_mean,
     show_standing,
 )
+from axolotl_layersel.cli.compare.cells import PAGE, PICTURES
 from axolotl_layersel.cli.compare.figures import RANDOM, Comparison, Figures
 from axolotl_layersel.cli.compare.pictures import Picture, list_pictures
 from axolotl_layersel.cli.compare.summary import ArmSummary, Summary, summarise
@@ -33,8 +34,6 @@ from axolotl_layersel.reports.pictures import INSTALL, has_matplotlib, write_fig
 
 LOG = logging.getLogger("axolotl.layersel")
 
-PAGE = "report.html"
-PICTURES = "pictures"  # the folder of the pictures next to the page
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6067; --line: #d9dce1; --paper: #ffffff; --tint: #f3f5f8;
   --good: #00704f; --bad: #b3261e; }

@@ -155,14 +155,16 @@ def follow_parent(number: int) -> None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Stop a run with all of its processes, at last by force."""
+    """Stop a run with all of its processes, by force if it does not end or the user does not wait for it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(PATIENCE)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+    finally:  # also after a second Ctrl-C: the next start would find the run in its folder
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def describe_failure(text: str, code: int) -> str:
@@ -321,10 +323,11 @@ class Course:
                 self.settings = before.model_copy(update={"steps": found.real_steps})
                 self.board.say(f"compare: the run of the file has {found.real_steps} steps, so the runs have as many.")
             else:
-                self.notes.append(
+                note = (
                     f"The runs of {before.steps} steps are longer than the run of the file, which has "
                     f"{found.real_steps}, so they see rows more often."
                 )
+                self.notes = list(dict.fromkeys([*self.notes, note]))  # a time limit settles them a second time
         if self.limit is not None and self.costs:
             shorter = schedule.fit(self.settings, self.own, self.costs, self.limit)
             change = schedule.describe_change(self.settings, shorter)

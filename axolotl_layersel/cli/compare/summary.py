@@ -15,6 +15,7 @@ from axolotl_layersel.cli.compare.statistics import (
     find_loss_at,
     judge,
 )
+from axolotl_layersel.config.strict_block import as_mapping
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def summarise(comparison: Comparison) -> Summary:
 def is_drawn(comparison: Comparison, arm: str) -> bool:
     """Return whether an arm draws its layers at random, so that they change with the seed."""
     block = comparison.settings.arms[arm].keys.get("layersel")
-    selection = block.get("selection") if isinstance(block, dict) else None
-    return arm == RANDOM or (isinstance(selection, dict) and selection.get("method") == "random")
+    selection = as_mapping(as_mapping(block).get("selection"))
+    return arm == RANDOM or (selection.get("method") == RANDOM and selection.get("seed") is None)
 
 
 def collect_losses(

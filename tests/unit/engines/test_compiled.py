@@ -64,3 +64,13 @@ def test_a_compiled_run_has_the_graphs_of_plain_lora_and_its_own_losses(tmp_path
     expected, _ = train(tmp_path / "expected", config, False, **options)
     # Compiled code may add up in another order.
     assert list_losses(compiled) == pytest.approx(list_losses(expected), abs=1e-4)
+
+
+@pytest.mark.nightly
+def test_a_scaling_that_follows_the_rank_is_compiled_again_at_most_once_an_update(tmp_path):
+    config = LayerselConfig(l1ra=MOVED, scaling_exponent=0.5)
+    compiled, found = train(tmp_path / "compiled", config, True)
+    updates = RankHistory.read(tmp_path / "compiled").ranks.keys() - {0, 10}
+    assert 1 < found["graphs"] <= 1 + len(updates) and not found["breaks"]
+    expected, _ = train(tmp_path / "expected", config, False)
+    assert list_losses(compiled) == pytest.approx(list_losses(expected), abs=1e-4)

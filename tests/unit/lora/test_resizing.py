@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +25,12 @@ BOUNDS = {"min_rank": 1, "max_rank": 6}
 RANKED = {"method": "fisher", "granularity": "module", "rank_allocation": "score", "num_samples": 8, **BOUNDS}
 
 
-def prepare(folder, exponent, chosen: dict | None = None, continues_adapter: bool = False, model=None, **lora):
-    trainer = make_trainer(model or make_lora(make_small_llama(), **lora), folder, max_steps=3)
+def prepare(
+    folder, exponent, chosen: dict | None = None, continues_adapter: bool = False, model=None, l1ra=None, **lora
+):
+    trainer = make_trainer(model or make_lora(make_small_llama(), **lora), folder, max_steps=3 if l1ra is None else 12)
     settings = SelectionConfig(**(chosen or RANKED))
-    block = LayerselConfig(selection=settings, scaling_exponent=exponent)
+    block = LayerselConfig(selection=settings, l1ra=l1ra, scaling_exponent=exponent)
     return trainer, prepare_trainer(trainer, block, continues_adapter=continues_adapter)
 
 
@@ -133,8 +136,9 @@ def test_a_plan_and_an_adapter_that_are_used_again_keep_the_scaling(tmp_path):
 
 
 def test_an_exponent_that_a_plan_without_ranks_leaves_unread_is_named(tmp_path, caplog):
-    prepare(tmp_path / "first", None, {"method": "first", "ratio": 0.5})
+    prepare(tmp_path / "first", 0.25, {"method": "first", "ratio": 0.5}, l1ra={})
     path = str(tmp_path / "first" / "layersel" / "plan.json")
+    assert json.loads(Path(path).read_text())["scaling_exponent"] == 0.25
     trainer, reused = prepare(tmp_path / "again", 0.5, {"method": "first", "plan": path})
     assert "layersel.scaling_exponent: 0.5 is not read, because the plan gives every module lora_r" in caplog.text
     assert reused.scaling_exponent == 0

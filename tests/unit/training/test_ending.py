@@ -23,7 +23,7 @@ from axolotl_layersel.config.root import LayerselArgs, LayerselConfig
 from axolotl_layersel.config.textual import DEFAULT_OUTPUT, LOG_FILE, PLUGIN, check_text
 from axolotl_layersel.training import ending, startup
 from axolotl_layersel.training.ending import COLLECTOR, Ending, describe_error, find_sentences
-from axolotl_layersel.training.startup import find_command, find_file
+from axolotl_layersel.training.startup import find_command, find_file, takes_block
 
 GOOD = {"plugins": [PLUGIN], **selection()}
 
@@ -67,6 +67,21 @@ def test_what_is_relied_on_of_axolotl_and_torch_is_there():
 )
 def test_the_commands_of_axolotl_are_known_by_their_command_line(argv, original, found):
     assert find_command(argv, original) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "takes"),
+    [
+        ("train a.yml --learning-rate 1e-4", True),
+        ("evaluate a.yml", False),
+        ("train a.yml --sweep sweep.yml", False),
+        ("train a.yml --sweep=sweep.yml", False),
+        ("train a.yml --layersel.l1ra={}", False),
+    ],
+)
+def test_a_command_that_replaces_the_block_is_not_checked_by_its_file(arguments, takes):
+    name, *others = arguments.split()
+    assert takes_block(name, others) == takes
 
 
 def test_the_file_is_found_among_the_arguments(tmp_path, monkeypatch):

@@ -15,8 +15,9 @@ from axolotl_layersel.cli.compare.answer import (
     format_figure,
     format_interval,
 )
+from axolotl_layersel.cli.compare.figures import ArmSettings
 from axolotl_layersel.cli.compare.statistics import BETTER, Difference, Interval
-from axolotl_layersel.cli.compare.summary import summarise
+from axolotl_layersel.cli.compare.summary import is_drawn, summarise
 
 FULL = {"gradient": -0.03, "cka": 0.012, "random": 0.1, "lora@32": -0.012, "lora@4": 0.001}
 
@@ -262,3 +263,10 @@ def test_numbers_fit():
         "999",
         "1,234",
     ]
+
+
+@pytest.mark.parametrize(("block", "drawn"), [({"method": "random"}, True), ({"method": "random", "seed": 7}, False)])
+def test_an_own_arm_of_random_layers_scatters_only_if_the_seed_draws_them(block, drawn):
+    comparison = make_comparison(plant({"cka": 0.0}))
+    comparison.settings.arms["cka"] = ArmSettings(keys={"layersel": {"selection": block}}, choosing=False)
+    assert is_drawn(comparison, "cka") == drawn

@@ -50,6 +50,12 @@ def test_settings_of_the_file_apply_to_other_methods_where_these_have_them():
     assert random == {"method": "random", "rank_allocation": "match", "ratio": 0.25, "candidates": [0, 1, 2, 3]}
 
 
+def test_the_random_control_draws_anew_with_each_seed():
+    block = {"method": "random", "ratio": 0.5, "seed": 7}
+    arms = make_arms(["random"], {**FILE, "layersel": {"selection": block}})
+    assert arms["random"].keys == {"layersel": {"selection": {"method": "random", "ratio": 0.5}}}
+
+
 def test_the_scaling_follows_the_rank_in_all_arms_whose_ranks_differ():
     block = {"selection": {"method": "gradient"}, "scaling_exponent": 0.5}
     arms = make_arms(["lora", "lora@32", "gradient", "cka", "l1ra", "random"], {**FILE, "layersel": block})
@@ -117,6 +123,8 @@ def test_own_arms_come_from_a_file_and_replace_the_defaults(tmp_path):
         ("[]", "is not a mapping of arms"),
         ("a: {", "is not valid YAML"),
         ("a/b: {lora_r: 4}", "'a/b' is not a name for an arm"),
+        ("..: {lora_r: 4}", "'..' is not a name for an arm"),
+        ("best.yml: {lora_r: 4}", "best.yml is the name of a file or folder that the command itself writes"),
         ("lora: {lora_r: 4}", "lora is the name of an arm of the command"),
         ("a: {}", "the arm a sets no keys"),
         ("a: {seed: 1}", "the arm a sets seed, which is the same in all arms"),

@@ -1,6 +1,8 @@
 """The options of the command, and what it refuses before any run."""
 
 import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from axolotl_layersel.cli.compare.figures import Comparison
 from axolotl_layersel.cli.compare.running import Board, Course
 from axolotl_layersel.cli.main import app
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.training.lock import FILE as LOCK
+from axolotl_layersel.training.lock import Owner, find_start
 
 
 def write_file(folder: Path, **values) -> Path:
@@ -126,6 +130,20 @@ def test_a_second_start_on_other_processes_is_refused(tmp_path):
     again = make_course(tmp_path, Options(), launch=["--launcher", "torchrun"])
     with pytest.raises(LayerselError, match="arguments of the launcher: '', now '--launcher torchrun'"):
         command.take_up(again, Options())
+
+
+def test_a_comparison_that_another_process_runs_is_not_read(tmp_path):
+    """Its settings may change until it ends."""
+    path = write_file(tmp_path, output_dir=str(tmp_path))
+    save_first(tmp_path, Options())
+    parent = os.getppid()
+    owner = replace(Owner.current(), process=parent, process_start=find_start(parent))
+    held = tmp_path / "compare" / LOCK
+    held.write_text(json.dumps(asdict(owner)))
+    assert LOCK in invoke(str(path), "--launcher", "torchrun", code=1)
+    held.unlink()
+    assert "arguments of the launcher" in invoke(str(path), "--launcher", "torchrun", code=1)
+    assert not held.exists()
 
 
 def test_the_comparison_is_read_back_as_it_was_written(tmp_path):

@@ -62,9 +62,12 @@ def test_general_text_is_a_line_each_or_json(tmp_path):
     assert rows["input_ids"] == rows["labels"] == [[0, 1], [0, 1]], "cut, and without the row of one token"
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "a b\nc"}) + "\n")
     assert read_general(str(tmp_path / "text.jsonl"), tokenizer, 9)["input_ids"] == [[0, 1, 2]]
-    (tmp_path / "wrong.jsonl").write_text(json.dumps({"content": "a b"}) + "\n")
-    with pytest.raises(LayerselError, match=r"--general: .*wrong\.jsonl is damaged"):
-        read_general(str(tmp_path / "wrong.jsonl"), tokenizer, 9)
+    (tmp_path / "text.jsonl").write_text('{"text": "a\u2028b c"}\r\n\n{"text": "a\x85b"}', "utf-8")
+    assert read_general(str(tmp_path / "text.jsonl"), tokenizer, 9)["input_ids"] == [[0, 1, 2], [0, 1]]
+    for content, fault in (({"content": "a b"}, ""), ({"text": 5}, r" \(ValueError: the text 5 is not a string\)")):
+        (tmp_path / "wrong.jsonl").write_text(json.dumps(content) + "\n")
+        with pytest.raises(LayerselError, match=rf"--general: .*wrong\.jsonl is damaged{fault}"):
+            read_general(str(tmp_path / "wrong.jsonl"), tokenizer, 9)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(LayerselError, match="has no text"):
         read_general(str(tmp_path / "empty.txt"), tokenizer, 9)

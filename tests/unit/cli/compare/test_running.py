@@ -95,6 +95,22 @@ def test_a_signal_stops_the_run_with_its_children(number, tmp_path, request):
     assert signal.getsignal(number) is signal.default_int_handler, "the block restores it"
 
 
+def test_a_second_signal_ends_a_run_that_takes_long_to_stop(tmp_path, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    log = tmp_path / "log.txt"
+    timers = [threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)) for delay in (0.5, 1.0)]
+    for timer in timers:
+        timer.start()
+    with pytest.raises(Stopped), stopping_in_order():
+        launch(["bash", "-c", "trap '' TERM; echo $$; while :; do sleep 0.1; done"], log)
+    for timer in timers:
+        timer.join()
+    process = int(log.read_text())
+    request.addfinalizer(lambda: is_alive(process) and os.killpg(process, signal.SIGKILL))
+    assert not is_alive(process)
+
+
 def test_an_ignored_signal_stays_ignored(request):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
@@ -144,6 +160,18 @@ def test_more_steps_than_the_run_has_are_a_note_if_they_were_asked_for(tmp_path)
     assert course.make_comparison().notes == [
         "The runs of 100 steps are longer than the run of the file, which has 30, so they see rows more often."
     ]
+
+
+def test_the_course_has_a_note_once_although_a_time_limit_settles_it_twice(tmp_path):
+    # As after a kill between the figures of the first run and those of the comparison.
+    course = make_course(tmp_path, asked={"steps": 100}, limit=1e6)
+    course.take(FIRST, make_figures(FIRST, 1.0, real_steps=30))
+    assert not course.is_settled
+    course.costs["lora"] = Cost(start=10, step=0.1)
+    second = Cell("lora", 1e-4, 42, 50)
+    course.take(second, make_figures(second, 1.0, real_steps=30))
+    assert course.is_settled
+    assert len(course.notes) == 1
 
 
 def test_a_time_limit_is_kept_after_the_first_run(tmp_path):

@@ -34,9 +34,9 @@ BLOCKS = {
 }
 
 
-def prepare(folder, block: dict, **arguments):
+def prepare(folder, block: dict, use_rslora: bool = False, **arguments):
     """Return a prepared trainer of a real model."""
-    model = make_lora(make_small_llama(LAYERS), task_type="CAUSAL_LM")  # as Axolotl says
+    model = make_lora(make_small_llama(LAYERS), task_type="CAUSAL_LM", use_rslora=use_rslora)  # as Axolotl says
     trainer = make_trainer(model, folder, **{"max_steps": 12, **arguments})
     prepare_trainer(trainer, LayerselConfig(**block["layersel"]))
     return trainer
@@ -260,6 +260,37 @@ def test_readers_are_those_of_an_adapter_whose_scaling_follows_the_rank(tmp_path
     readers = find_readers(read_adapter_file(tmp_path, LAYERS), paths)
     assert (told["right"], told["export_for"]) == (readers.right, readers.export_for)
     assert ("vLLM" in readers.right, "llama.cpp" in readers.right) == (exponent == 0, exponent == 1)
+
+
+SCORED = {"granularity": "module", "rank_allocation": "score", "num_samples": 8, "min_rank": 1, "max_rank": 6}
+EVEN = {"rank_allocation": "match", "num_layers": 3}  # twice the rank in half of the layers
+UNEVEN = {"rank_allocation": "match", "num_layers": 5}
+RANKED = {
+    "score": selection("fisher", **SCORED),
+    "even": selection("last", **EVEN),
+    "uneven": selection("last", **UNEVEN),
+    "even by a bound": selection("last", **UNEVEN, max_rank=4),
+    "with frozen modules": selection("last", **EVEN, unselected="freeze"),
+    "modules of different sizes": selection("random", granularity="module", ratio=0.4, rank_allocation="match"),
+}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("name", RANKED)
+def test_readers_are_those_of_an_adapter_with_the_ranks_of_a_choice(tmp_path, name, use_rslora):
+    trainer = prepare(tmp_path, RANKED[name], use_rslora)
+    trainer.save_model()
+    case = make_case(make_small_llama(LAYERS), **RANKED[name], peft_use_rslora=use_rslora)
+    readers = find_readers(read_adapter_file(tmp_path, LAYERS), case.model.stack.paths)
+    told = collect(serving.describe_serving(case, case.model))
+    assert (told["right"], told.get("export_for")) == (readers.right, readers.export_for)
+    assert ("llama.cpp" in readers.right) == name.startswith("even")
+
+
+def test_the_readers_of_an_adapter_with_the_ranks_of_a_plan_are_left_open():
+    case = make_case(make_small_llama(LAYERS), **selection("last", plan="plan.json"))
+    (fact,) = serving.describe_serving(case, case.model)
+    assert (fact.value, fact.text[:23]) == (None, "The ranks of the plan d")
 
 
 def test_targets_are_those_of_the_real_adapter(tmp_path):
