@@ -349,7 +349,7 @@ class RankProbe(TrainerCallback):
         self.trainer, self.ranks = trainer, ranks
         self.folder = Path(trainer.args.output_dir)
         self.tensors, self.gates, self.waiting = {}, {}, {}
-        self.survivors, self.collectives = 0.0, {}
+        self.survivors, self.collectives, self.rescaled = 0.0, {}, {}
         self.upstream_apply, ranks.apply = ranks.apply, self.apply
         for name, module in ranks.modules.items():
             for side in ("lora_A", "lora_B"):
@@ -387,6 +387,7 @@ class RankProbe(TrainerCallback):
             self.upstream_apply(moves, step, training)
         self.collectives[step] = communication.get_total_counts()
         after, now = self.collect(), self.read_scalings()
+        self.rescaled[step] = sum(now[name] != scalings[name] for name in now)
         for (name, side, kind), value in after.items():
             changed = sorted({*moves.pruned.get(name, ()), *moves.added.get(name, ())})
             kept = [i for i in range(self.ranks.components.max_rank) if i not in changed]
@@ -444,7 +445,7 @@ class RankProbe(TrainerCallback):
         if args.process_index == 0:
             save_file(self.tensors, self.folder / "rows.safetensors")
             record = {"gates": self.gates, "survivors_changed_by": self.survivors, "collectives": self.collectives}
-            record["optimizer"] = describe_optimizer(self.trainer)
+            record.update(optimizer=describe_optimizer(self.trainer), rescaled=self.rescaled)
             (self.folder / "ranks.json").write_text(json.dumps(record))
 
 
