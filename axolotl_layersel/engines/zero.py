@@ -9,7 +9,9 @@ Relied on beyond documented interfaces (``tests/unit/engines/test_zero.py`` fail
   gathered has no elements; one below ``stage3_param_persistence_threshold`` stays gathered.
 * deepspeed 0.18.9: under ZeRO-3 ``safe_get_local_*`` and ``safe_set_local_*`` access the padded part of the fp32 master
   and of the optimizer's state. Under ZeRO-1 and 2 ``_hp_mapping`` is None, or ``get_hp_fragment`` returns this rank's
-  part, not a copy, which starts at ``lp_fragment_address.start`` of the flat parameter.
+  part, not a copy, which starts at ``lp_fragment_address.start`` of the flat parameter. ``step`` links the parts of the
+  optimizer's state after it has stepped the first group of parameters, so those of other groups, as LoRA+ makes, stay
+  unlinked. ``single_partition_of_fp32_groups`` has the weights by which the optimizer stores the state of each group.
 * deepspeed 0.18.9: a second ZeRO-3 engine over the same parameters fails unless their ``ds_active_sub_modules`` were
   cleared and the first engine's ``empty_partition_cache`` was called. ``destroy`` leaves ``module_forward_pre_hook``
   and ``module_forward_post_hook`` on the module, and under ZeRO-3 ``_z3_optimizer`` on each parameter, which keep the
@@ -147,7 +149,13 @@ class ZeroEngine(DeepSpeedEngine):
             LayerselError: if DeepSpeed has no fp32 state of the parameter.
         """
         mapping = get_mapping(parameter)
-        return None if mapping is None else {**find_maps(optimizer.state), **mapping.optim_fragment}
+        if mapping is None:
+            return None
+        if not mapping.optim_fragment:
+            zero: Any = self.trainer.model_wrapped
+            held = zero.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            mapping.set_optim_state_fragment(held, optimizer.state[held])
+        return {**find_maps(optimizer.state), **mapping.optim_fragment}
 
     def edit_state(self, parameter: torch.Tensor, edit: Edit, moment: str | None) -> None:
         """Edit this rank's part of a parameter's fp32 master, or of the Adam moment named ``moment``.

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ class RankRedistribution:
         settings = self.settings
         self.update_steps = set(plan_updates(steps, settings))
         self.rule = RULES[settings.rule](settings, steps)
+        if self.exponent and self.run.trainer.args.torch_compile:
+            self.vary_scalings()
         if collectives.get_rank() == 0:
             self.announce(steps)
             self.history.write(self.run.output_dir)
@@ -294,6 +297,17 @@ class RankRedistribution:
             for name, (scaling, rank) in self.starts.items()
         }
         return {name: new for name, new in scalings.items() if new != self.modules[name].scaling[adapter]}
+
+    def vary_scalings(self) -> None:
+        """Change all scalings by their last bit, which fp32 rounds away, until the first update corrects them.
+
+        torch.compile (2.13.0) compiles again when a number changes for the first time, and from then on takes it as an
+        input. Otherwise every update would compile again, for the modules that it is the first one to change.
+        """
+        adapter = self.run.adapter
+        self.set_scalings(
+            {name: math.nextafter(module.scaling[adapter], math.inf) for name, module in self.modules.items()}
+        )
 
     def set_scalings(self, scalings: Mapping[str, float]) -> None:
         """Set the scalings of modules, but not their weights."""

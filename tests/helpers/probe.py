@@ -338,6 +338,10 @@ def by_component(tensor: torch.Tensor, side: str) -> torch.Tensor:
     return tensor if side == "lora_A" else tensor.T
 
 
+# By kind of value: the power of its scaling that a value of B is proportional to.
+POWERS = {"weight": -1, "master": -1, "exp_avg": 1, "exp_avg_sq": 2}
+
+
 class RankProbe(TrainerCallback):
     """Records every update of ranks, and the weights in the first forward pass after it."""
 
@@ -345,7 +349,7 @@ class RankProbe(TrainerCallback):
         self.trainer, self.ranks = trainer, ranks
         self.folder = Path(trainer.args.output_dir)
         self.tensors, self.gates, self.waiting = {}, {}, {}
-        self.survivors, self.collectives = 0.0, {}
+        self.survivors, self.collectives, self.rescaled = 0.0, {}, {}
         self.upstream_apply, ranks.apply = ranks.apply, self.apply
         for name, module in ranks.modules.items():
             for side in ("lora_A", "lora_B"):
@@ -369,21 +373,28 @@ class RankProbe(TrainerCallback):
                     state[name, side, moment] = gather_moment(self.trainer, weight, moment).cpu()
         return state
 
+    def read_scalings(self):
+        return {name: module.scaling[self.ranks.run.adapter] for name, module in self.ranks.modules.items()}
+
     def apply(self, moves, step, training=True):
         if not training:
             return self.upstream_apply(moves, step, training)
         self.gates[step] = {
             name: list(module.gates.values()) for name, module in self.ranks.components.describe_modules().items()
         }
-        before = self.collect()
+        before, scalings = self.collect(), self.read_scalings()
         with CommDebugMode() as communication:
             self.upstream_apply(moves, step, training)
         self.collectives[step] = communication.get_total_counts()
-        after = self.collect()
+        after, now = self.collect(), self.read_scalings()
+        self.rescaled[step] = sum(now[name] != scalings[name] for name in now)
         for (name, side, kind), value in after.items():
             changed = sorted({*moves.pruned.get(name, ()), *moves.added.get(name, ())})
             kept = [i for i in range(self.ranks.components.max_rank) if i not in changed]
-            difference = (by_component(value, side)[kept] - by_component(before[name, side, kind], side)[kept]).abs()
+            # A scaling that follows the rank changes B by the inverse factor, and its moments with its gradient.
+            factor = (now[name] / scalings[name]) ** POWERS[kind] if side == "lora_B" else 1.0
+            expected = by_component(before[name, side, kind], side)[kept] * factor
+            difference = (by_component(value, side)[kept] - expected).abs()
             self.survivors = max(self.survivors, float(difference.max()))
             if changed:
                 key = f"{step}/{name}"
@@ -434,7 +445,7 @@ class RankProbe(TrainerCallback):
         if args.process_index == 0:
             save_file(self.tensors, self.folder / "rows.safetensors")
             record = {"gates": self.gates, "survivors_changed_by": self.survivors, "collectives": self.collectives}
-            record["optimizer"] = describe_optimizer(self.trainer)
+            record.update(optimizer=describe_optimizer(self.trainer), rescaled=self.rescaled)
             (self.folder / "ranks.json").write_text(json.dumps(record))
 
 

@@ -23,11 +23,11 @@ VOCABULARY, LAYER_COUNT = 97, 4
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 PROMPTS = [[3, 14, 15, 9, 26, 5, 35, 89, 79, 32], [7, 81, 42, 11], list(range(40, 60))]
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Half of the layers with one rank, ranks by score, and ranks that also move in training.
+# Half of the layers with one rank, ranks by score, and ranks that also move in training, followed by the scaling.
 BLOCKS: dict[str, dict] = {
     "half": {"selection": {"method": "cka", "ratio": 0.5, "rank_allocation": "same", "num_samples": 16}},
     "gradient": {"selection": {"method": "gradient", "num_samples": 16, "budget": 0.5}},
-    "gradient+l1ra": {"selection": {"method": "gradient", "num_samples": 16}, "l1ra": {}},
+    "gradient+l1ra": {"selection": {"method": "gradient", "num_samples": 16}, "l1ra": {}, "scaling_exponent": 0.5},
 }
 IGNORED = 0.1  # the least by which an adapter that is ignored shows in the log-probabilities
 EXACT = 1e-4  # the most by which two programs in fp32 differ

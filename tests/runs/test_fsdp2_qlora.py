@@ -13,9 +13,13 @@ ENGINES = ["fsdp2-full-everywhere", "fsdp2-sharded"]
 QLORA = {"adapter": "qlora", "load_in_4bit": True, "max_steps": 4}
 BLOCKS = {
     "last": selection("last"),
-    # Updates after steps 1, 2 and 3.
+    # Updates after steps 1, 2 and 3, which the scaling follows.
     "cka and l1ra": {
-        "layersel": {**selection("cka")["layersel"], **l1ra(update_ratio=0.25, last_update_ratio=0.8)["layersel"]}
+        "layersel": {
+            **selection("cka")["layersel"],
+            **l1ra(update_ratio=0.25, last_update_ratio=0.8)["layersel"],
+            "scaling_exponent": 0.5,
+        }
     },
     "flexora": selection("flexora", flexora={"steps": 4, "val_samples": 8}),
 }

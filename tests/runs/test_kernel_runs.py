@@ -29,13 +29,13 @@ def test_a_run_that_chooses_trains_with_the_kernels_as_one_that_is_given_its_pla
     assert all(choice["score"] for choice in chosen.plan["layers"])
 
 
-# Updates of rank after steps 2, 4, 6 and 8.
+# Updates of rank after steps 2, 4, 6 and 8, which the scaling follows.
 MOVING = {
     "lora_target_modules": TARGETS,
     "max_steps": 10,
     "num_epochs": 2,
     "save_steps": 4,
-    **pressure(update_ratio=0.2),
+    "layersel": {**pressure(update_ratio=0.2)["layersel"], "scaling_exponent": 0.5},
 }
 
 

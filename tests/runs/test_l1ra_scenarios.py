@@ -176,10 +176,12 @@ def test_small_parameters_that_zero3_keeps_whole_are_written_too(train, runs, tm
 @pytest.mark.nightly
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bf16_weights_and_their_fp32_masters_are_both_written(train, tmp_path, stage):
+    """LoRA+ puts A and B into two groups of parameters. The scaling follows the rank, so all of B is written."""
     config = {**deepspeed_config(stage), "bf16": {"enabled": True}}
     path = tmp_path / "bf16.json"
     path.write_text(json.dumps(config))
-    run = train(f"zero{stage}", **{**SETTINGS, "deepspeed": str(path), "bf16": True})
+    block = {"layersel": {**SETTINGS["layersel"], "scaling_exponent": 0.5}}
+    run = train(f"zero{stage}", **{**SETTINGS, **block, "deepspeed": str(path), "bf16": True, "loraplus_lr_ratio": 4})
     rows, record = load_file(run.folder / "rows.safetensors"), json.loads((run.folder / "ranks.json").read_text())
     assert record["survivors_changed_by"] == 0
     drawn = [name for name in rows if name.endswith("/drawn")]

@@ -90,31 +90,6 @@ def test_rank_moves_on_from_the_ranks_of_the_plan(train, whole_runs, engine):
 
 
 @pytest.fixture(scope="module")
-def runs_that_follow(train) -> dict[str, Run]:
-    """Runs whose scaling follows the ranks that the plan gives and that l1ra moves."""
-    blocks = {
-        **selection("gradient", max_rank=8)["layersel"],
-        **l1ra(update_ratio=0.2, move_ratio=0.3, last_update_ratio=1.0)["layersel"],
-        "scaling_exponent": 0.5,
-    }
-    settings = {**SETTINGS, "layersel": blocks, "max_steps": 10, "save_steps": 5}
-    return MadeOnce(lambda engine: train(engine, **settings))
-
-
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2-sharded"])
-@pytest.mark.nightly
-def test_every_engine_lets_the_scaling_follow_moved_ranks_as_one_process_does(runs_that_follow, engine):
-    alone, run = runs_that_follow["single"], runs_that_follow[engine]
-    assert run.engine["engine"] == engine.split("-")[0]
-    assert run.plan["scaling_exponent"] == 0.5
-    assert run.ranks() == alone.ranks()
-    assert len({tuple(ranks.values()) for ranks in run.ranks().values()}) > 2, "rank moves more than once"
-    assert difference(run.adapter("checkpoint-5"), alone.adapter("checkpoint-5")) < 1e-3
-    assert difference(run.adapter(), alone.adapter()) < 1e-3
-    assert run.losses() == pytest.approx(alone.losses(), abs=2e-4)
-
-
-@pytest.fixture(scope="module")
 def limited_runs(train) -> dict[str, Run]:
     """Runs with a limit on the time of a step, which are long enough for it to be measured."""
     settings = {**selection("gradient", time=0.75), "max_steps": 24, "save_steps": 24}

@@ -1,5 +1,7 @@
 """Runs that choose layers and their ranks and move rank, stopped in every way and resumed, on every engine."""
 
+import json
+
 import pytest
 import torch
 from helpers.ending import CLOSING
@@ -15,15 +17,18 @@ from helpers.launched import (
 )
 from helpers.places import ENGINES, sets_of_engines
 from helpers.settings import BEST_IS_FIRST, checkpoint_layers, l1ra, selection
+from safetensors.torch import load_file
 
 SHARDED_BY = "zero3"  # in `make test`
 
-# Rank moves after steps 2, 4, 6 and 8 between modules with ranks by gradient. Worker processes load data, and
-# checkpointing recomputes layers in the backward pass.
+# Rank moves after steps 2, 4, 6 and 8 between modules with ranks by gradient, and the scaling of a module follows its
+# rank; in test_l1ra_runs.py it stays. Worker processes load data, and checkpointing recomputes layers in the backward
+# pass.
 SETTINGS = {
     "layersel": {
         **selection("gradient", budget=0.5, max_rank=8)["layersel"],
         **l1ra(update_ratio=0.2, last_update_ratio=0.8, move_ratio=0.2)["layersel"],
+        "scaling_exponent": 0.5,
     },
     "max_steps": 10,
     "num_epochs": 2,
@@ -74,6 +79,26 @@ def test_every_engine_gives_and_moves_rank_as_one_process_does(whole_runs, engin
     assert len({tuple(ranks.values()) for ranks in history.values()}) > 2, "ranks moved more than once"
     assert history[10] == history[2], "the best checkpoint is the first one"
     assert run.losses() == pytest.approx(alone.losses(), abs=2e-5)
+    assert difference(run.adapter("checkpoint-10"), alone.adapter("checkpoint-10")) < 1e-3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_update_changes_b_and_its_moments_as_the_scaling_changes(whole_runs, engine):
+    run = whole_runs[engine]
+    assert run.plan["scaling_exponent"] == 0.5
+    record = json.loads((run.folder / "ranks.json").read_text())
+    assert all(record["rescaled"][str(step)] > 2 for step in UPDATES), "modules with another scaling than before"
+    assert record["survivors_changed_by"] == 0
+
+
+@pytest.mark.nightly
+def test_stock_peft_computes_what_the_model_in_training_computes(whole_runs, base_model, tmp_path):
+    places = (".", "checkpoint-6", "checkpoint-10")
+    folders = [whole_runs[engine].folder / place for engine in ENGINES for place in places]
+    stock = load_with_stock_peft(base_model, folders, tmp_path)
+    for folder in folders:
+        trained = load_file(folder / "logits.safetensors")["logits"]
+        assert float((stock[str(folder)] - trained).abs().max()) <= 1e-5, folder
 
 
 @pytest.mark.parametrize("engine", ENGINES)

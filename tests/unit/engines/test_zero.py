@@ -32,6 +32,20 @@ def test_each_rank_holds_its_part_of_what_deepspeed_splits_where_an_edit_looks_f
     assert "param.ds_tensor.copy_(src_tensor)" in source
 
 
+def test_deepspeed_links_the_state_of_the_first_group_of_parameters_only():
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils import mixed_precision_linkage
+
+    source = inspect.getsource(DeepSpeedZeroOptimizer._optimizer_step)
+    stepped = source.index("self.optimizer.param_groups = [original_param_groups[group_no]]")
+    assert stepped < source.index("self._lazy_init_hp_params_optimizer_state()"), "after the step of one group"
+    source = inspect.getsource(DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state)
+    assert "if not self._hp_optimizer_states_linked:" in source
+    assert "self.single_partition_of_fp32_groups[i]" in source
+    source = inspect.getsource(mixed_precision_linkage.lazy_init_hp_params_optimizer_state)
+    assert "set_optim_state_fragment(flat_hp_partition, optimizer_state[flat_hp_partition])" in source
+
+
 def test_what_holds_a_deepspeed_engine_that_was_destroyed_is_let_go_of():
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3

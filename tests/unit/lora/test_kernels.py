@@ -23,6 +23,8 @@ from axolotl_layersel.lora.kernels import (
     make_kernels_accept_bare_modules,
     without_fused_lora,
 )
+from axolotl_layersel.lora.modules import find_lora_modules
+from axolotl_layersel.lora.resizing import set_scaling
 from axolotl_layersel.plugin import LayerSelectionPlugin
 from axolotl_layersel.training.prepare import prepare_trainer
 
@@ -159,6 +161,21 @@ def test_kernels_compute_with_gates_as_the_modules_do(make_fused, components, se
     assert expected["gates"].abs().min() > 0
     # Both compute in fp32, in another order.
     assert find_largest_difference(found, expected) <= 1e-5
+
+
+def test_kernels_read_the_scaling_at_every_call(make_fused):
+    """It changes when rank moves, if it follows the rank."""
+    assert give_gates_to_kernels()
+    model = make_fused(TARGETS + MLP, ALL_ON)
+    gates = attach_gates(model, 4)
+    before = differentiate(model, gates)
+    modules = find_lora_modules(model.base_model.model, "default")
+    for place, module in enumerate(modules.values()):
+        set_scaling(module, "default", module.scaling["default"] * (1 + place / len(modules)))
+    found = differentiate(model, gates)
+    assert find_largest_difference(found, before) > 0.1
+    with without_fused_lora(model):
+        assert find_largest_difference(found, differentiate(model, gates)) <= 1e-5
 
 
 def test_kernels_drop_out_with_gates_as_they_do_with_matrices_that_are_multiplied_by_them(make_fused):
