@@ -130,8 +130,11 @@ All tests ran on a CPU. [Engines](engines.md) says what was tested with several 
 
 
 REGIMES_HEAD = """\
-<!-- Made by docs/generate.py from the runs in benchmarks/results/regimes. -->
 # Results by regime
+
+<!-- Made by docs/generate.py from the runs in benchmarks/results/regimes. -->
+
+After this page you know how each choice of layers and ranks compares with plain LoRA, by rank, rows and epochs.
 
 Each section is one model, one size of the training set, one length of training and one rank. The learning rate of an
 arm is the best on validation rows of those that were tried, and rates are added while the best one is at their edge. A

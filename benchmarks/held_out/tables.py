@@ -164,6 +164,8 @@ def describe_regime(runs: list[dict[str, Any]], rivals: Sequence[str]) -> list[s
     arms = {name: choose_runs(group) for name, group in group_by_arm(runs).items()}
     lines = [f"## {describe_setting(runs[0])}", ""]
     titles = {name: title for name, title in SHOWN.items() if is_measured(runs, name)}
+    if all(run.get("test_best") == run["test"] for run in runs):
+        titles.pop("test_best", None)  # every run was evaluated only at its end, or was best there
     ordered = sorted(arms, key=lambda name: find_mean(arms[name][0], "test"))
     rows = []
     for name in ordered:
@@ -270,6 +272,8 @@ def draw_regime(runs: list[dict[str, Any]], path: Path) -> None:
                 panel.errorbar(x, statistics.mean(pairs), half, label=name, **look)
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set(xlabel=title)
+        if column != "forgetting":
+            panel.set_xlim(0, 1.1 * max(run[column] for by_seed in sums.values() for run in by_seed))
     figure.axes[0].set(ylabel="loss of held-out answers, less LoRA's")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)

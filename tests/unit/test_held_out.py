@@ -337,6 +337,12 @@ def test_each_regime_has_a_picture_whose_points_are_less_those_of_lora(tmp_path)
     assert "forgetting" not in (tmp_path / "other.svg").read_text()
 
 
+def test_runs_that_are_measured_only_at_their_end_have_no_best_loss():
+    runs = [make_run(arm, seed=seed, test_best=2.0) for arm in ("lora", "cka") for seed in range(2)]
+    assert "loss at its best" not in "\n".join(describe_regime(runs, ["lora"]))
+    assert "loss at its best" in "\n".join(describe_regime([*runs, make_run("eva", test_best=1.9)], ["lora"]))
+
+
 def test_a_rival_is_averaged_over_the_seeds_that_all_its_draws_have():
     runs = [make_run("random", seed=seed, loss=2.0) for seed in range(2)]
     runs.append(make_run("random draw2", seed=1, loss=3.0))
