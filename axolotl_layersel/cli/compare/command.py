@@ -21,6 +21,7 @@ from axolotl_layersel.cli.compare.cells import (
     make_best,
 )
 from axolotl_layersel.cli.compare.figures import COMPARISON, ArmSettings, Comparison, Settings, read_record
+from axolotl_layersel.cli.compare.general import read_passages
 from axolotl_layersel.cli.compare.running import Board, Course, Stopped, stopping_in_order
 from axolotl_layersel.cli.overrides import apply_overrides
 from axolotl_layersel.common.errors import LayerselError, warning_instead
@@ -190,6 +191,8 @@ def make_settings(
     """Return the settings of the comparison, before the first cell has said how long the run is."""
     if options.general is not None and not options.general.is_file():
         raise LayerselError(f"--general: {options.general} does not exist. Give a file of general text.")
+    if options.general is not None:
+        read_passages(str(options.general))  # what is wrong with it is told before anything trains
     seed, longest = find_seed(data), as_whole(data.get("max_steps"))
     return Settings(
         yaml=str(config),

@@ -26,11 +26,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from axolotl_layersel.cli.compare.cells import find_digest, list_metrics
 from axolotl_layersel.cli.compare.figures import FIGURES, CurvePoint, Figures, write_record
+from axolotl_layersel.cli.compare.general import WAY_OUT, read_passages
 from axolotl_layersel.common.digests import hash_parts
 from axolotl_layersel.common.errors import LayerselError
-from axolotl_layersel.common.files import read_parsed
 from axolotl_layersel.config.gate_requirements import GENERATING_TRAINERS
-from axolotl_layersel.config.strict_block import Block, quote
+from axolotl_layersel.config.strict_block import Block
 from axolotl_layersel.config.textual import read_yaml
 
 LEAST = 2  # rows of each part of the held-out rows
@@ -184,33 +184,20 @@ def hash_rows(*parts: Dataset) -> str:
 
 
 def read_general(path: str, tokenizer: Any, longest: int) -> Dataset:
-    """Return general text as rows: each line of a text file, or the ``text`` of each line of JSON.
+    """Return general text as rows, see ``read_passages``.
 
     Args:
-        path: the file. Its name says whether it is JSON lines.
+        path: the file.
         tokenizer: of the run.
         longest: the number of tokens after which a row is cut.
 
     Raises:
         LayerselError: if the file cannot be read, or has no text.
     """
-    way_out = "Give a text file with a passage on each line, or JSON lines with the key `text`."
-
-    def parse(content: str) -> list[str]:
-        if not path.endswith((".jsonl", ".json")):
-            return [line for line in content.splitlines() if line.strip()]
-        # Text in JSON may contain other ends of lines, such as U+2028.
-        texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
-        other = next((text for text in texts if not isinstance(text, str)), "")
-        if not isinstance(other, str):
-            raise ValueError(f"the text {quote(other)} is not a string")
-        return texts
-
-    passages = read_parsed("--general", path, way_out, parse)
-    rows = [tokenizer(passage)["input_ids"][:longest] for passage in passages]
+    rows = [tokenizer(passage)["input_ids"][:longest] for passage in read_passages(path)]
     rows = [row for row in rows if len(row) > 1]  # a single token has no loss
     if not rows:
-        raise LayerselError(f"--general: {path} has no text. {way_out}")
+        raise LayerselError(f"--general: {path} has no text of two tokens or more. {WAY_OUT}")
     columns = {"input_ids": rows, "labels": rows, "attention_mask": [[1] * len(row) for row in rows]}
     return Dataset.from_dict(columns)
 

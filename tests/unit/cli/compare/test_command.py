@@ -81,6 +81,16 @@ def test_a_file_or_an_option_that_cannot_be_is_refused_in_one_sentence(values, o
     assert [each.name for each in tmp_path.iterdir()] == ["run.yml"]
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"), [('{"content": "a"}', "is damaged"), ("[", "is damaged"), (" \n", "has no text")]
+)
+def test_general_text_is_looked_at_before_anything_trains(content, fault, tmp_path):
+    text = tmp_path / "general.jsonl"
+    text.write_text(content)
+    said = invoke(str(write_file(tmp_path)), "--general", str(text), code=1)
+    assert f"--general: {text} {fault}" in said and "JSON lines with the key `text`" in said
+
+
 def test_a_missing_file_is_refused(tmp_path):
     assert "nowhere.yml does not exist." in invoke(str(tmp_path / "nowhere.yml"), code=1)
 
