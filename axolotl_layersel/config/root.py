@@ -72,7 +72,7 @@ class LayerselConfig(Block):
             if self.selection.rank_allocation is None:
                 yield (
                     f"{self.path}.scaling_exponent: {self.scaling_exponent} has no effect with rank_allocation: same, "
-                    f"the default of method: {self.selection.method}, with which every module keeps lora_r. Set "
+                    f"the default of method: {self.selection.method}, which changes no rank. Set "
                     "`rank_allocation: match`, add `l1ra`, or remove the key."
                 )
 
