@@ -42,8 +42,8 @@ CASES = {
     ),
     "exponent with one rank": (
         {"layersel": {**selection(ratio=0.5)["layersel"], "scaling_exponent": 0.5}},
-        "layersel.scaling_exponent: 0.5 has no effect with rank_allocation: same, the default of method: cka, with "
-        "which every module keeps lora_r. Set `rank_allocation: match`, add `l1ra`, or remove the key.",
+        "layersel.scaling_exponent: 0.5 has no effect with rank_allocation: same, the default of method: cka, "
+        "which changes no rank. Set `rank_allocation: match`, add `l1ra`, or remove the key.",
     ),
     "no adapter": ({"adapter": None}, "adapter: None has no LoRA layers to choose from"),
     "relora": ({"relora": True, "jagged_restart_steps": 2}, "relora: True merges and restarts the adapter"),
