@@ -66,9 +66,11 @@ def left_out(model: Any, layer: LayerName) -> Iterator[None]:
     scalings = [module.scaling["default"] for module in modules]
     for module in modules:
         module.scaling["default"] = 0.0
-    yield
-    for module, scaling in zip(modules, scalings):
-        module.scaling["default"] = scaling
+    try:
+        yield
+    finally:
+        for module, scaling in zip(modules, scalings):
+            module.scaling["default"] = scaling
 
 
 def read_scores(plan: Plan) -> dict[LayerName, float]:

@@ -84,7 +84,6 @@ def check_limit(model: PeftModel, stack: LayerStack, settings: ResolvedSelection
     if stack.has_decoder:
         raise LayerselError(describe_two_stacks(settings.time, type(get_base_model(model)).__name__))
     gone = tuple(f"{name}." for name in removed)
-    gone = tuple(f"{name}." for name in removed)
     trained = [name for name in list_trained_below(model, stack) if not name.startswith(gone)]
     if not trained:
         return

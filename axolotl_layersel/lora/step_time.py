@@ -7,8 +7,9 @@ the lowest kept one upwards, a step takes
     F + H + u·B + H + u·F           with it, since layers below the lowest kept one are not computed again,
 
 where B is the backward pass: as much as F for the frozen weights, whose own gradient nobody needs, and twice as much as
-the forward pass for attention's products and for A and B of LoRA. Plain LoRA has u = 1. Operations are no seconds:
-memory traffic, communication and the optimizer are left out.
+the forward pass for attention's products and for A and B of LoRA. Plain LoRA has u = 1, also if only upper layers have
+it, because Axolotl lets the output of the embeddings require a gradient. Operations are no seconds: memory traffic,
+communication and the optimizer are left out.
 
 Everything is counted from sizes, so weights may be on the meta device, packed into 4 bits, or split across processes.
 """
@@ -195,5 +196,5 @@ def find_relative(
     chosen = work if lora is None else dataclasses.replace(work, lora=lora)
     kept = {layer for layer in everything if layer >= lowest or lora is not None}
     cuts = lowest > 0 and not (checkpointing and reentrant)
-    plain = count_step(work, min(everything), everything, checkpointing, cuts=False)
+    plain = count_step(work, 0, everything, checkpointing, cuts=False)
     return count_step(chosen, lowest, kept, checkpointing, cuts) / plain

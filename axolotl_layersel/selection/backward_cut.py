@@ -103,8 +103,12 @@ class TruncatedBackward:
         return get_base_model(self.model)
 
     def remove(self) -> None:
-        """Remove the cut."""
-        self.close()
+        """Remove the cut, also an open one, and checkpoint the layers below again."""
+        if self.opened is not None:
+            self.opened.remove()
+            self.opened = None
+        while self.left_out:
+            self.left_out.pop().gradient_checkpointing = True
         vars(get_base_model(self.model)).pop("gradient_checkpointing_enable", None)
         while self.handles:
             self.handles.pop().remove()

@@ -18,6 +18,8 @@ class LayerSelectionCallback(TrainerCallback):
         self.truncated: TruncatedBackward | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.truncated is not None:  # training failed, and begins again
+            self.truncated.remove()
         self.truncated = TruncatedBackward(self.run.model, self.stack)
         self.truncated.install()
 

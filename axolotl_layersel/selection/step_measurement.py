@@ -83,6 +83,7 @@ class StepMeasurement(TrainerCallback):
         return self.cutting.truncated
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stop()  # training may have failed, and begin again
         self.step, self.seconds = 0, {True: [], False: []}
         self.measures = (
             state.max_steps - state.global_step >= MEASURED.stop - 1

@@ -235,7 +235,8 @@ def average_draws(arms: Mapping[str, tuple[BySeed, bool]], rival: str) -> dict[i
 def compare(by_seed: BySeed, rival: Mapping[int, Mapping[str, float]], name: str) -> str:
     """Return the paired difference of a figure to a rival's, its interval, and the difference in percent.
 
-    It is bold if the interval does not hold 0, and empty if no seed is common or the runs are the rival's.
+    It is bold if the interval does not hold 0. It is empty if no seed is common or no pair differs, as for the rival
+    itself.
     """
     seeds = [seed for seed in by_seed if seed in rival]
     pairs = [by_seed[seed][name] - rival[seed][name] for seed in seeds]

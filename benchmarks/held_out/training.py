@@ -160,7 +160,7 @@ def list_steps(steps: int, count: int) -> list[int]:
     return sorted({max(1, round(steps * place / count)) for place in range(1, count + 1)})
 
 
-def count_parameters(model: PeftModel, arm: Arm, rank: int, block: Mapping[str, Any] | None) -> int:
+def count_parameters(model: PeftModel, rank: int, block: Mapping[str, Any] | None) -> int:
     """Return the trainable parameters. With l1ra, those that its budget allows: its modules have room for more."""
     if "l1ra" not in (block or {}):
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -207,7 +207,7 @@ def run_arm(
             if plan and plan.step_time:
                 # As much time as plain LoRA has, by the operations of a step.
                 trainer.args.max_steps = steps = round(settings.steps / plan.step_time.share)
-        parameters = count_parameters(model, arm, rank, block)
+        parameters = count_parameters(model, rank, block)
         if arm.ratio is not None:
             betas = (trainer.args.adam_beta1, trainer.args.adam_beta2)
             rates = {"lr": rate, "loraplus_lr_ratio": arm.ratio}

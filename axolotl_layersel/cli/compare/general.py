@@ -27,6 +27,7 @@ def read_passages(path: str) -> list[str]:
         other = next((text for text in texts if not isinstance(text, str)), "")
         if not isinstance(other, str):
             raise ValueError(f"the text {quote(other)} is not a string")
+        "".join(texts).encode()  # JSON can name half of a surrogate pair, which no tokenizer takes
         return texts
 
     passages = [passage for passage in read_parsed("--general", path, WAY_OUT, parse) if passage.strip()]

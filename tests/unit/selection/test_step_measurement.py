@@ -132,3 +132,35 @@ def test_a_run_that_ends_while_it_is_measured_leaves_nothing_behind(tmp_path, ca
         trainer.train()
     assert trainer.state.global_step == 12 and "without the cut" not in caplog.text
     assert count_hooks(trainer) == before
+
+
+class Failing(TrainerCallback):
+    """Fails once, in a step in which the pass is open."""
+
+    failed = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 12 and not self.failed:
+            self.failed = True
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_training_again_after_a_failure_cuts_the_pass_again(tmp_path, checkpointing):
+    model = make_lora(make_small_llama(6))
+    model.enable_input_require_grads()
+    arguments = {"max_steps": 24, "save_strategy": "no", **checkpoint_layers(checkpointing)}
+    trainer = make_trainer(model, tmp_path, make_rows(24), **arguments)
+    prepare_trainer(trainer, BLOCK)
+    trainer.add_callback(Failing())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    watch = Watch(model.get_base_model().model.layers[0])
+    trainer.add_callback(watch)
+    trainer.train()
+    assert [step for step, graph in enumerate(watch.graphs, start=1) if graph] == [10, 12, 14, 16, 18, 20]
+    twice = 1 if checkpointing == "none" else 2  # with checkpointing the layer is computed again
+    assert watch.runs == [twice if graph else 1 for graph in watch.graphs]
+    assert count_hooks(trainer) == 1, "only the hook of the test is left"
+    assert "gradient_checkpointing_enable" not in vars(model.get_base_model())

@@ -82,7 +82,13 @@ def test_a_file_or_an_option_that_cannot_be_is_refused_in_one_sentence(values, o
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"), [('{"content": "a"}', "is damaged"), ("[", "is damaged"), (" \n", "has no text")]
+    ("content", "fault"),
+    [
+        ('{"content": "a"}', "is damaged"),
+        ('{"text": "half of a pair: \\ud83d"}', "is damaged"),
+        ("[", "is damaged"),
+        (" \n", "has no text"),
+    ],
 )
 def test_general_text_is_looked_at_before_anything_trains(content, fault, tmp_path):
     text = tmp_path / "general.jsonl"

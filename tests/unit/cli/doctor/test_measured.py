@@ -9,6 +9,7 @@ from bitsandbytes.optim import AdamW8bit
 from helpers.examined import TARGETS, collect, make_case
 from helpers.models import make_lora, make_rows, make_selection, make_small_llama, make_trainer
 from helpers.settings import CHECKPOINTING, l1ra, selection
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from axolotl_layersel.cli.doctor import collectives as communication
@@ -188,6 +189,20 @@ def test_the_time_of_a_step_follows_counted_operations(lowest, checkpointing):
     work = count_work(case.model.base, case.model.stack, case.model.sizes, TOKENS)
     counted = count_step(work, 0, set(range(LAYERS)), bool(kind), cuts=False) * TOKENS * BATCH
     assert counted == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_a_step_of_plain_lora_in_the_upper_layers_goes_down_to_the_embeddings_too(checkpointing):
+    kind = CHECKPOINTING[checkpointing]
+    keys = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kind} if kind else {}
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    keys |= {"lora_target_modules": targets, "peft_layers_to_transform": [3, 4, 5], "sequence_len": TOKENS}
+    base = make_small_llama(LAYERS, hidden_size=64, intermediate_size=128)
+    case = make_case(base, lowest=3, **selection("cka"), **keys)
+    told = collect(time.describe_time(case, case.model))["lowest_3"]
+    with set_checkpoint_early_stop(False):  # it leaves out the last product of a layer without LoRA
+        cut, plain = (count_operations(3, checkpointing, cut=cut) for cut in (True, False))
+    assert told == pytest.approx(cut / plain, rel=0.02)
 
 
 @contextlib.contextmanager
