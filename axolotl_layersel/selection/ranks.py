@@ -232,5 +232,5 @@ def check_floor(costs: Mapping[str, int], budget: int, least: int) -> None:
         raise LayerselError(
             f"layersel.selection.budget: {budget:,} parameters do not pay for rank {max(least, 1)} in "
             f"{'all units' if least else 'a single one'}, which takes {max(needed, min(costs.values())):,}. Raise "
-            "budget, or keep fewer units with a smaller `ratio`."
+            "budget, or keep fewer units."
         )
