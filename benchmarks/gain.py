@@ -41,10 +41,10 @@ from axolotl_layersel.selection.types import Choice, Selection
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.held_out.arms import ARMS
+from benchmarks.held_out.arms import ARMS, Arm
 from benchmarks.held_out.rates import choose_rates
 from benchmarks.held_out.rows import collate, read_rows
-from benchmarks.held_out.runs import read_runs
+from benchmarks.held_out.runs import append_lines, read_runs
 from benchmarks.held_out.training import make_model
 
 Spectra = Mapping[str, Sequence[float]]
@@ -136,7 +136,7 @@ def measure_arms(
     """Return the line of each arm. ``arms``: by rank."""
     torch.manual_seed(seed)
     # The rank of LoRA changes nothing in the passes, because its B is 0.
-    model = make_model(arguments.base, arguments.train.suffix == ".tsv", "lora", 1, rows)
+    model = make_model(arguments.base, arguments.train.suffix == ".tsv", Arm("lora"), 1, rows)
     with tempfile.TemporaryDirectory() as folder:
         values = TrainingArguments(output_dir=folder, seed=seed, use_cpu=True, report_to=[], disable_tqdm=True)
         trainer = Trainer(model, values, train_dataset=Dataset.from_list(rows), data_collator=collate)
@@ -187,12 +187,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if (arguments.runs.stem, seed) in known:
             continue
         lines = measure_arms(arguments, arms[seed], seed, rows)
-        new = not arguments.output.exists()
-        with arguments.output.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(lines)
+        append_lines(arguments.output, COLUMNS, lines)
         for line in lines:
             print(line, flush=True)
 

@@ -18,7 +18,6 @@ spares the imports; ``--whole`` starts each as the command does. A comparison th
 
 import argparse
 import contextlib
-import csv
 import io
 import json
 import multiprocessing
@@ -37,6 +36,7 @@ from axolotl_layersel.cli.compare import running
 from axolotl_layersel.cli.compare.command import Options, compare
 from axolotl_layersel.cli.compare.figures import COMPARISON, Comparison, read_record
 from axolotl_layersel.cli.compare.summary import summarise
+from benchmarks.held_out.runs import append_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = {"damaged": "gradient", "intact": "lora"}
@@ -216,12 +216,7 @@ def main() -> None:
         for task in arguments.tasks:
             for seed in arguments.seeds:
                 line = run(arguments, task, seed)
-                new = not arguments.output.exists()
-                with arguments.output.open("a", newline="", encoding="utf-8") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(line)
+                append_lines(arguments.output, COLUMNS, [line])
                 print({key: line[key] for key in COLUMNS[:-1]}, flush=True)
 
 

@@ -8,7 +8,7 @@ the lowest kept one upwards, a step takes
 
 where B is the backward pass: as much as F for the frozen weights, whose own gradient nobody needs, and twice as much as
 the forward pass for attention's products and for A and B of LoRA. Plain LoRA has u = 1, also if only upper layers have
-it, because Axolotl lets the output of the embeddings require a gradient. Operations are no seconds: memory traffic,
+it, because Axolotl lets the output of the embeddings require a gradient. Operations are not seconds: memory traffic,
 communication and the optimizer are left out.
 
 Everything is counted from sizes, so weights may be on the meta device, packed into 4 bits, or split across processes.

@@ -3,7 +3,7 @@
 import csv
 import fcntl
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,13 @@ def append_run(path: Path, run: Mapping[str, Any]) -> None:
         header = [] if whole else [COLUMNS]
         # One write, so that a reader sees all of the line or none of it.
         file.write(format_lines([*header, [run[name] for name in COLUMNS]]))
+
+
+def append_lines(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> None:
+    """Append lines to the CSV file of another benchmark, which begins with a header."""
+    header = [] if path.exists() else [columns]
+    with path.open("ab") as file:
+        file.write(format_lines([*header, *([line[name] for name in columns] for line in lines)]))
 
 
 def is_done(key: Mapping[str, Any], runs: Iterable[Mapping[str, Any]]) -> bool:
