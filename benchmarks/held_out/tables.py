@@ -185,7 +185,34 @@ def describe_regime(runs: list[dict[str, Any]], rivals: Sequence[str]) -> list[s
         if present and column in titles:
             cells = [[name, *(compare(arms[name][0], against[rival], column) for rival in present)] for name in ordered]
             lines += ["", *format_table([title, *(f"less that of {rival}" for rival in present)], cells)]
-    return lines
+    return [*lines, "", *describe_rates(runs, ordered)]
+
+
+def describe_rates(runs: list[dict[str, Any]], ordered: Sequence[str]) -> list[str]:
+    """Return the lines of a table with the loss, and the forgetting if measured, at each rate that was tried.
+
+    The figures are those of the first seed, which was run at all rates.
+    """
+    groups = group_by_arm(runs)
+    rates = sorted({run["rate"] for run in runs})
+    forgets = is_measured(runs, "forgetting")
+    rows = []
+    for name in ordered:
+        by_rate = {run["rate"]: run for run in list_first_seed(groups[name])}
+        cells = []
+        for rate in rates:
+            run = by_rate.get(rate)
+            text = "" if run is None else f"{run['test']:.3f}"
+            cells.append(f"{text}; {run['forgetting']:.2f}" if run is not None and forgets else text)
+        rows.append([name, *cells])
+    title = f"seed {min(run['seed'] for run in runs)}: loss at the end{'; forgetting' if forgets else ''}, by rate"
+    return format_table([title, *(f"{rate:g}" for rate in rates)], rows)
+
+
+def list_first_seed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs of an arm with its lowest seed, lowest rate first."""
+    first = min(run["seed"] for run in runs)
+    return sorted((run for run in runs if run["seed"] == first), key=lambda run: run["rate"])
 
 
 def describe_setting(run: Mapping[str, Any]) -> str:
@@ -256,8 +283,12 @@ def format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 
 def draw_regime(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw the loss at the end less LoRA's, with its interval, by parameters, by time and by forgetting."""
-    arms = {name: choose_runs(group)[0] for name, group in group_by_arm(runs).items()}
+    """Draw the loss at the end less LoRA's, with its interval, by parameters, by time and by forgetting.
+
+    The panel of forgetting also has a line for each arm through the rates that its first seed was run at.
+    """
+    groups = group_by_arm(runs)
+    arms = {name: choose_runs(group)[0] for name, group in groups.items()}
     plain = arms["lora"]
     sums = {name: [{**run, "seconds": find_seconds(run)} for run in by_seed.values()] for name, by_seed in arms.items()}
     axes = {"parameters": "trainable parameters", "seconds": "processor seconds, choosing and training"}
@@ -271,9 +302,16 @@ def draw_regime(runs: list[dict[str, Any]], path: Path) -> None:
                 x, half = statistics.mean(run[column] for run in sums[name]), find_half(pairs) or 0.0
                 look = {"color": f"C{place % 10}", "marker": MARKERS[place % len(MARKERS)], "capsize": 3}
                 panel.errorbar(x, statistics.mean(pairs), half, label=name, **look)
+            first = list_first_seed(groups[name])
+            if column == "forgetting" and first[0]["seed"] in plain:
+                losses = [run["test"] - plain[run["seed"]]["test"] for run in first]
+                forgotten = [run["forgetting"] for run in first]
+                panel.plot(forgotten, losses, color=f"C{place % 10}", linewidth=0.8, linestyle="dotted")
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set(xlabel=title)
-        if column != "forgetting":
+        if column == "forgetting":
+            panel.set_title("dotted: every rate that was tried, first seed", fontsize="small")
+        else:
             panel.set_xlim(0, 1.1 * max(run[column] for by_seed in sums.values() for run in by_seed))
     figure.axes[0].set(ylabel="loss of held-out answers, less LoRA's")
     handles, labels = figure.axes[0].get_legend_handles_labels()

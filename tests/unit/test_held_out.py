@@ -337,6 +337,24 @@ def test_each_regime_has_a_picture_whose_points_are_less_those_of_lora(tmp_path)
     assert "forgetting" not in (tmp_path / "other.svg").read_text()
 
 
+def test_a_table_has_the_first_seed_at_every_rate_that_was_tried():
+    runs = [make_run(rate=rate, loss=loss, forgetting=rate * 100) for rate, loss in ((0.002, 2.1), (0.004, 2.0))]
+    runs += [make_run(seed=1, rate=0.004, loss=2.3), make_run("cka", rate=0.008, loss=2.2)]
+    *_, table = read_tables(describe_regime(runs, ["lora"]))
+    title = "seed 0: loss at the end; forgetting, by rate"
+    assert table == [
+        {title: "lora", "0.002": "2.100; 0.20", "0.004": "2.000; 0.40", "0.008": ""},
+        {title: "cka", "0.002": "", "0.004": "", "0.008": "2.200; 0.50"},
+    ]
+    *_, table = read_tables(describe_regime([{**run, "forgetting": None} for run in runs], ["lora"]))
+    assert table[0] == {
+        "seed 0: loss at the end, by rate": "lora",
+        "0.002": "2.100",
+        "0.004": "2.000",
+        "0.008": "",
+    }
+
+
 def test_runs_that_are_measured_only_at_their_end_have_no_best_loss():
     runs = [make_run(arm, seed=seed, test_best=2.0) for arm in ("lora", "cka") for seed in range(2)]
     assert "loss at its best" not in "\n".join(describe_regime(runs, ["lora"]))
