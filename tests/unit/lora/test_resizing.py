@@ -19,7 +19,7 @@ from axolotl_layersel.lora.run import Run
 from axolotl_layersel.training.prepare import prepare_trainer
 
 TOKENS = torch.arange(3, 33)[None]
-EXPONENTS = (None, 0.0, 0.5, 1.0)
+EXPONENTS = (None, 0.0, 0.5, 1.0)  # None: the default
 # The bounds leave rank to modules of low scores too.
 BOUNDS = {"min_rank": 1, "max_rank": 6}
 RANKED = {"method": "fisher", "granularity": "module", "rank_allocation": "score", "num_samples": 8, **BOUNDS}
@@ -52,12 +52,13 @@ def read_config(folder) -> dict:
 def test_the_scaling_of_a_module_follows_its_rank_from_that_of_lora_r(tmp_path, exponent, use_rslora):
     trainer, plan = prepare(tmp_path, exponent, use_rslora=use_rslora)
     assert len(set(plan.ranks.values())) > 2
-    assert plan.scaling_exponent == (exponent or 0)
+    exponent = exponent or 0.0
+    assert plan.scaling_exponent == exponent
     scaling = 8 / (math.sqrt(4) if use_rslora else 4)
     found = read_scalings(trainer)
-    assert found == {name: scale_by_rank(scaling, 4, rank, exponent or 0) for name, rank in plan.ranks.items()}
+    assert found == {name: scale_by_rank(scaling, 4, rank, exponent) for name, rank in plan.ranks.items()}
     for name, rank in plan.ranks.items():
-        assert found[name] == pytest.approx(scaling * (4 / rank) ** (exponent or 0), rel=1e-12)
+        assert found[name] == pytest.approx(scaling * (4 / rank) ** exponent, rel=1e-12)
         if not exponent:
             assert found[name] == scaling, "to the bit"
         if use_rslora and exponent == 0.5:
@@ -119,14 +120,15 @@ def test_dora_of_several_ranks_is_what_stock_peft_loads(tmp_path):
 
 
 @pytest.mark.trains
-def test_a_plan_and_an_adapter_that_are_used_again_keep_the_scaling(tmp_path):
-    trainer, _ = prepare(tmp_path / "first", 0.5)
+@pytest.mark.parametrize("exponent", [0.5, 1.0])  # neither is the default
+def test_a_plan_and_an_adapter_that_are_used_again_keep_the_scaling(tmp_path, exponent):
+    trainer, _ = prepare(tmp_path / "first", exponent)
     trainer.train()
     trainer.save_model()
     path, scalings = str(tmp_path / "first" / "layersel" / "plan.json"), read_scalings(trainer)
     again, reused = prepare(tmp_path / "again", None, {"method": "fisher", "plan": path})
     assert read_scalings(again) == scalings
-    assert reused.scaling_exponent == 0.5
+    assert reused.scaling_exponent == exponent
     # An adapter that is continued says itself how it is scaled.
     model = PeftModel.from_pretrained(make_small_llama(), str(tmp_path / "first"), is_trainable=True)
     chosen = {"method": "fisher", "plan": path, "unselected": "remove"}

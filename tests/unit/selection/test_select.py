@@ -415,7 +415,7 @@ def test_ranks_spend_the_budget_and_stock_peft_computes_with_them(tmp_path, kind
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     assert trained == plan.budget.spent <= plan.budget.allowed
     assert max(plan.ranks.values()) <= settings.get("max_rank", 16)
-    if settings.get("rank") == "match":
+    if settings.get("rank_allocation") == "match":
         assert max(plan.ranks.values()) - min(plan.ranks.values()) <= 1
         assert plan.budget.allowed - plan.budget.spent < 3 * 96
     trainer.train()
