@@ -190,8 +190,9 @@ def run(arguments: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
         maker.join()
         if maker.exitcode:
             raise RuntimeError(f"{folder} could not be made")
-    rates = ",".join(f"{rate:g}" for rate in RATES[task])
-    options = Options(arms_file=folder / "arms.yml", rates=rates, seeds=arguments.training_seeds, widen=0)
+    # The rates are given, so that all comparisons of a task have the same.
+    fixed = {"rates": ",".join(f"{rate:g}" for rate in RATES[task]), "widen": 0, "refine": False}
+    options = Options(arms_file=folder / "arms.yml", seeds=arguments.training_seeds, **fixed)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         compare(folder / "run.yml", {}, options, ["--launcher", "python"])

@@ -8,11 +8,11 @@ Rows of a JSONL file have a ``question`` and an ``answer``; the loss is over the
 the columns ``sentence`` and ``label``, for an encoder. Every arm has at most as many trainable parameters as LoRA of
 the same rank in all layers. The learning rate of an arm is the one of ``--rates`` with the lowest mean loss on
 validation rows, which are neither trained nor tested on. ``--widen`` adds rates while the best one is at the edge of
-those that were tried, and ``--seeds-at best`` spares the other seeds the other rates. With ``--epochs`` each seed draws
-rows of its own to train on; otherwise all seeds share the first ones. ``--general`` measures the loss on texts before
-and after training, see general_text.py. A GPU is used if there is one, in TF32. Time is CPU time, so that other work on
-the machine does not count. Each run appends a line to the CSV file. A run whose line exists is skipped, so that a
-benchmark can be resumed.
+those that were tried, ``--refine`` those between it and its neighbours, and ``--seeds-at best`` spares the other
+seeds the other rates. With ``--epochs`` each seed draws rows of its own to train on; otherwise all seeds share the
+first ones. ``--general`` measures the loss on texts before and after training, see general_text.py. A GPU is used if
+there is one, in TF32. Time is CPU time, so that other work on the machine does not count. Each run appends a line to
+the CSV file. A run whose line exists is skipped, so that a benchmark can be resumed.
 
 An arm may have further words: ``gradient p0.5`` scales a module of rank r_i by s · (r / r_i)^0.5, ``lora loraplus4``
 has LoRA+'s rate for B, and ``random draw2`` another draw. ``lora half rank`` is LoRA at half of the rank.
@@ -66,7 +66,7 @@ def iterate_rates(
 ) -> Iterator[float]:
     """Yield the rates to run an arm with, in turn; the CSV file has the run with each before the next is taken.
 
-    The first seed takes all rates of the grid and those that widen it, the others those of ``--seeds-at``.
+    The first seed takes all rates of the grid and those that widen or refine it, the others those of ``--seeds-at``.
     """
     # LoRA+ multiplies the rate of B, so that the best rate of A is lower.
     grid = [rate / (parse_arm(arm).ratio or 1) ** 0.5 for rate in arguments.rates]
@@ -77,7 +77,7 @@ def iterate_rates(
             yield rate
             losses = read_losses(arguments.output, regime, arm, rank)
             by_rate = {rate: by_seed[first] for rate, by_seed in losses.items() if first in by_seed}
-            rate = find_next_rate(by_rate, grid, arguments.widen)
+            rate = find_next_rate(by_rate, grid, arguments.widen, arguments.refine)
         return
     losses = read_losses(arguments.output, regime, arm, rank)
     tried = [rate for rate, by_seed in losses.items() if first in by_seed]
@@ -201,6 +201,7 @@ def make_parser() -> argparse.ArgumentParser:
     training.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     training.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3], help="rates that are tried first")
     training.add_argument("--widen", type=int, default=0, help="rates to add while the best is at the edge of the grid")
+    training.add_argument("--refine", action="store_true", help="try the rates between the best one and its neighbours")
     training.add_argument(
         "--seeds-at",
         choices=("all", "best", "neighbours"),

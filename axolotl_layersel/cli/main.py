@@ -143,6 +143,14 @@ def compare(
             metavar="N", min=0, help="How many further rates an arm tries while its best is the lowest or the highest."
         ),
     ] = 3,
+    no_refine: Annotated[
+        bool,
+        typer.Option(
+            "--no-refine",
+            help="Do not try the rates between an arm's best one and its neighbours. Default: they are tried, because "
+            "a factor of 2 can decide between arms.",
+        ),
+    ] = False,
     time_limit: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Leave out seeds, rates and steps until the rest fits, such as 90m or 2h."),
@@ -178,6 +186,7 @@ def compare(
         steps=steps,
         halving=not no_halving,
         widen=widen,
+        refine=not no_refine,
         time_limit=time_limit,
         general=general,
         arms_file=arms_file,

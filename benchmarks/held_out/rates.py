@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 STEP = 2.0  # factor between neighbouring rates of a widened grid
+FINE = 1.5  # rates that are no further apart have none in between
 
 Losses = Mapping[float, Mapping[int, float]]  # validation losses, by rate and seed
 
@@ -16,21 +17,27 @@ def rank_loss(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def find_next_rate(losses: Mapping[float, float], grid: Sequence[float], widenings: int) -> float | None:
+def find_next_rate(
+    losses: Mapping[float, float], grid: Sequence[float], widenings: int, refines: bool = False
+) -> float | None:
     """Return the rate to try next, None if the best is settled.
 
     The rates of the grid come first. While the best rate is the highest or lowest one, the next is one factor beyond
-    it, up to ``widenings`` times.
+    it, up to ``widenings`` times. With ``refines``, the rates halfway from the best one to its neighbours follow.
     """
     for rate in grid:
         if rate not in losses:
             return rate
     best = min(sorted(losses), key=lambda rate: rank_loss(losses[rate]))
-    if len(set(losses) - set(grid)) >= widenings:
-        return None
-    if best == max(losses) and math.isfinite(rank_loss(losses[best])):
-        return best * STEP
-    return best / STEP if best == min(losses) else None
+    if sum(not min(grid) <= rate <= max(grid) for rate in losses) < widenings:
+        if best == max(losses) and math.isfinite(rank_loss(losses[best])):
+            return best * STEP
+        if best == min(losses):
+            return best / STEP
+    for other in find_neighbours(best, losses) if refines else ():
+        if max(best, other) > FINE * min(best, other):
+            return float(f"{math.sqrt(best * other):.3g}")
+    return None
 
 
 def choose_rate(losses: Losses) -> float:

@@ -68,6 +68,7 @@ class Compared:
 def start(path: Path, *options: str) -> subprocess.Popen:
     """Start the command."""
     command = ["compare", str(path), "--arms-file", str(path.with_name("arms.yml")), "--seeds", "2", "--widen", "0"]
+    command += ["--no-refine"]
     command += ["--rates", ",".join(map(str, RATES)), "--steps", str(STEPS), "--launcher", "python", *options]
     return subprocess.Popen(
         [sys.executable, "-m", "axolotl_layersel", *command],

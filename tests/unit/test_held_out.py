@@ -121,10 +121,10 @@ def test_half_of_the_rank_is_stored_as_plain_lora():
 # --- Rates --------------------------------------------------------------------------------------------------------
 
 
-def search(loss, grid, widenings):
+def search(loss, grid, widenings, refines=False):
     """Return the rates that are tried, in order, where a rate ends with ``loss`` of it."""
     losses = {}
-    while (rate := find_next_rate(losses, grid, widenings)) is not None:
+    while (rate := find_next_rate(losses, grid, widenings, refines)) is not None:
         losses[rate] = loss(rate)
     return list(losses)
 
@@ -138,6 +138,20 @@ def test_a_grid_does_not_widen_unasked_nor_after_a_run_that_diverged():
     assert search(lambda rate: -rate, [4.0, 8.0], 0) == [4, 8]
     assert search(lambda rate: math.nan if rate > 4 else 1.0, [4.0, 8.0], 1) == [4, 8, 2]
     assert search(lambda rate: math.nan, [4.0, 8.0], 2) == [4, 8, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "best, widenings, tried",
+    [
+        (4, 1, [4, 8, 2, 2.83, 5.66]),
+        (5.6, 1, [4, 8, 2, 2.83, 5.66]),  # 4 is the best of 2, 4 and 8, until 5.66 is tried
+        (16, 2, [4, 8, 16, 32, 11.3, 22.6]),
+        (16, 1, [4, 8, 16, 11.3]),
+    ],
+)
+def test_rates_between_the_best_one_and_its_neighbours_come_last(best, widenings, tried):
+    assert search(lambda rate: abs(math.log(rate / best)), [4.0, 8.0], widenings, refines=True) == tried
+    assert search(lambda rate: abs(math.log(rate / 4)), [3.0, 4.0, 5.0], 0, refines=True) == [3, 4, 5]
 
 
 def test_a_rate_is_chosen_over_the_seeds_that_all_rates_have():

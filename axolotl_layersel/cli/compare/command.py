@@ -47,6 +47,7 @@ class Options:
     steps: int | None = None
     halving: bool = True
     widen: int = 3
+    refine: bool = True
     time_limit: str | None = None
     general: Path | None = None
     arms_file: Path | None = None
@@ -63,6 +64,7 @@ class Options:
             "steps": self.steps,
             "halving": self.halving,
             "widen": self.widen,
+            "refine": self.refine,
             "time_limit": self.time_limit,
             "arms_file": str(self.arms_file) if self.arms_file else None,
             "launch": launch,
@@ -205,6 +207,7 @@ def make_settings(
         general=str(options.general) if options.general else None,
         halving=options.halving,
         widen=options.widen,
+        refine=options.refine,
         lora_r=find_rank(data),
         launch=launch,
     )

@@ -149,6 +149,7 @@ class Settings(Record):
         general: the file of general text, if there is one.
         halving: whether only the better half of the rates is trained in full.
         widen: the most rates that an arm tries outside ``rates``, while its best one lies at the edge.
+        refine: whether an arm also tries the rates between its best one and the neighbours of that.
         lora_r: the rank of the user's YAML file.
         launch: the arguments of ``axolotl train`` after the file.
     """
@@ -163,6 +164,7 @@ class Settings(Record):
     general: str | None = None
     halving: bool = True
     widen: int = 3
+    refine: bool = True
     lora_r: int
     launch: list[str] = Field(default_factory=list)
 

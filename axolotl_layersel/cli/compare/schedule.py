@@ -1,12 +1,13 @@
 """The course of a comparison: from the cells that have ended, the cells that come next. Pure functions.
 
 Each arm finds its own rate. All rates are tried with half of the steps, the better half of them with all steps, and the
-grid is widened while the best rate lies at its edge. The other seeds follow at the best rate. A second start computes
-the same from the figures on disk.
+grid is widened while the best rate lies at its edge. Then the rates halfway to the neighbours of the best one are
+tried, because the loss can rise steeply above the best rate. The other seeds follow at the best rate. A second start
+computes the same from the figures on disk.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -16,6 +17,7 @@ from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.progress import format_duration
 
 FACTOR = 2.0  # between neighbouring rates
+FINE = 1.5  # rates that are no further apart are not refined
 RATES = 5
 FEWEST_RATES, FEWEST_SEEDS, FEWEST_STEPS = 3, 2, 10  # that a time limit leaves
 EDGE = "The best rate of"  # the begin of the sentence about a best rate at the edge
@@ -49,7 +51,8 @@ class ArmPlan:
         best: the rate with the lowest validation loss, once it is known.
         edge: how the best rate lies at the edge of the grid after it was widened: ``lowest`` or ``highest``.
         is_complete: whether no further cells can follow.
-        least: the number of cells of the whole arm, if the grid is not widened any further.
+        least: the number of cells of the whole arm, if the grid is not widened any further and the best rate has a
+            neighbour on both sides.
     """
 
     rungs: list[list[Cell]]
@@ -73,32 +76,38 @@ def plan_arm(arm: str, settings: Settings, own: float, ended: Ended) -> ArmPlan:
     seeds = [first] if settings.halving else settings.seeds
     keeps = max(2, len(grid) // 2) if settings.halving else len(grid)
     later = len(others) if settings.halving else 0
+    between = len(seeds) * max(len(list_between(rate, grid)) for rate in grid) if settings.refine else 0
     if keeps < len(grid) and settings.steps > 1:
         rungs.append([Cell(arm, rate, first, settings.steps // 2) for rate in grid])
         if any(cell not in ended for cell in rungs[-1]):
-            return ArmPlan(rungs, None, None, False, len(grid) + keeps + later)
+            return ArmPlan(rungs, None, None, False, len(grid) + keeps + between + later)
         ranked = rank_rates({cell.rate: [cell] for cell in rungs[-1]}, ended)
         full = order_rates(ranked[:keeps], own)
     else:
         full = grid
     rungs.append([Cell(arm, rate, seed, settings.steps) for seed in seeds for rate in full])
-    tried, wider = set(grid), 0
+    tried, wider, refines = set(grid), 0, settings.refine  # refines: whether the rates in between are still to come
     while True:
         cells = list_cells(rungs)
         if any(cell not in ended for cell in cells):
-            return ArmPlan(rungs, None, None, False, len(cells) + later)
+            return ArmPlan(rungs, None, None, False, len(cells) + (between if refines else 0) + later)
         at_full = [cell for cell in cells if cell.steps == settings.steps]
         ranked = rank_rates({rate: [c for c in at_full if c.rate == rate] for rate in {c.rate for c in at_full}}, ended)
         if not ranked:
             return ArmPlan(rungs, None, None, True, len(cells))
         best = ranked[0]
         edge = find_edge(best, tried)
-        if edge is None or wider == settings.widen:
+        added: list[float] = []
+        if edge is not None and wider < settings.widen:
+            wider += 1
+            added = [round_rate(best * FACTOR if edge == "highest" else best / FACTOR)]
+        elif refines:
+            refines = False
+            added = list_between(best, tried)
+        if not added:
             break
-        wider += 1
-        rate = round_rate(best * FACTOR if edge == "highest" else best / FACTOR)
-        tried.add(rate)
-        rungs.append([Cell(arm, rate, seed, settings.steps) for seed in seeds])
+        tried.update(added)
+        rungs.append([Cell(arm, rate, seed, settings.steps) for seed in seeds for rate in added])
     if later:
         rungs.append([Cell(arm, best, seed, settings.steps) for seed in others])
     cells = list_cells(rungs)
@@ -127,6 +136,13 @@ def find_edge(best: float, tried: set[float]) -> str | None:
     if len(tried) < 2:
         return None
     return "lowest" if best == min(tried) else "highest" if best == max(tried) else None
+
+
+def list_between(rate: float, tried: Collection[float]) -> list[float]:
+    """Return the rates halfway, by their ratio, to the neighbours of one of those tried that are not close to it."""
+    below, above = [each for each in tried if each < rate], [each for each in tried if each > rate]
+    neighbours = ([max(below)] if below else []) + ([min(above)] if above else [])
+    return [round_rate(math.sqrt(rate * other)) for other in neighbours if max(rate, other) > FINE * min(rate, other)]
 
 
 def plan_next(settings: Settings, own: float, ended: Ended) -> Cell | None:
@@ -209,7 +225,9 @@ def estimate(settings: Settings, own: float, ended: Ended, costs: Costs) -> floa
 
 
 def fit(settings: Settings, own: float, costs: Costs, limit: float) -> Settings:
-    """Return settings whose cells fit into ``limit`` seconds: with fewer seeds, then fewer rates, then fewer steps.
+    """Return settings whose cells fit into ``limit`` seconds: with fewer seeds, then rates, then steps.
+
+    The rates in between go before those of the grid do.
 
     Raises:
         LayerselError: if not even the smallest comparison fits; it says which time would do.
@@ -229,6 +247,7 @@ def fit(settings: Settings, own: float, costs: Costs, limit: float) -> Settings:
     nearest = order_rates(settings.rates, own)
     found = (
         shrink(len(settings.seeds), FEWEST_SEEDS, lambda s, n: s.model_copy(update={"seeds": s.seeds[:n]}))
+        or shrink(int(settings.refine), 0, lambda s, n: s.model_copy(update={"refine": bool(n)}))
         or shrink(len(nearest), FEWEST_RATES, lambda s, n: s.model_copy(update={"rates": sorted(nearest[:n])}))
         or shrink(settings.steps, FEWEST_STEPS, lambda s, n: s.model_copy(update={"steps": n}))
     )
@@ -267,6 +286,8 @@ def describe_change(before: Settings, after: Settings) -> str | None:
         old, new = len(getattr(before, what)), len(getattr(after, what))
         if new < old:
             parts.append(f"{new} {what} instead of {old}")
+    if before.refine and not after.refine:
+        parts.append("no rates between those of the grid")
     if after.steps < before.steps:
         parts.append(f"{after.steps} steps instead of {before.steps}")
     return ", ".join(parts) or None

@@ -40,14 +40,14 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path):
     assert lines[0].startswith("Held-out rows: 10% of the training rows")
     assert 'cka: layersel: {"selection": {"method": "cka", "rank_allocation": "match"}}' in lines
     assert "  lora at 0.0002, seed 42, 50 steps" in lines
-    assert lines[-1].startswith("21 runs, and more for an arm")
+    assert lines[-1].startswith("27 runs, and more for an arm")
     assert [path.name for path in tmp_path.iterdir()] == ["run.yml"]
 
 
 def test_a_dry_run_as_json_has_the_same_runs(tmp_path):
     arguments = [str(write_file(tmp_path)), "--arms", "lora", "--rates", "1e-4,2e-4", "--seeds", "1", "--steps", "7"]
     content = json.loads(invoke(*arguments, "--dry-run", "--json"))
-    assert content["planned"] == 2
+    assert content["planned"] == 3  # with the rate between both
     assert content["cells"][0] == {"arm": "lora", "rate": 2e-4, "seed": 42, "steps": 7}
     assert content["settings"]["folder"] == str(tmp_path / "out" / "compare")
 

@@ -178,7 +178,7 @@ def test_a_time_limit_is_kept_after_the_first_run(tmp_path):
     course = make_course(tmp_path, limit=300.0, costs={"lora": Cost(start=10, step=0.1)})
     course.take(FIRST, make_figures(FIRST, 1.0))
     assert (len(course.settings.seeds), len(course.settings.rates), course.settings.steps) == (2, 5, 100)
-    assert course.notes == ["The time limit of 5 min left 2 seeds instead of 3."]
+    assert course.notes == ["The time limit of 5 min left 2 seeds instead of 3, no rates between those of the grid."]
 
 
 def test_runs_on_other_rows_are_not_compared(tmp_path):

@@ -41,7 +41,7 @@ def test_the_better_rates_are_trained_in_full_and_the_other_seeds_follow_at_the_
     order = finish(make_settings(), bowl(OWN), ended)
     lora = [cell for cell in order if cell.arm == "lora"]
     assert [cell.rate for cell in lora if cell.steps == 50] == [2e-4, 1e-4, 4e-4, 5e-5, 8e-4]
-    assert {cell.rate for cell in lora if cell.steps == 100 and cell.seed == 42} == {2e-4, 1e-4}
+    assert [cell.rate for cell in lora if cell.steps == 100 and cell.seed == 42] == [2e-4, 1e-4, 1.414e-4, 2.828e-4]
     assert [cell.seed for cell in lora if cell.seed != 42] == [43, 44]
     assert {cell.rate for cell in lora if cell.seed != 42} == {2e-4}
     assert schedule.find_best_rates(make_settings(), OWN, ended) == {"lora": 2e-4, "random": 2e-4}
@@ -53,7 +53,7 @@ def test_the_grid_is_widened_while_the_best_rate_lies_at_its_edge():
     settings = make_settings(["lora"])
     order = finish(settings, bowl(3.2e-3), ended)
     added = [cell for cell in order if cell.rate not in settings.rates]
-    assert [cell.rate for cell in added if cell.seed == 42] == [1.6e-3, 3.2e-3, 6.4e-3]
+    assert [cell.rate for cell in added if cell.seed == 42] == [1.6e-3, 3.2e-3, 6.4e-3, 2.263e-3, 4.525e-3]
     assert {cell.steps for cell in added} == {100}
     assert schedule.find_best_rates(settings, OWN, ended) == {"lora": 3.2e-3}
     assert not schedule.describe_edges(settings, OWN, ended)
@@ -69,10 +69,33 @@ def test_after_three_rates_outside_the_grid_it_is_said_that_the_edge_is_the_best
     assert sentence.startswith(f"The best rate of lora, {last:g}, is the {edge} that was tried")
 
 
+@pytest.mark.parametrize("best", [1.414e-4, 2.828e-4, 5.6e-4])
+def test_rates_halfway_to_the_neighbours_of_the_best_one_are_tried(best):
+    settings, ended = make_settings(["lora"]), {}
+    order = finish(settings, bowl(best), ended)
+    added = [cell for cell in order if cell.rate not in settings.rates]
+    assert len({cell.rate for cell in added}) == 2
+    (found,) = schedule.find_best_rates(settings, OWN, ended).values()
+    assert found == pytest.approx(best, rel=0.02) and found not in settings.rates
+    assert {cell.seed for cell in added if cell.rate == found} == {42, 43, 44}
+    coarse, ended = make_settings(["lora"], refine=False), {}
+    assert {cell.rate for cell in finish(coarse, bowl(best), ended)} == set(settings.rates)
+    assert schedule.count_planned(coarse, OWN, ended) == len(ended)
+
+
+def test_rates_that_are_close_and_a_single_one_have_none_in_between():
+    for rates in ([1.5e-4, 2e-4, 2.7e-4], [2e-4]):
+        settings = make_settings(["lora"], rates=rates, widen=0)
+        planned = schedule.count_planned(settings, OWN, {})
+        order = finish(settings, bowl(OWN))
+        assert {cell.rate for cell in order} == set(rates) and len(order) == planned
+
+
 def test_without_halving_every_rate_is_trained_in_full_with_every_seed():
     settings = make_settings(["lora"], halving=False, rates=[1e-4, 2e-4, 4e-4])
     order = finish(settings, bowl(OWN))
-    assert {(cell.rate, cell.seed) for cell in order} == set(itertools.product(settings.rates, settings.seeds))
+    rates = [*settings.rates, 1.414e-4, 2.828e-4]
+    assert {(cell.rate, cell.seed) for cell in order} == set(itertools.product(rates, settings.seeds))
     assert {cell.steps for cell in order} == {100}
 
 
@@ -89,7 +112,7 @@ def test_failed_runs_leave_the_choice_to_the_others():
     settings = make_settings()
     find = bowl(OWN)
     finish(settings, lambda cell: None if cell.arm == "random" or cell.rate == OWN else find(cell), ended)
-    assert schedule.find_best_rates(settings, OWN, ended) == {"lora": 1e-4}
+    assert schedule.find_best_rates(settings, OWN, ended) == {"lora": 1.414e-4}
     assert sum(cell.arm == "random" for cell in ended) == 5, "no rate of it can be trained in full"
     assert schedule.count_planned(settings, OWN, ended) == len(ended)
 
@@ -105,14 +128,14 @@ def test_a_second_start_goes_on_wherever_the_first_one_stopped():
 
 def test_the_number_of_runs_is_known_before_any_has_ended_unless_a_grid_is_widened():
     settings, ended = make_settings(), {}
-    assert schedule.count_planned(settings, OWN, ended) == 2 * (5 + 2 + 2)
-    assert len(finish(settings, bowl(OWN), ended)) == 18
-    assert schedule.count_planned(settings, OWN, ended) == 18
+    assert schedule.count_planned(settings, OWN, ended) == 2 * (5 + 2 + 2 + 2)
+    assert len(finish(settings, bowl(OWN), ended)) == 22
+    assert schedule.count_planned(settings, OWN, ended) == 22
 
 
 def test_the_time_left_is_that_of_the_runs_that_have_not_ended():
     settings, ended, costs = make_settings(["lora"]), {}, {"lora": Cost(start=10, step=0.1)}
-    whole = 5 * 15 + 4 * 20
+    whole = 5 * 15 + 6 * 20
     assert schedule.estimate(settings, OWN, ended, costs) == pytest.approx(whole)
     ended[schedule.plan_next(settings, OWN, ended)] = 1.0
     assert schedule.estimate(settings, OWN, ended, costs) == pytest.approx(whole - 15)
@@ -129,16 +152,25 @@ def test_a_slow_arm_takes_its_own_time_and_an_arm_that_has_not_run_takes_the_mea
 
 
 @pytest.mark.parametrize(
-    ("limit", "seeds", "rates", "steps"),
-    [(10_000, 3, 5, 100), (150, 2, 5, 100), (125, 2, 4, 100), (105, 2, 3, 100), (80, 2, 3, 44)],
+    ("limit", "seeds", "refine", "rates", "steps"),
+    [
+        (10_000, 3, True, 5, 100),
+        (180, 2, True, 5, 100),
+        (150, 2, False, 5, 100),
+        (125, 2, False, 4, 100),
+        (105, 2, False, 3, 100),
+        (80, 2, False, 3, 44),
+    ],
 )
-def test_a_time_limit_takes_seeds_then_rates_then_steps(limit, seeds, rates, steps):
+def test_a_time_limit_takes_seeds_then_rates_then_steps(limit, seeds, refine, rates, steps):
     settings, costs = make_settings(["lora"]), {"lora": Cost(start=10, step=0.1)}
     fitted = schedule.fit(settings, OWN, costs, limit)
-    assert (len(fitted.seeds), len(fitted.rates), fitted.steps) == (seeds, rates, steps)
+    assert (len(fitted.seeds), fitted.refine, len(fitted.rates), fitted.steps) == (seeds, refine, rates, steps)
     assert OWN in fitted.rates and fitted.rates == sorted(fitted.rates)
     assert schedule.estimate(fitted, OWN, {}, costs) <= limit
-    assert (schedule.describe_change(settings, fitted) is None) == (fitted == settings)
+    change = schedule.describe_change(settings, fitted)
+    assert (change is None) == (fitted == settings)
+    assert ("no rates between those of the grid" in (change or "")) != fitted.refine
 
 
 def test_a_time_limit_that_nothing_fits_into_says_what_would():
