@@ -19,7 +19,7 @@ from axolotl_layersel.config.l1ra import find_room
 from axolotl_layersel.config.root import LayerselConfig, describe_unread
 from axolotl_layersel.config.selection import find_matched_room
 from axolotl_layersel.engines import collectives, trainers
-from axolotl_layersel.engines.signals import outlive_signals
+from axolotl_layersel.engines.signals import WATCH, outlive_signals
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
@@ -255,6 +255,7 @@ def record(start: Start, decision: Decision, readiness: Readiness, given: dict[s
     trainer.add_callback(TidyCallback(run, foreign, resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))  # must be the last one
+    trainers.call_if_training_fails(trainer, WATCH.restore)  # the process may live on, as a notebook's does
     block = start.settings.model_dump(mode="json", exclude_none=True)
     recipe = Recipe(block, trainer.args.seed, find_versions())
     saves = RunSaves(run, writer, decision.plan, ranks, start.lora, given, recipe)

@@ -145,3 +145,23 @@ def test_a_terminated_run_that_is_started_again_logs_and_trains_what_it_would_ha
     assert Path(resumed.state.best_model_checkpoint).name == Path(whole.state.best_model_checkpoint).name
     pairs = zip(model.named_parameters(), model_again.named_parameters(), strict=True)
     assert all(torch.equal(one, two) for (_, one), (_, two) in pairs)
+
+
+class FailingCallback(TrainerCallback):
+    """Fails in the first step, as a step without enough memory does."""
+
+    def on_step_begin(self, args, state, control, **_):
+        raise MemoryError("no memory is left")
+
+
+@pytest.mark.trains
+def test_signals_work_as_before_once_training_has_failed(tmp_path):
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path)
+    prepare_trainer(trainer, BLOCKS["selection"])
+    trainer.add_callback(FailingCallback())
+    with pytest.raises(MemoryError):
+        trainer.train()
+    after = {signum: signal.getsignal(signum) for signum in before}
+    WATCH.restore()
+    assert after == before, "the process of a notebook goes on, and must end by them"
