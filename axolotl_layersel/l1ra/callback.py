@@ -16,6 +16,7 @@ class RankCallback(TrainerCallback):
         self.resume_from = resume_from
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.ranks.check_start(state.global_step)
         if state.global_step > 0:
             if self.resume_from is None:
                 raise LayerselError(

@@ -64,6 +64,7 @@ class RankRedistribution:
         rule: the rule that moves rank; unset before ``start``.
         exponent: how the scaling of a module follows its rank, see ``patterns.scale_by_rank``.
         starts: the scaling and the rank that each module starts with.
+        is_folded: whether training has ended, and the modules are plain LoRA.
     """
 
     rule: Rule
@@ -94,6 +95,7 @@ class RankRedistribution:
         self.history = RankHistory({0: ranks})
         self.update_steps: set[int] = set()
         self.expect_gradients: set[str] = set()
+        self.is_folded = False
         # Gates that stay at 1 need not be attached if A's gradients tell theirs.
         leaves_idle = capacity.library in LEAVES_IDLE
         self.is_attached = RULES[settings.rule].moves_gates or not (run.engine.keeps_gradients and leaves_idle)
@@ -122,6 +124,15 @@ class RankRedistribution:
         check_share(self.settings, sum(rank * costs[name] for name, rank in ranks.items()), min(costs.values()))
 
     # --- Training -----------------------------------------------------------------------------------------------------
+
+    def check_start(self, step: int) -> None:
+        """Raise LayerselError if training begins at ``step`` with ranks that an earlier one has moved or folded."""
+        if self.is_folded or (step == 0 and max(self.history.ranks) > 0):
+            raise LayerselError(
+                "layersel.l1ra: the trainer has trained before, and rank has moved since, so it cannot train anew. "
+                "Build the model and the trainer anew and prepare them again, with `resume_from` to go on from a "
+                "checkpoint."
+            )
 
     def start(self, steps: int) -> None:
         """Schedule the updates of rank in a run of ``steps`` optimizer steps, and log them."""
@@ -384,6 +395,7 @@ class RankRedistribution:
             )
         self.gates.values.copy_(self.components.active)
         self.gates.detach()
+        self.is_folded = True
         if collectives.get_rank() == 0:
             self.history.write(self.run.output_dir)
             if closed:

@@ -5,6 +5,7 @@ import torch
 from helpers.models import make_lora, make_small_llama, make_trainer
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.config.l1ra import L1RAConfig
@@ -275,6 +276,42 @@ def test_a_run_that_resumes_without_being_prepared_for_it_is_refused(tmp_path):
     again, _ = prepare(tmp_path, save_strategy="steps", save_steps=4)
     with pytest.raises(LayerselError, match="resume_from_checkpoint: the trainer resumes, but was prepared without"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+class FailingOnce(TrainerCallback):
+    """Fails at the end of a step, the first time that it comes."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            self.step = 0
+            raise MemoryError("no memory is left")
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("rule", ["pressure", "saliency"])
+def test_ranks_that_have_moved_do_not_start_anew(tmp_path, rule):
+    message = "layersel.l1ra: the trainer has trained before, and rank has moved since, so it cannot train anew. Build"
+    settings = {"rule": rule, "update_ratio": 0.2}
+    trainer, _ = prepare(tmp_path, settings)
+    trainer.train()
+    with pytest.raises(LayerselError, match=message):
+        trainer.train()
+    # The first update is after step 3.
+    trainer, _ = prepare(tmp_path, settings)
+    trainer.add_callback(FailingOnce(3))
+    with pytest.raises(MemoryError):
+        trainer.train()
+    with pytest.raises(LayerselError, match=message):
+        trainer.train()
+    trainer, ranks = prepare(tmp_path, settings)
+    trainer.add_callback(FailingOnce(2))
+    with pytest.raises(MemoryError):
+        trainer.train()
+    trainer.train()
+    assert sorted(ranks.history.ranks)[:2] == [0, 3]
 
 
 @pytest.mark.trains
