@@ -226,9 +226,11 @@ class InterruptCallback(TrainerCallback):
         self.terminated = self.terminated or signum == signal.SIGTERM
 
     def leave_checkpoint(self) -> None:
-        """Exit after the checkpoint of this step was written."""
+        """Exit after the checkpoint of this step was written; before the first step there is none."""
         trainer = self.run.trainer
         step, folder = trainer.state.global_step, trainer.args.output_dir
+        if step == 0:
+            leave(signal.SIGTERM, "ended before the first step; nothing was trained, and the same command begins anew")
         leave(signal.SIGTERM, f"ended after step {step}; `auto_resume_from_checkpoints: true` goes on from {folder}")
 
 

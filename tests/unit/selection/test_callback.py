@@ -147,6 +147,28 @@ def test_a_terminated_run_that_is_started_again_logs_and_trains_what_it_would_ha
     assert all(torch.equal(one, two) for (_, one), (_, two) in pairs)
 
 
+class TerminatingEvaluation(TrainerCallback):
+    """Sends this process SIGTERM at the first batch of an evaluation."""
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        if not WATCH.received:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.trains
+def test_a_run_that_is_terminated_before_its_first_step_does_not_promise_to_go_on(tmp_path, signals_given_back, caplog):
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path, eval_on_start=True, per_device_eval_batch_size=1)
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.add_callback(TerminatingEvaluation())
+    prepare_trainer(trainer, BLOCKS["selection"])
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert stopped.value.code == 143
+    assert not list(tmp_path.glob("checkpoint-*"))
+    message = "layersel: SIGTERM: ended before the first step; nothing was trained, and the same command begins anew"
+    assert caplog.messages[-1] == message
+
+
 class FailingCallback(TrainerCallback):
     """Fails in the first step, as a step without enough memory does."""
 
