@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.paths import state_path
 from axolotl_layersel.common.randomness import draw_row
 from axolotl_layersel.config.experts import describe_gated_experts
@@ -143,7 +143,7 @@ class RankRedistribution:
             self.vary_scalings()
         if collectives.get_rank() == 0:
             self.announce(steps)
-            self.history.write(self.run.output_dir)
+        collectives.decide_on_rank_zero(lambda: self.history.write(self.run.output_dir))
 
     def announce(self, steps: int) -> None:
         """Log the schedule, and the parameters in use: Axolotl's own count includes the room for rank."""
@@ -233,8 +233,14 @@ class RankRedistribution:
         should_log = trainer.control.should_log
         trainer.log(numbers)
         trainer.control.should_log = should_log
+        self.record(step)
+
+    def record(self, step: int) -> None:
+        """Write the ranks by step, up to ``step``, to the run's folder, or log a warning: training must not be lost."""
         if collectives.get_rank() == 0:
-            self.history.write(self.run.output_dir)
+            failure = f"the ranks of step {step} cannot be recorded"
+            with warning_instead(failure, "The run goes on; its checkpoints have them."):
+                self.history.write(self.run.output_dir)
 
     def check_gradients(self, step: int) -> None:
         """Raise LayerselError if a module trains but its gates get no gradient; every process must call this.
@@ -396,16 +402,15 @@ class RankRedistribution:
         self.gates.values.copy_(self.components.active)
         self.gates.detach()
         self.is_folded = True
-        if collectives.get_rank() == 0:
-            self.history.write(self.run.output_dir)
-            if closed:
-                LOG.warning(
-                    "layersel: all gates of %d of %d modules ended at 0, such as those of %s: these modules "
-                    "contribute nothing. If they are many, lower l1_lambda.",
-                    len(closed),
-                    len(self.modules),
-                    closed[0],
-                )
+        self.record(step)
+        if collectives.get_rank() == 0 and closed:
+            LOG.warning(
+                "layersel: all gates of %d of %d modules ended at 0, such as those of %s: these modules "
+                "contribute nothing. If they are many, lower l1_lambda.",
+                len(closed),
+                len(self.modules),
+                closed[0],
+            )
 
     # --- Files --------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """Redistributing rank with a plain Trainer: the core needs no Axolotl."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.models import make_lora, make_small_llama, make_trainer
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import ranks_path
 from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
@@ -15,6 +18,7 @@ from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.l1ra import saliency
 from axolotl_layersel.l1ra.allocation import Moves
 from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.modules import get_config
 from axolotl_layersel.lora.patterns import resolve, scale_by_rank
 from axolotl_layersel.training.prepare import prepare_trainer
@@ -276,6 +280,33 @@ def test_a_run_that_resumes_without_being_prepared_for_it_is_refused(tmp_path):
     again, _ = prepare(tmp_path, save_strategy="steps", save_steps=4)
     with pytest.raises(LayerselError, match="resume_from_checkpoint: the trainer resumes, but was prepared without"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+class Obstructing(TrainerCallback):
+    """Puts a folder in the place of a file from step 2 until step 4."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            self.path.unlink()
+            self.path.mkdir()
+        if state.global_step == 4:
+            self.path.rmdir()
+
+
+@pytest.mark.trains
+def test_ranks_that_cannot_be_recorded_do_not_end_training(tmp_path, caplog):
+    trainer, ranks = prepare(tmp_path)
+    trainer.add_callback(Obstructing(ranks_path(tmp_path)))
+    trainer.train()
+    said = [message for message in caplog.messages if "cannot be recorded" in message]
+    assert len(said) == 1
+    path = ranks_path(tmp_path)
+    assert said[0].startswith(f"layersel: the ranks of step 3 cannot be recorded (LayerselError: {path} cannot be")
+    assert RankHistory.read(tmp_path) == ranks.history
+    assert list(ranks.history.ranks) == [0, 3, 6, 9, 12]
 
 
 class FailingOnce(TrainerCallback):
