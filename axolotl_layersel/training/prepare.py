@@ -28,7 +28,7 @@ from axolotl_layersel.lora.config import check_target_parameters, complete_confi
 from axolotl_layersel.lora.readiness import Readiness, check_trains
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.switching import preserve_trained
-from axolotl_layersel.lora.weights import initialize_lora, restore_live_adapter
+from axolotl_layersel.lora.weights import check_untrained, initialize_lora, restore_live_adapter
 from axolotl_layersel.lora.writer import AdapterWriter
 from axolotl_layersel.reports.model_card import Recipe
 from axolotl_layersel.reports.pictures import RunPictures
@@ -94,7 +94,8 @@ def prepare_trainer(
         settings: the content of the ``layersel`` block.
         resume_from: the checkpoint that the run resumes from. Its plan is used, and nothing is scored. Give
             ``trainer.train(resume_from_checkpoint=…)`` the same.
-        continues_adapter: whether the LoRA weights are a trained adapter's, which are kept.
+        continues_adapter: whether the LoRA weights are a trained adapter's, which are kept. Otherwise they are drawn
+            anew, and a trained adapter is refused.
         lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: with ``l1ra``, the scaling of modules of rank ``lora_r``; default: each module's in the adapter.
         repeat: with ``selection``, the number of seeds to choose with, to measure how far they agree. The first
@@ -180,6 +181,8 @@ def initialize(start: Start) -> None:
     complete_config(run)
     preserve_trained(run.model)
     check_trains(run)  # before minutes are spent on scoring
+    if not start.continues_adapter and start.resume_from is None:
+        check_untrained(run)
     seeded = not start.continues_adapter and initialize_lora(run.model, run.trainer.args.seed)
     if collectives.get_rank() == 0:
         state = "drawn from the seed" if seeded else "are kept as they were loaded"
