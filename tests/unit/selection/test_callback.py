@@ -147,6 +147,19 @@ def test_a_terminated_run_that_is_started_again_logs_and_trains_what_it_would_ha
     assert all(torch.equal(one, two) for (_, one), (_, two) in pairs)
 
 
+@pytest.mark.trains
+def test_a_run_resumes_without_being_prepared_for_it_only_by_the_trainer_that_wrote_the_checkpoint(tmp_path):
+    whole = train(BLOCKS["selection"], tmp_path)
+    checkpoint = str(tmp_path / "checkpoint-5")
+    losses = whole.state.log_history
+    other = make_trainer(make_lora(make_small_llama()), tmp_path / "other", max_steps=10)
+    prepare_trainer(other, LayerselConfig(selection=SelectionConfig(method="last", num_layers=3)))
+    with pytest.raises(LayerselError, match="resume_from_checkpoint: the trainer resumes, but was prepared without"):
+        other.train(resume_from_checkpoint=checkpoint)
+    whole.train(resume_from_checkpoint=checkpoint)
+    assert [entry.get("loss") for entry in whole.state.log_history] == [entry.get("loss") for entry in losses]
+
+
 class TerminatingEvaluation(TrainerCallback):
     """Sends this process SIGTERM at the first batch of an evaluation."""
 
