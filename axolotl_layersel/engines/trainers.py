@@ -152,6 +152,18 @@ def call_before_training(trainer: Trainer, function: Callable[[], None]) -> None
         return upstream(*args, **kwargs)
 
 
+def call_if_training_fails(trainer: Trainer, function: Callable[[], None]) -> None:
+    """Call ``function`` before an exception leaves ``trainer.train``, but not if a signal ends training."""
+
+    @replacing(trainer, "train")
+    def train(upstream: Callable, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return upstream(*args, **kwargs)
+        except Exception:
+            function()
+            raise
+
+
 def call_after_backward(trainer: Trainer, function: Callable[[], None]) -> None:
     """Call ``function`` once per optimizer step, when gradients are averaged but not clipped; not for DeepSpeed."""
 

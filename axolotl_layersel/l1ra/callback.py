@@ -7,6 +7,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 
+UNPREPARED = (
+    "resume_from_checkpoint: the trainer resumes, but was prepared without saying from where. Give `prepare_trainer` "
+    "the checkpoint as `resume_from`."
+)
+
 
 class RankCallback(TrainerCallback):
     """Calls ``RankRedistribution`` at the start, after every optimizer step, and at the end of training."""
@@ -16,12 +21,10 @@ class RankCallback(TrainerCallback):
         self.resume_from = resume_from
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.ranks.check_start(state.global_step)
         if state.global_step > 0:
             if self.resume_from is None:
-                raise LayerselError(
-                    "resume_from_checkpoint: the trainer resumes, but was prepared without saying from where. Give "
-                    "`prepare_trainer` the checkpoint as `resume_from`."
-                )
+                raise LayerselError(UNPREPARED)
             self.ranks.restore(self.resume_from)
         self.ranks.start(state.max_steps)
 

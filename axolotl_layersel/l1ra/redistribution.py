@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.paths import state_path
 from axolotl_layersel.common.randomness import draw_row
 from axolotl_layersel.config.experts import describe_gated_experts
@@ -64,6 +64,7 @@ class RankRedistribution:
         rule: the rule that moves rank; unset before ``start``.
         exponent: how the scaling of a module follows its rank, see ``patterns.scale_by_rank``.
         starts: the scaling and the rank that each module starts with.
+        is_folded: whether training has ended, and the modules are plain LoRA.
     """
 
     rule: Rule
@@ -94,6 +95,7 @@ class RankRedistribution:
         self.history = RankHistory({0: ranks})
         self.update_steps: set[int] = set()
         self.expect_gradients: set[str] = set()
+        self.is_folded = False
         # Gates that stay at 1 need not be attached if A's gradients tell theirs.
         leaves_idle = capacity.library in LEAVES_IDLE
         self.is_attached = RULES[settings.rule].moves_gates or not (run.engine.keeps_gradients and leaves_idle)
@@ -123,6 +125,15 @@ class RankRedistribution:
 
     # --- Training -----------------------------------------------------------------------------------------------------
 
+    def check_start(self, step: int) -> None:
+        """Raise LayerselError if training begins at ``step`` with ranks that an earlier one has moved or folded."""
+        if self.is_folded or (step == 0 and max(self.history.ranks) > 0):
+            raise LayerselError(
+                "layersel.l1ra: the trainer has trained before, and rank has moved since, so it cannot train anew. "
+                "Build the model and the trainer anew and prepare them again, with `resume_from` to go on from a "
+                "checkpoint."
+            )
+
     def start(self, steps: int) -> None:
         """Schedule the updates of rank in a run of ``steps`` optimizer steps, and log them."""
         settings = self.settings
@@ -132,7 +143,7 @@ class RankRedistribution:
             self.vary_scalings()
         if collectives.get_rank() == 0:
             self.announce(steps)
-            self.history.write(self.run.output_dir)
+        collectives.decide_on_rank_zero(lambda: self.history.write(self.run.output_dir))
 
     def announce(self, steps: int) -> None:
         """Log the schedule, and the parameters in use: Axolotl's own count includes the room for rank."""
@@ -222,8 +233,14 @@ class RankRedistribution:
         should_log = trainer.control.should_log
         trainer.log(numbers)
         trainer.control.should_log = should_log
+        self.record(step)
+
+    def record(self, step: int) -> None:
+        """Write the ranks by step, up to ``step``, to the run's folder, or log a warning: training must not be lost."""
         if collectives.get_rank() == 0:
-            self.history.write(self.run.output_dir)
+            failure = f"the ranks of step {step} cannot be recorded"
+            with warning_instead(failure, "The run goes on; its checkpoints have them."):
+                self.history.write(self.run.output_dir)
 
     def check_gradients(self, step: int) -> None:
         """Raise LayerselError if a module trains but its gates get no gradient; every process must call this.
@@ -384,16 +401,16 @@ class RankRedistribution:
             )
         self.gates.values.copy_(self.components.active)
         self.gates.detach()
-        if collectives.get_rank() == 0:
-            self.history.write(self.run.output_dir)
-            if closed:
-                LOG.warning(
-                    "layersel: all gates of %d of %d modules ended at 0, such as those of %s: these modules "
-                    "contribute nothing. If they are many, lower l1_lambda.",
-                    len(closed),
-                    len(self.modules),
-                    closed[0],
-                )
+        self.is_folded = True
+        self.record(step)
+        if collectives.get_rank() == 0 and closed:
+            LOG.warning(
+                "layersel: all gates of %d of %d modules ended at 0, such as those of %s: these modules "
+                "contribute nothing. If they are many, lower l1_lambda.",
+                len(closed),
+                len(self.modules),
+                closed[0],
+            )
 
     # --- Files --------------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,11 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
+from axolotl_layersel.common.errors import LayerselError
 from axolotl_layersel.common.files import refuse
 from axolotl_layersel.common.randomness import draw_orthogonal, draw_row, make_row_generator
 from axolotl_layersel.common.tensors import load_tensors
-from axolotl_layersel.config.initialisation import SEEDED, normalise
+from axolotl_layersel.config.initialisation import PLAIN, SEEDED, normalise
 from axolotl_layersel.engines import collectives
 from axolotl_layersel.lora.modules import (
     count_experts,
@@ -29,6 +30,35 @@ from axolotl_layersel.lora.run import Run
 def get_initialisation(config: LoraConfig) -> bool | str:
     """Return ``init_lora_weights`` as ``config.initialisation`` spells it."""
     return normalise(config.init_lora_weights)
+
+
+def check_untrained(run: Run) -> None:
+    """Raise LayerselError on every process if the adapter, whose weights would be drawn anew, is a trained one.
+
+    Every process must call this, before the engine is built. Where no factor starts at zero, training does not show.
+    """
+    if get_initialisation(run.config) not in PLAIN:
+        return
+
+    def find_trained() -> str | None:
+        for name, module in run.lora_modules.items():
+            if run.adapter in module.lora_B:
+                started_at_zero = module.lora_B[run.adapter].get_parameter("weight")
+            elif run.adapter in module.lora_embedding_A:
+                started_at_zero = module.lora_embedding_A[run.adapter]
+            else:
+                continue
+            if started_at_zero.any():
+                return name
+        return None
+
+    # With FSDP's cpu_ram_efficient_loading only process 0 holds weights.
+    trained = collectives.decide_on_rank_zero(find_trained)
+    if trained is not None:
+        raise LayerselError(
+            f"continues_adapter: False draws the LoRA weights anew, and those of {trained} are trained already. Give "
+            "`prepare_trainer` continues_adapter=True to train them further, or build the model and a new adapter."
+        )
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from axolotl_layersel.common.errors import LayerselError, warning_instead
 from axolotl_layersel.common.paths import ranks_path
 from axolotl_layersel.engines import collectives, trainers
 from axolotl_layersel.engines.signals import WATCH, SharedSignal, leave
+from axolotl_layersel.l1ra.callback import UNPREPARED
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.writer import AdapterWriter
@@ -38,6 +39,7 @@ class RestoreCallback(TrainerCallback):
     resume_from: str | None
     resumed_step: int | None  # of that checkpoint
     restore: Callable[[str], None]  # writes the LoRA weights of a checkpoint into the sharded model
+    has_trained: bool = False  # whether `trainer.train` was called before
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.resumed_step not in (None, state.global_step):
@@ -47,8 +49,13 @@ class RestoreCallback(TrainerCallback):
                 "checkpoint as `prepare_trainer`."
             )
         self.resumed_step = None  # a later call of `trainer.train` may begin anew
+        has_trained, self.has_trained = self.has_trained, True
         if state.global_step == 0:
             return
+        # The checkpoint has a choice of layers of its own, unless this trainer or a plain one has written it.
+        is_another_choice = trainers.NOTE in (state.stateful_callbacks or {}) and not has_trained
+        if self.resume_from is None and (is_another_choice or not self.run.engine.restores_lora):
+            raise LayerselError(UNPREPARED)
         callbacks = self.run.trainer.callback_handler.callbacks
         trainers.restore_callbacks(callbacks, state)
         if not self.run.engine.restores_lora and self.resume_from:
@@ -226,9 +233,11 @@ class InterruptCallback(TrainerCallback):
         self.terminated = self.terminated or signum == signal.SIGTERM
 
     def leave_checkpoint(self) -> None:
-        """Exit after the checkpoint of this step was written."""
+        """Exit after the checkpoint of this step was written; before the first step there is none."""
         trainer = self.run.trainer
         step, folder = trainer.state.global_step, trainer.args.output_dir
+        if step == 0:
+            leave(signal.SIGTERM, "ended before the first step; nothing was trained, and the same command begins anew")
         leave(signal.SIGTERM, f"ended after step {step}; `auto_resume_from_checkpoints: true` goes on from {folder}")
 
 

@@ -17,7 +17,7 @@ from axolotl_layersel.training.contents import list_recorded, record_path
 
 LOG = logging.getLogger("axolotl.layersel")
 
-RANDOM = "[a-z0-9_]{8}"  # the suffix of the standard library's tempfile
+RANDOM = "[a-z0-9_]{8}"  # the suffix of files.replace_atomically, and of the standard library's tempfile
 TRIAL = re.compile(rf"\.layersel-{RANDOM}")  # written by files.check_output and layouts.write_adapter
 
 

@@ -118,8 +118,13 @@ class RunLock:
                 except FileExistsError:
                     remove_stale(path)
                     continue
-                os.write(handle, content)
-                os.fsync(handle)
+                try:
+                    os.write(handle, content)
+                    os.fsync(handle)
+                except BaseException:  # the next run would wait for a file that names nobody
+                    os.close(handle)
+                    path.unlink(missing_ok=True)
+                    raise
                 return cls(path, handle)
 
     def beat(self) -> None:

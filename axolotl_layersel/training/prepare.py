@@ -19,7 +19,7 @@ from axolotl_layersel.config.l1ra import find_room
 from axolotl_layersel.config.root import LayerselConfig, describe_unread
 from axolotl_layersel.config.selection import find_matched_room
 from axolotl_layersel.engines import collectives, trainers
-from axolotl_layersel.engines.signals import outlive_signals
+from axolotl_layersel.engines.signals import WATCH, outlive_signals
 from axolotl_layersel.l1ra.callback import RankCallback
 from axolotl_layersel.l1ra.capacity import make_room
 from axolotl_layersel.l1ra.redistribution import RankRedistribution
@@ -28,7 +28,7 @@ from axolotl_layersel.lora.config import check_target_parameters, complete_confi
 from axolotl_layersel.lora.readiness import Readiness, check_trains
 from axolotl_layersel.lora.run import Run
 from axolotl_layersel.lora.switching import preserve_trained
-from axolotl_layersel.lora.weights import initialize_lora, restore_live_adapter
+from axolotl_layersel.lora.weights import check_untrained, initialize_lora, restore_live_adapter
 from axolotl_layersel.lora.writer import AdapterWriter
 from axolotl_layersel.reports.model_card import Recipe
 from axolotl_layersel.reports.pictures import RunPictures
@@ -94,7 +94,8 @@ def prepare_trainer(
         settings: the content of the ``layersel`` block.
         resume_from: the checkpoint that the run resumes from. Its plan is used, and nothing is scored. Give
             ``trainer.train(resume_from_checkpoint=…)`` the same.
-        continues_adapter: whether the LoRA weights are a trained adapter's, which are kept.
+        continues_adapter: whether the LoRA weights are a trained adapter's, which are kept. Otherwise they are drawn
+            anew, and a trained adapter is refused.
         lora_r: with ``l1ra``, the rank that ``max_rank`` is derived from; default: the adapter's.
         scaling: with ``l1ra``, the scaling of modules of rank ``lora_r``; default: each module's in the adapter.
         repeat: with ``selection``, the number of seeds to choose with, to measure how far they agree. The first
@@ -180,6 +181,8 @@ def initialize(start: Start) -> None:
     complete_config(run)
     preserve_trained(run.model)
     check_trains(run)  # before minutes are spent on scoring
+    if not start.continues_adapter and start.resume_from is None:
+        check_untrained(run)
     seeded = not start.continues_adapter and initialize_lora(run.model, run.trainer.args.seed)
     if collectives.get_rank() == 0:
         state = "drawn from the seed" if seeded else "are kept as they were loaded"
@@ -255,6 +258,7 @@ def record(start: Start, decision: Decision, readiness: Readiness, given: dict[s
     trainer.add_callback(TidyCallback(run, foreign, resume_from, is_complete))
     trainer.add_callback(ShareCallback(run, list_records()))
     trainer.add_callback(InterruptCallback(run, writer, resume_from))  # must be the last one
+    trainers.call_if_training_fails(trainer, WATCH.restore)  # the process may live on, as a notebook's does
     block = start.settings.model_dump(mode="json", exclude_none=True)
     recipe = Recipe(block, trainer.args.seed, find_versions())
     saves = RunSaves(run, writer, decision.plan, ranks, start.lora, given, recipe)

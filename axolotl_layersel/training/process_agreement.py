@@ -133,12 +133,12 @@ def share_new_weights(run: Run, continues_adapter: bool) -> None:
         return
     everyone = [theirs for theirs in collectives.gather_from_all(digests) if theirs is not None]
     differing = [name for name in everyone[0] if any(theirs.get(name) != everyone[0][name] for theirs in everyone)]
+    # Weights that a process lacks, or has in another shape, can be neither compared nor copied.
+    shapes = {shorten(name, run.adapter): str(list(weight.shape)) for name, weight in weights.items()}
+    check_same({"weights": {"shape of weights": None if digests is None else shapes}})
     lora, given = sort_weights(run, differing)
     check_same({"weights": {"initial LoRA weights": pick(digests, lora if continues_adapter else {})}})
     check_same({"base model": {"base weights": pick(digests, given)}})
-    # Weights of different shapes cannot be copied.
-    shapes = {name: str(list(weight.shape)) for name, weight in weights.items()}
-    check_same({"weights": {"shape of weights": None if digests is None else shapes}})
     for name in differing:
         share(run, weights[name])
     if collectives.get_rank() == 0:

@@ -174,7 +174,8 @@ class RunSaves:
 
     def write_card(self, folder: Path) -> None:
         """Write PEFT's model card to ``folder``, which holds the adapter, with the section on layer selection."""
-        self.run.model.create_or_update_model_card(str(folder))
+        with warning_instead(f"the model card in {folder} cannot be written", "The adapter is complete."):
+            self.run.model.create_or_update_model_card(str(folder))
         self.complete_card(folder, reads=True)
 
     def complete_card(self, folder: Path, reads: bool = False) -> None:

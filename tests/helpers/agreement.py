@@ -13,9 +13,11 @@ from axolotl_layersel.training.prepare import prepare_trainer
 from helpers.models import make_lora, make_rows, make_small_llama, make_trainer
 
 
-def prepare(folder: Path, rows: list[dict], moved: float = 0, moved_below: float = 0, **arguments) -> None:
+def prepare(
+    folder: Path, rows: list[dict], moved: float = 0, moved_below: float = 0, layers: int = 6, **arguments
+) -> None:
     """Prepare a trainer that continues an adapter, with one LoRA weight and one base weight changed."""
-    model = make_lora(make_small_llama())
+    model = make_lora(make_small_llama(layers))
     projection = model.base_model.model.model.layers[2].self_attn.q_proj
     projection.lora_B["default"].weight.data[0, 0] += moved
     projection.base_layer.weight.data[0, 0] += moved_below
@@ -40,6 +42,8 @@ def run_process(rank: int, folder: str) -> None:
         "the number of rows": {"rows": rows[:-1]},
         "a weight": {"moved": 0.1},
         "a base weight": {"moved_below": 0.1},
+        "fewer layers": {"layers": 5},
+        "more layers": {"layers": 7},
     }
     for name, difference in differences.items():
         torch.manual_seed(1)

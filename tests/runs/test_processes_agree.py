@@ -85,6 +85,11 @@ def test_trainers_that_were_prepared_differently_are_refused_by_rank_and_key(zyg
     assert first["a weight"].startswith(f"initial LoRA weights.{UP}: '")
     assert first["a base weight"].startswith(f"base weights.{UP.replace('.lora_B', '')}: '")
     assert first["a base weight"].endswith("Scores would mix two models: give all nodes the same base model.")
+    assert first["fewer layers"] == (
+        "shape of weights.base_model.model.model.layers.5.self_attn.q_proj.weight: None on process 1, '[32, 32]' on "
+        "process 0. Give all nodes the same base model and the same adapter."
+    )
+    assert first["more layers"].startswith("shape of weights.base_model.model.model.layers.6.self_attn.q_proj.weight: ")
     assert (
         first["a package"]
         == "version of peft: '9.9' on process 1, '0.20.0' on process 0. Install the same versions on all nodes."

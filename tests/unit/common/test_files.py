@@ -23,6 +23,18 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_is_as_open_to_others_as_the_users_other_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "ours", b"new")
+        (tmp_path / "theirs").write_bytes(b"new")
+    finally:
+        os.umask(before)
+    ours, theirs = ((tmp_path / name).stat().st_mode for name in ("ours", "theirs"))
+    assert oct(ours) == oct(theirs)
+
+
 def test_a_file_in_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "layersel").write_text("not a folder")
     with pytest.raises(LayerselError, match=r"layersel/plan.json cannot be written: .*/layersel is a file, where"):

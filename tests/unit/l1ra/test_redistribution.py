@@ -1,12 +1,16 @@
 """Redistributing rank with a plain Trainer: the core needs no Axolotl."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.models import make_lora, make_small_llama, make_trainer
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from axolotl_layersel.common.errors import LayerselError
+from axolotl_layersel.common.paths import ranks_path
 from axolotl_layersel.config.l1ra import L1RAConfig
 from axolotl_layersel.config.root import LayerselConfig
 from axolotl_layersel.config.selection import SelectionConfig
@@ -14,6 +18,7 @@ from axolotl_layersel.engines.base import Engine
 from axolotl_layersel.l1ra import saliency
 from axolotl_layersel.l1ra.allocation import Moves
 from axolotl_layersel.l1ra.callback import RankCallback
+from axolotl_layersel.l1ra.records import RankHistory
 from axolotl_layersel.lora.modules import get_config
 from axolotl_layersel.lora.patterns import resolve, scale_by_rank
 from axolotl_layersel.training.prepare import prepare_trainer
@@ -275,6 +280,69 @@ def test_a_run_that_resumes_without_being_prepared_for_it_is_refused(tmp_path):
     again, _ = prepare(tmp_path, save_strategy="steps", save_steps=4)
     with pytest.raises(LayerselError, match="resume_from_checkpoint: the trainer resumes, but was prepared without"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+class Obstructing(TrainerCallback):
+    """Puts a folder in the place of a file from step 2 until step 4."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            self.path.unlink()
+            self.path.mkdir()
+        if state.global_step == 4:
+            self.path.rmdir()
+
+
+@pytest.mark.trains
+def test_ranks_that_cannot_be_recorded_do_not_end_training(tmp_path, caplog):
+    trainer, ranks = prepare(tmp_path)
+    trainer.add_callback(Obstructing(ranks_path(tmp_path)))
+    trainer.train()
+    said = [message for message in caplog.messages if "cannot be recorded" in message]
+    assert len(said) == 1
+    path = ranks_path(tmp_path)
+    assert said[0].startswith(f"layersel: the ranks of step 3 cannot be recorded (LayerselError: {path} cannot be")
+    assert RankHistory.read(tmp_path) == ranks.history
+    assert list(ranks.history.ranks) == [0, 3, 6, 9, 12]
+
+
+class FailingOnce(TrainerCallback):
+    """Fails at the end of a step, the first time that it comes."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            self.step = 0
+            raise MemoryError("no memory is left")
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("rule", ["pressure", "saliency"])
+def test_ranks_that_have_moved_do_not_start_anew(tmp_path, rule):
+    message = "layersel.l1ra: the trainer has trained before, and rank has moved since, so it cannot train anew. Build"
+    settings = {"rule": rule, "update_ratio": 0.2}
+    trainer, _ = prepare(tmp_path, settings)
+    trainer.train()
+    with pytest.raises(LayerselError, match=message):
+        trainer.train()
+    # The first update is after step 3.
+    trainer, _ = prepare(tmp_path, settings)
+    trainer.add_callback(FailingOnce(3))
+    with pytest.raises(MemoryError):
+        trainer.train()
+    with pytest.raises(LayerselError, match=message):
+        trainer.train()
+    trainer, ranks = prepare(tmp_path, settings)
+    trainer.add_callback(FailingOnce(2))
+    with pytest.raises(MemoryError):
+        trainer.train()
+    trainer.train()
+    assert sorted(ranks.history.ranks)[:2] == [0, 3]
 
 
 @pytest.mark.trains

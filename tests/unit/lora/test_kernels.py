@@ -247,7 +247,7 @@ def test_kernels_compute_modules_in_which_only_another_adapter_has_lora(make_fus
     monkeypatch.setattr(lora, "get_lora_parameters", getattr(read, "__wrapped__", read))
     model = make_fused(TARGETS + MLP, ALL_ON)
     model.add_adapter("ref", model.peft_config["default"])
-    for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+    for parameter in (p for n, p in model.named_parameters() if "lora_B.ref" in n):
         torch.nn.init.normal_(parameter, std=0.1)
     trainer = make_trainer(model, tmp_path)
     prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="explicit", layers=[1])))

@@ -66,7 +66,7 @@ def test_an_adapter_that_does_not_train_is_refused(reason, block, tmp_path):
 
 @pytest.mark.parametrize("block", ["selection", "freeze"])
 def test_a_choice_of_layers_that_do_not_train_is_refused(block, tmp_path):
-    model = make_trained_lora()
+    model = make_lora(make_small_llama(), task_type="CAUSAL_LM")
     for name, parameter in model.named_parameters():
         if any(f".layers.{layer}." in name for layer in (3, 4, 5)):
             parameter.requires_grad_(False)

@@ -178,3 +178,13 @@ def test_a_card_that_cannot_be_completed_costs_a_warning_and_no_adapter(tmp_path
         saves.complete_card(tmp_path, reads=True)
     (record,) = [record for record in caplog.records if "model card" in record.message]
     assert "lacks the section on layers" in record.message and adapter.exists()
+
+
+def test_a_card_that_peft_cannot_read_costs_a_warning_and_no_adapter(tmp_path, caplog):
+    trainer, _ = prepare(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\nmine")
+    with caplog.at_level(logging.WARNING, logger="axolotl.layersel"):
+        trainer.save_model()
+    assert any("the model card in" in message and "cannot be written" in message for message in caplog.messages)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert (tmp_path / "README.md").read_text().startswith("---\nlicense: [\n---\nmine")

@@ -145,3 +145,58 @@ def test_a_terminated_run_that_is_started_again_logs_and_trains_what_it_would_ha
     assert Path(resumed.state.best_model_checkpoint).name == Path(whole.state.best_model_checkpoint).name
     pairs = zip(model.named_parameters(), model_again.named_parameters(), strict=True)
     assert all(torch.equal(one, two) for (_, one), (_, two) in pairs)
+
+
+@pytest.mark.trains
+def test_a_run_resumes_without_being_prepared_for_it_only_by_the_trainer_that_wrote_the_checkpoint(tmp_path):
+    whole = train(BLOCKS["selection"], tmp_path)
+    checkpoint = str(tmp_path / "checkpoint-5")
+    losses = whole.state.log_history
+    other = make_trainer(make_lora(make_small_llama()), tmp_path / "other", max_steps=10)
+    prepare_trainer(other, LayerselConfig(selection=SelectionConfig(method="last", num_layers=3)))
+    with pytest.raises(LayerselError, match="resume_from_checkpoint: the trainer resumes, but was prepared without"):
+        other.train(resume_from_checkpoint=checkpoint)
+    whole.train(resume_from_checkpoint=checkpoint)
+    assert [entry.get("loss") for entry in whole.state.log_history] == [entry.get("loss") for entry in losses]
+
+
+class TerminatingEvaluation(TrainerCallback):
+    """Sends this process SIGTERM at the first batch of an evaluation."""
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        if not WATCH.received:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.trains
+def test_a_run_that_is_terminated_before_its_first_step_does_not_promise_to_go_on(tmp_path, signals_given_back, caplog):
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path, eval_on_start=True, per_device_eval_batch_size=1)
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.add_callback(TerminatingEvaluation())
+    prepare_trainer(trainer, BLOCKS["selection"])
+    with pytest.raises(SystemExit) as stopped:
+        trainer.train()
+    assert stopped.value.code == 143
+    assert not list(tmp_path.glob("checkpoint-*"))
+    message = "layersel: SIGTERM: ended before the first step; nothing was trained, and the same command begins anew"
+    assert caplog.messages[-1] == message
+
+
+class FailingCallback(TrainerCallback):
+    """Fails in the first step, as a step without enough memory does."""
+
+    def on_step_begin(self, args, state, control, **_):
+        raise MemoryError("no memory is left")
+
+
+@pytest.mark.trains
+def test_signals_work_as_before_once_training_has_failed(tmp_path):
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    trainer = make_trainer(make_lora(make_small_llama()), tmp_path)
+    prepare_trainer(trainer, BLOCKS["selection"])
+    trainer.add_callback(FailingCallback())
+    with pytest.raises(MemoryError):
+        trainer.train()
+    after = {signum: signal.getsignal(signum) for signum in before}
+    WATCH.restore()
+    assert after == before, "the process of a notebook goes on, and must end by them"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import time
 from dataclasses import replace
 
@@ -52,6 +53,17 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         RunLock.take(tmp_path / "file")
     with pytest.raises(LayerselError, match=f"{tmp_path / 'file'} is a file, where a folder is needed"):
         RunLock.take(tmp_path / "file" / "below")
+
+
+def test_a_lock_that_cannot_be_written_is_not_left_behind(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(LayerselError, match=rf"{FILE} cannot be written \(File too large\)"):
+            RunLock.take(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_forked_child_leaves_the_lock_to_its_parent(tmp_path):

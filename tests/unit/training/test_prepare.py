@@ -8,6 +8,7 @@ import torch
 from helpers.models import make_lora, make_small_llama, make_trainer
 from helpers.places import ROOT
 from helpers.plain_trainer import check_adapter, make_bert
+from peft import PeftModel
 
 import axolotl_layersel
 from axolotl_layersel import FlexoraConfig, L1RAConfig, LayerselConfig, LayerselError, SelectionConfig, prepare_trainer
@@ -74,6 +75,31 @@ def test_a_model_without_lora_is_refused(tmp_path):
     trainer = make_trainer(make_small_llama(), tmp_path)
     with pytest.raises(LayerselError, match="the trainer's model is a LlamaForCausalLM, not a PEFT model with LoRA"):
         prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="last")))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["embed_tokens"]])
+def test_a_trained_adapter_is_not_drawn_anew(tmp_path, targets):
+    def load():
+        return PeftModel.from_pretrained(make_small_llama(), tmp_path / "trained", is_trainable=True)
+
+    config = LayerselConfig(selection=SelectionConfig(method="last", unselected="freeze"))
+    trained = make_lora(make_small_llama(), ["q_proj", *targets])
+    first = trained.base_model.model.model.embed_tokens if "embed_tokens" in targets else None
+    with torch.no_grad():
+        if first is None:
+            trained.base_model.model.model.layers[1].self_attn.v_proj.lora_B["default"].weight[0, 0] = 0.5
+        else:
+            first.lora_embedding_A["default"][0, 0] = 0.5
+    trained.save_pretrained(tmp_path / "trained")
+    name = "model.layers.1.self_attn.v_proj" if first is None else "model.embed_tokens"
+    message = f"^continues_adapter: False draws the LoRA weights anew, and those of {name} are trained already. Give"
+    model = load()
+    before = {name: weight.clone() for name, weight in model.named_parameters() if "lora_" in name}
+    with pytest.raises(LayerselError, match=message):
+        prepare_trainer(make_trainer(model, tmp_path), config)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)
+    prepare_trainer(make_trainer(model, tmp_path), config, continues_adapter=True)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)
 
 
 def test_a_package_that_is_not_installed_has_no_version():
