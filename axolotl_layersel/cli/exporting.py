@@ -37,7 +37,7 @@ def export_to_reader(adapter: Path, name: str, output: Path | None, base_model: 
     from axolotl_layersel.lora.export import convert_export, export_for
 
     done = export_for(adapter, reader, output, base_model)
-    remove_others(adapter, output, MLX_FILES if reader.form == "mlx" else PEFT_FILES)
+    remove_others(output, MLX_FILES if reader.form == "mlx" else PEFT_FILES)
     # Before a converter that may fail: a second attempt may then overwrite the folder.
     write_record(adapter, output, done.layout, name)
     command = convert_export(reader, output, done.base)
@@ -59,7 +59,7 @@ def export_layout(adapter: Path, layout: str, output: Path | None, base_model: s
     from axolotl_layersel.lora.readers import find_vllm_rank
 
     rank = export_adapter(adapter, layout, output, base_model)
-    remove_others(adapter, output, PEFT_FILES)
+    remove_others(output, PEFT_FILES)
     write_record(adapter, output, layout, None)
     needed = find_vllm_rank(rank)
     return [
@@ -87,13 +87,15 @@ def check_target(source: Path, output: Path) -> None:
         )
 
 
-def remove_others(source: Path, output: Path, written: Collection[str]) -> None:
-    """Remove the files of an earlier export of ``source`` that this one has not ``written``, such as a GGUF file.
+def remove_others(output: Path, written: Collection[str]) -> None:
+    """Remove the files of an earlier export that this one has not ``written``, such as a GGUF file.
+
+    Files without a record of an export may be the user's own, and stay.
 
     Raises:
         LayerselError: if that is not allowed.
     """
-    if read_record(output) == find_source(source, output):
+    if read_record(output) is not None:
         for name in ADAPTER_FILES:
             if name not in written:
                 with writing(output / name, 0):

@@ -136,6 +136,21 @@ def test_an_export_overwrites_only_an_earlier_export_of_the_same_adapter(adapter
     assert "is not an earlier export of" in call(*arguments, adapter)
 
 
+def test_a_forced_export_leaves_no_file_of_the_export_that_it_replaces(adapter, tmp_path):
+    other, output = tmp_path / "other", tmp_path / "out"
+    make_lora(make_small_llama(2)).save_pretrained(str(other))
+    run("export", adapter, "--for", "mlx", "--output", output)
+    assert (output / "adapters.safetensors").exists()
+    (output / "notes.txt").touch()
+    run("export", other, "--layout", "uniform", "--output", output, "--force")
+    assert not (output / "adapters.safetensors").exists() and (output / "notes.txt").exists()
+    # Without a record it may be the user's own file.
+    (output / "layersel_export.json").unlink()
+    (output / "adapter.gguf").touch()
+    run("export", other, "--layout", "uniform", "--output", output, "--force")
+    assert (output / "adapter.gguf").exists()
+
+
 def test_an_export_overwrites_neither_its_source_nor_an_adapter_of_a_run(adapter, tmp_path):
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
     for layout in ("ragged", "uniform"):
