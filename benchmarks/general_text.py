@@ -51,7 +51,8 @@ def find_prose(text: str) -> list[str]:
 
 def collect_english() -> str:
     """Return paragraphs of Python's help and of the descriptions of packages, each once."""
-    described = {each.metadata["Name"]: each.metadata.get_payload() or "" for each in distributions()}
+    # The description is the body of the metadata, which importlib reads as an e-mail.
+    described = {each.metadata["Name"]: each.metadata.json.get("description", "") for each in distributions()}
     sources = [topics[name] for name in sorted(topics)] + [described[name] for name in sorted(described)]
     parts = [paragraph for source in sources for paragraph in find_prose(str(source)[:PART])]
     return join([*dict.fromkeys(parts)])

@@ -301,9 +301,9 @@ def take_turns(function: Callable[..., T], setup: Setup, arms: Sequence[str], *a
     """Return ``function(setup, arm, *arguments, turns)`` for every arm, each run in a process of its own."""
     with SyncManager() as manager, process_pool(setup, len(arms)) as pool:
         gates = [manager.Semaphore(int(position == 0)) for position in range(len(arms))]
+        turns = [Turns(gate, gates[(place + 1) % len(arms)]) for place, gate in enumerate(gates)]
         runs = {
-            arm: pool.submit(run_quietly, function, setup, arm, *arguments, Turns(gates[i], gates[(i + 1) % len(arms)]))
-            for i, arm in enumerate(arms)
+            arm: pool.submit(run_quietly, function, *(setup, arm, *arguments, turn)) for arm, turn in zip(arms, turns)
         }
         return {arm: run.result() for arm, run in runs.items()}
 

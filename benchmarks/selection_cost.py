@@ -98,13 +98,16 @@ def make_ways(setup: Setup, folder: str) -> dict[str, Callable[[list[Sample]], l
     settings = SelectionConfig(method="cka").resolve(run_seed=0)
     selection = Selection.of(Run.of(trainer), find_layer_stack(model), settings)
 
+    def score(states: torch.Tensor | None) -> list[float | None]:
+        assert states is not None, "one process has all states"
+        pairs = [(layer, layer + 1) for layer in range(setup.layers)]
+        return cka.score_pairs(states, pairs)[0]
+
     def plain(samples: list[Sample]) -> list[float | None]:
-        states = measure_plainly(trainer, model, *place_token(samples, "last"))
-        return cka.score_layers(states)[0]
+        return score(measure_plainly(trainer, model, *place_token(samples, "last")))
 
     def ours(samples: list[Sample]) -> list[float | None]:
-        states = cka.measure_token_states(selection, *place_token(samples, "last"))
-        return cka.score_layers(states)[0]
+        return score(cka.measure_token_states(selection, *place_token(samples, "last")))
 
     for way in (plain, ours):
         way(draw_samples(setup, 2, 32))

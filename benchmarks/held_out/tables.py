@@ -121,7 +121,8 @@ def list_sections(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return the runs of each regime and rank with several arms, in the order of their sections."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for run in add_half_ranks(runs):
-        groups[(*find_regime(run), run["rank"])].append(run)
+        key = (*find_regime(run), run["rank"])
+        groups[key].append(run)
     # A group of nothing but LoRA at half of its rank belongs to another rank.
     sections = [group for group in groups.values() if len({run["arm"] for run in group} - {HALF_RANK}) > 1]
     return sorted(sections, key=order_setting)

@@ -160,12 +160,19 @@ def list_steps(steps: int, count: int) -> list[int]:
     return sorted({max(1, round(steps * place / count)) for place in range(1, count + 1)})
 
 
+def get_config(model: PeftModel) -> LoraConfig:
+    """Return the configuration of the adapter."""
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    return config
+
+
 def count_parameters(model: PeftModel, rank: int, block: Mapping[str, Any] | None) -> int:
     """Return the trainable parameters. With l1ra, those that its budget allows: its modules have room for more."""
     if "l1ra" not in (block or {}):
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
     shapes = [p.shape for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
-    return sum(rows * columns for rows, columns in shapes) * rank // model.peft_config["default"].r
+    return sum(rows * columns for rows, columns in shapes) * rank // get_config(model).r
 
 
 def make_trainer(settings: Settings, model: PeftModel, seed: int, rate: float, rows: Rows, folder: str) -> Trainer:
@@ -200,7 +207,7 @@ def run_arm(
     model = make_model(settings.base, settings.is_encoder, arm, rank, data.train)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(settings, model, seed, rate, data.train, folder)
-        chosen = json.dumps(model.peft_config["default"].rank_pattern)
+        chosen = json.dumps(get_config(model).rank_pattern)
         if block is not None:
             plan = prepare_trainer(trainer, LayerselConfig.model_validate(block))
             chosen = json.dumps(plan.ranks or plan.selected) if plan else ""
