@@ -141,9 +141,11 @@ def test_a_forced_export_leaves_no_file_of_the_export_that_it_replaces(adapter, 
     make_lora(make_small_llama(2)).save_pretrained(str(other))
     run("export", adapter, "--for", "mlx", "--output", output)
     assert (output / "adapters.safetensors").exists()
-    (output / "notes.txt").touch()
+    for name in ("adapter.gguf", "Modelfile", "notes.txt"):
+        (output / name).touch()
     run("export", other, "--layout", "uniform", "--output", output, "--force")
-    assert not (output / "adapters.safetensors").exists() and (output / "notes.txt").exists()
+    written = {"adapter_model.safetensors", "adapter_config.json", "layersel_export.json"}
+    assert {path.name for path in output.iterdir()} == {*written, "notes.txt"}
     # Without a record it may be the user's own file.
     (output / "layersel_export.json").unlink()
     (output / "adapter.gguf").touch()
