@@ -106,7 +106,8 @@ def time_search(trainer, timer: StepTimer, arm: str, steps: int) -> None:
         "val_samples": 8,
         "hypergradient": "unrolled" if arm == UNROLLED else "first_order",
     }
-    prepare_trainer(trainer, LayerselConfig(selection=SelectionConfig(method="flexora", ratio=0.5, flexora=flexora)))
+    selection = {"method": "flexora", "ratio": 0.5, "flexora": flexora}
+    prepare_trainer(trainer, LayerselConfig.model_validate({"selection": selection}))
 
 
 def find_damage(base: dict, seed: int, val_batches: int, steps: int) -> Finding:
@@ -116,7 +117,7 @@ def find_damage(base: dict, seed: int, val_batches: int, steps: int) -> Finding:
     model = get_peft_model(make_damaged(base, seed), LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS))
     rows = make_rows(make_text(), setup.batch_size * 200, seed=100 + seed)
     flexora = {"steps": steps, "val_samples": 60, "val_batches": val_batches}
-    settings = SelectionConfig(method="flexora", ratio=0.5, flexora=flexora)
+    settings = SelectionConfig.model_validate({"method": "flexora", "ratio": 0.5, "flexora": flexora})
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(setup, model, folder, dataset=rows, max_steps=steps, learning_rate=2e-3, seed=seed)
         started = time.process_time()

@@ -41,7 +41,7 @@ def main() -> None:
     modules = find_lora_modules(model.get_base_model())
     downs = {name: [module.lora_A["default"]] for name, module in modules.items()}
     gates = Gates(downs, 32, torch.device("cpu"))
-    engine = Engine(None, "single")
+    engine = Engine(None, "single")  # type: ignore[arg-type]  # products of gradients need no trainer
     tokens = torch.arange(8)[None]
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for round_ in range(arguments.rounds + 1):

@@ -22,7 +22,7 @@ import transformers
 from axolotl.monkeypatch import lora_kernels
 from axolotl.utils.dict import DictDefault
 from measuring import LORA_TARGETS, MIB, PeakMemory, StepTimer, draw_rows, run_quietly
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -102,7 +102,7 @@ def make_config(arguments: argparse.Namespace) -> LlamaConfig:
     )
 
 
-def put_kernels_on(model: PeftModel, device: str) -> None:
+def put_kernels_on(model: PeftModel | PeftMixedModel, device: str) -> None:
     """Patch a model with Axolotl's fused LoRA kernels, as Axolotl does; the kernel for the MLP needs a GPU."""
     wanted = {**KERNELS, "lora_mlp_kernel": device == "cuda"}
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,8 @@ def make_arm(arguments: argparse.Namespace, arm: Arm, folder: str) -> tuple[Trai
     torch.manual_seed(0)
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     with torch.device(arguments.device):
-        base = LlamaForCausalLM(make_config(arguments)).to(dtype)
+        base: Any = LlamaForCausalLM(make_config(arguments))
+        base.to(dtype)
     rank = 2 * arguments.rank if arm.highest else arguments.rank
     settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": LORA_TARGETS}
     if arm.adalora:

@@ -44,14 +44,15 @@ WAYS = (PLAIN, OURS)
 
 def run_plainly(trainer: Trainer, rows: list[dict[str, list[int]]]) -> None:
     """Run rows forward and backward in micro-batches, as training does."""
-    size = trainer.args.per_device_train_batch_size
-    trainer.model.train()
+    model, size = trainer.model, trainer.args.per_device_train_batch_size
+    assert model is not None
+    model.train()
     for start in range(0, len(rows), size):
         inputs = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(trainer.model, inputs)
+            loss = trainer.compute_loss(model, inputs)
         loss.backward()
-        trainer.model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
 
 def make_ways(setup: Setup, folder: str, tokens: int, count: int) -> dict[str, Callable[[], object]]:

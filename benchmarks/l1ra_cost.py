@@ -23,6 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from measuring import (
     LORA_TARGETS,
@@ -135,7 +136,8 @@ class Allocation(TrainerCallback):
         self.rank_timer = rank_timer
 
     def on_optimizer_step(self, args, state, control, model: PeftModel, **kwargs) -> None:
-        self.rank_timer.run(state.global_step + 1, model.base_model.update_and_allocate)
+        allocate: Any = model.base_model.update_and_allocate
+        self.rank_timer.run(state.global_step + 1, allocate)
 
 
 def close_gates(ranks: RankRedistribution, share: float, step: int) -> None:

@@ -37,8 +37,16 @@ def make_rows(text: torch.Tensor, count: int, seed: int) -> list[dict[str, list[
 def make_model() -> LlamaForCausalLM:
     """Return the base before pre-training."""
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, vocab_size=128, tie_word_embeddings=True, **size))
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
 
 
 def pretrain(text: torch.Tensor) -> dict[str, torch.Tensor]:

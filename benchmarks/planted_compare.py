@@ -191,7 +191,7 @@ def run(arguments: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
         if maker.exitcode:
             raise RuntimeError(f"{folder} could not be made")
     # The rates are given, so that all comparisons of a task have the same.
-    fixed = {"rates": ",".join(f"{rate:g}" for rate in RATES[task]), "widen": 0, "refine": False}
+    fixed: dict[str, Any] = {"rates": ",".join(f"{rate:g}" for rate in RATES[task]), "widen": 0, "refine": False}
     options = Options(arms_file=folder / "arms.yml", seeds=arguments.training_seeds, **fixed)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

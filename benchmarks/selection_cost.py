@@ -104,7 +104,9 @@ def make_ways(setup: Setup, folder: str) -> dict[str, Callable[[list[Sample]], l
         return cka.score_pairs(states, pairs)[0]
 
     def plain(samples: list[Sample]) -> list[float | None]:
-        return score(measure_plainly(trainer, model, *place_token(samples, "last")))
+        kept, positions = place_token(samples, "last")
+        assert positions is not None, "only a mean over tokens has none"
+        return score(measure_plainly(trainer, model, kept, positions))
 
     def ours(samples: list[Sample]) -> list[float | None]:
         return score(cka.measure_token_states(selection, *place_token(samples, "last")))

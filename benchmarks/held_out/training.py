@@ -91,7 +91,8 @@ def load_base(path: Path, is_encoder: bool) -> Any:
     """Return the base in fp32 on the device."""
     if is_encoder:
         return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, num_labels=2).to(DEVICE)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(DEVICE)
+    base: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return base.to(DEVICE)
 
 
 def make_model(path: Path, is_encoder: bool, arm: Arm, rank: int, rows: Rows) -> PeftModel:

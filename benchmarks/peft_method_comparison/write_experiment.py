@@ -48,7 +48,7 @@ def describe_plan(plan: Plan, run: dict[str, Any]) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=highest,
-        lora_alpha=shorten(scaling * highest),
+        lora_alpha=shorten(scaling * highest),  # type: ignore[arg-type]  # PEFT takes a float too
         lora_dropout=run.get("lora_dropout") or 0.0,
         target_modules=sorted(ranks),
         rank_pattern=write_pattern(lower),
