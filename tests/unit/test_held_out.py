@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -275,6 +277,25 @@ def test_a_command_line_that_contradicts_itself_is_refused(words, why, tmp_path,
     with pytest.raises(SystemExit):
         quality.check_arguments(parser, parser.parse_args([*command, *words]))
     assert why in capsys.readouterr().err
+
+
+def test_the_campaign_asks_for_what_the_benchmark_knows(tmp_path):
+    """Its script runs with a program in place of Python that notes its arguments."""
+    noted, program = tmp_path / "noted", tmp_path / "note"
+    program.write_text(f"#!/usr/bin/env bash\nprintf '%s\\t' \"$@\" >> {noted}\necho >> {noted}\n")
+    program.chmod(0o755)
+    script = ROOT / "benchmarks" / "campaign.sh"
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(program)}
+    files = ("base", "rows.jsonl", "test.jsonl", str(tmp_path / "runs.csv"))
+    subprocess.run([script, *files], env=environment, check=True)
+    commands = [line.split("\t")[:-1] for line in noted.read_text().splitlines()]
+    scripts = {Path(command[0]) for command in commands}
+    assert scripts == {ROOT / "benchmarks" / name for name in ("quality.py", "general_text.py")}
+    parser = quality.make_parser()
+    for words in {tuple(words) for called, *words in commands if called.endswith("quality.py")}:
+        arguments = parser.parse_args(words)
+        quality.check_arguments(parser, arguments)
+        assert (str(arguments.base), str(arguments.output)) == (files[0], files[3])
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------
