@@ -30,13 +30,22 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from planted import LAYERS, LENGTH, LINEARS, draw_damaged, make_damaged, make_model, make_rows, make_text, pretrain
-
 from axolotl_layersel.cli.compare import running
 from axolotl_layersel.cli.compare.command import Options, compare
 from axolotl_layersel.cli.compare.figures import COMPARISON, Comparison, read_record
 from axolotl_layersel.cli.compare.summary import summarise
 from benchmarks.held_out.runs import append_lines
+from benchmarks.planted import (
+    LAYERS,
+    LENGTH,
+    LINEARS,
+    draw_damaged,
+    make_damaged,
+    make_model,
+    make_rows,
+    make_text,
+    pretrain,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = {"damaged": "gradient", "intact": "lora"}
@@ -211,6 +220,7 @@ def main() -> None:
     parser.add_argument("--training-seeds", type=int, default=3, help="of each comparison, as the command's default")
     parser.add_argument("--whole", action="store_true", help="start each cell as the command does")
     arguments = parser.parse_args()
+    arguments.folder = arguments.folder.resolve()  # the server of the cells runs in another folder
     arguments.folder.mkdir(parents=True, exist_ok=True)
     print(f"{LAYERS} layers, {STEPS} steps of {BATCH} rows", flush=True)
     with contextlib.nullcontext() if arguments.whole else forked_cells():

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.encoder_decoders import make_tokenizer
 from helpers.models import make_small_llama
 from helpers.places import ENVIRONMENT, HANGS, ROOT
+
+from benchmarks.planted import make_model
 
 SMALL = "--hidden-size 64 --layers 4 --vocabulary 256 --batch-size 2 --rank 2"
 SCRIPTS = {
@@ -82,3 +85,14 @@ def test_the_benchmarks_of_quality_gains_and_gates_run_in_small(tmp_path):
     steps = ("--rows", "16", "--steps", "2", "--search-steps", "2", "--rank", "2")
     start(tmp_path, "gate_worth.py", "base", "rows.jsonl", "gates.csv", *data, *steps)
     assert len((tmp_path / "gates.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.nightly
+def test_the_benchmark_of_comparisons_runs_in_small(tmp_path):
+    (tmp_path / "work").mkdir()
+    torch.save(make_model().state_dict(), tmp_path / "work" / "base.pt")
+    small = ("--tasks", "intact", "--seeds", "0", "--training-seeds", "2")
+    start(tmp_path, "planted_compare.py", "work", "planted.csv", *small)
+    (line,) = csv.DictReader((tmp_path / "planted.csv").open())
+    assert (line["task"], line["seeds"]) == ("intact", "2") and line["standing"]
+    assert set(json.loads(line["losses"])) == {"lora", "gradient", "random"}
