@@ -27,6 +27,7 @@ from axolotl_layersel.lora.readers import (
 
 MERGE = "Merge the adapter into its base model with `axolotl merge-lora`, and serve the merged model"
 GIVE_BASE = "Give its path or its name on the hub with --base-model."
+GIVE_OTHER_BASE = "Give a folder with the config.json of a language model, or a name on the hub that can be reached."
 
 
 @dataclass(frozen=True)
@@ -224,17 +225,25 @@ def count_layers(adapter: Adapter, base_model: str | None) -> int:
     Raises:
         LayerselError: if it cannot be known.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     name = base_model or adapter.config.base_model_name_or_path
     key = "--base-model" if base_model else f"ADAPTER: the base model of {adapter.folder}"
     if not name:
         raise LayerselError(f"{key} is not named there, and the layout full needs its number of layers. {GIVE_BASE}")
+    unread = f"{key}: the number of layers of {name}, which the layout full needs, cannot be read"
     # transformers lets through any exception of the configuration's class.
     try:
-        return int(AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers)
+        content, _ = PreTrainedConfig.get_config_dict(name)
+        needs_code = "AutoConfig" in content.get("auto_map", {}) and content.get("model_type") not in CONFIG_MAPPING
+        if not needs_code:
+            # Not None, with which transformers would ask in a terminal whether it may run the model's code.
+            return int(AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config().num_hidden_layers)
     except Exception as error:
-        raise LayerselError(
-            f"{key}: the number of layers of {name}, which the layout full needs, cannot be read "
-            f"({type(error).__name__}). {GIVE_BASE}"
-        ) from error
+        # Its first sentence: the others advise what to do in Python.
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        advice = GIVE_OTHER_BASE if base_model else GIVE_BASE
+        raise LayerselError(f"{unread} ({type(error).__name__}: {reason}). {advice}") from error
+    raise LayerselError(
+        f"{unread}, because its configuration is code that comes with the model, which export does not run. {MERGE}."
+    )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from axolotl_layersel.cli.main import app
@@ -125,12 +126,41 @@ def test_full_is_refused_where_the_number_of_layers_cannot_be_known_or_is_too_lo
     )
     with pytest.raises(LayerselError, match=refused):
         export_adapter(tmp_path / "uneven", "full", tmp_path / "out")
-    with pytest.raises(LayerselError, match=r"--base-model: the number of layers of .*nowhere.* cannot be read"):
+    unread = re.escape(
+        f"--base-model: the number of layers of {tmp_path / 'nowhere'}, which the layout full needs, cannot be read ("
+    )
+    advice = "Give a folder with the config.json of a language model, or a name on the hub that can be reached."
+    with pytest.raises(LayerselError, match=rf"^{unread}\w+: .*nowhere.*\). {re.escape(advice)}$"):
         export_adapter(tmp_path / "uneven", "full", tmp_path / "out", str(tmp_path / "nowhere"))
     make_small_llama(2).config.save_pretrained(tmp_path / "base")
     with pytest.raises(LayerselError, match="is not in one of the 2 layers of the base model"):
         export_adapter(tmp_path / "uneven", "full", tmp_path / "out", str(tmp_path / "base"))
     assert not (tmp_path / "out").exists()
+
+
+def test_full_runs_no_code_of_a_base_model_and_says_what_to_do(tmp_path):
+    save_uneven_adapter(tmp_path / "uneven")
+    base, ran = tmp_path / "base", tmp_path / "ran"
+    make_small_llama().config.save_pretrained(base)
+    (base / "own.py").write_text(
+        "from pathlib import Path\nfrom transformers import LlamaConfig\n\n"
+        f"Path({str(ran)!r}).touch()\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    content = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (base / "config.json").write_text(json.dumps(content))
+    # transformers has a class of its own for this type of model.
+    export_adapter(tmp_path / "uneven", "full", tmp_path / "known", str(base))
+    (base / "config.json").write_text(json.dumps(content | {"model_type": "own"}))
+    with pytest.raises(ValueError, match="contains custom code which must be executed"):
+        AutoConfig.from_pretrained(base, trust_remote_code=False)
+    refused = re.escape(
+        f"--base-model: the number of layers of {base}, which the layout full needs, cannot be read, because its "
+        "configuration is code that comes with the model, which export does not run. Merge the adapter into its base "
+        "model with `axolotl merge-lora`, and serve the merged model."
+    )
+    with pytest.raises(LayerselError, match=f"^{refused}$"):
+        export_adapter(tmp_path / "uneven", "full", tmp_path / "out", str(base))
+    assert not ran.exists() and not (tmp_path / "out").exists()
 
 
 def test_an_export_names_modules_and_no_initialisation_and_has_whole_alphas(tmp_path):
