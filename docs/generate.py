@@ -148,7 +148,7 @@ does not hold 0. [Results](results.md) says what follows.
 - *forgetting* is the rise of the loss on Python code and English prose, which no model was fine-tuned on.
 
 ```bash
-python benchmarks/quality.py regimes benchmarks/results/regimes/base-12l.csv
+python benchmarks/quality.py regimes benchmarks/results/regimes/base-12l.csv benchmarks/results/regimes/smollm2.csv
 python docs/generate.py
 python docs/pictures.py
 ```
