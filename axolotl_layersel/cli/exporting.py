@@ -32,8 +32,7 @@ def export_to_reader(adapter: Path, name: str, output: Path | None, base_model: 
 
     reader = READERS[name]
     output = output or find_place(adapter, reader.folder)
-    if not force:
-        check_target(adapter, output)
+    check_target(adapter, output, force)
     from axolotl_layersel.lora.export import convert_export, export_for
 
     done = export_for(adapter, reader, output, base_model)
@@ -53,8 +52,7 @@ def export_to_reader(adapter: Path, name: str, output: Path | None, base_model: 
 def export_layout(adapter: Path, layout: str, output: Path | None, base_model: str | None, force: bool) -> list[str]:
     """Export an adapter in one of ``LAYOUTS``; see ``export_to_reader``."""
     output = output or find_place(adapter, layout)
-    if not force:
-        check_target(adapter, output)
+    check_target(adapter, output, force)
     from axolotl_layersel.lora.export import export_adapter
     from axolotl_layersel.lora.readers import find_vllm_rank
 
@@ -77,8 +75,15 @@ def find_place(adapter: Path, start: str) -> Path:
     return place.parent / f"{start}-{place.name}"
 
 
-def check_target(source: Path, output: Path) -> None:
-    """Raise LayerselError if ``output`` holds an adapter that is not an earlier export of ``source``."""
+def check_target(source: Path, output: Path, force: bool) -> None:
+    """Raise LayerselError if ``output`` is ``source``, or without ``force`` if it holds another adapter's files.
+
+    An adapter is another's unless it is an earlier export of ``source``.
+    """
+    if os.path.realpath(source) == os.path.realpath(output):
+        raise LayerselError(f"--output: {output} is the folder of the adapter that is exported. Give another folder.")
+    if force:
+        return
     held = next((name for name in ADAPTER_FILES if os.path.lexists(output / name)), None)
     if held is not None and read_record(output) != find_source(source, output):
         raise LayerselError(

@@ -155,8 +155,10 @@ def test_a_forced_export_leaves_no_file_of_the_export_that_it_replaces(adapter, 
 
 def test_an_export_overwrites_neither_its_source_nor_an_adapter_of_a_run(adapter, tmp_path):
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    for layout in ("ragged", "uniform"):
-        assert "is not an earlier export of" in call("export", adapter, "--layout", layout, "--output", adapter)
+    for form in (("--layout", "ragged"), ("--layout", "uniform"), ("--for", "mlx", "--force")):
+        assert call("export", adapter, *form, "--output", adapter) == (
+            f"axolotl-layersel: --output: {adapter} is the folder of the adapter that is exported. Give another folder."
+        )
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
     (tmp_path / "uniform-adapter").mkdir()
     (tmp_path / "uniform-adapter" / "adapter_config.json").touch()
