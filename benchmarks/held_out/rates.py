@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from axolotl_layersel.cli.compare.schedule import list_between
+
 STEP = 2.0  # factor between neighbouring rates of a widened grid
-FINE = 1.5  # rates that are no further apart have none in between
 
 Losses = Mapping[float, Mapping[int, float]]  # validation losses, by rate and seed
 
@@ -34,10 +35,8 @@ def find_next_rate(
             return best * STEP
         if best == min(losses):
             return best / STEP
-    for other in find_neighbours(best, losses) if refines else ():
-        if max(best, other) > FINE * min(best, other):
-            return float(f"{math.sqrt(best * other):.3g}")
-    return None
+    between = list_between(best, losses) if refines else []
+    return float(f"{between[0]:.3g}") if between else None
 
 
 def choose_rate(losses: Losses) -> float:

@@ -162,7 +162,8 @@ def find_picture_name(run: Mapping[str, Any]) -> str:
 
 def describe_regime(runs: list[dict[str, Any]], rivals: Sequence[str]) -> list[str]:
     """Return the lines of Markdown about the runs of one regime and rank."""
-    arms = {name: choose_runs(group) for name, group in group_by_arm(runs).items()}
+    groups = group_by_arm(runs)
+    arms = {name: choose_runs(group) for name, group in groups.items()}
     lines = [f"## {describe_setting(runs[0])}", ""]
     titles = {name: title for name, title in SHOWN.items() if is_measured(runs, name)}
     if all(run.get("test_best") == run["test"] for run in runs):
@@ -186,34 +187,32 @@ def describe_regime(runs: list[dict[str, Any]], rivals: Sequence[str]) -> list[s
         if present and column in titles:
             cells = [[name, *(compare(arms[name][0], against[rival], column) for rival in present)] for name in ordered]
             lines += ["", *format_table([title, *(f"less that of {rival}" for rival in present)], cells)]
-    return [*lines, "", *describe_rates(runs, ordered)]
+    return [*lines, "", *describe_rates({name: groups[name] for name in ordered})]
 
 
-def describe_rates(runs: list[dict[str, Any]], ordered: Sequence[str]) -> list[str]:
+def describe_rates(groups: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Return the lines of a table with the loss, and the forgetting if measured, at each rate that was tried.
 
-    The figures are those of the first seed, which was run at all rates.
+    The figures are those of the lowest seed, which was run at all rates. ``groups``: the runs of each arm.
     """
-    groups = group_by_arm(runs)
-    rates = sorted({run["rate"] for run in runs})
+    runs = [run for group in groups.values() for run in group]
+    seed, rates = min(run["seed"] for run in runs), sorted({run["rate"] for run in runs})
     forgets = is_measured(runs, "forgetting")
+
+    def describe(run: dict[str, Any]) -> str:
+        return f"{run['test']:.3f}" + (f"; {run['forgetting']:.2f}" if forgets else "")
+
     rows = []
-    for name in ordered:
-        by_rate = {run["rate"]: run for run in list_first_seed(groups[name])}
-        cells = []
-        for rate in rates:
-            run = by_rate.get(rate)
-            text = "" if run is None else f"{run['test']:.3f}"
-            cells.append(f"{text}; {run['forgetting']:.2f}" if run is not None and forgets else text)
-        rows.append([name, *cells])
-    title = f"seed {min(run['seed'] for run in runs)}: loss at the end{'; forgetting' if forgets else ''}, by rate"
+    for name, group in groups.items():
+        by_rate = {run["rate"]: describe(run) for run in list_by_rate(group, seed)}
+        rows.append([name, *(by_rate.get(rate, "") for rate in rates)])
+    title = f"seed {seed}: loss at the end{'; forgetting' if forgets else ''}, by rate"
     return format_table([title, *(f"{rate:g}" for rate in rates)], rows)
 
 
-def list_first_seed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the runs of an arm with its lowest seed, lowest rate first."""
-    first = min(run["seed"] for run in runs)
-    return sorted((run for run in runs if run["seed"] == first), key=lambda run: run["rate"])
+def list_by_rate(runs: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Return the runs of an arm with a seed, lowest rate first."""
+    return sorted((run for run in runs if run["seed"] == seed), key=lambda run: run["rate"])
 
 
 def describe_setting(run: Mapping[str, Any]) -> str:
@@ -286,11 +285,12 @@ def format_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 def draw_regime(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw the loss at the end less LoRA's, with its interval, by parameters, by time and by forgetting.
 
-    The panel of forgetting also has a line for each arm through the rates that its first seed was run at.
+    The panel of forgetting also has a line for each arm through the rates that LoRA's lowest seed was run at.
     """
     groups = group_by_arm(runs)
     arms = {name: choose_runs(group)[0] for name, group in groups.items()}
     plain = arms["lora"]
+    seed = min(plain)
     sums = {name: [{**run, "seconds": find_seconds(run)} for run in by_seed.values()] for name, by_seed in arms.items()}
     axes = {"parameters": "trainable parameters", "seconds": "processor seconds, choosing and training"}
     if is_measured(runs, "forgetting"):
@@ -303,10 +303,10 @@ def draw_regime(runs: list[dict[str, Any]], path: Path) -> None:
                 x, half = statistics.mean(run[column] for run in sums[name]), find_half(pairs) or 0.0
                 look = {"color": f"C{place % 10}", "marker": MARKERS[place % len(MARKERS)], "capsize": 3}
                 panel.errorbar(x, statistics.mean(pairs), half, label=name, **look)
-            first = list_first_seed(groups[name])
-            if column == "forgetting" and first[0]["seed"] in plain:
-                losses = [run["test"] - plain[run["seed"]]["test"] for run in first]
-                forgotten = [run["forgetting"] for run in first]
+            if column == "forgetting":
+                tried = list_by_rate(groups[name], seed)
+                losses = [run["test"] - plain[seed]["test"] for run in tried]
+                forgotten = [run["forgetting"] for run in tried]
                 panel.plot(forgotten, losses, color=f"C{place % 10}", linewidth=0.8, linestyle="dotted")
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set(xlabel=title)

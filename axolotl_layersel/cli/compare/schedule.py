@@ -103,7 +103,7 @@ def plan_arm(arm: str, settings: Settings, own: float, ended: Ended) -> ArmPlan:
             added = [round_rate(best * FACTOR if edge == "highest" else best / FACTOR)]
         elif refines:
             refines = False
-            added = list_between(best, tried)
+            added = [round_rate(rate) for rate in list_between(best, tried)]
         if not added:
             break
         tried.update(added)
@@ -142,7 +142,7 @@ def list_between(rate: float, tried: Collection[float]) -> list[float]:
     """Return the rates halfway, by their ratio, to the neighbours of one of those tried that are not close to it."""
     below, above = [each for each in tried if each < rate], [each for each in tried if each > rate]
     neighbours = ([max(below)] if below else []) + ([min(above)] if above else [])
-    return [round_rate(math.sqrt(rate * other)) for other in neighbours if max(rate, other) > FINE * min(rate, other)]
+    return [math.sqrt(rate * other) for other in neighbours if max(rate, other) > FINE * min(rate, other)]
 
 
 def plan_next(settings: Settings, own: float, ended: Ended) -> Cell | None:

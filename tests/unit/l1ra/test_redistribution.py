@@ -321,6 +321,12 @@ class FailingOnce(TrainerCallback):
             raise MemoryError("no memory is left")
 
 
+def fail_at(trainer, step: int) -> None:
+    trainer.add_callback(FailingOnce(step))
+    with pytest.raises(MemoryError):
+        trainer.train()
+
+
 @pytest.mark.trains
 @pytest.mark.parametrize("rule", ["pressure", "saliency"])
 def test_ranks_that_have_moved_do_not_start_anew(tmp_path, rule):
@@ -332,15 +338,11 @@ def test_ranks_that_have_moved_do_not_start_anew(tmp_path, rule):
         trainer.train()
     # The first update is after step 3.
     trainer, _ = prepare(tmp_path, settings)
-    trainer.add_callback(FailingOnce(3))
-    with pytest.raises(MemoryError):
-        trainer.train()
+    fail_at(trainer, 3)
     with pytest.raises(LayerselError, match=message):
         trainer.train()
     trainer, ranks = prepare(tmp_path, settings)
-    trainer.add_callback(FailingOnce(2))
-    with pytest.raises(MemoryError):
-        trainer.train()
+    fail_at(trainer, 2)
     trainer.train()
     assert sorted(ranks.history.ranks)[:2] == [0, 3]
 
